@@ -1,0 +1,36 @@
+"""Fine-tune a classifier with SingLoss and report AS/IS before and after, next to a plain fine-tuning control.
+
+accelerate launch recipes/finetune.py --config configs/demo.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from singreg.training.config import parse_config
+from singreg.training.experiment import Experiment
+from singreg.training.finetuning import Finetuning, dry_run
+from singreg.training.run import Run, make_accelerator
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, build, measure before, train both arms, measure after, report."""
+    config = parse_config(arguments, description=__doc__ or "")
+    accelerator = make_accelerator(config)
+    run = Run(config, accelerator)
+    if config.dry_run:
+        dry_run(Experiment.build(config, accelerator))
+        return
+    run.open()
+    with run.guarded():
+        experiment = Experiment.build(config, accelerator)
+        job = Finetuning(run, experiment)
+        job.measure_before()
+        for arm in ["control", "sing"] if config.training.control else ["sing"]:
+            job.train_and_measure(arm)
+        job.report()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Fitting translators on a part, and the reference figures a SingLoss starts from (METHOD sections 2, 6 and 8.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from singreg.analysis.features import PassSettings, iterate_features
+from singreg.data.parts import ImagePart
+from singreg.distributed import all_reduce_sum
+from singreg.geometry.angles import image_score
+from singreg.geometry.nullspace import Invariance, NullSpace
+from singreg.models.classifier import Classifier
+from singreg.translation.ridge import DEFAULT_RIDGES, RidgeStatistics
+from singreg.translation.translator import LinearTranslator, TranslatorInfo, translator_from_statistics
+
+VALIDATION_EVERY = 5
+
+
+@dataclass(frozen=True)
+class FittedTranslator:
+    """A translator with the mean feature (m,) and class means (C, m; NaN where unseen) of the pictures behind it."""
+
+    translator: LinearTranslator
+    mean: Tensor
+    class_means: Tensor
+
+
+def fit_on_part(
+    classifier: Classifier,
+    part: ImagePart,
+    embeddings: np.ndarray,
+    *,
+    ridges: Sequence[float] = DEFAULT_RIDGES,
+    standardize: bool = False,
+    normalize_targets: bool = False,
+    info: TranslatorInfo | None = None,
+    settings: PassSettings | None = None,
+    description: str = "translator",
+) -> FittedTranslator:
+    """Fit T on all pictures of a part in one pass; every fifth picture chooses λ. Exact over processes.
+
+    Shapes: embeddings (N, n). The auditor is the same call on other pictures with `standardize=True` (METHOD section 8.6).
+    """
+    width, dim = classifier.feature_dim, embeddings.shape[1]
+    device = classifier.weight.device
+    fit, validation = (RidgeStatistics(width, dim, device=device) for _ in range(2))
+    sums = torch.zeros(classifier.num_classes, width, dtype=torch.float64, device=device)
+    counts = torch.zeros(classifier.num_classes, dtype=torch.float64, device=device)
+    for batch in iterate_features(classifier, part, embeddings, settings or PassSettings(), description):
+        targets = torch.nn.functional.normalize(batch.embeddings, dim=-1) if normalize_targets else batch.embeddings
+        # By position in the part, so that the split is the same on any number of processes.
+        held_out = (batch.indices % VALIDATION_EVERY == 0).to(device)
+        fit.update(batch.features[~held_out], targets[~held_out])
+        validation.update(batch.features[held_out], targets[held_out])
+        known = batch.labels >= 0
+        sums.index_add_(0, batch.labels[known], batch.features[known].double())
+        counts += torch.bincount(batch.labels[known], minlength=len(counts))
+    fit.reduce()
+    validation.reduce()
+    sums, counts = all_reduce_sum(sums), all_reduce_sum(counts)
+    translator = translator_from_statistics(fit, validation, ridges=ridges, standardize=standardize, info=info)
+    mean = (fit.f + validation.f) / (fit.count + validation.count)
+    return FittedTranslator(translator.to(device), mean.float(), (sums / counts[:, None]).float())
+
+
+def refit(
+    classifier: Classifier,
+    part: ImagePart,
+    embeddings: np.ndarray,
+    previous: LinearTranslator,
+    *,
+    settings: PassSettings,
+    description: str = "refreshing the translator",
+) -> LinearTranslator:
+    """The same fit on today's features, at the ridge already chosen: the loop's refresh. Shapes: embeddings (N, n)."""
+    fitted = fit_on_part(
+        classifier,
+        part,
+        embeddings,
+        ridges=(previous.info.ridge,),
+        standardize=previous.info.standardized,
+        normalize_targets=previous.info.normalized_targets,
+        info=previous.info,
+        settings=settings,
+        description=description,
+    )
+    return fitted.translator
+
+
+def reference_image_scores(
+    classifier: Classifier,
+    part: ImagePart,
+    embeddings: np.ndarray,
+    fitted: FittedTranslator,
+    *,
+    per_class: int = 32,
+    invariance: Invariance = "logits",
+    settings: PassSettings | None = None,
+) -> Tensor:
+    """IS_ref of every class, (C,) in degrees: mean image score of the centred removal over its first `per_class` pictures.
+
+    NaN for a class without labelled pictures in the part.
+    """
+    labels = np.asarray(part.labels)
+    rank_in_class = np.zeros(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        rank_in_class[labels == label] = np.arange((labels == label).sum())
+    chosen = np.flatnonzero((labels >= 0) & (rank_in_class < per_class))
+    space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(classifier.weight.device)
+    sums = torch.zeros(2, classifier.num_classes, dtype=torch.float64, device=classifier.weight.device)
+    sample = part.subset(chosen)
+    for batch in iterate_features(classifier, sample, embeddings[chosen], settings or PassSettings(), "reference IS"):
+        equivalent = space.remove(batch.features, mean=fitted.mean)
+        scores = image_score(fitted.translator(batch.features), fitted.translator(equivalent)).double()
+        sums[0].index_add_(0, batch.labels, scores)
+        sums[1] += torch.bincount(batch.labels, minlength=sums.shape[1])
+    sums = all_reduce_sum(sums)
+    return (sums[0] / sums[1]).float()

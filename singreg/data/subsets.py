@@ -1,0 +1,192 @@
+"""Which classes: named sets, lists and class names, matched to the folders (or label names) of a data set."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+_SETS_FOLDER = Path(__file__).parent / "named_sets"
+
+# The four ImageNet-1k names that two classes share; the second words are those CLIP's authors use.
+_SHARED_NAMES = {
+    "n02012849": "crane bird", "n03126707": "construction crane",
+    "n02113186": "Cardigan Welsh corgi", "n03710721": "tank suit",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ClassSubset:
+    """The chosen classes, in label order.
+
+    Attributes: `keys` as the data set has them (folder or label names), `names` for people and prompts ("goldfish"),
+    `wnids` and `indices` in ImageNet-1k, both None unless every class is one of ImageNet-1k's.
+    """
+
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+    wnids: tuple[str, ...] | None
+    indices: tuple[int, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class _ImageNet:
+    wnids: tuple[str, ...]
+    names: dict[str, str]  # wnid -> the one name used for it
+    aliases: dict[str, frozenset[str]]  # normalised word -> wnids that go by it
+
+
+@lru_cache(maxsize=1)
+def _imagenet() -> _ImageNet:
+    from timm.data import ImageNetInfo  # here, since importing timm takes seconds and most folders need no ImageNet
+
+    info = ImageNetInfo()
+    wnids = tuple(info.label_names())
+    names: dict[str, str] = {}
+    aliases: dict[str, set[str]] = {}
+    for wnid in wnids:
+        description = info.label_name_to_description(wnid)
+        lemmas = [lemma.strip() for lemma in description.split(",")]
+        names[wnid] = _SHARED_NAMES.get(wnid, lemmas[0])
+        for word in (wnid, description, *lemmas, names[wnid]):
+            aliases.setdefault(_normal(word), set()).add(wnid)
+    for wnid, name in names.items():
+        aliases[_normal(name)] = {wnid}  # the name itself always means this class, whatever other synonyms say
+    aliases["crane"] = {"n02012849", "n03126707"}
+    return _ImageNet(wnids, names, {word: frozenset(owners) for word, owners in aliases.items()})
+
+
+def _normal(word: str) -> str:
+    return " ".join(word.replace("_", " ").replace("-", " ").lower().split())
+
+
+def named_sets() -> tuple[str, ...]:
+    """The names of the sets that come with the package.
+
+    Example:
+        >>> named_sets()
+        ('imagenet100', 'imagenet16', 'imagenette', 'imagewoof')
+    """
+    return tuple(sorted(path.stem for path in _SETS_FOLDER.glob("*.txt")))
+
+
+def read_class_list(path: str | Path) -> tuple[str, ...]:
+    """The entries of a list file, one wnid or class name a line; blank lines and what follows a `#` are left out.
+
+    Raises:
+        ValueError: the file holds no entry.
+    """
+    lines = [line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    entries = tuple(line for line in lines if line)
+    if not entries:
+        raise ValueError(f"{path} lists no class: expected one wnid or class name a line")
+    return entries
+
+
+def expand_classes(classes: Sequence[str] | str) -> tuple[str, ...]:
+    """The entries a specification stands for: a named set, a list file, one class, or a sequence of classes.
+
+    Example:
+        >>> expand_classes("imagenette")[:2], expand_classes("goldfish"), expand_classes(["cat", "dog"])
+        (('n01440764', 'n02102040'), ('goldfish',), ('cat', 'dog'))
+    """
+    if not isinstance(classes, str):
+        return tuple(classes)
+    if classes in named_sets():
+        return read_class_list(_SETS_FOLDER / f"{classes}.txt")
+    if Path(classes).is_file():
+        return read_class_list(classes)
+    return (classes,)
+
+
+def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str] | None = None) -> ClassSubset:
+    """Match a specification to the classes that are `available` (default: the 1000 of ImageNet-1k, by wnid).
+
+    Wnids, class names and synonyms match in any case, with `_` or `-` for a blank; None takes all that are available, in
+    sorted order, otherwise the specification's order is the label order.
+
+    Raises:
+        ValueError: classes that are not there (all of them at once, with the nearest names), that may mean two
+            different ones, or that are listed twice.
+
+    Example:
+        >>> subset = resolve_classes(["goldfish", "n02123394"])
+        >>> subset.names, subset.indices
+        (('goldfish', 'Persian cat'), (1, 283))
+    """
+    keys = tuple(_imagenet().wnids if available is None else available)
+    if classes is None:
+        return _subset(keys if available is None else tuple(sorted(keys)))
+    entries = expand_classes(classes)
+    if not entries:
+        raise ValueError("classes is an empty list: name at least one class, or leave it out to take all")
+    owners = _owners(keys)
+    found = [_match(entry, owners) for entry in entries]
+    _refuse_missing([entry for entry, match in zip(entries, found) if not match], owners, classes, len(keys))
+    vague = [f"{entry!r} ({', '.join(sorted(match))})" for entry, match in zip(entries, found) if len(match) > 1]
+    if vague:
+        raise ValueError(f"class names that fit several classes, use the name in brackets: {', '.join(vague)}")
+    chosen = tuple(next(iter(match)) for match in found)
+    twice = sorted({entry for entry, key in zip(entries, chosen) if chosen.count(key) > 1})
+    if twice:
+        raise ValueError(f"classes listed twice (also by synonyms): {', '.join(twice)}")
+    return _subset(chosen)
+
+
+def wnid_of(key: str) -> str | None:
+    """The ImageNet-1k wnid a folder or label name stands for, or None where it is none or not clear.
+
+    Example:
+        >>> wnid_of("Persian_cat"), wnid_of("my cat"), wnid_of("crane")
+        ('n02123394', None, None)
+    """
+    owners = _imagenet().aliases.get(_normal(key), frozenset())
+    return next(iter(owners)) if len(owners) == 1 else None
+
+
+def _owners(keys: Sequence[str]) -> dict[str, set[str]]:
+    """Every word a class goes by, to the available keys it may mean."""
+    imagenet = _imagenet()
+    by_wnid = {wnid: key for key in keys if (wnid := wnid_of(key)) is not None}
+    owners: dict[str, set[str]] = {}
+    for word, wnids in imagenet.aliases.items():
+        if present := {by_wnid[wnid] for wnid in wnids if wnid in by_wnid}:
+            owners[word] = present
+    own: dict[str, set[str]] = {}
+    for key in keys:
+        own.setdefault(_normal(key), set()).add(key)
+    return owners | own | {key: {key} for key in keys}
+
+
+def _match(entry: str, owners: dict[str, set[str]]) -> set[str]:
+    if match := owners.get(entry) or owners.get(_normal(entry)):
+        return match
+    wnid = wnid_of(entry)  # an ImageNet name whose folder goes by a synonym
+    return set() if wnid is None else owners.get(wnid, set())
+
+
+def _refuse_missing(missing: list[str], owners: dict[str, set[str]], classes: object, available: int) -> None:
+    if not missing:
+        return
+    hints = []
+    for entry in missing:
+        close = difflib.get_close_matches(_normal(entry), owners, n=3)
+        hints.append(f"{entry!r}" + (f" (near: {', '.join(close)})" if close else ""))
+    sets = f"; {classes!r} is no named set ({', '.join(named_sets())}) and no file either" if isinstance(classes, str) else ""
+    raise ValueError(f"{len(missing)} of the classes are not among the {available} there: {', '.join(hints)}{sets}")
+
+
+def _subset(keys: tuple[str, ...]) -> ClassSubset:
+    imagenet = _imagenet()
+    wnids = [wnid_of(key) for key in keys]
+    names = tuple(imagenet.names[wnid] if wnid == key else key.replace("_", " ") for wnid, key in zip(wnids, keys))
+    known = tuple(wnid for wnid in wnids if wnid is not None)
+    if len(known) < len(keys) or len(set(known)) < len(known):
+        return ClassSubset(keys, names, None, None)
+    place = {wnid: index for index, wnid in enumerate(imagenet.wnids)}
+    return ClassSubset(keys, names, known, tuple(place[wnid] for wnid in known))

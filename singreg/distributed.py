@@ -1,0 +1,51 @@
+"""Sums over processes that are the identity in a single one. No gradient passes: see `losses._ratio_of_means` for why."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """True inside an initialised process group of more than one process (no shapes involved)."""
+    return (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    )
+
+
+@torch.no_grad()
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum over processes, any shape (...) to the same; detached; every process must call it."""
+    value = value.detach().clone()
+    if is_distributed():
+        torch.distributed.all_reduce(value)
+    return value
+
+
+@torch.no_grad()
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """Mean over all images of all processes, weighted by their counts; values (B,) to (), detached."""
+    total = torch.stack([values.detach().sum(), values.new_tensor(float(values.numel()))])
+    total = all_reduce_sum(total)
+    return total[0] / total[1]
+
+
+def gather_rows(batches: list[dict[str, np.ndarray]], *, sort_by: str | None = None) -> dict[str, np.ndarray]:
+    """Concatenate named columns (B, ...) over batches and processes, in the order of one column; the same on every process.
+
+    A process without batches passes an empty list. Each row appears once: nothing is padded.
+    """
+    mine = {name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else {})}
+    shares = [mine]
+    if is_distributed():
+        shares = [{} for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(shares, mine)
+    filled = [share for share in shares if share]
+    if not filled:
+        raise ValueError("no process has any row to gather")
+    rows = {name: np.concatenate([share[name] for share in filled]) for name in filled[0]}
+    if sort_by is not None:
+        order = np.argsort(rows[sort_by], kind="stable")
+        rows = {name: values[order] for name, values in rows.items()}
+    return rows

@@ -1,0 +1,90 @@
+"""Angles in degrees and the two SING scores built on them (METHOD section 3, paper eq. 5-8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DEGREES = 180.0 / torch.pi
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x|, and 0 with a zero gradient where x is 0."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    zero = norm == 0
+    return torch.where(zero, torch.zeros_like(x), x / torch.where(zero, torch.ones_like(norm), norm))
+
+
+def _safe_norm(x: Tensor) -> Tensor:
+    """Norm over the last axis with a zero (not NaN) gradient at 0."""
+    squared = (x * x).sum(-1)
+    zero = squared == 0
+    return torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
+
+
+def angle(x: Tensor, y: Tensor) -> Tensor:
+    """Angle between x and y in degrees, `2 atan2(|x̂ - ŷ|, |x̂ + ŷ|)`.
+
+    Accurate to 1e-5 degrees at 0 and 180 where arccos of a clamped cosine is not, with finite gradients there.
+
+    Shapes: x (..., n), y (..., n), broadcast over the leading axes; returns (...). A zero vector has angle 90 to anything.
+
+    Raises:
+        ValueError: the last axes differ.
+
+    Example:
+        >>> angle(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])).item()
+        90.0
+    """
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"angle: the last axes must agree, got x {tuple(x.shape)} and y {tuple(y.shape)}")
+    x, y = _unit(x), _unit(y)
+    return 2 * DEGREES * torch.atan2(_safe_norm(x - y), _safe_norm(x + y))
+
+
+def attribute_score(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
+    """Attribute score AS = angle(z, t) - angle(z_eq, t), in degrees (paper eq. 7).
+
+    Positive: the equivalent image is closer to the text (the null component was nuisance). Negative: removing the null
+    component took class meaning away (leakage).
+
+    Shapes: z, z_eq (..., n) translated features before and after the removal; text (..., n); returns (...).
+
+    Example:
+        >>> z, z_eq, t = torch.eye(2)[0], torch.eye(2)[1], torch.eye(2)[1]
+        >>> attribute_score(z, z_eq, t).item()
+        90.0
+    """
+    return angle(z, text) - angle(z_eq, text)
+
+
+def image_score(z: Tensor, z_eq: Tensor) -> Tensor:
+    """Image score IS = angle(z, z_eq), in degrees (paper eq. 8): how far the removal moved the picture's meaning.
+
+    Shapes: z, z_eq (..., n); returns (...).
+
+    Example:
+        >>> image_score(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])).item()
+        45.0
+    """
+    return angle(z, z_eq)
+
+
+def alignment_coefficient(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
+    """κ = (cos θ' - cos θ cos IS) / (sin θ sin IS), in [-1, 1] and 0 at chance (METHOD section 8.2).
+
+    θ, θ' are the angles to the text before and after. κ is the cosine between the direction of travel on the sphere and
+    the direction to the text: it tells meaning from mere displacement, which |AS| cannot. 0 where nothing moved.
+
+    Shapes: z, z_eq (..., n), text (..., n); returns (...), no unit.
+
+    Example:
+        >>> z, z_eq, t = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0])
+        >>> round(alignment_coefficient(z, z_eq, t).item(), 4)
+        1.0
+    """
+    z, z_eq, text = _unit(z), _unit(z_eq), _unit(text)
+    # Tangents at z towards z_eq and towards the text: the same ratio without the cancellation of the cosine form.
+    travel = z_eq - z * (z * z_eq).sum(-1, keepdim=True)
+    target = text - z * (z * text).sum(-1, keepdim=True)
+    return (_unit(travel) * _unit(target)).sum(-1).clamp(-1, 1)

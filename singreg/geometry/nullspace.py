@@ -1,0 +1,238 @@
+"""The null space of a classifier head (METHOD section 1, paper eq. 1-3), decomposed once or followed while W trains."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Invariance = Literal["logits", "softmax"]
+
+
+def helmert_contrasts(weight: Tensor) -> Tensor:
+    """The C-1 orthonormal contrasts of W's rows: same row space as W minus its mean row, but of full rank.
+
+    Shapes: weight (C, m); returns (C-1, m). Used for the softmax null, where probabilities and not logits stay equal.
+
+    Example:
+        >>> helmert_contrasts(torch.ones(3, 5)).abs().max().item() < 1e-6
+        True
+    """
+    classes = weight.shape[0]
+    row = torch.arange(1, classes, device=weight.device, dtype=weight.dtype)
+    lower = torch.tril(torch.ones(classes - 1, classes, device=weight.device, dtype=weight.dtype))
+    contrast = lower - torch.nn.functional.pad(torch.diag(row), (1, 0))
+    return (contrast / (row * (row + 1)).sqrt()[:, None]) @ weight
+
+
+def _rows_of(weight: Tensor, invariance: str) -> Tensor:
+    if weight.ndim != 2:
+        raise ValueError(f"expected a head weight of shape (C, m), got {tuple(weight.shape)}; flatten a 1x1 convolution first")
+    if invariance not in ("logits", "softmax"):
+        raise ValueError(f'invariance must be "logits" or "softmax", got {invariance!r}')
+    if not torch.isfinite(weight.detach()).all():
+        raise ValueError(f"the head weight {tuple(weight.shape)} holds NaN or infinity; its null space is undefined")
+    return helmert_contrasts(weight) if invariance == "softmax" else weight
+
+
+class NullSpace(nn.Module):
+    """Row space and null space of a head W, as a thin orthonormal basis Q of the row space (paper eq. 1-3).
+
+    `component(f) = f - Q Qᵀ f` is the null part, `remove(f) = Q Qᵀ f` the logit-equivalent feature of eq. 9. The m x m
+    projectors are never formed. The basis is a float64 buffer that moves with `.to(device)` and keeps its precision.
+
+    Attributes:
+        basis: (m, r) orthonormal, float64. rank: r. nullity: m - r. singular_values: (min(C, m),) float64.
+
+    Example:
+        >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+        >>> space.rank, space.nullity, space.component(torch.tensor([1.0, 2.0, 3.0])).tolist()
+        (2, 1, [0.0, 0.0, 3.0])
+    """
+
+    basis: Tensor
+    singular_values: Tensor
+
+    def __init__(self, basis: Tensor, singular_values: Tensor, *, invariance: Invariance = "logits") -> None:
+        super().__init__()
+        self.register_buffer("basis", basis, persistent=False)
+        self.register_buffer("singular_values", singular_values, persistent=False)
+        self.invariance: Invariance = invariance
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, *, rtol: float | None = None, invariance: Invariance = "logits", allow_empty: bool = False
+    ) -> NullSpace:
+        """Decompose a head W (C, m) in float64; the rank counts σ_i > rtol · σ_1, so scaling W never changes it.
+
+        Args:
+            rtol: relative tolerance, default max(C, m) · eps(float64). "softmax" centres the rows first.
+            allow_empty: accept a head without a null space (nullity 0: `component` is then 0 everywhere).
+
+        Raises:
+            ValueError: W is not (C, m), not finite, or has no null space and `allow_empty` is False.
+        """
+        rows = _rows_of(weight.detach().to(torch.float64), invariance)
+        classes, width = weight.shape
+        # SVD of the small triangular factor, not of W: the QR does the long side once.
+        if classes <= width:
+            q, r = torch.linalg.qr(rows.T)
+            u, sigma, _ = torch.linalg.svd(r, full_matrices=False)
+            left = q @ u
+        else:
+            left, sigma, _ = torch.linalg.svd(torch.linalg.qr(rows).R.T, full_matrices=False)
+        tolerance = rtol if rtol is not None else max(classes, width) * torch.finfo(torch.float64).eps
+        rank = int((sigma > tolerance * sigma[:1]).sum()) if sigma.numel() else 0
+        if rank == width and not allow_empty:
+            raise ValueError(
+                f"the head ({classes} classes, {width} features) has full rank {rank}: it has no null space, so there is "
+                f"nothing to measure or regularise. Use a model with more features than classes, or a head sliced to fewer "
+                f"than {width} classes; allow_empty=True gives the empty null space"
+            )
+        return cls(left[:, :rank].contiguous(), sigma, invariance=invariance)
+
+    @property
+    def rank(self) -> int:
+        """Dimension r of the row space."""
+        return self.basis.shape[1]
+
+    @property
+    def nullity(self) -> int:
+        """Dimension m - r of the null space."""
+        return self.basis.shape[0] - self.basis.shape[1]
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        # `.half()` or `.to(dtype)` on a parent must not round the basis: reports promise float64 (trap 7's cousin).
+        basis, sigma = self.basis, self.singular_values
+        super()._apply(fn, recurse)
+        self.basis = basis.to(self.basis.device)
+        self.singular_values = sigma.to(self.singular_values.device)
+        return self
+
+    def _check(self, features: Tensor) -> Tensor:
+        if features.shape[-1] != self.basis.shape[0]:
+            raise ValueError(f"expected features (..., {self.basis.shape[0]}) for this head, got {tuple(features.shape)}")
+        return features.to(torch.promote_types(features.dtype, torch.float64))
+
+    def remove(self, features: Tensor, *, mean: Tensor | None = None) -> Tensor:
+        """The equivalent feature f~ = f - Π_n f (eq. 9); with `mean` the centred removal f - Π_n (f - mean).
+
+        Shapes: features (..., m), mean (m,); returns (..., m) in the dtype of `features`, computed in float64.
+        """
+        return features - self.component(features if mean is None else features - mean)
+
+    def component(self, features: Tensor) -> Tensor:
+        """The null component Π_n f = f - Q Qᵀ f. Shapes: (..., m) to (..., m), dtype kept, computed in float64."""
+        exact = self._check(features)
+        return (exact - (exact @ self.basis) @ self.basis.T).to(features.dtype)
+
+    def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(Π_p f, Π_n f): row-space and null parts that sum to f. Shapes: (..., m) to two (..., m)."""
+        null = self.component(features)
+        return features - null, null
+
+    def null_basis(self) -> Tensor:
+        """An orthonormal basis of the null space, shape (m, m - r), float64. Formed only here, for those who ask."""
+        complete = torch.linalg.qr(self.basis, mode="complete").Q
+        return complete[:, self.rank :]
+
+    def extra_repr(self) -> str:
+        """Sizes for `print`: m, rank, nullity (no shapes change)."""
+        return f"m={self.basis.shape[0]}, rank={self.rank}, nullity={self.nullity}, invariance={self.invariance}"
+
+
+class _RowSpaceProjection(torch.autograd.Function):
+    """y = P f and its exact derivative in closed form: dP = W⁺ dW Π_n + (W⁺ dW Π_n)ᵀ.
+
+    Everything is thin, (B, C) and (B, m): no derivative of a factorisation is ever taken, so it cannot be NaN for equal
+    singular values (trap 1) and costs a few products with W. `solve` maps (B, C) right-hand sides to (W Wᵀ)⁻¹ of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, features: Tensor, factor: Tensor) -> Tensor:
+        coefficients = _least_squares(weight, features, factor)
+        projected = coefficients @ weight
+        ctx.save_for_backward(weight, factor, coefficients, features - projected)
+        return projected
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight, factor, coefficients, null = ctx.saved_tensors
+        gradient = gradients[0]
+        gradient_coefficients = _least_squares(weight, gradient, factor)
+        projected = gradient_coefficients @ weight
+        to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_weight = gradient_coefficients.T @ null + coefficients.T @ (gradient - projected)
+        return to_weight, projected, None
+
+
+def _least_squares(weight: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """Coefficients (B, C) of the projection of x (B, m) on W's rows: normal equations, corrected once for rounding."""
+    first = torch.cholesky_solve(weight @ x.T, factor)
+    residual = x.T - weight.T @ first
+    return (first + torch.cholesky_solve(weight @ residual, factor)).T
+
+
+def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invariance = "logits") -> Tensor:
+    """Π_p f = Wᵀ (W Wᵀ)⁻¹ W f, differentiable in W and in f, without an m x m matrix (METHOD section 6).
+
+    One C x C Cholesky factor and thin products; the gradient is closed-form. An ill-conditioned head (estimated cond(W) above
+    300 in float32) is factored by a QR of Wᵀ in float64 instead. A numerically rank-deficient head, or one with C >= m, has no
+    derivative of its projector: there W's basis is held fixed and only f gets a gradient.
+
+    Shapes: weight (C, m), features (..., m); returns (..., m) in the dtype of `features` (at least float32).
+
+    Raises:
+        ValueError: shapes disagree, or W is not finite.
+
+    Example:
+        >>> W = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
+        >>> row_space_projection(W, torch.tensor([[1.0, 1.0, 1.0]])).tolist()
+        [[1.0, 0.0, 0.0]]
+    """
+    if features.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"features {tuple(features.shape)} do not fit the head weight {tuple(weight.shape)}")
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    rows = _rows_of(weight.to(dtype), invariance)
+    flat = features.to(dtype).reshape(-1, features.shape[-1])
+    if rows.shape[0] < rows.shape[1]:
+        with torch.no_grad():
+            factor, failed = torch.linalg.cholesky_ex(rows @ rows.T)
+            diagonal = torch.diagonal(factor)
+        # max/min of the factor's diagonal is a lower bound of cond(W) that comes free.
+        limit = 300.0 if dtype == torch.float32 else 1e6
+        if not bool(failed) and bool(diagonal.max() <= limit * diagonal.min()):
+            return _project(rows, flat, factor).reshape(features.shape)
+    return _project_ill_conditioned(rows, flat).reshape(features.shape)
+
+
+def _project(rows: Tensor, flat: Tensor, factor: Tensor) -> Tensor:
+    projected: Tensor = _RowSpaceProjection.apply(rows, flat, factor)  # type: ignore[no-untyped-call]
+    return projected
+
+
+def _project_ill_conditioned(rows: Tensor, flat: Tensor) -> Tensor:
+    """Through a QR of Wᵀ in float64; with W's basis held fixed where its rank is not full."""
+    exact, wide = rows.to(torch.float64), flat.to(torch.float64)
+    tolerance = max(exact.shape) * torch.finfo(rows.dtype).eps
+    with torch.no_grad():
+        triangle = torch.linalg.qr(exact.T).R
+        sigma = torch.linalg.svdvals(triangle)
+        full_rank = exact.shape[0] < exact.shape[1] and bool(sigma[-1] > tolerance * sigma[0])
+        # The sign of a QR's diagonal is free; a Cholesky factor's is positive.
+        factor = (torch.sign(torch.diagonal(triangle))[:, None] * triangle).T
+    if full_rank:
+        return _project(exact, wide, factor).to(flat.dtype)
+    basis = NullSpace.from_weight(exact, rtol=tolerance, allow_empty=True).basis
+    return ((wide @ basis) @ basis.T).to(flat.dtype)
+
+
+def null_share(features: Tensor, null: Tensor) -> Tensor:
+    """Share of the feature norm in the null component, |Π_n f| / |f|. Shapes: two (..., m) to (...); in [0, 1]."""
+    norm = torch.linalg.vector_norm(features, dim=-1).clamp_min(math.sqrt(torch.finfo(features.dtype).tiny))
+    return torch.linalg.vector_norm(null, dim=-1) / norm

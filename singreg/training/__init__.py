@@ -1,0 +1,1 @@
+"""Configuration, the two-arm training loop on Accelerate, and checkpoints."""

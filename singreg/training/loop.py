@@ -1,0 +1,219 @@
+"""Training one arm on Accelerate: the same code for the control and the regularised arm, one process or many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed, tqdm
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from singreg.data.loading import make_training_loader
+from singreg.data.parts import ImagePart
+from singreg.losses import SingLoss
+from singreg.models.classifier import Classifier
+from singreg.training.checkpoint import Checkpoints, Position
+from singreg.training.config import FinetuneConfig
+from singreg.training.task import FinetuneTask, parameter_groups
+
+logger = get_logger(__name__)
+
+
+class TrainingFailed(RuntimeError):
+    """The loss became NaN or infinite; names the step, the pictures and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of an arm, all in optimiser steps."""
+
+    steps_per_epoch: int
+    total: int
+    warmup: int
+    refresh_at: tuple[int, ...]
+
+    @classmethod
+    def from_config(cls, config: FinetuneConfig, images: int) -> Schedule:
+        """From the number of training pictures; the last incomplete batch of an epoch is dropped.
+
+        Raises:
+            ValueError: there are fewer pictures than one batch.
+        """
+        training = config.training
+        per_epoch = images // training.batch_size
+        if per_epoch == 0 and training.epochs:
+            raise ValueError(
+                f"the training part has {images} pictures, fewer than training.batch_size = {training.batch_size}; "
+                "lower the batch size or give more pictures"
+            )
+        total = per_epoch * training.epochs
+        parts = config.translator.refreshes + 1
+        refresh = sorted({round(total * i / parts) for i in range(1, parts)} - {0, total})
+        return cls(per_epoch, total, math.ceil(training.lr_warmup * total), tuple(refresh))
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up, then cosine decay to 0; a factor in [0, 1] for a step index."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        span = max(1, self.total - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.warmup) / span)))
+
+
+@dataclass(frozen=True)
+class ArmCallbacks:
+    """What happens beside the steps: log(step, figures), epoch_end(step, classifier, sing), refresh(classifier) of the translator."""
+
+    log: Callable[[int, dict[str, float]], None]
+    epoch_end: Callable[[int, Classifier, SingLoss | None], None]
+    refresh: Callable[[Classifier, SingLoss], None]
+
+
+def train_arm(
+    name: str,
+    classifier: Classifier,
+    sing: SingLoss | None,
+    part: ImagePart,
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    folder: Path,
+    callbacks: ArmCallbacks,
+    *,
+    resume: bool,
+) -> Classifier:
+    """Train one arm to the end and return its classifier, unwrapped. Seed, data order and schedule do not depend on the arm.
+
+    Raises:
+        TrainingFailed: a loss that is not finite; the last checkpoint in `folder` is kept.
+    """
+    set_seed(config.seed)
+    training = config.training
+    schedule = Schedule.from_config(config, len(part))
+    task: torch.nn.Module = FinetuneTask(classifier, sing, label_smoothing=training.label_smoothing)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(
+            classifier,
+            learning_rate=training.learning_rate,
+            head_factor=training.head_factor,
+            decay=training.weight_decay,
+        )
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.learning_rate_factor)
+    loader = make_training_loader(
+        part,
+        classifier.train_transform(config.data.augmentation),
+        # A second, clean view only where the first is not already what the vision-language model saw.
+        clean_transform=classifier.transform if sing is not None and config.data.augmentation != "none" else None,
+        batch_size=training.batch_size // training.accumulation,
+        batches_per_epoch=schedule.steps_per_epoch * training.accumulation,
+        seed=config.seed,
+        workers=config.data.workers,
+    )
+    task, optimizer, loader = accelerator.prepare(task, optimizer, loader)
+    accelerator.register_for_checkpointing(scheduler)
+    checkpoints = Checkpoints(folder, keep=training.keep)
+    start = (checkpoints.load_latest(accelerator) if resume else None) or Position(0, 0, 0)
+    arm = _Arm(name, task, optimizer, scheduler, accelerator, schedule, config, part)
+    try:
+        for position in arm.steps(loader, start):
+            callbacks.log(position.step, arm.figures)
+            unwrapped = accelerator.unwrap_model(task)
+            if unwrapped.sing is not None and position.step in schedule.refresh_at:
+                callbacks.refresh(unwrapped.classifier, unwrapped.sing)
+            epoch_ended = position.step % schedule.steps_per_epoch == 0
+            if epoch_ended:
+                callbacks.epoch_end(position.step, unwrapped.classifier, unwrapped.sing)
+            if epoch_ended or position.step % training.checkpoint_every == 0:
+                checkpoints.save(accelerator, position)
+    finally:
+        accelerator._custom_objects.clear()  # the next arm registers its own schedule
+    trained: FinetuneTask = accelerator.unwrap_model(task)
+    accelerator.free_memory()
+    return trained.classifier.eval()
+
+
+class _Arm:
+    """The inner loop: micro-batches, accumulation, clipping, schedule."""
+
+    def __init__(
+        self,
+        name: str,
+        task: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        accelerator: Accelerator,
+        schedule: Schedule,
+        config: FinetuneConfig,
+        part: ImagePart,
+    ) -> None:
+        self.name, self.task, self.optimizer, self.scheduler = name, task, optimizer, scheduler
+        self.accelerator, self.schedule, self.config, self.part = accelerator, schedule, config, part
+        self.figures: dict[str, float] = {}
+
+    def steps(self, loader: DataLoader[tuple[Tensor, ...]], start: Position) -> Iterator[Position]:
+        """Run from a position to the end, yielding after every optimiser step."""
+        step = start.step
+        bar = tqdm(total=self.schedule.total, initial=step, desc=f"training {self.name}", mininterval=1.0)
+        for epoch in range(start.epoch, self.config.training.epochs):
+            loader.sampler.set_epoch(epoch) if hasattr(loader, "sampler") else None
+            _set_epoch(loader, epoch)
+            skipped = start.batches if epoch == start.epoch else 0
+            batches = self.accelerator.skip_first_batches(loader, skipped) if skipped else loader
+            self.task.train()
+            for used, batch in enumerate(batches, start=skipped + 1):
+                self._micro_step(batch, step)
+                if self.accelerator.sync_gradients:
+                    step += 1
+                    bar.update(1)
+                    yield Position(step, epoch, used)
+                    self.task.train()
+        bar.close()
+
+    def _micro_step(self, batch: tuple[Tensor, ...], step: int) -> None:
+        *views, labels, indices = batch
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.task):
+            with accelerator.autocast():
+                outputs = self.task(views[0], labels, *views[1:])
+            loss = outputs["loss"]
+            if not bool(torch.isfinite(loss)):
+                raise TrainingFailed(self._failure(outputs, indices, step))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(self.task.parameters(), self.config.training.clip)
+                outputs["gradient_norm"] = torch.as_tensor(norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                outputs["learning_rate"] = torch.tensor(self.scheduler.get_last_lr()[0])
+                self.scheduler.step()
+        self._collect(outputs, step)
+
+    def _collect(self, outputs: dict[str, Tensor], step: int) -> None:
+        """Figures for the log, averaged over processes, only when a point is due."""
+        self.figures = {}
+        if self.accelerator.sync_gradients and (step + 1) % self.config.training.log_every == 0:
+            names = sorted(outputs)
+            values = torch.stack([outputs[name].detach().float().to(self.accelerator.device) for name in names])
+            mean = self.accelerator.reduce(values, reduction="mean")
+            self.figures = dict(zip(names, mean.tolist(), strict=True))
+
+    def _failure(self, outputs: dict[str, Tensor], indices: Tensor, step: int) -> str:
+        parts = {name: float(value) for name, value in outputs.items()}
+        pictures = ", ".join(self.part.identifier(int(i)) for i in indices)
+        return (
+            f"arm {self.name!r}: the loss is not finite at step {step + 1} ({parts}); nothing was updated with it. Pictures of the "
+            f"batch: {pictures}. Lower training.learning_rate or loss.weight, then go on with resume: true"
+        )
+
+
+def _set_epoch(loader: DataLoader[tuple[Tensor, ...]], epoch: int) -> None:
+    """Tell the sampler and the per-picture random states which epoch it is, through Accelerate's wrapper."""
+    setter = getattr(loader, "set_epoch", None)
+    if setter is not None:
+        setter(epoch)

@@ -1,0 +1,131 @@
+"""A run's folder, its log and its stages (DESIGN: "A run's folder")."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from torch import Tensor
+
+from singreg.analysis.results import ModelMeasurement
+from singreg.files import write_text
+from singreg.training.checkpoint import StageStore
+from singreg.training.config import FinetuneConfig, dump_config
+
+logger = get_logger(__name__)
+Stage = tuple[ModelMeasurement, dict[str, Tensor], dict[str, Any]]
+
+
+def make_accelerator(config: FinetuneConfig) -> Accelerator:
+    """The Accelerator of a run: global batches are split over processes, so one process and many see the same ones."""
+    if not torch.cuda.is_available():
+        # The launcher pins CPU runs to one thread a process; share the cores among the local processes instead.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    accelerator = Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        gradient_accumulation_steps=config.training.accumulation,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # SingLoss keeps its buffers equal on all ranks itself.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        step_scheduler_with_optimizer=False,
+    )
+    micro = config.training.batch_size // config.training.accumulation
+    if micro * config.training.accumulation != config.training.batch_size or micro % accelerator.num_processes:
+        raise ValueError(
+            f"training.batch_size = {config.training.batch_size} cannot be split evenly into {config.training.accumulation} "
+            f"accumulation step(s) over {accelerator.num_processes} process(es); choose a multiple of their product"
+        )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    set_seed(config.seed)
+    return accelerator
+
+
+class Run:
+    """One run: its folder (path `runs/NAME`), finished stages and their seconds. Only the main process writes."""
+
+    def __init__(self, config: FinetuneConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.folder = Path(config.runs).expanduser() / config.name
+        self.stages = StageStore(self.folder / "checkpoints" / "stages")
+        self.seconds: dict[str, float] = {}
+
+    def open(self) -> Run:
+        """Create the folder, or go on in it when `resume` is set and the configuration is the same.
+
+        Raises:
+            FileExistsError: the folder holds a run and `resume` is False. ValueError: it was another configuration.
+        """
+        resolved = self.folder / "config.yaml"
+        text = dump_config(dataclasses.replace(self.config, resume=False, dry_run=False))
+        if resolved.is_file():
+            if not self.config.resume:
+                raise FileExistsError(
+                    f"{self.folder} already holds a run; use --resume true to go on with it, or another --name for a new one"
+                )
+            if resolved.read_text(encoding="utf-8") != text:
+                raise ValueError(
+                    f"{resolved} differs from the configuration given, so this would not be the same run; resume with "
+                    f"--config {resolved} --resume true, or use another --name"
+                )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and not resolved.is_file():
+            write_text(resolved, text)
+        self.accelerator.wait_for_everyone()
+        return self
+
+    def stage(self, name: str, compute: Callable[[], Stage]) -> Stage:
+        """The stage's result: read back when it had finished, else computed, timed and stored."""
+        if self.stages.has(name):
+            logger.info("stage %s is done already, read from %s", name, self.stages.folder / name)
+            result = self.stages.load(name)
+            self.seconds[name] = float(result[2].get("seconds", 0.0))
+            return result
+        start = time.monotonic()
+        measurement, tensors, extra = compute()
+        self.seconds[name] = time.monotonic() - start
+        extra = {**extra, "seconds": self.seconds[name]}
+        if self.accelerator.is_main_process:
+            self.stages.save(name, measurement, tensors, extra)
+        self.accelerator.wait_for_everyone()
+        return measurement, tensors, extra
+
+    def resume_command(self) -> str:
+        """The command that goes on with this run (its folder's path in it)."""
+        return f"accelerate launch recipes/finetune.py --config {self.folder / 'config.yaml'} --resume true"
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Say, when the run is interrupted or fails, what is kept and how to go on; the error itself passes through."""
+        try:
+            yield
+        except BaseException:
+            if self.accelerator.is_main_process and (self.folder / "config.yaml").is_file():
+                print(f"\nstopped; all finished work is kept in {self.folder}\ngo on with: {self.resume_command()}", file=sys.stderr)
+            raise
+
+
+def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
+    """What the run ran on: processor, cores, memory in GiB, devices, versions (no shapes)."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(pages / 2**30, 1),
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
