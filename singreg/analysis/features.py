@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor
 
 from singreg.data.loading import make_loader
 from singreg.data.parts import ImagePart
 from singreg.models.classifier import Classifier
+from singreg.progress import progress
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ def iterate_features(
     was_training = classifier.training
     classifier.eval()
     try:
-        for images, labels, positions in tqdm(
-            loader, desc=f"{description} [{part.name}]", disable=not settings.progress, leave=False
-        ):
+        for images, labels, positions in progress(loader, f"{description} [{part.name}]", enabled=settings.progress):
             indices = torch.from_numpy(share)[positions]
             features, logits = classifier.features_and_logits(images.to(device, non_blocking=True))
             if not bool(torch.isfinite(features).all()):

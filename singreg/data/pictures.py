@@ -106,7 +106,7 @@ class PictureChecker:
             else:
                 missing.append(place)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
-            for place, (digest, reason) in zip(missing, pool.map(lambda i: _examine(items[i], read), missing)):
+            for place, (digest, reason) in zip(missing, pool.map(lambda i: _examine(items[i], read), missing), strict=True):
                 if reason is None:
                     digests[place] = np.frombuffer(digest, dtype=np.uint8)
                     self._known[stamped[place][0]] = [*stamped[place][1], digest.hex()]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 _SETS_FOLDER = Path(__file__).parent / "named_sets"
 
@@ -43,9 +44,11 @@ class _ImageNet:
 
 @lru_cache(maxsize=1)
 def _imagenet() -> _ImageNet:
-    from timm.data import ImageNetInfo  # here, since importing timm takes seconds and most folders need no ImageNet
+    from timm.data.imagenet_info import (
+        ImageNetInfo,
+    )  # here, since importing timm takes seconds and most folders need no ImageNet
 
-    info = ImageNetInfo()
+    info: Any = ImageNetInfo()
     wnids = tuple(info.label_names())
     names: dict[str, str] = {}
     aliases: dict[str, set[str]] = {}
@@ -127,12 +130,12 @@ def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str
         raise ValueError("classes is an empty list: name at least one class, or leave it out to take all")
     owners = _owners(keys)
     found = [_match(entry, owners) for entry in entries]
-    _refuse_missing([entry for entry, match in zip(entries, found) if not match], owners, classes, len(keys))
-    vague = [f"{entry!r} ({', '.join(sorted(match))})" for entry, match in zip(entries, found) if len(match) > 1]
+    _refuse_missing([entry for entry, match in zip(entries, found, strict=True) if not match], owners, classes, len(keys))
+    vague = [f"{entry!r} ({', '.join(sorted(match))})" for entry, match in zip(entries, found, strict=True) if len(match) > 1]
     if vague:
         raise ValueError(f"class names that fit several classes, use the name in brackets: {', '.join(vague)}")
     chosen = tuple(next(iter(match)) for match in found)
-    twice = sorted({entry for entry, key in zip(entries, chosen) if chosen.count(key) > 1})
+    twice = sorted({entry for entry, key in zip(entries, chosen, strict=True) if chosen.count(key) > 1})
     if twice:
         raise ValueError(f"classes listed twice (also by synonyms): {', '.join(twice)}")
     return _subset(chosen)
@@ -184,7 +187,7 @@ def _refuse_missing(missing: list[str], owners: dict[str, set[str]], classes: ob
 def _subset(keys: tuple[str, ...]) -> ClassSubset:
     imagenet = _imagenet()
     wnids = [wnid_of(key) for key in keys]
-    names = tuple(imagenet.names[wnid] if wnid == key else key.replace("_", " ") for wnid, key in zip(wnids, keys))
+    names = tuple(imagenet.names[wnid] if wnid == key else key.replace("_", " ") for wnid, key in zip(wnids, keys, strict=True))
     known = tuple(wnid for wnid in wnids if wnid is not None)
     if len(known) < len(keys) or len(set(known)) < len(known):
         return ClassSubset(keys, names, None, None)

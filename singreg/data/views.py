@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+
+if TYPE_CHECKING:
+    from singreg.data.parts import ImagePart
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -23,7 +26,9 @@ class TensorView(Dataset[tuple[Any, ...]]):
     whether the run was interrupted. The clean view is of the same picture, through the second transform.
     """
 
-    def __init__(self, part: Any, transform: Transform, clean_transform: Transform | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self, part: ImagePart, transform: Transform, clean_transform: Transform | None = None, *, seed: int = 0
+    ) -> None:
         self.part, self.transform, self.clean_transform = part, transform, clean_transform
         self.seed, self.epoch = seed, 0
 

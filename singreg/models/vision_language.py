@@ -40,7 +40,7 @@ class VisionLanguageModel(nn.Module):
         self.tag = tag
         self.preprocessing: dict[str, Any] = _plain(open_clip.get_model_preprocess_cfg(model))
         cfg = open_clip.transform.PreprocessCfg(**self.preprocessing)
-        self.transform: Callable[[Image.Image], Tensor] = open_clip.image_transform_v2(cfg, is_train=False)
+        self.transform: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(cfg, is_train=False)
         self.weights_hash = hash_of_state(model, variant)
         self.logit_scale = float(getattr(model, "logit_scale", torch.zeros(())).detach().exp())
         self.dim = int(self._texts(["an image"]).shape[-1])
@@ -119,7 +119,9 @@ class VisionLanguageModel(nn.Module):
         """
         wrong = [template for template in templates if "{class}" not in template]
         if isinstance(templates, str) or not len(templates) or wrong:
-            raise ValueError(f"every template must contain {{class}}, as in {DEFAULT_TEMPLATES[0]!r}; got {wrong or templates!r}")
+            raise ValueError(
+                f"every template must contain {{class}}, as in {DEFAULT_TEMPLATES[0]!r}; got {wrong or templates!r}"
+            )
         if isinstance(names, str) or not len(names) or not all(name.strip() for name in names):
             raise ValueError(f"expected a list of class names, none blank; got {names!r}")
         rows = self.embed_texts([template.replace("{class}", name) for name in names for template in templates])

@@ -141,7 +141,7 @@ class Experiment:
         loss, schedule = self.config.loss, Schedule.from_config(self.config, len(self.parts.train))
         forwards = schedule.total * self.config.training.accumulation
         sing = SingLoss(
-            classifier.head_view(),
+            classifier,
             fitted.translator,
             self.texts,
             weight=loss.weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,14 +11,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from singreg.data.loading import make_training_loader
+from singreg.data.loading import make_loader
 from singreg.data.parts import ImagePart
+from singreg.data.views import EpochSampler
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
+from singreg.progress import progress
 from singreg.training.checkpoint import Checkpoints, Position
 from singreg.training.config import FinetuneConfig
 from singreg.training.task import FinetuneTask, parameter_groups
@@ -104,23 +107,28 @@ def train_arm(
         )
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.learning_rate_factor)
-    loader = make_training_loader(
+    loader = make_loader(
         part,
         classifier.train_transform(config.data.augmentation),
+        training.batch_size // training.accumulation,
         # A second, clean view only where the first is not already what the vision-language model saw.
         clean_transform=classifier.transform if sing is not None and config.data.augmentation != "none" else None,
-        batch_size=training.batch_size // training.accumulation,
-        batches_per_epoch=schedule.steps_per_epoch * training.accumulation,
+        shuffle=True,
         seed=config.seed,
         workers=config.data.workers,
+        drop_last=True,
     )
+    sampler = loader.sampler
+    assert isinstance(sampler, EpochSampler)
     task, optimizer, loader = accelerator.prepare(task, optimizer, loader)
     accelerator.register_for_checkpointing(scheduler)
     checkpoints = Checkpoints(folder, keep=training.keep)
     start = (checkpoints.load_latest(accelerator) if resume else None) or Position(0, 0, 0)
-    arm = _Arm(name, task, optimizer, scheduler, accelerator, schedule, config, part)
+    arm = _Arm(name, task, optimizer, scheduler, accelerator, schedule, config, part, sampler)
     try:
-        for position in arm.steps(loader, start):
+        steps = arm.steps(loader, start)
+        shown = accelerator.is_local_main_process
+        for position in progress(steps, f"training {name}", total=schedule.total, done=start.step, enabled=shown):
             callbacks.log(position.step, arm.figures)
             unwrapped = accelerator.unwrap_model(task)
             if unwrapped.sing is not None and position.step in schedule.refresh_at:
@@ -150,29 +158,28 @@ class _Arm:
         schedule: Schedule,
         config: FinetuneConfig,
         part: ImagePart,
+        sampler: EpochSampler,
     ) -> None:
+        self.sampler = sampler
         self.name, self.task, self.optimizer, self.scheduler = name, task, optimizer, scheduler
         self.accelerator, self.schedule, self.config, self.part = accelerator, schedule, config, part
         self.figures: dict[str, float] = {}
 
     def steps(self, loader: DataLoader[tuple[Tensor, ...]], start: Position) -> Iterator[Position]:
         """Run from a position to the end, yielding after every optimiser step."""
-        step = start.step
-        bar = tqdm(total=self.schedule.total, initial=step, desc=f"training {self.name}", mininterval=1.0)
+        step, accumulation = start.step, self.config.training.accumulation
         for epoch in range(start.epoch, self.config.training.epochs):
-            loader.sampler.set_epoch(epoch) if hasattr(loader, "sampler") else None
-            _set_epoch(loader, epoch)
+            self.sampler.set_epoch(epoch)
             skipped = start.batches if epoch == start.epoch else 0
             batches = self.accelerator.skip_first_batches(loader, skipped) if skipped else loader
+            wanted = self.schedule.steps_per_epoch * accumulation - skipped
             self.task.train()
-            for used, batch in enumerate(batches, start=skipped + 1):
+            for used, batch in enumerate(itertools.islice(batches, wanted), start=skipped + 1):
                 self._micro_step(batch, step)
                 if self.accelerator.sync_gradients:
                     step += 1
-                    bar.update(1)
                     yield Position(step, epoch, used)
                     self.task.train()
-        bar.close()
 
     def _micro_step(self, batch: tuple[Tensor, ...], step: int) -> None:
         *views, labels, indices = batch
@@ -210,10 +217,3 @@ class _Arm:
             f"arm {self.name!r}: the loss is not finite at step {step + 1} ({parts}); nothing was updated with it. Pictures of the "
             f"batch: {pictures}. Lower training.learning_rate or loss.weight, then go on with resume: true"
         )
-
-
-def _set_epoch(loader: DataLoader[tuple[Tensor, ...]], epoch: int) -> None:
-    """Tell the sampler and the per-picture random states which epoch it is, through Accelerate's wrapper."""
-    setter = getattr(loader, "set_epoch", None)
-    if setter is not None:
-        setter(epoch)

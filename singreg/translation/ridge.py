@@ -112,13 +112,15 @@ class RidgeStatistics:
         """
         if not ridge >= 0:
             raise ValueError(f"ridge must be >= 0, got {ridge}")
+        if ridge < 1e-9:  # a singular scatter would pass a Cholesky by rounding alone; this gives the minimum norm instead
+            return self.path(standardize=standardize).solve(ridge)
         s_ff, s_fz, _ = self.centred()
         scale = self._scale(s_ff, standardize)
         scaled = s_ff / scale[:, None] / scale[None, :]
         penalty = ridge * torch.diagonal(scaled).mean()
         factor, failed = torch.linalg.cholesky_ex(scaled + penalty * torch.eye(len(scaled)).to(scaled))
         if bool(failed):
-            return self.path(standardize=standardize).solve(ridge)  # singular at a tiny ridge: minimum-norm solution
+            return self.path(standardize=standardize).solve(ridge)
         matrix = (torch.cholesky_solve(s_fz / scale[:, None], factor) / scale[:, None]).T
         return RidgeSolution(matrix, (self.z - matrix @ self.f) / self.count, ridge, int(self.count))
 

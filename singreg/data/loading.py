@@ -1,0 +1,138 @@
+"""load_parts: from a DataConfig to the four parts; make_loader: from a part to batches."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from singreg.data.config import DataConfig
+from singreg.data.parts import ConcatPart, ImagePart, Parts, ScenePart
+from singreg.data.pictures import PictureChecker
+from singreg.data.selection import (
+    Candidates,
+    Chosen,
+    choose_test,
+    choose_train_audit,
+    choose_unlabelled,
+    remove_copies,
+    report_bad,
+)
+from singreg.data.sources import FolderSource, open_source
+from singreg.data.subsets import ClassSubset, resolve_classes
+from singreg.data.views import EpochSampler, Transform
+
+logger = logging.getLogger(__name__)
+
+
+def load_parts(config: DataConfig) -> Parts:
+    """The train, bank, audit and test parts a configuration describes; the same for the same seed and files.
+
+    Shapes: none; every part holds its own number of pictures N with labels (N,).
+
+    Raises:
+        ValueError: classes that do not exist or have too few pictures (all named at once), unreadable pictures (all
+            named), one picture in two parts.
+        FileNotFoundError: a folder or split that is not there.
+
+    Example:
+        >>> parts = load_parts(DataConfig(scenes_train=12, scenes_audit=6, scenes_test=5))
+        >>> [len(part) for part in (parts.train, parts.bank, parts.audit, parts.test)]
+        [12, 12, 6, 5]
+    """
+    parts = _scenes(config) if config.source == "scenes" else _stored(config)
+    sizes = ", ".join(f"{part.name} {len(part)}" for part in (parts.train, parts.bank, parts.audit, parts.test))
+    logger.info("data %s: %d classes; pictures: %s", config.source, len(parts.class_names), sizes)
+    return parts
+
+
+def make_loader(
+    part: ImagePart, transform: Transform, batch_size: int, *, clean_transform: Transform | None = None,
+    shuffle: bool = False, seed: int = 0, workers: int = 0, drop_last: bool = False,
+) -> DataLoader[Any]:  # fmt: skip
+    """Batches (images (B, 3, H, W), labels (B,), indices (B,)); with `clean_transform` the clean view comes second.
+
+    Order and augmentation of an epoch depend on (seed, epoch, index) alone: call `loader.sampler.set_epoch(epoch)`, or
+    leave it to accelerate, which calls it on the loaders it has prepared.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    view = part.tensors(transform, clean_transform, seed=seed)
+    sampler = EpochSampler(view, shuffle=shuffle, seed=seed)
+    generator = torch.Generator().manual_seed(seed)  # without its own, every pass would draw from the training's dropout
+    return DataLoader(
+        view, batch_size=batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, generator=generator
+    )
+
+
+def _scenes(config: DataConfig) -> Parts:
+    from singreg.data.scenes import sample_scenes
+
+    if config.classes is not None or config.unlabeled is not None:
+        raise ValueError("data: source: scenes has its own classes and pictures; leave out classes and unlabeled")
+
+    def part(name: str, stream: int, count: int, bias: float) -> ImagePart:
+        seed = int(np.random.SeedSequence([config.seed, stream]).generate_state(1)[0])
+        return ScenePart(name, sample_scenes(count, seed=seed, background_bias=bias), pixels=config.scene_pixels)
+
+    bias = config.scene_background_bias
+    train = part("train", 0, config.scenes_train, bias)
+    audit = part("audit", 1, config.scenes_audit, bias)
+    test = part("test", 2, config.scenes_test, config.scene_test_background_bias)
+    extra = [part("bank", 3, config.scenes_bank, bias)] if config.scenes_bank else []
+    return Parts(train, ConcatPart("bank", [train, *extra]), audit, test, train.class_names, None)
+
+
+def _stored(config: DataConfig) -> Parts:
+    checker = PictureChecker(config.source, config.cache_dir)
+    source = open_source(config.source)
+    subset = resolve_classes(config.classes, source.keys(config.train_split))
+    try:
+        test_keys = resolve_classes(subset.keys, source.keys(config.test_split)).keys
+    except ValueError as error:
+        raise ValueError(f"split {config.test_split!r} of {config.source}: {error}") from error
+    train = Candidates(source.read(config.train_split, subset.keys), checker)
+    test = Candidates(source.read(config.test_split, test_keys), checker)
+    extra = Candidates(FolderSource.read_unlabelled(config.unlabeled), checker) if config.unlabeled else None
+    rows, test_rows, extra_rows = _choose(config, subset, train, test, extra)
+    checker.save()
+    bank = [train.part("train", rows["train"], subset.names)]
+    audit = [train.part("audit", rows["audit"], subset.names)]
+    if extra is not None:
+        bank.append(extra.part("bank", extra_rows["bank"], subset.names))
+        audit.append(extra.part("audit", extra_rows["audit"], subset.names))
+    groups = [("test", [test.part("test", test_rows["test"], subset.names)]), ("audit", audit), ("bank", bank)]
+    (test_part,), audit, bank = remove_copies(groups, config.duplicates)
+    _refuse_empty_classes(bank[0])
+    return Parts(bank[0], ConcatPart("bank", bank), ConcatPart("audit", audit), test_part, subset.names, subset.indices)
+
+
+def _choose(
+    config: DataConfig, subset: ClassSubset, train: Candidates, test: Candidates, extra: Candidates | None
+) -> tuple[Chosen, Chosen, Chosen]:
+    """Draw the rows of every part; look at those drawn, and draw again without the bad ones until all are readable."""
+    found = [train, test] if extra is None else [train, test, extra]
+    while True:
+        chosen, short = choose_train_audit(train, subset.keys, config)
+        test_chosen, test_short = choose_test(test, subset.keys, config)
+        extra_chosen, extra_short = ({}, []) if extra is None else choose_unlabelled(extra, config)
+        if short or test_short or extra_short:
+            raise ValueError("\n".join([*short, *test_short, *extra_short]))
+        drawn = (chosen, test_chosen, extra_chosen)
+        bad = sum(
+            one.look(np.concatenate(list(rows.values()))) for one, rows in zip(found, drawn, strict=False)
+        )  # no third without unlabelled ones
+        if not bad or config.unreadable == "stop":
+            break
+    report_bad(found, config.unreadable)
+    return drawn
+
+
+def _refuse_empty_classes(train: ImagePart) -> None:
+    counts = np.bincount(train.labels, minlength=len(train.class_names))
+    empty = [name for name, count in zip(train.class_names, counts, strict=True) if not count]
+    if empty:
+        raise ValueError(f"no training picture is left once copies of other parts' pictures are dropped: {', '.join(empty)}")

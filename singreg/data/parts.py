@@ -1,0 +1,223 @@
+"""The parts of a data set (train, bank, audit, test): numbered pictures with labels and a fingerprint of their content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from singreg.data.pictures import PictureChecker, UnreadableImageError, open_rgb, picture_bytes
+from singreg.data.views import TensorView, Transform
+
+if TYPE_CHECKING:
+    from singreg.data.scenes import SceneTable
+
+UNLABELLED = -1
+
+
+class ImagePart(Dataset[tuple[Image.Image, int, int]]):
+    """N numbered pictures: the base of every source, itself without pictures.
+
+    Attributes: `name` ("train", "bank", "audit", "test"), `class_names`, `labels` (N,) int64 with -1 for unlabelled,
+    `digests` (N, 32) uint8, the SHA-256 of every picture. A new source needs `image` and `identifier` only.
+    """
+
+    def __init__(self, name: str, class_names: Sequence[str], labels: np.ndarray, digests: np.ndarray) -> None:
+        labels = np.asarray(labels, dtype=np.int64)
+        if labels.ndim != 1 or digests.shape != (len(labels), 32):
+            raise ValueError(f"part {name!r}: labels {labels.shape} must be (N,) and digests {digests.shape} (N, 32)")
+        if len(labels) and not UNLABELLED <= labels.min() <= labels.max() < len(class_names):
+            raise ValueError(f"part {name!r}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes")
+        self.name, self.class_names = name, tuple(class_names)
+        self.labels, self.digests = labels, np.asarray(digests, dtype=np.uint8)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content and label of every picture in order: equal wherever the files lie (no shapes)."""
+        digest = hashlib.sha256(f"{len(self)} {self.class_names}".encode())
+        digest.update(np.ascontiguousarray(self.digests).tobytes())
+        digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int, int]:
+        return self.image(index), int(self.labels[index]), index
+
+    def image(self, index: int) -> Image.Image:
+        """Picture `index` as RGB, any size.
+
+        Raises:
+            UnreadableImageError: it cannot be decoded; the text names it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define image(index)")
+
+    def identifier(self, index: int) -> str:
+        """The name of picture `index` for messages and tables: a path, or "scene-SEED-INDEX" (no shapes)."""
+        raise NotImplementedError(f"{type(self).__name__} must define identifier(index)")
+
+    def subset(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> ImagePart:
+        """The pictures at `indices` (M,), in that order, as a part of their own."""
+        return SubsetPart(self, indices, name)
+
+    def tensors(self, transform: Transform, clean_transform: Transform | None = None, *, seed: int = 0) -> TensorView:
+        """Items (tensor, label, index), or (tensor, clean tensor, label, index) with a second transform; (3, H, W) each."""
+        return TensorView(self, transform, clean_transform, seed=seed)
+
+
+class SubsetPart(ImagePart):
+    """Some pictures of another part: `indices` (M,) into it."""
+
+    def __init__(self, parent: ImagePart, indices: Sequence[int] | np.ndarray, name: str | None = None) -> None:
+        chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(parent):
+            raise ValueError(
+                f"indices {chosen.min()}..{chosen.max()} are outside part {parent.name!r} of {len(parent)} pictures"
+            )
+        super().__init__(name or parent.name, parent.class_names, parent.labels[chosen], parent.digests[chosen])
+        self.parent, self.indices = parent, chosen
+
+    def image(self, index: int) -> Image.Image:
+        return self.parent.image(int(self.indices[index]))
+
+    def identifier(self, index: int) -> str:
+        return self.parent.identifier(int(self.indices[index]))
+
+
+class ConcatPart(ImagePart):
+    """Several parts of the same classes, one after the other."""
+
+    def __init__(self, name: str, parts: Sequence[ImagePart]) -> None:
+        labels = np.concatenate([part.labels for part in parts])
+        super().__init__(name, parts[0].class_names, labels, np.concatenate([part.digests for part in parts]))
+        self.parts = tuple(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def image(self, index: int) -> Image.Image:
+        part, row = self._locate(index)
+        return part.image(row)
+
+    def identifier(self, index: int) -> str:
+        part, row = self._locate(index)
+        return part.identifier(row)
+
+    def _locate(self, index: int) -> tuple[ImagePart, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside part {self.name!r} of {len(self)} pictures")
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[place], int(index - self._ends[place] + len(self.parts[place]))
+
+
+class TablePart(ImagePart):
+    """Pictures in a `datasets` table, read and decoded one at a time, only when asked for.
+
+    `table` has its picture column undecoded: `table.cast_column(column, datasets.Image(decode=False))`.
+    """
+
+    def __init__(
+        self, name: str, table: datasets.Dataset, class_names: Sequence[str], labels: Sequence[int] | np.ndarray,
+        digests: np.ndarray, *, column: str = "image",
+    ) -> None:  # fmt: skip
+        super().__init__(name, class_names, np.asarray(labels), digests)
+        if len(table) != len(self.labels):
+            raise ValueError(f"part {name!r}: {len(table)} pictures and {len(self.labels)} labels must agree")
+        self.table, self.column = table, column
+
+    def image(self, index: int) -> Image.Image:
+        name = self.identifier(index)
+        try:
+            content = picture_bytes(self.table[int(index)][self.column])
+        except OSError as error:
+            raise UnreadableImageError(f"cannot read the picture {name}: {error}") from error
+        return open_rgb(content, name)
+
+
+class FolderPart(TablePart):
+    """Picture files by path; identifiers are the paths.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> file = Path(tempfile.mkdtemp()) / "a.png"
+        >>> Image.new("RGB", (9, 7), "red").save(file)
+        >>> part = FolderPart("train", [str(file)], ["red"], [0])
+        >>> len(part), part.image(0).size, part.labels.tolist()
+        (1, (9, 7), [0])
+    """
+
+    def __init__(
+        self, name: str, paths: Sequence[str], class_names: Sequence[str], labels: Sequence[int] | np.ndarray,
+        digests: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        if digests is None:
+            checked = PictureChecker().check_files(paths)
+            if checked.bad:
+                raise UnreadableImageError(f"unreadable pictures: {[(paths[i], why) for i, why in checked.bad.items()]}")
+            digests = checked.digests
+        features = datasets.Features({"image": datasets.Value("string")})
+        table = datasets.Dataset.from_dict({"image": list(paths)}, features=features)
+        super().__init__(name, table.cast_column("image", datasets.Image(decode=False)), class_names, labels, digests)
+        self.paths = tuple(paths)
+
+    def identifier(self, index: int) -> str:
+        return self.paths[int(index)]
+
+
+class HubPart(TablePart):
+    """Rows of a data set from the Hugging Face hub (or of Parquet files); identifiers are "SOURCE/SPLIT#ROW"."""
+
+    def __init__(
+        self, name: str, table: datasets.Dataset, class_names: Sequence[str], labels: Sequence[int] | np.ndarray,
+        digests: np.ndarray, *, column: str, where: str, rows: np.ndarray,
+    ) -> None:  # fmt: skip
+        super().__init__(name, table.select(rows), class_names, labels, digests, column=column)
+        self.where, self.rows = where, rows
+
+    def identifier(self, index: int) -> str:
+        return f"{self.where}#{self.rows[int(index)]}"
+
+
+class ScenePart(ImagePart):
+    """Built-in rendered scenes; the label is the shape. `table` holds the hidden attributes of every scene."""
+
+    def __init__(self, name: str, table: SceneTable, *, pixels: int = 64) -> None:
+        from singreg.data.scenes import SHAPES, shape_labels
+
+        rows = [hashlib.sha256(f"{table.fingerprint} {pixels} {i}".encode()).digest() for i in range(len(table))]
+        digests = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 32)
+        super().__init__(name, SHAPES, shape_labels(table), digests)
+        self.table, self.pixels = table, pixels
+
+    def image(self, index: int) -> Image.Image:
+        from singreg.data.scenes import render_scene
+
+        return Image.fromarray(render_scene(self.table, int(index), pixels=self.pixels))
+
+    def identifier(self, index: int) -> str:
+        return f"scene-{self.table.seed}-{index}"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The four parts of a run: train, audit and test share no picture; bank is train (first) and the unlabelled ones.
+
+    `class_indices` are the classes' places in ImageNet-1k, or None; `bank[: len(train)]` is `train` in the same order.
+    """
+
+    train: ImagePart
+    bank: ImagePart
+    audit: ImagePart
+    test: ImagePart
+    class_names: tuple[str, ...]
+    class_indices: tuple[int, ...] | None
+
+    def __iter__(self) -> Any:
+        return iter((self.train, self.bank, self.audit, self.test))

@@ -1,0 +1,102 @@
+"""Finding a classifier's last linear layer: a Linear, a 1x1 convolution, batch norm + linear, or the last layer of an MLP head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for a Linear or a 1x1 convolution without groups: weight (C, m) or (C, m, 1, 1)."""
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.groups == 1 and module.stride == (1, 1)
+    return isinstance(module, nn.Linear)
+
+
+def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, nn.Module]:
+    """The module whose input is the feature f, and its name inside the model: what `name` points to, or the layer within it.
+
+    A container of batch norm (+ dropout) + linear is returned whole, to be folded; of any other container the last linear
+    layer is returned. Weight shapes (C, m) or (C, m, 1, 1).
+
+    Raises:
+        ValueError: no head, several heads, or no linear layer under that name.
+
+    Example:
+        >>> find_head(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "1")
+        ('1', Linear(in_features=4, out_features=2, bias=True))
+    """
+    kind = type(model).__name__
+    if not name:
+        raise ValueError(
+            f"{kind} names no classifier in its pretrained_cfg, so its head cannot be found; use Classifier.from_module(model, "
+            'head="NAME") with the name of its last linear layer'
+        )
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{kind} has {len(name)} heads ({', '.join(name)}) whose logits are averaged: there is no one head whose null space "
+            f'could be taken. Use a model without distillation, or Classifier.from_module(model, head="{name[0]}")'
+        )
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        known = [n for n, m in model.named_modules() if is_linear(m)][-3:]
+        raise ValueError(f"{kind} has no module {name!r}; its last linear layers are {known}") from error
+    if is_linear(module) or batch_norm_and_linear(module) is not None:
+        return name, module
+    inner = [(n, m) for n, m in module.named_modules() if is_linear(m)]
+    if not inner:
+        raise ValueError(
+            f"the head {name!r} of {kind} is {type(module).__name__} and holds no linear layer (the model was made with "
+            "num_classes=0?); pass num_classes, or head_mode='new'"
+        )
+    return f"{name}.{inner[-1][0]}", inner[-1][1]
+
+
+def batch_norm_and_linear(module: nn.Module) -> tuple[nn.BatchNorm1d, nn.Linear] | None:
+    """The two layers of a head that is a batch norm, perhaps a dropout, and a linear layer; None for anything else."""
+    layers = [child for child in module.children() if not isinstance(child, (nn.Dropout, nn.Identity))]
+    if len(layers) == 2 and isinstance(layers[0], nn.BatchNorm1d) and isinstance(layers[1], nn.Linear):
+        return layers[0], layers[1]
+    return None
+
+
+def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(W (C, m), b (C,) or None) of the affine map the head is in eval mode; differentiable, batch norm folded in."""
+    pair = batch_norm_and_linear(head)
+    if pair is None:
+        weight, bias = head.weight, head.bias
+        assert isinstance(weight, Tensor)
+        return weight.flatten(1), bias if isinstance(bias, Tensor) else None
+    norm, linear = pair
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("the head's batch norm keeps no running statistics, so it cannot be folded into the linear layer")
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale + (norm.bias if norm.bias is not None else 0.0)
+    bias = linear.weight @ shift + (linear.bias if linear.bias is not None else 0.0)
+    return linear.weight * scale, bias
+
+
+def as_features(captured: Tensor, name: str) -> Tensor:
+    """The head's input as (B, m): a 1x1 convolution's (B, m, 1, 1) is flattened.
+
+    Raises:
+        ValueError: the head is applied at several places of a map or to several tokens, so there is no one feature.
+    """
+    if captured.ndim > 2 and captured.shape[2:].numel() == 1:
+        captured = captured.flatten(1)
+    if captured.ndim != 2:
+        raise ValueError(f"the head {name!r} gets an input of shape {tuple(captured.shape)}; expected (B, m) or (B, m, 1, 1)")
+    return captured
+
+
+def apply_head(head: nn.Module, features: Tensor) -> Tensor:
+    """Logits (B, C) from features (B, m) through the head module itself, in its own dtype."""
+    if isinstance(head, nn.Conv2d):
+        return torch.flatten(head(features[:, :, None, None]), 1)
+    logits: Tensor = head(features)
+    return logits

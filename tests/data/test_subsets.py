@@ -1,0 +1,94 @@
+"""Named sets against ImageNet's own tables; names, synonyms and lists; errors that name everything at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from timm.data import ImageNetInfo
+
+from singreg.data.subsets import expand_classes, named_sets, read_class_list, resolve_classes
+
+SYNSETS = ImageNetInfo().label_names()
+
+
+@pytest.mark.parametrize(("name", "count"), [("imagenet16", 16), ("imagenet100", 100), ("imagenette", 10), ("imagewoof", 10)])
+def test_named_sets_are_complete_and_known(name: str, count: int) -> None:
+    subset = resolve_classes(name)
+    assert len(subset) == count == len(set(subset.wnids or ()))
+    assert [SYNSETS[index] for index in subset.indices or ()] == list(subset.keys)
+    assert len(set(subset.names)) == count
+    assert name in named_sets()
+
+
+def test_known_members_of_the_sets() -> None:
+    assert resolve_classes("imagenette").names[:3] == ("tench", "English springer", "cassette player")
+    assert resolve_classes("imagewoof").names[-1] == "dingo"
+    assert resolve_classes("imagenet100").wnids[0] == "n02869837"  # type: ignore[index]
+    assert "sports car" in resolve_classes("imagenet16").names
+
+
+def test_every_imagenet_class_has_its_own_name_that_leads_back_to_it() -> None:
+    subset = resolve_classes(None)
+    assert len(set(subset.names)) == 1000
+    assert resolve_classes(list(subset.names)).indices == tuple(range(1000))
+
+
+@pytest.mark.parametrize("entry", ["goldfish", "Goldfish", "n01443537", "Carassius_auratus", "goldfish, Carassius auratus"])
+def test_any_way_to_name_a_class(entry: str) -> None:
+    assert resolve_classes([entry]).indices == (1,)
+    assert resolve_classes([entry], ["n01443537", "n02123394"]).keys == ("n01443537",)
+    assert resolve_classes([entry], ["gold-fish", "Goldfish"]).keys == ("Goldfish",)
+
+
+def test_the_order_of_the_list_is_the_label_order() -> None:
+    subset = resolve_classes(["Persian cat", "goldfish"], ["n01443537", "n02123394"])
+    assert subset.keys == ("n02123394", "n01443537")
+    assert subset.indices == (283, 1)
+    assert resolve_classes(None, ["b", "a"]).keys == ("a", "b")
+
+
+def test_folders_that_are_not_imagenets() -> None:
+    subset = resolve_classes("imagenette", [*read_class_list(set_file("imagenette")), "my_things"])
+    assert len(subset) == 10
+    mixed = resolve_classes(["goldfish", "my things"], ["n01443537", "my_things"])
+    assert mixed.keys == ("n01443537", "my_things")
+    assert mixed.names == ("goldfish", "my things")
+    assert mixed.indices is None
+    assert mixed.wnids is None
+
+
+def set_file(name: str) -> Path:
+    import singreg.data.subsets as module
+
+    return Path(module.__file__).parent / "named_sets" / f"{name}.txt"
+
+
+def test_a_list_file_with_comments(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("# mine\ngoldfish\n\nn02123394  # Persian cat\n")
+    assert resolve_classes(str(path)).indices == (1, 283)
+    assert expand_classes(str(path)) == ("goldfish", "n02123394")
+    path.write_text("# nothing\n")
+    with pytest.raises(ValueError, match=r"classes\.txt lists no class"):
+        resolve_classes(str(path))
+
+
+def test_missing_classes_are_named_together_with_their_neighbours() -> None:
+    with pytest.raises(ValueError, match=r"2 of the classes") as caught:
+        resolve_classes(["goldfsh", "lion", "sportz car"])
+    assert "'goldfsh' (near: goldfish" in str(caught.value)
+    assert "'sportz car' (near: sport car, sports car" in str(caught.value)
+    assert "'lion'" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"'imagenet_16' is no named set \(imagenet100, imagenet16"):
+        resolve_classes("imagenet_16")
+
+
+def test_names_of_two_classes_and_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'crane' \(n02012849, n03126707\)"):
+        resolve_classes(["crane"])
+    assert resolve_classes(["crane"], ["n03126707", "n02123394"]).names == ("construction crane",)
+    with pytest.raises(ValueError, match=r"listed twice.*Carassius auratus, goldfish"):
+        resolve_classes(["goldfish", "lion", "Carassius auratus"])
+    with pytest.raises(ValueError, match="empty list"):
+        resolve_classes([])

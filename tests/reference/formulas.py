@@ -1,0 +1,85 @@
+"""The slow, obvious formulas of METHOD.md in float64: the oracles that the fast code is held against."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def null_projector(weight: Tensor, rtol: float | None = None) -> Tensor:
+    """Π_n as an (m, m) matrix from the full SVD (paper eq. 2)."""
+    w = weight.detach().double()
+    _, sigma, vh = torch.linalg.svd(w, full_matrices=True)
+    tolerance = rtol if rtol is not None else max(w.shape) * torch.finfo(torch.float64).eps
+    rank = int((sigma > tolerance * sigma[0]).sum())
+    null = vh[rank:]
+    return null.T @ null
+
+
+def angle_degrees(x: Tensor, y: Tensor) -> Tensor:
+    """arccos of the cosine, in degrees: fine away from 0 and 180."""
+    return torch.rad2deg(torch.arccos(torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1).clamp(-1, 1)))
+
+
+def ridge(f: np.ndarray, z: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """(A, a) by the normal equations on centred data, with λ = ridge · tr(S)/m."""
+    fc, zc = f - f.mean(0), z - z.mean(0)
+    scatter = fc.T @ fc
+    penalty = ridge * np.trace(scatter) / f.shape[1]
+    matrix = np.linalg.solve(scatter + penalty * np.eye(f.shape[1]), fc.T @ zc).T
+    return matrix, z.mean(0) - matrix @ f.mean(0)
+
+
+def projection(weight: Tensor, features: Tensor) -> Tensor:
+    """Π_p f through the pseudo-inverse; differentiable in both."""
+    return features @ (torch.linalg.pinv(weight) @ weight)
+
+
+def sing_terms(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    texts: Tensor,
+    mean: Tensor,
+    class_means: Tensor,
+    reference: Tensor,
+    confusable: int,
+) -> dict[str, Tensor]:
+    """Every SingLoss term image by image in plain loops, from METHOD section 6."""
+    project = torch.linalg.pinv(weight) @ weight
+    text = texts / texts.norm(dim=1, keepdim=True)
+    rows = []
+    for f, y in zip(features, labels.tolist(), strict=True):
+        centred = f - mean
+        null = centred - centred @ project
+        z, shift, total = matrix @ f + offset, matrix @ null, matrix @ centred
+        near = sorted((j for j in range(len(text)) if j != y), key=lambda j: -float(text[y] @ text[j]))[:confusable]
+        basis = torch.linalg.qr(torch.stack([text[y] - text[j] for j in near], dim=1).detach()).Q
+        unit = z / z.norm()
+
+        def energy(v: Tensor, unit: Tensor = unit, basis: Tensor = basis) -> Tensor:
+            return (basis.T @ (v - unit * (v @ unit))).square().sum()
+
+        z_eq = z - shift
+        cosine = torch.nn.functional.cosine_similarity
+        to_text, eq_to_text, image = (
+            torch.rad2deg(torch.arccos(cosine(a, b, dim=0))) for a, b in ((z, text[y]), (z_eq, text[y]), (z, z_eq))
+        )
+        anchor = class_means[y] - mean
+        rows.append(
+            (
+                energy(shift), energy(total).detach(), torch.relu(eq_to_text - to_text) / reference[y],
+                torch.relu(0.9 - image / reference[y]) ** 2 + torch.relu(image / reference[y] - 1.5) ** 2,
+                null @ (anchor - anchor @ project).detach(), null @ null,
+            )
+        )  # fmt: skip
+    columns = [torch.stack(column).mean() for column in zip(*rows, strict=True)]
+    return {
+        "leak": columns[0] / columns[1],
+        "hinge": columns[2],
+        "band": columns[3],
+        "class_share": columns[4] / columns[5],
+    }

@@ -1,0 +1,113 @@
+"""Streamed ridge against scikit-learn and the normal equations; merging, λ by validation, invariances."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from singreg.translation.ridge import RidgeStatistics
+from tests.reference import formulas
+
+
+def data(count: int = 300, width: int = 12, dim: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    f = torch.randn(count, width, generator=generator, dtype=torch.float64) @ torch.diag(torch.logspace(-2, 1, width).double())
+    z = (f + 3) @ torch.randn(width, dim, generator=generator, dtype=torch.float64)
+    return f + 3, z + torch.randn(count, dim, generator=generator, dtype=torch.float64)
+
+
+def statistics(f: torch.Tensor, z: torch.Tensor) -> RidgeStatistics:
+    return RidgeStatistics(f.shape[1], z.shape[1]).update(f, z)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 1.0, 30.0])
+def test_solution_is_scikit_learns(ridge: float) -> None:
+    f, z = data()
+    solution = statistics(f, z).solve(ridge)
+    penalty = ridge * float(((f - f.mean(0)) ** 2).sum()) / f.shape[1]
+    oracle = Ridge(alpha=max(penalty, 1e-12)).fit(f.numpy(), z.numpy())
+    np.testing.assert_allclose(solution.matrix.numpy(), oracle.coef_, atol=1e-8)
+    np.testing.assert_allclose(solution.offset.numpy(), oracle.intercept_, atol=1e-7)
+    slow = formulas.ridge(f.numpy(), z.numpy(), ridge)
+    np.testing.assert_allclose(solution.matrix.numpy(), slow[0], atol=1e-8)
+    path = statistics(f, z).path().solve(ridge)
+    torch.testing.assert_close(path.matrix, solution.matrix, atol=1e-8, rtol=1e-6)
+
+
+def test_batches_order_and_merge_do_not_matter() -> None:
+    f, z = data()
+    whole = statistics(f, z)
+    parts = statistics(f[200:], z[200:]).merge(statistics(f[:1], z[:1])).merge(statistics(f[1:200], z[1:200]))
+    torch.testing.assert_close(parts.solve(0.1).matrix, whole.solve(0.1).matrix)
+    assert int(parts.count) == 300
+
+
+def test_float32_batches_are_summed_in_float64() -> None:
+    """Trap 9: float32 Gram sums are 2e-4 off."""
+    f, z = (x.float() for x in data(4000))
+    exact = statistics(f.double(), z.double()).solve(1e-4).matrix
+    assert (statistics(f, z).solve(1e-4).matrix - exact).abs().max() < 1e-10
+    gram = (f.T @ f).double()  # the control
+    assert (gram - f.double().T @ f.double()).abs().max() > 1e-6
+
+
+def test_residual_from_sums_is_the_residual_of_the_images() -> None:
+    f, z = data()
+    held_f, held_z = data(seed=1)
+    solution = statistics(f, z).solve(0.5)
+    error = held_z - held_f @ solution.matrix.T - solution.offset
+    expected = float((error**2).sum() / ((held_z - held_z.mean(0)) ** 2).sum())
+    assert statistics(held_f, held_z).residual(solution) == pytest.approx(expected, rel=1e-9)
+
+
+def test_validation_picks_the_ridge_with_the_best_held_out_r2() -> None:
+    f, z = data(40, 30)
+    held_f, held_z = data(200, 30, seed=1)
+    best, scores = statistics(f, z).validate(statistics(held_f, held_z))
+    assert best.ridge == max(scores, key=scores.__getitem__)
+    assert scores[best.ridge] > scores[min(scores)]  # little data: no penalty is worse than some
+    for ridge, score in scores.items():
+        assert 1 - statistics(held_f, held_z).residual(statistics(f, z).solve(ridge)) == pytest.approx(score, abs=1e-7)
+
+
+def test_standardised_fit_ignores_feature_scale_and_the_plain_one_does_not() -> None:
+    f, z = data()
+    scale = torch.logspace(-2, 2, f.shape[1], dtype=torch.float64)
+    for standardize, moved in ((True, False), (False, True)):
+        first = statistics(f, z).solve(1.0, standardize=standardize)
+        second = statistics(f * scale, z).solve(1.0, standardize=standardize)
+        change = ((f * scale) @ second.matrix.T + second.offset - f @ first.matrix.T - first.offset).abs().max()
+        assert (change > 1e-2) == moved
+        assert moved or change < 1e-8
+
+
+def test_constant_features_and_fewer_images_than_features_give_finite_solutions() -> None:
+    f, z = data(8)
+    f[:, 3] = 2.0
+    for ridge in (0.0, 1e-3):
+        for standardize in (False, True):
+            solution = statistics(f, z).solve(ridge, standardize=standardize)
+            assert torch.isfinite(solution.matrix).all()
+            assert solution.matrix[:, 3].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("features", "targets", "words"),
+    [
+        (torch.ones(3, 4), torch.ones(3, 5), r"\(B, 2\).*\(3, 5\)"),
+        (torch.ones(3, 4), torch.ones(2, 2), r"\(2, 2\)"),
+        (torch.full((3, 4), float("nan")), torch.ones(3, 2), "NaN"),
+    ],
+)
+def test_bad_batches_are_refused(features: torch.Tensor, targets: torch.Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RidgeStatistics(4, 2).update(features, targets)
+
+
+def test_too_few_images_or_a_negative_ridge_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        RidgeStatistics(4, 2).update(torch.ones(1, 4), torch.ones(1, 2)).solve(1.0)
+    with pytest.raises(ValueError, match=">= 0"):
+        statistics(*data()).solve(-1.0)
