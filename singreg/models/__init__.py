@@ -1,0 +1,1 @@
+"""Thin adapters over timm classifiers and open_clip vision-language models."""

@@ -1,0 +1,1 @@
+"""Tables, plots, TensorBoard and the files of a run: takes results, computes nothing."""
