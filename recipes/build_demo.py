@@ -161,7 +161,8 @@ def build_classifier(out: Path, seed: int, scenes: int, epochs: int, bias: float
         model, lambda index: nn.functional.cross_entropy(model(normalized(images[index])), labels[index]), scenes,
         epochs=epochs, batch=64, rate=3e-3, name="classifier",
     )  # fmt: skip
-    timm.models.save_for_hf(model.eval().to(memory_format=torch.contiguous_format), out, model_config={"label_names": list(SHAPES)}, safe_serialization=True)
+    model = model.eval().to(memory_format=torch.contiguous_format)
+    timm.models.save_for_hf(model, out, model_config={"label_names": list(SHAPES)}, safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     result = {}
     for name, share in {"top1_unbiased": 0.0, "top1_biased": bias}.items():
@@ -203,9 +204,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "singreg" / "assets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vlm-scenes", type=int, default=32000)
-    parser.add_argument("--vlm-epochs", type=int, default=12)
-    parser.add_argument("--classifier-scenes", type=int, default=6000)
-    parser.add_argument("--classifier-epochs", type=int, default=8)
+    parser.add_argument("--vlm-epochs", type=int, default=8)
+    parser.add_argument("--classifier-scenes", type=int, default=5000)
+    parser.add_argument("--classifier-epochs", type=int, default=6)
     parser.add_argument("--background-bias", type=float, default=0.6)
     arguments = parser.parse_args()
     start = time.monotonic()

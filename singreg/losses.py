@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,8 @@ def contrast_directions(texts: Tensor, confusable: int = 16) -> Tensor:
     similarity = (exact @ exact.T).fill_diagonal_(-math.inf)
     nearest = similarity.topk(min(confusable, classes - 1, width), dim=1).indices
     contrasts = exact[:, None, :] - exact[nearest]
-    return torch.linalg.svd(contrasts.mT, full_matrices=False).U.to(texts.dtype)
+    directions: Tensor = torch.linalg.svd(contrasts.mT, full_matrices=False).U
+    return directions.to(texts.dtype)
 
 
 class SingLoss(nn.Module):
@@ -185,7 +187,7 @@ class SingLoss(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The head's current weight as (C, m); a 1x1 convolution is flattened."""
-        weight: Tensor = self._head[0].weight
+        weight: Tensor = cast(Any, self._head)[0].weight
         return weight.flatten(1)
 
     def set_translator(self, translator: LinearTranslator) -> None:

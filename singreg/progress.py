@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from accelerate.utils import tqdm
@@ -32,7 +32,7 @@ def progress(
 
 def _lines(items: Iterable[Item], description: str, total: int | None, done: int) -> Iterator[Item]:
     """A line at most every quarter of a minute: a log file or CI has no use for a bar."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     start = shown = time.monotonic()
     for count, item in enumerate(items, start=done + 1):

@@ -67,7 +67,7 @@ def test_gradcheck_to_weight_and_features(term: str) -> None:
 
 
 def test_leak_gradcheck_with_its_scale_held_fixed() -> None:
-    sing, head, features, labels = setup(terms={"leak": 1.0})
+    sing, _head, features, labels = setup(terms={"leak": 1.0})
     value = sing(features, labels)
     scale = float(formulas_energy(sing, features, labels))
     numeric = torch.zeros_like(features)
@@ -107,7 +107,7 @@ def test_rank_deficient_head_still_gives_gradients_to_features(deficient: bool) 
 
 
 def test_no_gradient_reaches_the_translator_and_nothing_is_registered_twice() -> None:
-    sing, head, _, _ = setup()
+    sing, _head, _, _ = setup()
     assert list(sing.parameters()) == []
     assert not any("head" in name for name in sing.state_dict())
 

@@ -204,7 +204,7 @@ def _steering(
 ) -> dict[str, SteeringSummary]:
     """Table-1 steering for each translator as its own attacker and judge, on the first pictures of the part."""
     width = space.basis.shape[0]
-    empty = {
+    empty: Rows = {
         "features": np.zeros((0, width), np.float32),
         "labels": np.zeros(0, np.int64),
         "indices": np.zeros(0, np.int64),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,8 @@ class ModelMeasurement:
     rows: Rows = field(default_factory=dict, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict without the per-image rows (no shapes)."""
-        value = asdict(self)
+        """A strictly JSON-able dict without the per-image rows: what is not defined (NaN) becomes null (no shapes)."""
+        value: dict[str, Any] = _nulls_for_nan({**asdict(replace(self, rows={})), "rows": None})
         value.pop("rows")
         return value
 
@@ -99,11 +100,33 @@ class ModelMeasurement:
             **{
                 **value,
                 "head": HeadSummary(**value["head"]),
-                "translators": {name: TranslatorScores(**scores) for name, scores in value["translators"].items()},
-                "steering": {name: SteeringSummary(**summary) for name, summary in value["steering"].items()},
+                "translators": {name: _scores_from_json(scores) for name, scores in value["translators"].items()},
+                "steering": {name: SteeringSummary(**_nan_for_null(summary)) for name, summary in value["steering"].items()},
                 "rows": rows or {},
             }
         )
+
+
+def _nulls_for_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nulls_for_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_nulls_for_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _nan_for_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nan_for_null(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_nan_for_null(inner) for inner in value]
+    return math.nan if value is None else value
+
+
+def _scores_from_json(scores: dict[str, Any]) -> TranslatorScores:
+    """Back from JSON; only `validation_r2` and classes without pictures are really None."""
+    plain = ("validation_r2", "per_class")
+    return TranslatorScores(**{key: value if key in plain else _nan_for_null(value) for key, value in scores.items()})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor
 
 from singreg.data.loading import make_loader
@@ -21,6 +20,7 @@ from singreg.data.parts import ImagePart
 from singreg.data.views import Transform
 from singreg.distributed import is_distributed
 from singreg.files import sha256_of_file, write_json
+from singreg.progress import progress as with_progress
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +130,7 @@ def _fill(
         return
     rows = np.lib.format.open_memmap(temporary, mode="r+")
     loader = make_loader(part.subset(np.arange(start, stop)), transform, batch_size, workers=workers)
-    hidden = not progress or _rank() != 0
-    for images, _, indices in tqdm(loader, main_process_only=False, disable=hidden, desc=f"encode {part.name}", leave=False):
+    for images, _, indices in with_progress(loader, f"embedding [{part.name}]", enabled=progress and _rank() == 0):
         with torch.no_grad():
             encoded = encode(images).float().cpu()
         if encoded.shape != (len(indices), width):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from singreg.data.pictures import PictureChecker, UnreadableImageError, open_rgb, picture_bytes
+from singreg.data.subsets import imagenet_names
 from singreg.data.views import TensorView, Transform
 
 if TYPE_CHECKING:
@@ -90,6 +91,21 @@ class SubsetPart(ImagePart):
 
     def identifier(self, index: int) -> str:
         return self.parent.identifier(int(self.indices[index]))
+
+
+class RelabelledPart(ImagePart):
+    """Another part's pictures among more classes: label k becomes `indices[k]`, unlabelled stays unlabelled."""
+
+    def __init__(self, parent: ImagePart, indices: Sequence[int], class_names: Sequence[str]) -> None:
+        labels = np.append(np.asarray(indices, dtype=np.int64), UNLABELLED)[parent.labels]
+        super().__init__(parent.name, class_names, labels, parent.digests)
+        self.parent = parent
+
+    def image(self, index: int) -> Image.Image:
+        return self.parent.image(index)
+
+    def identifier(self, index: int) -> str:
+        return self.parent.identifier(index)
 
 
 class ConcatPart(ImagePart):
@@ -219,5 +235,20 @@ class Parts:
     class_names: tuple[str, ...]
     class_indices: tuple[int, ...] | None
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[ImagePart]:
         return iter((self.train, self.bank, self.audit, self.test))
+
+    def among_imagenet(self) -> Parts:
+        """The same pictures with their labels and names among all 1000 classes of ImageNet-1k (for a head kept whole).
+
+        Raises:
+            ValueError: the classes are not ImageNet-1k's.
+        """
+        if self.class_indices is None:
+            raise ValueError(
+                f"these {len(self.class_names)} classes are not all ImageNet-1k's ({', '.join(self.class_names[:4])}, ...), so "
+                "their rows in a kept head are not known; use model.head: new"
+            )
+        names = imagenet_names()
+        train, bank, audit, test = (RelabelledPart(part, self.class_indices, names) for part in self)
+        return Parts(train, bank, audit, test, names, tuple(range(len(names))))

@@ -58,7 +58,8 @@ def _hash(seed: int, counter: np.ndarray) -> np.ndarray:
         x += np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        mixed: np.ndarray = x ^ (x >> np.uint64(31))
+        return mixed
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def render_scene(table: SceneTable, index: int, pixels: int = 64) -> np.ndarray:
     """
     code = {name: int(table.codes[name][index]) for name in ATTRIBUTES}
     noise = [int(word) for word in table.noise[index]]
-    picture = _background(BACKGROUNDS[code["background"]], noise[0])
+    picture: np.ndarray = _background(BACKGROUNDS[code["background"]], noise[0])
     _paint_shape(picture, code, noise[1])
     grain = _hash(noise[2], np.arange(_SIDE * _SIDE * 3, dtype=np.uint64)) % np.uint64(25)
     picture = np.clip(picture + grain.astype(np.int64).reshape(picture.shape) - 12, 0, 255).astype(np.uint8)
@@ -166,7 +167,8 @@ def _background(name: str, noise: int) -> np.ndarray:
         mark, base, ink = (x + (y // 16) % 3) % 7 < 2, (164, 112, 62), (118, 74, 36)
     else:
         mark, base, ink = ((x + y) % 12 < 5) & ((x - y) % 12 < 5), (24, 84, 44), (112, 150, 32)
-    return np.where(mark[..., None], np.array(ink), np.array(base)) + shade
+    painted: np.ndarray = np.where(mark[..., None], np.array(ink), np.array(base)) + shade
+    return painted
 
 
 def _paint_shape(picture: np.ndarray, code: dict[str, int], noise: int) -> None:
@@ -194,13 +196,14 @@ def _paint_shape(picture: np.ndarray, code: dict[str, int], noise: int) -> None:
 
 def _texture(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Where the lighter second tone goes: bool from pixel coordinates."""
+    lighter: np.ndarray = np.zeros(x.shape, dtype=bool)
     if name == "striped":
-        return (x + y) % 8 < 3
-    if name == "dotted":
-        return (x % 7 - 3) ** 2 + (y % 7 - 3) ** 2 <= 3
-    if name == "checked":
-        return (x // 4 + y // 4) % 2 == 0
-    return np.zeros(x.shape, dtype=bool)
+        lighter = (x + y) % 8 < 3
+    elif name == "dotted":
+        lighter = (x % 7 - 3) ** 2 + (y % 7 - 3) ** 2 <= 3
+    elif name == "checked":
+        lighter = (x // 4 + y // 4) % 2 == 0
+    return lighter
 
 
 _POLYGONS = {
@@ -220,17 +223,20 @@ _POLYGONS = {
 
 def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Which points (u, v), 256 to the radius, are in the shape: bool."""
-    squared = u * u + v * v
+    squared: np.ndarray = u * u + v * v
+    inside: np.ndarray
     if name == "circle":
-        return squared <= 230**2
-    if name == "ring":
-        return (squared <= 250**2) & (squared >= 140**2)
-    if name == "crescent":
-        return (squared <= 250**2) & ((u - 120) ** 2 + (v + 20) ** 2 >= 205**2)
-    if name == "heart":
+        inside = squared <= 230**2
+    elif name == "ring":
+        inside = (squared <= 250**2) & (squared >= 140**2)
+    elif name == "crescent":
+        inside = (squared <= 250**2) & ((u - 120) ** 2 + (v + 20) ** 2 >= 205**2)
+    elif name == "heart":
         a, b = u * 5 // 4 // 4, -(v * 5 // 4) // 4 + 10
-        return (a * a + b * b - 58**2) ** 3 <= 58 * a * a * b**3
-    return _in_polygon(_POLYGONS[name], u, v)
+        inside = (a * a + b * b - 58**2) ** 3 <= 58 * a * a * b**3
+    else:
+        inside = _in_polygon(_POLYGONS[name], u, v)
+    return inside
 
 
 def _in_polygon(corners: tuple[tuple[int, int], ...], u: np.ndarray, v: np.ndarray) -> np.ndarray:

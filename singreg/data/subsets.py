@@ -68,6 +68,17 @@ def _normal(word: str) -> str:
     return " ".join(word.replace("_", " ").replace("-", " ").lower().split())
 
 
+def imagenet_names() -> tuple[str, ...]:
+    """The 1000 names used for ImageNet-1k's classes, in label order: (C,) words.
+
+    Example:
+        >>> imagenet_names()[1]
+        'goldfish'
+    """
+    known = _imagenet()
+    return tuple(known.names[wnid] for wnid in known.wnids)
+
+
 def named_sets() -> tuple[str, ...]:
     """The names of the sets that come with the package.
 

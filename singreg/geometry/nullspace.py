@@ -107,7 +107,7 @@ class NullSpace(nn.Module):
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # `.half()` or `.to(dtype)` on a parent must not round the basis: reports promise float64 (trap 7's cousin).
         basis, sigma = self.basis, self.singular_values
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.basis = basis.to(self.basis.device)
         self.singular_values = sigma.to(self.singular_values.device)
         return self
@@ -136,7 +136,7 @@ class NullSpace(nn.Module):
 
     def null_basis(self) -> Tensor:
         """An orthonormal basis of the null space, shape (m, m - r), float64. Formed only here, for those who ask."""
-        complete = torch.linalg.qr(self.basis, mode="complete").Q
+        complete: Tensor = torch.linalg.qr(self.basis, mode="complete").Q
         return complete[:, self.rank :]
 
     def extra_repr(self) -> str:
@@ -235,4 +235,5 @@ def _project_ill_conditioned(rows: Tensor, flat: Tensor) -> Tensor:
 def null_share(features: Tensor, null: Tensor) -> Tensor:
     """Share of the feature norm in the null component, |Π_n f| / |f|. Shapes: two (..., m) to (...); in [0, 1]."""
     norm = torch.linalg.vector_norm(features, dim=-1).clamp_min(math.sqrt(torch.finfo(features.dtype).tiny))
-    return torch.linalg.vector_norm(null, dim=-1) / norm
+    share: Tensor = torch.linalg.vector_norm(null, dim=-1) / norm
+    return share

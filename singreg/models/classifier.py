@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
-import timm.data
 import torch
 from PIL import Image
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
@@ -53,6 +54,7 @@ class Classifier(nn.Module):
         pretrained: bool = True,
         head_mode: Literal["keep", "slice", "new"] = "keep",
         class_indices: Sequence[int] | None = None,
+        class_names: Sequence[str] | None = None,
         num_classes: int | None = None,
         image_size: int | None = None,
         cache_dir: str | None = None,
@@ -61,8 +63,9 @@ class Classifier(nn.Module):
         """Any timm name, `local-dir:FOLDER` or `hf-hub:USER/MODEL`; the head is what its pretrained_cfg names.
 
         Args:
-            head_mode: "keep" all C rows; "slice": only the rows `class_indices` of the pretrained head, in that order; "new":
-                a freshly initialised head of `num_classes` rows.
+            head_mode: "keep" all C rows; "slice": only the rows `class_indices` of the pretrained head, in that order (without
+                indices, the rows of `class_names` among the label names stored with the weights); "new": a freshly
+                initialised head of `num_classes` rows.
             image_size: side in pixels of the input, if not the pretrained model's own.
 
         Raises:
@@ -72,10 +75,10 @@ class Classifier(nn.Module):
             raise ValueError('head_mode="new" needs num_classes')
         if head_mode == "keep" and num_classes is not None:
             model_kwargs["num_classes"] = num_classes
-        model = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, **model_kwargs)
+        model: Any = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, **model_kwargs)
         if image_size is not None and _fixed_size(model) not in (None, image_size):
             model = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, img_size=image_size, **model_kwargs)
-        config = timm.data.resolve_model_data_config(model)
+        config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         if image_size is not None:
             config["input_size"] = (config["input_size"][0], image_size, image_size)
         if head_mode == "new":
@@ -85,9 +88,9 @@ class Classifier(nn.Module):
         tag = ".".join(part for part in (cfg.get("architecture", name), cfg.get("tag")) if part)
         classifier = cls(model, head_name, tag=tag, data_config=config)
         if head_mode == "slice":
-            if class_indices is None:
-                raise ValueError('head_mode="slice" needs class_indices: the rows of the pretrained head to keep, in order')
-            classifier._slice_head(class_indices)
+            classifier._slice_head(_rows_by_name(cfg, class_names, tag) if class_indices is None else class_indices)
+        if head_mode != "keep" and class_names is not None:
+            classifier.class_names = tuple(class_names)
         return classifier
 
     @classmethod
@@ -180,7 +183,7 @@ class Classifier(nn.Module):
         if self._transform is None:
             if self._data_config is None:
                 raise ValueError(f"{self.tag} was made from a plain module without a transform; pass transform= to from_module")
-            self._transform = timm.data.create_transform(**self._data_config, is_training=False)
+            self._transform = create_transform(**self._data_config, is_training=False)
         return self._transform
 
     def train_transform(self, augmentation: Literal["none", "flip", "timm"] = "none") -> Transform:
@@ -188,7 +191,7 @@ class Classifier(nn.Module):
         if augmentation == "timm":
             if self._data_config is None:
                 raise ValueError("timm's training augmentation needs a timm model; use none or flip")
-            transform: Transform = timm.data.create_transform(
+            transform: Transform = create_transform(
                 **self._data_config, is_training=True, auto_augment="rand-m7-mstd0.5", re_prob=0.1
             )
             return transform
@@ -235,12 +238,27 @@ class Classifier(nn.Module):
         # safetensors wants plain memory; a copy, so that a channels-last model in use stays as it is.
         plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         timm.models.save_for_hf(
-            plain, temporary, model_config=labels, safe_serialization=True, data_config=dict(self._data_config)
+            plain, str(temporary), model_config=labels, safe_serialization=True, data_config=dict(self._data_config)
         )
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _rows_by_name(cfg: Mapping[str, Any], class_names: Sequence[str] | None, tag: str) -> list[int]:
+    """Rows of the head for class names, by the label names that came with the weights."""
+    if class_names is None:
+        raise ValueError('head_mode="slice" needs class_indices or class_names: the rows of the pretrained head to keep, in order')
+    known = {name: row for row, name in enumerate(cfg.get("label_names") or ())}
+    missing = [name for name in class_names if name not in known]
+    if missing:
+        has = f"its label names are {', '.join(list(known)[:6])}, ..." if known else "no label names are stored with it"
+        raise ValueError(
+            f"{tag} has no head row for {', '.join(missing[:6])} ({len(missing)} of {len(class_names)} classes; {has}); give "
+            'class_indices, or a new head: head_mode="new" (model.head: new)'
+        )
+    return [known[name] for name in class_names]
 
 
 def _fixed_size(model: nn.Module) -> int | None:

@@ -89,9 +89,8 @@ class StageStore:
         folder = self.folder / stage
         with atomic_write(folder / "tensors.safetensors") as temporary:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        with atomic_write(folder / "rows.npz") as temporary:
-            with open(temporary, "wb") as file:
-                np.savez(file, **measurement.rows)  # type: ignore[arg-type]
+        with atomic_write(folder / "rows.npz") as temporary, open(temporary, "wb") as file:
+            np.savez(file, **measurement.rows)  # type: ignore[arg-type]
         write_json(folder / "measurement.json", {"measurement": measurement.to_json(), "extra": extra or {}})
 
     def load(self, stage: str) -> tuple[ModelMeasurement, dict[str, Tensor], dict[str, Any]]:

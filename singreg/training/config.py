@@ -285,7 +285,7 @@ def parse_config(arguments: Sequence[str] | None = None, *, description: str = "
         parser.error(str(ConfigurationError(problems)))
     namespace: Namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
-    config = build(FinetuneConfig, namespace.as_dict())
+    config: FinetuneConfig = build(FinetuneConfig, namespace.as_dict())
     if found := check_config(config):
         parser.error(str(ConfigurationError(found)))
     return config
@@ -304,4 +304,5 @@ def build(kind: type, values: dict[str, Any]) -> Any:
 
 def dump_config(config: FinetuneConfig) -> str:
     """The resolved configuration as YAML: running it again gives the same run (no shapes)."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return text

@@ -17,7 +17,8 @@ from singreg.analysis.fitting import FittedTranslator, fit_on_part, reference_im
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import ModelMeasurement
 from singreg.data.embeddings import cached_embeddings
-from singreg.data.loading import Parts, load_parts
+from singreg.data.loading import load_parts
+from singreg.data.parts import Parts
 from singreg.files import sha256_of_json
 from singreg.geometry.nullspace import NullSpace
 from singreg.losses import SingLoss
@@ -52,25 +53,27 @@ class Experiment:
     @classmethod
     def build(cls, config: FinetuneConfig, accelerator: Accelerator) -> Experiment:
         """Load data and models and compute (or read back) the embeddings; every complaint comes before any training."""
-        parts = load_parts(config.data)
-        classifier = build_classifier(config, parts)
-        parts = _labels_for_head(parts, classifier, config)
+        pictures = load_parts(config.data)
+        if not len(pictures.audit):
+            raise ValueError("the audit part is empty, so no auditor could be fitted; give data.audit_per_class or unlabeled pictures")
+        classifier = build_classifier(config, pictures)
+        parts = _labels_for_head(pictures, classifier, config)
         NullSpace.from_weight(classifier.weight, invariance=config.model.invariance)  # no null space: say so now
         Schedule.from_config(config, len(parts.train))
         vlm = VisionLanguageModel.from_open_clip(
             model_name(config.vlm.name, "vlm"), config.vlm.pretrained, device=str(accelerator.device)
         )
         texts = vlm.embed_classes(parts.class_names, tuple(config.vlm.templates)).to(accelerator.device)
-        embeddings = {
+        embeddings: dict[str, np.ndarray] = {
             part.name: cached_embeddings(
                 vlm,
                 part,
-                Path(config.cache).expanduser(),
+                config.cache,
                 batch_size=config.vlm.batch_size,
                 workers=config.data.workers,
                 progress=accelerator.is_local_main_process,
             )
-            for part in (parts.bank, parts.audit, parts.test)
+            for part in (pictures.bank, pictures.audit, pictures.test)  # the cache need not know about relabelling
         }
         info = TranslatorInfo(
             classifier=classifier.tag,
@@ -189,27 +192,26 @@ def build_classifier(config: FinetuneConfig, parts: Parts) -> Classifier:
         ValueError: "slice" or "keep" with classes whose head rows are not known.
     """
     model = config.model
-    name = model_name(model.name, "classifier")
-    if model.head == "new":
-        kwargs = {"num_classes": len(parts.class_names)}
-        classifier = Classifier.from_timm(
-            name, pretrained=model.pretrained, head_mode="new", image_size=config.data.image_size, **kwargs
-        )
-    else:
-        classifier = Classifier.from_timm(
-            name,
-            pretrained=model.pretrained,
-            head_mode=model.head,
-            class_indices=parts.class_indices if model.head == "slice" else None,
-            image_size=config.data.image_size,
-        )
-    if model.channels_last:
-        classifier = classifier.to(memory_format=torch.channels_last)
-    return classifier
+    classifier = Classifier.from_timm(
+        model_name(model.name, "classifier"),
+        pretrained=model.pretrained,
+        head_mode=model.head,
+        class_indices=parts.class_indices if model.head == "slice" else None,
+        class_names=parts.class_names,
+        num_classes=len(parts.class_names) if model.head == "new" else None,
+        image_size=config.data.image_size,
+    )
+    return classifier.to(memory_format=torch.channels_last) if model.channels_last else classifier
 
 
 def _labels_for_head(parts: Parts, classifier: Classifier, config: FinetuneConfig) -> Parts:
     """With a kept head, labels and names become those of all its rows."""
     if config.model.head != "keep" or classifier.num_classes == len(parts.class_names):
         return parts
-    return parts.with_head_labels(classifier.num_classes)
+    among = parts.among_imagenet()
+    if len(among.class_names) != classifier.num_classes:
+        raise ValueError(
+            f"model.head: keep needs to know what the {classifier.num_classes} rows of {classifier.tag} mean: it is neither the data's "
+            f"{len(parts.class_names)} classes nor ImageNet-1k's; use model.head: slice or new"
+        )
+    return among

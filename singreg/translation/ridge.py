@@ -36,11 +36,11 @@ class RidgeStatistics:
 
     def __init__(self, feature_dim: int, target_dim: int, *, device: torch.device | str = "cpu") -> None:
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.ff, self.fz = zeros(feature_dim, feature_dim), zeros(feature_dim, target_dim)
         self.f, self.z = zeros(feature_dim), zeros(target_dim)
-        self.zz, self.count = zeros(()), zeros(())
+        self.zz, self.count = zeros(), zeros()
 
     def update(self, features: Tensor, targets: Tensor) -> RidgeStatistics:
         """Add a batch: features (B, m), targets (B, n). Raises ValueError on other shapes or non-finite values."""
@@ -84,22 +84,22 @@ class RidgeStatistics:
         s_fz = self.fz - torch.outer(self.f, self.z) / self.count
         return s_ff, s_fz, self.zz - (self.z * self.z).sum() / self.count
 
-    def _scale(self, s_ff: Tensor, standardize: bool) -> Tensor:
-        deviation = (torch.diagonal(s_ff) / self.count).clamp_min(0).sqrt()
-        if not standardize:
-            return torch.ones_like(deviation)
-        # A dead feature (constant over all images) carries nothing: scale 1 keeps it at coefficient 0.
-        return torch.where(deviation > 1e-12 * deviation.max(), deviation, torch.ones_like(deviation))
+    def _inverse_scale(self, s_ff: Tensor, standardize: bool) -> Tensor:
+        """What every feature is multiplied by (m,): 1 or 1/σ, and 0 for a dead one (constant up to the sums' rounding)."""
+        variance = torch.diagonal(s_ff) / self.count
+        alive = variance > 1e-11 * torch.diagonal(self.ff) / self.count
+        inverse = variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt() if standardize else torch.ones_like(variance)
+        return torch.where(alive, inverse, torch.zeros_like(inverse))
 
     def path(self, *, standardize: bool = False) -> RidgePath:
         """The whole regularisation path from one eigendecomposition of the (standardised) scatter."""
         s_ff, s_fz, _ = self.centred()
-        scale = self._scale(s_ff, standardize)
-        eigenvalues, vectors = torch.linalg.eigh(s_ff / scale[:, None] / scale[None, :])
+        inverse = self._inverse_scale(s_ff, standardize)
+        eigenvalues, vectors = torch.linalg.eigh(s_ff * inverse[:, None] * inverse[None, :])
         return RidgePath(
             eigenvalues=eigenvalues.clamp_min(0),
-            loadings=vectors.T @ (s_fz / scale[:, None]),
-            vectors=vectors / scale[:, None],
+            loadings=vectors.T @ (s_fz * inverse[:, None]),
+            vectors=vectors * inverse[:, None],
             feature_mean=self.f / self.count,
             target_mean=self.z / self.count,
             count=int(self.count),
@@ -115,13 +115,13 @@ class RidgeStatistics:
         if ridge < 1e-9:  # a singular scatter would pass a Cholesky by rounding alone; this gives the minimum norm instead
             return self.path(standardize=standardize).solve(ridge)
         s_ff, s_fz, _ = self.centred()
-        scale = self._scale(s_ff, standardize)
-        scaled = s_ff / scale[:, None] / scale[None, :]
+        inverse = self._inverse_scale(s_ff, standardize)
+        scaled = s_ff * inverse[:, None] * inverse[None, :]
         penalty = ridge * torch.diagonal(scaled).mean()
         factor, failed = torch.linalg.cholesky_ex(scaled + penalty * torch.eye(len(scaled)).to(scaled))
         if bool(failed):
             return self.path(standardize=standardize).solve(ridge)
-        matrix = (torch.cholesky_solve(s_fz / scale[:, None], factor) / scale[:, None]).T
+        matrix = (torch.cholesky_solve(s_fz * inverse[:, None], factor) * inverse[:, None]).T
         return RidgeSolution(matrix, (self.z - matrix @ self.f) / self.count, ridge, int(self.count))
 
     def residual(self, solution: RidgeSolution) -> float:

@@ -66,7 +66,7 @@ def test_softmax_null_has_one_dimension_more_and_keeps_probabilities() -> None:
 
 def test_full_rank_head_is_refused_or_empty() -> None:
     weight = random_weight(20, 10)
-    with pytest.raises(ValueError, match="20 classes, 10 features.*no null space"):
+    with pytest.raises(ValueError, match=r"20 classes, 10 features.*no null space"):
         NullSpace.from_weight(weight)
     space = NullSpace.from_weight(weight, allow_empty=True)
     assert space.nullity == 0

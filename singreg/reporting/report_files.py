@@ -1,0 +1,121 @@
+"""A run's files: report.json, report.md and scores.parquet, each written whole or not at all (DESIGN: "A run's folder")."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from singreg.analysis.results import Comparison, FinetuneReport, ModelMeasurement
+from singreg.files import atomic_write, write_json, write_text
+from singreg.reporting import tables
+from singreg.reporting.tables import escape
+
+ROWS_A_CHUNK = 65536
+FORMAT = 1
+
+
+def write_report(report: FinetuneReport, folder: Path, plots: Mapping[str, Path]) -> None:
+    """Write scores.parquet, report.md and report.json into the path `folder`; `plots` by name lie below it."""
+    write_scores(report, folder / "scores.parquet")
+    write_text(folder / "report.md", markdown(report, {name: path.relative_to(folder) for name, path in plots.items()}))
+    write_json(folder / "report.json", to_json(report))
+
+
+def to_json(report: FinetuneReport) -> dict[str, Any]:
+    """Everything but the per-image rows as JSON-able values (no shapes)."""
+    value = asdict(report)
+    value["measurements"] = {stage: measured.to_json() for stage, measured in report.measurements.items()}
+    return {"format": FORMAT, **value}
+
+
+def read_report(path: str | Path) -> FinetuneReport:
+    """A report back from the path of its report.json, or of the run's folder; per-image rows stay in scores.parquet.
+
+    Raises:
+        FileNotFoundError: there is no report yet. ValueError: another format.
+    """
+    file = Path(path)
+    file = file / "report.json" if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"no report at {file}; a run writes it as its last step")
+    value = json.loads(file.read_text(encoding="utf-8"))
+    if value.pop("format", None) != FORMAT:
+        raise ValueError(f"{file} is not a report of format {FORMAT}")
+    value["measurements"] = {stage: ModelMeasurement.from_json(m) for stage, m in value["measurements"].items()}
+    value["comparisons"] = [Comparison(**found) for found in value["comparisons"]]
+    return FinetuneReport(**value)
+
+
+def write_scores(report: FinetuneReport, path: Path) -> None:
+    """One row a test image and model to the Parquet path: label, correct, null share, AS, IS (degrees), κ by translator."""
+    names = list(dict.fromkeys(name for m in report.measurements.values() for name in m.rows))
+    kinds = {
+        name: pa.from_numpy_dtype(m.rows[name].dtype) if m.rows[name].dtype.kind not in "UO" else pa.string()
+        for m in report.measurements.values()
+        for name in m.rows
+    }
+    schema = pa.schema([("model", pa.string()), *((name, kinds[name]) for name in names)])
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for stage, measured in report.measurements.items():
+            for start in range(0, measured.images, ROWS_A_CHUNK):
+                rows = {name: column[start : start + ROWS_A_CHUNK] for name, column in measured.rows.items()}
+                count = min(ROWS_A_CHUNK, measured.images - start)
+                columns = [pa.array([stage] * count, pa.string())]
+                # A translator that only one model has (the loop's) is null for the others.
+                columns += [pa.array(rows[n], kinds[n]) if n in rows else pa.nulls(count, kinds[n]) for n in names]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def markdown(report: FinetuneReport, plots: Mapping[str, Path]) -> str:
+    """report.md: verdict, tables, pictures (relative paths in `plots`), settings, machine."""
+    name = report.settings.get("name", "run")
+    blocks = [
+        f"# {escape(name)}: null-space leakage before and after fine-tuning",
+        *[escape(sentence) for sentence in report.verdict],
+        *[f"**{escape(sentence)}**" for sentence in report.warnings],
+        "## Results",
+        tables.results_table(report),
+        "Angles in degrees, mean over the same held-out test images, with 95 % bootstrap intervals. AS⁻: what removing the null "
+        "space takes from the true class (leakage; lower is better). IS: how far it moves the picture's meaning (permitted variety; "
+        "to be kept). κ: AS as a share of what IS would allow. *frozen*: the translator fitted before training; *loop*: "
+        "the one the loss saw last; *auditor*: fitted afterwards on pictures training never used. Believe the auditor.",
+        *([f"![{key}]({path.as_posix()})" for key, path in plots.items() if key == "summary"]),
+        "## SingLoss against the control" if "control" in report.measurements else "## SingLoss against the model before",
+        tables.comparison_table(report),
+        "Ratios are of means; intervals are 95 % bootstrap over test images, paired by image. Spread over seeds is not in them.",
+        "## Pictures",
+        *[f"![{key}]({path.as_posix()})" for key, path in plots.items() if key != "summary"],
+        "## Classes",
+        tables.per_class_table(report),
+        "## Steering through the null space",
+        tables.steering_table(report),
+        "Each translator attacks and judges by itself; logits do not change by construction. Lower AS at the same IS is harder to steer.",
+        "## Heads",
+        tables.head_table(report),
+        "## Translators",
+        tables.translator_table(report),
+        "## How this was made",
+        _facts(report),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _facts(report: FinetuneReport) -> str:
+    machine = ", ".join(f"{escape(key)}: {escape(value)}" for key, value in report.machine.items())
+    seconds = ", ".join(f"{escape(stage)} {value:.0f} s" for stage, value in report.seconds.items())
+    gap = "–" if report.audit_gap is None else f"{report.audit_gap:.2f}"
+    return "\n".join(
+        [
+            f"- command: `{str(report.settings.get('command', '')).replace('`', '')}`",
+            "- configuration: config.yaml beside this file",
+            f"- machine: {machine}",
+            f"- time: {seconds}",
+            f"- audit gap (auditor AS⁻ / loop AS⁻): {gap}",
+        ]
+    )

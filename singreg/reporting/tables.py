@@ -1,0 +1,162 @@
+"""A report's figures as tables: on screen, in report.md and in TensorBoard. Nothing is computed here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from singreg.analysis.results import FinetuneReport, ModelMeasurement, TranslatorScores
+
+STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "SingLoss"}
+"""How the stages are called wherever people read them."""
+TRANSLATORS = ("frozen", "loop", "auditor")
+
+
+def escape(text: object) -> str:
+    """Text that cannot break a Markdown table or smuggle markup into a report, whatever a folder was called (no shapes)."""
+    plain = str(text).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return " ".join(plain.replace("|", "\\|").replace("`", "\\`").split())
+
+
+def number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    """A figure with its unit, or a dash when there is none (None, NaN; no shapes)."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}{unit}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share in [0, 1] as a percentage (no shapes)."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}%}"
+
+
+def _with_interval(scores: TranslatorScores, name: str, digits: int = 2) -> str:
+    low, high = scores.intervals[name]
+    return f"{number(scores.overall[name], digits)} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def _render(rows: Sequence[Sequence[str]], headers: Sequence[str], compact: bool) -> str:
+    style = "simple" if compact else "pipe"
+    table: str = tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, stralign="left")
+    return table
+
+
+def _result_row(stage: str, name: str, measured: ModelMeasurement, compact: bool) -> list[str]:
+    scores = measured.translators[name]
+
+    def figure(key: str, digits: int = 2) -> str:
+        return number(scores.overall[key], digits) if compact else _with_interval(scores, key, digits)
+
+    head = [STAGES.get(stage, stage), name, percent(measured.top1), figure("AS_neg"), figure("AS_abs")]
+    if not compact:
+        head.append(figure("AS"))
+    tail = [figure("IS"), figure("kappa", 3), number(measured.null_share, 3), number(scores.cosine, 3)]
+    return [*head, *tail] if compact else [*head, *tail, percent(scores.zero_shot)]
+
+
+def results_table(report: FinetuneReport, compact: bool = False) -> str:
+    """Every model by every translator: top-1, AS⁻, |AS|, IS in degrees, κ, null share, cosine; Markdown, or plain if compact.
+
+    Intervals (Markdown only) are 95 % bootstrap over test images. No shapes.
+    """
+    rows = [
+        _result_row(stage, name, measured, compact)
+        for stage, measured in report.measurements.items()
+        for name in TRANSLATORS
+        if name in measured.translators
+    ]
+    headers = ["model", "translator", "top-1", "AS⁻ °", "|AS| °" if compact else "\\|AS\\| °"]
+    headers += [] if compact else ["AS °"]
+    headers += ["IS °", "κ", "null share", "cosine"] + ([] if compact else ["zero-shot"])
+    return _render(rows, headers, compact)
+
+
+def comparison_table(report: FinetuneReport) -> str:
+    """SingLoss against the control, paired by image, with 95 % intervals (Markdown; degrees, points or factors)."""
+    rows = [
+        [
+            escape(found.name),
+            found.translator.replace("-", "–"),
+            number(found.value, 3),
+            f"[{number(found.low, 3)}, {number(found.high, 3)}]",
+            found.unit,
+        ]
+        for found in report.comparisons
+    ]
+    return _render(rows, ["figure", "translator", "value", "95 % interval", "unit"], compact=False)
+
+
+def head_table(report: FinetuneReport) -> str:
+    """Passport of every model's head: classes, features, rank, nullity, conditioning, largest logit change (Markdown)."""
+    rows = [
+        [
+            STAGES.get(stage, stage),
+            escape(m.head.tag),
+            str(m.head.classes),
+            str(m.head.features),
+            str(m.head.rank),
+            f"{m.head.nullity} ({m.head.null_dimensions:.0%})",
+            f"{m.head.conditioning:.1e}",
+            percent(m.null_energy),
+            f"{m.logit_change_float64:.1e}",
+            f"{m.logit_change_float32:.1e}",
+        ]
+        for stage, m in report.measurements.items()
+    ]
+    headers = ["model", "classifier", "classes", "features", "rank", "nullity", "σ_min/σ_max", "null energy"]
+    return _render(rows, [*headers, "max Δlogit (float64)", "(float32)"], compact=False)
+
+
+def steering_table(report: FinetuneReport) -> str:
+    """Steering to another class's prompt inside the null space, at a fixed image score (METHOD section 9; Markdown, degrees)."""
+    rows = [
+        [
+            STAGES.get(stage, stage),
+            name,
+            number(s.image_score, 0, "°"),
+            f"{number(s.attribute_score)} ± {number(s.attribute_score_std)}",
+            number(s.step, 3),
+            percent(s.reachable),
+            percent(s.success),
+            str(s.images),
+        ]
+        for stage, measured in report.measurements.items()
+        for name, s in measured.steering.items()
+    ]
+    headers = ["model", "attacker", "at IS", "AS to target °", "step / norm of f", "reachable", "success", "images"]
+    return _render(rows, headers, compact=False)
+
+
+def translator_table(report: FinetuneReport) -> str:
+    """How good every translator is: pictures, ridge, cosine, R², zero-shot (Markdown; shares in [0, 1])."""
+    rows = [
+        [
+            STAGES.get(stage, stage),
+            name,
+            str(s.fit_images),
+            f"{s.ridge:g}",
+            "yes" if s.standardized else "no",
+            number(s.cosine, 3),
+            number(s.r2, 3),
+            number(s.validation_r2, 3),
+            percent(s.zero_shot),
+            percent(measured.vlm_zero_shot),
+        ]
+        for stage, measured in report.measurements.items()
+        for name, s in measured.translators.items()
+    ]
+    headers = ["model", "translator", "fit on", "ridge", "standardised", "cosine", "R²", "R² (validation)"]
+    return _render(rows, [*headers, "zero-shot", "the VLM's own"], compact=False)
+
+
+def per_class_table(report: FinetuneReport, translator: str = "auditor") -> str:
+    """AS⁻ and IS of every class in every model by one translator, the leakiest class before first (Markdown; degrees)."""
+    stages = list(report.measurements)
+    table = {stage: report.measurements[stage].translators[translator].per_class for stage in stages}
+    first = table[stages[0]]["AS_neg"]
+    order = sorted(range(len(first)), key=lambda c: -(first[c] if first[c] is not None else -1.0))  # type: ignore[operator]
+    rows = [
+        [escape(report.class_names[c]), *(number(table[s][key][c]) for key in ("AS_neg", "IS") for s in stages)] for c in order
+    ]
+    headers = ["class", *(f"{label} {stage}" for label in ("AS⁻ °", "IS °") for stage in stages)]
+    return _render(rows, headers, compact=False)
