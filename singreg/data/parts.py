@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from singreg.data.scenes import SceneTable
 
 UNLABELLED = -1
+_SCENES_KEPT_BYTES = 2**28
 
 
 class ImagePart(Dataset[tuple[Image.Image, int, int]]):
@@ -211,11 +212,18 @@ class ScenePart(ImagePart):
         digests = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 32)
         super().__init__(name, SHAPES, shape_labels(table), digests)
         self.table, self.pixels = table, pixels
+        self._drawn: dict[int, np.ndarray] = {}
 
     def image(self, index: int) -> Image.Image:
         from singreg.data.scenes import render_scene
 
-        return Image.fromarray(render_scene(self.table, int(index), pixels=self.pixels))
+        # Drawing costs more than a small network's forward pass and every pass asks for the same pictures.
+        drawn = self._drawn.get(int(index))
+        if drawn is None:
+            drawn = render_scene(self.table, int(index), pixels=self.pixels)
+            if len(self._drawn) * drawn.nbytes < _SCENES_KEPT_BYTES:
+                self._drawn[int(index)] = drawn
+        return Image.fromarray(drawn)
 
     def identifier(self, index: int) -> str:
         return f"scene-{self.table.seed}-{index}"

@@ -48,7 +48,9 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
             f"training.batch_size = {config.training.batch_size} cannot be split evenly into {config.training.accumulation} "
             f"accumulation step(s) over {accelerator.num_processes} process(es); choose a multiple of their product"
         )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # singreg speaks; timm, open_clip and accelerate only when something is wrong.
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("singreg").setLevel(logging.INFO)
     set_seed(config.seed)
     return accelerator
 
