@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from singreg.training.config import parse_config
+from singreg.training.config import parse_finetune
 from singreg.training.experiment import Experiment
 from singreg.training.finetuning import Finetuning, dry_run
-from singreg.training.run import Run, make_accelerator
+from singreg.training.stages import FinetuneRun
+from singreg.workbench.run import make_accelerator
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, build, measure before, train both arms, measure after, report."""
-    config = parse_config(arguments, description=__doc__ or "")
-    accelerator = make_accelerator(config)
-    run = Run(config, accelerator)
+    config = parse_finetune(arguments, description=__doc__ or "")
+    accelerator = make_accelerator(
+        seed=config.seed, mixed_precision=config.training.mixed_precision, accumulation=config.training.accumulation
+    )
+    run = FinetuneRun(config, accelerator)
     if config.dry_run:
         dry_run(Experiment.build(config, accelerator))
         return

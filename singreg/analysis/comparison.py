@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from singreg.analysis.bootstrap import paired_difference, paired_ratio
-from singreg.analysis.results import Comparison, ModelMeasurement
+from singreg.analysis.results import CENTRED, Comparison, ModelMeasurement
 
 MARGIN = 0.005  # accuracy counts as kept when the interval of its change stays above minus this (equivalence, not p > 0.05)
 GAMED = 1.5
 
 
-def _harm(measurement: ModelMeasurement, translator: str) -> np.ndarray:
-    return np.maximum(-measurement.rows[f"AS/{translator}"], 0)
+def _harm(measurement: ModelMeasurement, translator: str, kind: str = "") -> np.ndarray:
+    return np.maximum(-measurement.rows[f"{kind}AS/{translator}"], 0)
 
 
 def compare_arms(measurements: Mapping[str, ModelMeasurement]) -> list[Comparison]:
@@ -25,8 +25,10 @@ def compare_arms(measurements: Mapping[str, ModelMeasurement]) -> list[Compariso
     for translator in ("frozen", "auditor"):
         pairs = {
             "AS⁻ ratio": (_harm(after, translator), _harm(reference, translator)),
+            "AS⁻ centred ratio": (_harm(after, translator, CENTRED), _harm(reference, translator, CENTRED)),
             "|AS| ratio": (np.abs(after.rows[f"AS/{translator}"]), np.abs(reference.rows[f"AS/{translator}"])),
             "IS ratio": (after.rows[f"IS/{translator}"], reference.rows[f"IS/{translator}"]),
+            "IS centred ratio": (after.rows[f"{CENTRED}IS/{translator}"], reference.rows[f"{CENTRED}IS/{translator}"]),
         }
         found += [Comparison(name, translator, *paired_ratio(*pair), unit="×") for name, pair in pairs.items()]
         difference = paired_difference(*pairs["AS⁻ ratio"])

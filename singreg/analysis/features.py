@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from singreg.data.embeddings import encode_part
 from singreg.data.loading import make_loader
 from singreg.data.parts import ImagePart
 from singreg.models.classifier import Classifier
+from singreg.models.vision_language import hash_of_state
 from singreg.progress import progress
+
+STORED_BATCH = 2048
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class PassSettings:
     batch_size: int = 64
     workers: int = 0
     progress: bool = True
+    cache: str | None = None
+    """Folder in which features are kept and found again, by weights and pictures; None: computed anew every time."""
 
 
 def process_share(count: int) -> np.ndarray:
@@ -58,6 +64,9 @@ def iterate_features(
     """
     if len(embeddings) != len(part):
         raise ValueError(f"part {part.name!r} has {len(part)} pictures but {len(embeddings)} embeddings were given")
+    if settings.cache is not None:
+        yield from _stored_batches(classifier, part, embeddings, settings, description)
+        return
     share = process_share(len(part))
     device = classifier.weight.device
     loader = make_loader(part.subset(share), classifier.transform, settings.batch_size, workers=settings.workers)
@@ -67,11 +76,53 @@ def iterate_features(
         for images, labels, positions in progress(loader, f"{description} [{part.name}]", enabled=settings.progress):
             indices = torch.from_numpy(share)[positions]
             features, logits = classifier.features_and_logits(images.to(device, non_blocking=True))
-            if not bool(torch.isfinite(features).all()):
-                bad = indices[~torch.isfinite(features).all(1).cpu()]
-                names = ", ".join(part.identifier(int(i)) for i in bad[:5])
-                raise ValueError(f"{classifier.tag} gives features that are not finite for {len(bad)} pictures: {names}")
+            _refuse_non_finite(classifier, part, features, indices)
             z = torch.from_numpy(np.ascontiguousarray(embeddings[indices.numpy()])).to(device)
             yield FeatureBatch(features.float(), logits.float(), z, labels.to(device), indices)
     finally:
         classifier.train(was_training)
+
+
+def cached_features(
+    classifier: Classifier, part: ImagePart, cache: str, *, batch_size: int = 64, workers: int = 0, progress: bool = True
+) -> np.ndarray:
+    """Features f (N, m) of a part, float32, row i for picture i, memory-mapped; computed once for these weights and pictures.
+
+    Raises:
+        ValueError: a feature that is not finite (the picture is named), or an empty part.
+    """
+    was_training = classifier.training
+    classifier.eval()
+    device = classifier.weight.device
+    try:
+        return encode_part(
+            lambda images: classifier.features(images.to(device)), classifier.transform, part, classifier.feature_dim, cache,
+            key={"classifier": hash_of_state(classifier.model), "preprocessing": classifier.preprocessing},
+            batch_size=batch_size, workers=workers, progress=progress,
+        )  # fmt: skip
+    finally:
+        classifier.train(was_training)
+
+
+def _stored_batches(
+    classifier: Classifier, part: ImagePart, embeddings: np.ndarray, settings: PassSettings, description: str
+) -> Iterator[FeatureBatch]:
+    """The same batches from the feature cache; only the head runs, so they may be larger."""
+    assert settings.cache is not None
+    stored = cached_features(
+        classifier, part, settings.cache,
+        batch_size=settings.batch_size, workers=settings.workers, progress=settings.progress,
+    )  # fmt: skip
+    device, share = classifier.weight.device, process_share(len(part))
+    chunks = np.split(share, range(STORED_BATCH, len(share), STORED_BATCH)) if len(share) else []
+    for rows in progress(chunks, f"{description} [{part.name}]", enabled=settings.progress):
+        features, z = (torch.from_numpy(np.ascontiguousarray(table[rows])).to(device) for table in (stored, embeddings))
+        labels = torch.from_numpy(part.labels[rows]).to(device)
+        yield FeatureBatch(features, classifier.logits(features).float(), z, labels, torch.from_numpy(rows))
+
+
+def _refuse_non_finite(classifier: Classifier, part: ImagePart, features: Tensor, indices: Tensor) -> None:
+    if not bool(torch.isfinite(features).all()):
+        bad = indices[~torch.isfinite(features).all(1).cpu()]
+        names = ", ".join(part.identifier(int(i)) for i in bad[:5])
+        raise ValueError(f"{classifier.tag} gives features that are not finite for {len(bad)} pictures: {names}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from singreg.analysis.bootstrap import mean_interval, paired_ratio
 from singreg.analysis.features import FeatureBatch, PassSettings, iterate_features
-from singreg.analysis.results import HeadSummary, ModelMeasurement, Rows, SteeringSummary, TranslatorScores
+from singreg.analysis.results import CENTRED, HeadSummary, ModelMeasurement, Rows, SteeringSummary, TranslatorScores
 from singreg.analysis.steering import measure_steering
 from singreg.data.parts import ImagePart
 from singreg.distributed import all_reduce_sum, gather_rows
@@ -54,8 +54,9 @@ class _TranslatorPass:
     def update(self, batch: FeatureBatch, equivalent: Tensor, centred: Tensor) -> dict[str, Tensor]:
         """Add a batch (B, m) with its two removals; returns this translator's per-image figures, each (B,)."""
         z, z_eq = self.translator(batch.features), self.translator(equivalent)
+        z_centred = self.translator(centred)
         self.scores.update(z, z_eq, batch.labels)
-        self.centred.update(z, self.translator(centred), batch.labels)
+        self.centred.update(z, z_centred, batch.labels)
         target = batch.embeddings
         if self.translator.info.normalized_targets:
             target = torch.nn.functional.normalize(target, dim=-1)
@@ -65,8 +66,9 @@ class _TranslatorPass:
         sums = [cosine.sum(), hits.sum(), (z - target).double().square().sum(), target.double().square().sum(), count]
         self.quality += torch.stack([value.double() for value in sums])
         self.target_sum += target.double().sum(0)
-        columns = score_columns(z, z_eq, self.texts[batch.labels])
-        return {name: columns[COLUMNS.index(name)] for name in ROW_FIGURES}
+        text = self.texts[batch.labels]
+        both = {"": score_columns(z, z_eq, text), CENTRED: score_columns(z, z_centred, text)}
+        return {f"{kind}{name}": columns[COLUMNS.index(name)] for kind, columns in both.items() for name in ROW_FIGURES}
 
     def result(self, rows: Rows, name: str) -> TranslatorScores:
         """Scores over all processes; rows are all images' figures."""
@@ -99,18 +101,21 @@ class _TranslatorPass:
 
 
 def _intervals(rows: Rows, name: str) -> dict[str, list[float]]:
-    """95 % bootstrap intervals over images of each overall figure."""
-    attribute, image, kappa = (rows[f"{figure}/{name}"] for figure in ROW_FIGURES)
-    columns = {
-        "AS": attribute,
-        "AS_neg": np.maximum(-attribute, 0),
-        "AS_pos": np.maximum(attribute, 0),
-        "AS_abs": np.abs(attribute),
-        "IS": image,
-        "kappa": kappa,
-    }
-    intervals = {key: list(mean_interval(values)[1:]) for key, values in columns.items()}
-    return {**intervals, "ratio": list(paired_ratio(image, np.abs(attribute))[1:])}
+    """95 % bootstrap intervals over images of each overall figure, of the paper's removal and of the centred one."""
+    intervals: dict[str, list[float]] = {}
+    for kind in ("", CENTRED):
+        attribute, image, kappa = (rows[f"{kind}{figure}/{name}"] for figure in ROW_FIGURES)
+        columns = {
+            "AS": attribute,
+            "AS_neg": np.maximum(-attribute, 0),
+            "AS_pos": np.maximum(attribute, 0),
+            "AS_abs": np.abs(attribute),
+            "IS": image,
+            "kappa": kappa,
+        }
+        intervals |= {f"{kind}{key}": list(mean_interval(values)[1:]) for key, values in columns.items()}
+        intervals[f"{kind}ratio"] = list(paired_ratio(image, np.abs(attribute))[1:])
+    return intervals
 
 
 def analyze_model(
@@ -190,8 +195,9 @@ def _logit_change(classifier: Classifier, features: Tensor, space: NullSpace) ->
     """Largest |Δlogit| between f and f~ in float64 and in the classifier's own float32 arithmetic."""
     exact = features.double()
     equivalent = space.remove(exact)
-    wide = (exact - equivalent) @ classifier.weight.double().T
-    narrow = classifier.logits(features) - classifier.logits(equivalent.float())
+    wide = (exact - equivalent) @ classifier.weight.detach().double().T
+    with torch.no_grad():
+        narrow = classifier.logits(features) - classifier.logits(equivalent.float())
     return float(wide.abs().max()), float(narrow.abs().max())
 
 

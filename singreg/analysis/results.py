@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 Rows = dict[str, np.ndarray]
+CENTRED = "centred "  # before the names of the figures of f - Π_n (f - μ), METHOD section 8.4
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class TranslatorScores:
     """One translator's reading of one model on the test images; angles in degrees.
 
     overall and centred: mean figures by name (AS, AS_neg, AS_pos, AS_abs, IS, kappa, their _std, ratio, count) for the paper's
-    removal and for the centred one; intervals: 95 % bootstrap [low, high]; per_class: the same names, one value a class.
+    removal and for the centred one; intervals: 95 % bootstrap [low, high], the centred ones as "centred NAME"; per_class: the
+    same names, one value a class.
     cosine, r2: translator against the VLM on the test images; zero_shot: accuracy of T(f) with the class prompts.
     """
 

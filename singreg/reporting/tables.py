@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from singreg.analysis.results import FinetuneReport, ModelMeasurement, TranslatorScores
+from singreg.analysis.results import CENTRED, FinetuneReport, ModelMeasurement, TranslatorScores
 
 STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "SingLoss"}
 """How the stages are called wherever people read them."""
@@ -30,9 +30,10 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}%}"
 
 
-def _with_interval(scores: TranslatorScores, name: str, digits: int = 2) -> str:
-    low, high = scores.intervals[name]
-    return f"{number(scores.overall[name], digits)} [{number(low, digits)}, {number(high, digits)}]"
+def _with_interval(scores: TranslatorScores, name: str, digits: int = 2, *, centred: bool = False) -> str:
+    low, high = scores.intervals[f"{CENTRED}{name}" if centred else name]
+    value = (scores.centred if centred else scores.overall)[name]
+    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
 def _render(rows: Sequence[Sequence[str]], headers: Sequence[str], compact: bool) -> str:
@@ -44,13 +45,15 @@ def _render(rows: Sequence[Sequence[str]], headers: Sequence[str], compact: bool
 def _result_row(stage: str, name: str, measured: ModelMeasurement, compact: bool) -> list[str]:
     scores = measured.translators[name]
 
-    def figure(key: str, digits: int = 2) -> str:
-        return number(scores.overall[key], digits) if compact else _with_interval(scores, key, digits)
+    def figure(key: str, digits: int = 2, centred: bool = False) -> str:
+        if compact:
+            return number((scores.centred if centred else scores.overall)[key], digits)
+        return _with_interval(scores, key, digits, centred=centred)
 
-    head = [STAGES.get(stage, stage), name, percent(measured.top1), figure("AS_neg"), figure("AS_abs")]
+    head = [STAGES.get(stage, stage), name, percent(measured.top1), figure("AS_neg"), figure("AS_neg", centred=True), figure("AS_abs")]
     if not compact:
         head.append(figure("AS"))
-    tail = [figure("IS"), figure("kappa", 3), number(measured.null_share, 3), number(scores.cosine, 3)]
+    tail = [figure("IS"), figure("IS", centred=True), figure("kappa", 3), number(measured.null_share, 3), number(scores.cosine, 3)]
     return [*head, *tail] if compact else [*head, *tail, percent(scores.zero_shot)]
 
 
@@ -65,9 +68,9 @@ def results_table(report: FinetuneReport, compact: bool = False) -> str:
         for name in TRANSLATORS
         if name in measured.translators
     ]
-    headers = ["model", "translator", "top-1", "AS⁻ °", "|AS| °" if compact else "\\|AS\\| °"]
+    headers = ["model", "translator", "top-1", "AS⁻ °", "AS⁻ centred °", "|AS| °" if compact else "\\|AS\\| °"]
     headers += [] if compact else ["AS °"]
-    headers += ["IS °", "κ", "null share", "cosine"] + ([] if compact else ["zero-shot"])
+    headers += ["IS °", "IS centred °", "κ", "null share", "cosine"] + ([] if compact else ["zero-shot"])
     return _render(rows, headers, compact)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of an arm in progress, and results of stages that are done; a killed run leaves the old or the new, never half."""
+"""Checkpoints of an arm in progress; a killed run leaves the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from singreg.analysis.results import ModelMeasurement
-from singreg.files import atomic_write, write_json
+from singreg.files import write_json
 
 logger = get_logger(__name__)
 
@@ -70,34 +65,3 @@ class Checkpoints:
             logger.info("resuming from %s (step %d)", folder, position.step)
             return position
         return None
-
-
-class StageStore:
-    """Finished stages of a run ("before", "control", "sing"): measurement as JSON, per-image rows as npz, tensors as safetensors."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def has(self, stage: str) -> bool:
-        """True when the stage finished: its JSON, written last, is there (path STAGE/measurement.json)."""
-        return (self.folder / stage / "measurement.json").is_file()
-
-    def save(
-        self, stage: str, measurement: ModelMeasurement, tensors: dict[str, Tensor], extra: dict[str, Any] | None = None
-    ) -> None:
-        """Write a stage; the JSON comes last and marks it as done. Tensors may have any shape."""
-        folder = self.folder / stage
-        with atomic_write(folder / "tensors.safetensors") as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        with atomic_write(folder / "rows.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, **measurement.rows)  # type: ignore[arg-type]
-        write_json(folder / "measurement.json", {"measurement": measurement.to_json(), "extra": extra or {}})
-
-    def load(self, stage: str) -> tuple[ModelMeasurement, dict[str, Tensor], dict[str, Any]]:
-        """Read a finished stage back: measurement with rows, tensors, extra values."""
-        folder = self.folder / stage
-        stored = json.loads((folder / "measurement.json").read_text())
-        with np.load(folder / "rows.npz", allow_pickle=False) as file:
-            rows = {name: file[name] for name in file.files}
-        measurement = ModelMeasurement.from_json(stored["measurement"], rows)
-        return measurement, load_file(folder / "tensors.safetensors"), stored["extra"]

@@ -1,41 +1,27 @@
-"""A fine-tuning experiment: what is built once, and how each model state is measured. The recipe tells the story."""
+"""A fine-tuning experiment: what is built once, and how each model state is fitted and measured. The recipe tells the story."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import Tensor
 
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import FittedTranslator, fit_on_part, reference_image_scores, refit
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import ModelMeasurement
-from singreg.data.embeddings import cached_embeddings
-from singreg.data.loading import load_parts
 from singreg.data.parts import Parts
-from singreg.files import sha256_of_json
-from singreg.geometry.nullspace import NullSpace
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.models.vision_language import VisionLanguageModel
 from singreg.training.config import FinetuneConfig
-from singreg.training.loop import Schedule
+from singreg.training.loop import Schedule, micro_batch
 from singreg.translation.ridge import DEFAULT_RIDGES
 from singreg.translation.translator import LinearTranslator, TranslatorInfo
-
-logger = get_logger(__name__)
-ASSETS = Path(__file__).parents[1] / "assets"
-
-
-def model_name(name: str, kind: str) -> str:
-    """ "demo" becomes the packaged folder of that kind ("classifier" or "vlm"); any other name is itself (a name or path)."""
-    return f"local-dir:{ASSETS / f'demo_{kind}'}" if name == "demo" else name
+from singreg.workbench.build import Bench
 
 
 @dataclass
@@ -49,51 +35,19 @@ class Experiment:
     texts: Tensor
     embeddings: dict[str, np.ndarray]
     info: TranslatorInfo
+    settings: PassSettings
 
     @classmethod
     def build(cls, config: FinetuneConfig, accelerator: Accelerator) -> Experiment:
-        """Load data and models and compute (or read back) the embeddings; every complaint comes before any training."""
-        pictures = load_parts(config.data)
-        if not len(pictures.audit):
-            raise ValueError("the audit part is empty, so no auditor could be fitted; give data.audit_per_class or unlabeled pictures")
-        classifier = build_classifier(config, pictures)
-        parts = _labels_for_head(pictures, classifier, config)
-        NullSpace.from_weight(classifier.weight, invariance=config.model.invariance)  # no null space: say so now
-        Schedule.from_config(config, len(parts.train))
-        vlm = VisionLanguageModel.from_open_clip(
-            model_name(config.vlm.name, "vlm"), config.vlm.pretrained, device=str(accelerator.device)
-        )
-        texts = vlm.embed_classes(parts.class_names, tuple(config.vlm.templates)).to(accelerator.device)
-        embeddings: dict[str, np.ndarray] = {
-            part.name: cached_embeddings(
-                vlm,
-                part,
-                config.cache,
-                batch_size=config.vlm.batch_size,
-                workers=config.data.workers,
-                progress=accelerator.is_local_main_process,
-            )
-            for part in (pictures.bank, pictures.audit, pictures.test)  # the cache need not know about relabelling
-        }
-        info = TranslatorInfo(
-            classifier=classifier.tag,
-            classifier_preprocessing=sha256_of_json(classifier.preprocessing),
-            vlm=vlm.tag,
-            vlm_weights_hash=vlm.weights_hash,
-            vlm_preprocessing=sha256_of_json(vlm.preprocessing),
-            normalized_targets=config.translator.normalize_targets,
-        )
-        classifier = classifier.to(accelerator.device)
-        return cls(config, accelerator, parts, classifier, texts, embeddings, info)
-
-    @property
-    def settings(self) -> PassSettings:
-        """How measuring passes read pictures (no shapes)."""
-        return PassSettings(
-            batch_size=self.config.training.measure_batch_size,
-            workers=self.config.data.workers,
-            progress=self.accelerator.is_local_main_process,
-        )
+        """Load data and models and compute (or read back) the embeddings (N, n); every complaint comes before any training."""
+        micro_batch(config, accelerator.num_processes)
+        bench = Bench.build(
+            config, config.model, accelerator,
+            batch_size=config.training.measure_batch_size, normalize_targets=config.translator.normalize_targets,
+        )  # fmt: skip
+        Schedule.from_config(config, len(bench.parts.train))
+        # The vision-language model is not kept: its embeddings are all that training needs of it.
+        return cls(config, accelerator, bench.parts, bench.classifier, bench.texts, bench.embeddings, bench.info, bench.settings)
 
     def fresh_classifier(self) -> Classifier:
         """A copy of the starting classifier, tuned as configured: every arm begins here (no shapes)."""
@@ -183,35 +137,3 @@ class Experiment:
             invariance=self.config.model.invariance,
             settings=self.settings,
         )
-
-
-def build_classifier(config: FinetuneConfig, parts: Parts) -> Classifier:
-    """The classifier as configured, its head kept, sliced to the parts' classes, or new (C, m).
-
-    Raises:
-        ValueError: "slice" or "keep" with classes whose head rows are not known.
-    """
-    model = config.model
-    classifier = Classifier.from_timm(
-        model_name(model.name, "classifier"),
-        pretrained=model.pretrained,
-        head_mode=model.head,
-        class_indices=parts.class_indices if model.head == "slice" else None,
-        class_names=parts.class_names,
-        num_classes=len(parts.class_names) if model.head == "new" else None,
-        image_size=config.data.image_size,
-    )
-    return classifier.to(memory_format=torch.channels_last) if model.channels_last else classifier
-
-
-def _labels_for_head(parts: Parts, classifier: Classifier, config: FinetuneConfig) -> Parts:
-    """With a kept head, labels and names become those of all its rows."""
-    if config.model.head != "keep" or classifier.num_classes == len(parts.class_names):
-        return parts
-    among = parts.among_imagenet()
-    if len(among.class_names) != classifier.num_classes:
-        raise ValueError(
-            f"model.head: keep needs to know what the {classifier.num_classes} rows of {classifier.tag} mean: it is neither the data's "
-            f"{len(parts.class_names)} classes nor ImageNet-1k's; use model.head: slice or new"
-        )
-    return among

@@ -25,8 +25,9 @@ from singreg.reporting.tables import results_table
 from singreg.reporting.tensorboard import TensorBoardLog
 from singreg.training.experiment import Experiment
 from singreg.training.loop import ArmCallbacks, Schedule, train_arm
-from singreg.training.run import Run, Stage, describe_machine
+from singreg.training.stages import FinetuneRun, Stage
 from singreg.translation.translator import LinearTranslator, TranslatorInfo
+from singreg.workbench.run import describe_machine
 
 logger = get_logger(__name__)
 
@@ -34,7 +35,7 @@ logger = get_logger(__name__)
 class Finetuning:
     """Measure before, train and measure each arm, report. Holds what the stages share."""
 
-    def __init__(self, run: Run, experiment: Experiment) -> None:
+    def __init__(self, run: FinetuneRun, experiment: Experiment) -> None:
         self.run, self.experiment = run, experiment
         self.accelerator, self.config = run.accelerator, run.config
         self.measurements: dict[str, ModelMeasurement] = {}

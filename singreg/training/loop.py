@@ -68,6 +68,22 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.warmup) / span)))
 
 
+def micro_batch(config: FinetuneConfig, processes: int) -> int:
+    """Pictures of one forward over all processes: the batch size divided by the accumulation steps (no shapes).
+
+    Raises:
+        ValueError: the batch cannot be split evenly.
+    """
+    training = config.training
+    micro, rest = divmod(training.batch_size, training.accumulation)
+    if rest or micro % processes:
+        raise ValueError(
+            f"training.batch_size = {training.batch_size} cannot be split evenly into {training.accumulation} "
+            f"accumulation step(s) over {processes} process(es); choose a multiple of their product"
+        )
+    return micro
+
+
 @dataclass(frozen=True)
 class ArmCallbacks:
     """What happens beside the steps: log(step, figures), epoch_end(step, classifier, sing), refresh(classifier) of the translator."""
@@ -110,7 +126,7 @@ def train_arm(
     loader = make_loader(
         part,
         classifier.train_transform(config.data.augmentation),
-        training.batch_size // training.accumulation,
+        micro_batch(config, accelerator.num_processes),
         # A second, clean view only where the first is not already what the vision-language model saw.
         clean_transform=classifier.transform if sing is not None and config.data.augmentation != "none" else None,
         shuffle=True,

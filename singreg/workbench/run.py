@@ -1,4 +1,4 @@
-"""A run's folder, its log and its stages (DESIGN: "A run's folder")."""
+"""A run's folder and what surrounds it: the accelerator, the log, the machine (DESIGN: "A run's folder")."""
 
 from __future__ import annotations
 
@@ -7,61 +7,50 @@ import logging
 import os
 import platform
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
-from torch import Tensor
 
-from singreg.analysis.results import ModelMeasurement
 from singreg.files import write_text
-from singreg.training.checkpoint import StageStore
-from singreg.training.config import FinetuneConfig, dump_config
+from singreg.workbench.config import JobConfig
+from singreg.workbench.parsing import dump_config
 
 logger = get_logger(__name__)
-Stage = tuple[ModelMeasurement, dict[str, Tensor], dict[str, Any]]
+HOW = ("resume", "dry_run")  # how a run is started is not part of what it is
 
 
-def make_accelerator(config: FinetuneConfig) -> Accelerator:
-    """The Accelerator of a run: global batches are split over processes, so one process and many see the same ones."""
+def make_accelerator(*, seed: int, mixed_precision: str = "no", accumulation: int = 1) -> Accelerator:
+    """The Accelerator of a run: global batches are split over processes, so one process and many see the same ones (no shapes)."""
     if not torch.cuda.is_available():
         # The launcher pins CPU runs to one thread a process; share the cores among the local processes instead.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     accelerator = Accelerator(
-        mixed_precision=config.training.mixed_precision,
-        gradient_accumulation_steps=config.training.accumulation,
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=accumulation,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         # SingLoss keeps its buffers equal on all ranks itself.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         step_scheduler_with_optimizer=False,
     )
-    micro = config.training.batch_size // config.training.accumulation
-    if micro * config.training.accumulation != config.training.batch_size or micro % accelerator.num_processes:
-        raise ValueError(
-            f"training.batch_size = {config.training.batch_size} cannot be split evenly into {config.training.accumulation} "
-            f"accumulation step(s) over {accelerator.num_processes} process(es); choose a multiple of their product"
-        )
     # singreg speaks; timm, open_clip and accelerate only when something is wrong.
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("singreg").setLevel(logging.INFO)
-    set_seed(config.seed)
+    set_seed(seed)
     return accelerator
 
 
 class Run:
-    """One run: its folder (path `runs/NAME`), finished stages and their seconds. Only the main process writes."""
+    """One run: its folder (path `runs/NAME`) with the resolved configuration in it. Only the main process writes."""
 
-    def __init__(self, config: FinetuneConfig, accelerator: Accelerator) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.folder = Path(config.runs).expanduser() / config.name
-        self.stages = StageStore(self.folder / "checkpoints" / "stages")
+    def __init__(self, config: JobConfig, accelerator: Accelerator, recipe: str) -> None:
+        self.config, self.accelerator, self.recipe = config, accelerator, recipe
+        self.folder = config.folder
         self.seconds: dict[str, float] = {}
 
     def open(self) -> Run:
@@ -71,9 +60,10 @@ class Run:
             FileExistsError: the folder holds a run and `resume` is False. ValueError: it was another configuration.
         """
         resolved = self.folder / "config.yaml"
-        text = dump_config(dataclasses.replace(self.config, resume=False, dry_run=False))
+        values = dataclasses.asdict(self.config)
+        text = dump_config({key: False if key in HOW else value for key, value in values.items()})
         if resolved.is_file():
-            if not self.config.resume:
+            if not getattr(self.config, "resume", False):
                 raise FileExistsError(
                     f"{self.folder} already holds a run; use --resume true to go on with it, or another --name for a new one"
                 )
@@ -88,25 +78,9 @@ class Run:
         self.accelerator.wait_for_everyone()
         return self
 
-    def stage(self, name: str, compute: Callable[[], Stage]) -> Stage:
-        """The stage's result: read back when it had finished, else computed, timed and stored."""
-        if self.stages.has(name):
-            logger.info("stage %s is done already, read from %s", name, self.stages.folder / name)
-            result = self.stages.load(name)
-            self.seconds[name] = float(result[2].get("seconds", 0.0))
-            return result
-        start = time.monotonic()
-        measurement, tensors, extra = compute()
-        self.seconds[name] = time.monotonic() - start
-        extra = {**extra, "seconds": self.seconds[name]}
-        if self.accelerator.is_main_process:
-            self.stages.save(name, measurement, tensors, extra)
-        self.accelerator.wait_for_everyone()
-        return measurement, tensors, extra
-
     def resume_command(self) -> str:
         """The command that goes on with this run (its folder's path in it)."""
-        return f"accelerate launch recipes/finetune.py --config {self.folder / 'config.yaml'} --resume true"
+        return f"accelerate launch recipes/{self.recipe}.py --config {self.folder / 'config.yaml'} --resume true"
 
     @contextmanager
     def guarded(self) -> Iterator[None]:

@@ -1,0 +1,80 @@
+"""Finished stages of a fine-tuning run: stored when they end, read back instead of repeated when the run is resumed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from singreg.analysis.results import ModelMeasurement
+from singreg.files import atomic_write, write_json
+from singreg.training.config import FinetuneConfig
+from singreg.workbench.run import Run
+
+logger = get_logger(__name__)
+Stage = tuple[ModelMeasurement, dict[str, Tensor], dict[str, Any]]
+
+
+class StageStore:
+    """Finished stages of a run ("before", "control", "sing"): measurement as JSON, per-image rows as npz, tensors as safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, stage: str) -> bool:
+        """True when the stage finished: its JSON, written last, is there (path STAGE/measurement.json)."""
+        return (self.folder / stage / "measurement.json").is_file()
+
+    def save(
+        self, stage: str, measurement: ModelMeasurement, tensors: dict[str, Tensor], extra: dict[str, Any] | None = None
+    ) -> None:
+        """Write a stage; the JSON comes last and marks it as done. Tensors may have any shape."""
+        folder = self.folder / stage
+        with atomic_write(folder / "tensors.safetensors") as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        with atomic_write(folder / "rows.npz") as temporary, open(temporary, "wb") as file:
+            np.savez(file, **measurement.rows)  # type: ignore[arg-type]
+        write_json(folder / "measurement.json", {"measurement": measurement.to_json(), "extra": extra or {}})
+
+    def load(self, stage: str) -> tuple[ModelMeasurement, dict[str, Tensor], dict[str, Any]]:
+        """Read a finished stage back: measurement with rows, tensors, extra values."""
+        folder = self.folder / stage
+        stored = json.loads((folder / "measurement.json").read_text())
+        with np.load(folder / "rows.npz", allow_pickle=False) as file:
+            rows = {name: file[name] for name in file.files}
+        measurement = ModelMeasurement.from_json(stored["measurement"], rows)
+        return measurement, load_file(folder / "tensors.safetensors"), stored["extra"]
+
+
+class FinetuneRun(Run):
+    """A run that is made of stages (path `runs/NAME/checkpoints/stages`)."""
+
+    config: FinetuneConfig
+
+    def __init__(self, config: FinetuneConfig, accelerator: Accelerator) -> None:
+        super().__init__(config, accelerator, "finetune")
+        self.stages = StageStore(self.folder / "checkpoints" / "stages")
+
+    def stage(self, name: str, compute: Callable[[], Stage]) -> Stage:
+        """The stage's result: read back when it had finished, else computed, timed and stored."""
+        if self.stages.has(name):
+            logger.info("stage %s is done already, read from %s", name, self.stages.folder / name)
+            result = self.stages.load(name)
+            self.seconds[name] = float(result[2].get("seconds", 0.0))
+            return result
+        start = time.monotonic()
+        measurement, tensors, extra = compute()
+        self.seconds[name] = time.monotonic() - start
+        extra = {**extra, "seconds": self.seconds[name]}
+        if self.accelerator.is_main_process:
+            self.stages.save(name, measurement, tensors, extra)
+        self.accelerator.wait_for_everyone()
+        return measurement, tensors, extra

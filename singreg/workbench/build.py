@@ -1,0 +1,143 @@
+"""From a configuration to the parts, models, texts and embeddings it names; every complaint comes before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from singreg.analysis.features import PassSettings
+from singreg.data.embeddings import cached_embeddings
+from singreg.data.loading import load_parts
+from singreg.data.parts import ImagePart, Parts
+from singreg.files import sha256_of_json
+from singreg.geometry.nullspace import NullSpace
+from singreg.models.classifier import Classifier
+from singreg.models.vision_language import VisionLanguageModel
+from singreg.translation.translator import TranslatorInfo
+from singreg.workbench.config import JobConfig, ModelConfig, VisionLanguageConfig
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def model_name(name: str, kind: str) -> str:
+    """ "demo" becomes the packaged folder of that kind ("classifier" or "vlm"); any other name is itself (a name or path)."""
+    return f"local-dir:{ASSETS / f'demo_{kind}'}" if name == "demo" else name
+
+
+def build_classifier(model: ModelConfig, parts: Parts, *, image_size: int | None = None) -> Classifier:
+    """The classifier as configured, its head kept, sliced to the parts' classes, or new (C, m); `image_size` in pixels.
+
+    Raises:
+        ValueError: "slice" or "keep" with classes whose head rows are not known, or a head without a null space.
+    """
+    classifier = Classifier.from_timm(
+        model_name(model.name, "classifier"),
+        pretrained=model.pretrained,
+        head_mode=model.head,
+        class_indices=parts.class_indices if model.head == "slice" else None,
+        class_names=parts.class_names,
+        num_classes=len(parts.class_names) if model.head == "new" else None,
+        image_size=image_size,
+    )
+    NullSpace.from_weight(classifier.weight, invariance=model.invariance)  # no null space: say so now
+    return classifier.to(memory_format=torch.channels_last) if model.channels_last else classifier
+
+
+def labels_for_head(parts: Parts, classifier: Classifier, model: ModelConfig) -> Parts:
+    """With a kept head, labels and names become those of all its C rows.
+
+    Raises:
+        ValueError: it is not known what the head's rows mean.
+    """
+    if model.head != "keep" or classifier.num_classes == len(parts.class_names):
+        return parts
+    among = parts.among_imagenet()
+    if len(among.class_names) != classifier.num_classes:
+        raise ValueError(
+            f"model.head: keep needs to know what the {classifier.num_classes} rows of {classifier.tag} mean: it is neither the data's "
+            f"{len(parts.class_names)} classes nor ImageNet-1k's; use model.head: slice or new"
+        )
+    return among
+
+
+def open_vlm(config: VisionLanguageConfig, accelerator: Accelerator) -> VisionLanguageModel:
+    """The vision-language model as configured, on the accelerator's device (no shapes)."""
+    name = model_name(config.name, "vlm")
+    return VisionLanguageModel.from_open_clip(name, config.pretrained, device=str(accelerator.device))
+
+
+def embed_parts(
+    vlm: VisionLanguageModel, parts: Sequence[ImagePart], cache: str, *, batch_size: int, workers: int, progress: bool
+) -> dict[str, np.ndarray]:
+    """Embeddings (N, n) by part name, computed once and memory-mapped from the cache path."""
+    return {
+        part.name: cached_embeddings(vlm, part, cache, batch_size=batch_size, workers=workers, progress=progress)
+        for part in parts
+    }
+
+
+def describe_pair(classifier: Classifier, vlm: VisionLanguageModel, *, normalized_targets: bool = False) -> TranslatorInfo:
+    """What a translator between the two is fitted on, for its file (no shapes)."""
+    return TranslatorInfo(
+        classifier=classifier.tag,
+        head_hash=classifier.head_hash(),
+        classifier_preprocessing=sha256_of_json(classifier.preprocessing),
+        vlm=vlm.tag,
+        vlm_weights_hash=vlm.weights_hash,
+        vlm_preprocessing=sha256_of_json(vlm.preprocessing),
+        normalized_targets=normalized_targets,
+    )
+
+
+@dataclass
+class Bench:
+    """One classifier and one VLM set up on the parts of a data set.
+
+    texts (C, n) unit rows of the class prompts; embeddings (N, n) by part name; info: what translators are fitted on.
+    """
+
+    accelerator: Accelerator
+    parts: Parts
+    classifier: Classifier
+    vlm: VisionLanguageModel
+    texts: Tensor
+    embeddings: dict[str, np.ndarray]
+    info: TranslatorInfo
+    settings: PassSettings
+
+    @classmethod
+    def build(
+        cls, config: JobConfig, model: ModelConfig, accelerator: Accelerator, *, batch_size: int = 64, normalize_targets: bool = False
+    ) -> Bench:
+        """Load data and models and compute (or read back) the embeddings (N, n) of bank, audit and test.
+
+        Raises:
+            ValueError: an empty audit part, a head without a null space, classes or pictures that are not there.
+        """
+        pictures = load_parts(replace(config.data, cache_dir=config.data.cache_dir or config.cache))
+        if not len(pictures.audit):
+            raise ValueError("the audit part is empty, so no auditor could be fitted; give data.audit_per_class or unlabeled pictures")
+        classifier = build_classifier(model, pictures, image_size=config.data.image_size)
+        parts = labels_for_head(pictures, classifier, model)
+        vlm = open_vlm(config.vlm, accelerator)
+        shown = accelerator.is_local_main_process
+        embeddings = embed_parts(
+            vlm, (pictures.bank, pictures.audit, pictures.test), config.cache,  # the cache need not know about relabelling
+            batch_size=config.vlm.batch_size, workers=config.data.workers, progress=shown,
+        )  # fmt: skip
+        return cls(
+            accelerator=accelerator,
+            parts=parts,
+            classifier=classifier.to(accelerator.device),
+            vlm=vlm,
+            texts=vlm.embed_classes(parts.class_names, tuple(config.vlm.templates)).to(accelerator.device),
+            embeddings=embeddings,
+            info=describe_pair(classifier, vlm, normalized_targets=normalize_targets),
+            settings=PassSettings(batch_size=batch_size, workers=config.data.workers, progress=shown),
+        )

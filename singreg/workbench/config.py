@@ -1,0 +1,106 @@
+"""The parts of a configuration that all recipes share: which classifier, which vision-language model, where things go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from singreg.data.config import DataConfig
+
+
+@dataclass
+class ModelConfig:
+    """The classifier that is fine-tuned.
+
+    Args:
+        name: any timm name, `local-dir:FOLDER` or `hf-hub:USER/MODEL`; "demo" is the small one inside the package.
+        pretrained: load its weights; False only makes sense for tests.
+        head: keep all rows of the pretrained head, slice it to the data's classes, or make a new one.
+        tuning: train the head only, the last stage and the head, or all.
+        batch_norm: keep batch-norm statistics fixed (eval) or update them (train).
+        channels_last: memory format, faster for convolutions.
+        invariance: null space of the logits, or of the softmax (one dimension more).
+    """
+
+    name: str = "demo"
+    pretrained: bool = True
+    head: Literal["keep", "slice", "new"] = "slice"
+    tuning: Literal["head", "last_stage", "all"] = "all"
+    batch_norm: Literal["eval", "train"] = "eval"
+    channels_last: bool = True
+    invariance: Literal["logits", "softmax"] = "logits"
+
+
+@dataclass
+class VisionLanguageConfig:
+    """The vision-language model that says what features mean.
+
+    Args:
+        name: an open_clip name or `local-dir:FOLDER`; "demo" is the small one inside the package.
+        pretrained: open_clip tag or weights file; none for folders.
+        templates: prompts, each with "{class}"; several make an ensemble. The paper's default is one.
+        batch_size: pictures a batch when embeddings are computed (once; they are cached).
+    """
+
+    name: str = "demo"
+    pretrained: str | None = None
+    templates: list[str] = field(default_factory=lambda: ["an image of a {class}"])
+    batch_size: int = 64
+
+
+@dataclass
+class JobConfig:
+    """What every recipe has; every field is a key of the YAML and a flag of the command line.
+
+    Args:
+        name: of the run's folder. runs: where run folders go. seed: every random choice hangs on it.
+        cache: embeddings and features, reused by all runs.
+        dry_run: build everything, run one batch, say what would happen, stop.
+    """
+
+    name: str = "demo"
+    runs: str = "runs"
+    cache: str = "~/.cache/singreg"
+    seed: int = 0
+    dry_run: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    vlm: VisionLanguageConfig = field(default_factory=VisionLanguageConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder (a path)."""
+        return Path(self.runs).expanduser() / self.name
+
+
+class Problems(list[str]):
+    """Sentences about what is wrong with a configuration, collected so that all are shown at once."""
+
+    def need(self, ok: bool, sentence: str) -> None:
+        """Add the sentence unless `ok` (no shapes)."""
+        if not ok:
+            self.append(sentence)
+
+    def positive(self, **values: float) -> None:
+        """Each named value must be above 0; `__` in a name stands for a dot (no shapes)."""
+        for name, value in values.items():
+            self.need(value > 0, f"{name.replace('__', '.')}: expected a number above 0, got {value}")
+
+    def at_least_0(self, **values: float | None) -> None:
+        """Each named value must be at least 0, or None (no shapes)."""
+        for name, value in values.items():
+            self.need(value is None or value >= 0, f"{name.replace('__', '.')}: expected a number of at least 0, got {value}")
+
+    def share(self, **values: float) -> None:
+        """Each named value must be in [0, 1] (no shapes)."""
+        for name, value in values.items():
+            self.need(0 <= value <= 1, f"{name.replace('__', '.')}: expected a share between 0 and 1, got {value}")
+
+    def job(self, config: JobConfig) -> None:
+        """What is wrong with the fields that all recipes share (no shapes)."""
+        self.positive(vlm__batch_size=config.vlm.batch_size)
+        self.need(bool(config.vlm.templates), "vlm.templates: expected at least one prompt")
+        for template in config.vlm.templates:
+            self.need("{class}" in template, f'vlm.templates: {template!r} has no "{{class}}" in it')
+        plain = bool(config.name) and Path(config.name).name == config.name and config.name not in (".", "..")
+        self.need(plain, f"name: expected a folder name, got {config.name!r}")

@@ -1,0 +1,192 @@
+"""From YAML files and the command line to a configuration dataclass, through jsonargparse; all errors in one message."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+Config = TypeVar("Config")
+
+
+class ConfigurationError(ValueError):
+    """All that is wrong with a configuration, in one message."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        listed = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"the configuration has {len(self.problems)} problem(s):\n{listed}")
+
+
+def find_config(path: str) -> Path:
+    """A YAML by its path, or by its name among those shipped with the package.
+
+    Raises:
+        FileNotFoundError: neither exists; the shipped names are listed.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    shipped = Path(__file__).parents[1] / "configs"
+    folder = shipped if shipped.is_dir() else Path(__file__).parents[2] / "configs"
+    candidate = folder / Path(path).with_suffix(".yaml").name
+    if candidate.is_file():
+        return candidate
+    known = ", ".join(sorted(p.name for p in folder.glob("*.yaml")))
+    raise FileNotFoundError(f"no configuration at {path}; shipped with the package are: {known}")
+
+
+def parse_config(
+    kind: type[Config],
+    check: Callable[[Config], Sequence[str]],
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str = "",
+) -> Config:
+    """A `kind` from `--config FILE` and overrides such as `--training.epochs 3`, in the order given.
+
+    `check` returns what is wrong with the values. Unknown keys, wrong types and bad values are shown together, before any
+    work starts; the process then exits with status 2.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file, or the name of one shipped with the package")
+    parser.add_class_arguments(kind, fail_untyped=True)
+    try:
+        given = list(_given(arguments, kind))
+    except (OSError, IndexError, yaml.YAMLError, ConfigurationError) as error:
+        _refuse(parser, str(error))
+    problems = _problems(parser, given, kind)
+    config: Config | None = None
+    if not problems:
+        try:
+            namespace: Namespace = parser.parse_args(arguments)
+            namespace.pop("config", None)
+            config = build(kind, namespace.as_dict(), problems)
+        except ArgumentError as error:
+            problems.append(" ".join(str(error).split()))
+    else:
+        config = _with_the_good_ones(parser, given, kind, problems)
+    if config is not None:
+        problems += check(config)
+    if config is None or problems:
+        _refuse(parser, str(ConfigurationError(problems)))
+    return config
+
+
+def _refuse(parser: ArgumentParser, message: str) -> typing.NoReturn:
+    parser.exit(2, f"{message}\nrun with --help for every key and what it means\n")
+    raise SystemExit(2)
+
+
+def _given(arguments: list[str], kind: type) -> Iterator[tuple[str, Any]]:
+    """Every (dotted key, value) in the YAML files and flags, in order; file names in `arguments` become full paths."""
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--"):
+            continue
+        if name != "--config":
+            key = name[2:]
+            if key not in ("help", "print_config") and not key.startswith("print_"):
+                following = arguments[position + 1] if position + 1 < len(arguments) else ""
+                yield key, yaml.safe_load(value if equals else following)
+            continue
+        path = find_config(value if equals else arguments[position + 1])
+        arguments[position + (0 if equals else 1)] = f"--config={path}" if equals else str(path)
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(content, dict):
+            raise ConfigurationError([f"{path}: expected a mapping of keys to values, got {type(content).__name__}"])
+        yield from _leaves(content, kind)
+
+
+def _leaves(values: dict[Any, Any], kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings, down to where the dataclass has a plain field."""
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        inner = hints.get(key) if isinstance(key, str) else None
+        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
+            yield from _leaves(value, typing.cast(type, inner), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _problems(parser: ArgumentParser, given: Sequence[tuple[str, Any]], kind: type) -> list[str]:
+    """Unknown keys, with the nearest known one, and values of the wrong type."""
+    return [problem for key, value in given if (problem := _problem(parser, key, value, kind)) is not None]
+
+
+def _problem(parser: ArgumentParser, key: str, value: Any, kind: type) -> str | None:
+    known = dict(_fields(kind))
+    parent, _, item = key.rpartition(".")
+    if key not in known and typing.get_origin(known.get(parent)) is dict:  # one entry of a mapping, as in --loss.terms.leak 2
+        key, value = parent, {item: value}
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+        return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(siblings or known)}")
+    if dataclasses.is_dataclass(known[key]):
+        return f"{key}: expected a mapping of keys to values, got {type(value).__name__}"
+    try:
+        parser.parse_object(_nested(key, value), defaults=False)
+    except (ArgumentError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        wanted = str(known[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
+        return f"{key}: expected {wanted}, got {value!r} ({reason[:160]})"
+    return None
+
+
+def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, inner in typing.get_type_hints(kind).items():
+        if name in {field.name for field in dataclasses.fields(kind)}:
+            yield f"{prefix}{name}", inner
+            if dataclasses.is_dataclass(inner):
+                yield from _fields(typing.cast(type, inner), f"{prefix}{name}.")
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return typing.cast(dict[str, Any], value)
+
+
+def _with_the_good_ones(
+    parser: ArgumentParser, given: Sequence[tuple[str, Any]], kind: type[Config], problems: list[str]
+) -> Config:
+    """The configuration without its bad keys, so that the values of the others can be judged in the same message."""
+    base: Namespace = parser.get_defaults()
+    for key, value in given:
+        if _problem(parser, key, value, kind) is None:
+            base.update(parser.parse_object(_nested(key, value), defaults=False))
+    base.pop("config", None)
+    return typing.cast(Config, build(kind, base.as_dict(), problems))
+
+
+def build(kind: type, values: dict[str, Any], problems: list[str] | None = None) -> Any:
+    """A dataclass from nested plain values (no shapes); the inverse of `dataclasses.asdict`.
+
+    What an inner dataclass refuses goes to `problems` when a list is given (its defaults stand in), else it is raised.
+    """
+    hints = typing.get_type_hints(kind)
+    inner = {
+        key: build(typing.cast(type, hints[key]), value, problems) if dataclasses.is_dataclass(hints[key]) else value
+        for key, value in values.items()
+    }
+    try:
+        return kind(**inner)
+    except ValueError as error:
+        if problems is None:
+            raise
+        problems.append(str(error))
+        return kind()
+
+
+def dump_config(config: Any) -> str:
+    """The resolved configuration (a dataclass or a mapping) as YAML: running it again gives the same run (no shapes)."""
+    text: str = yaml.safe_dump(config if isinstance(config, dict) else dataclasses.asdict(config), sort_keys=False)
+    return text
