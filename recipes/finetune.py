@@ -11,7 +11,7 @@ from singreg.training.config import parse_finetune
 from singreg.training.experiment import Experiment
 from singreg.training.finetuning import Finetuning, dry_run
 from singreg.training.stages import FinetuneRun
-from singreg.workbench.run import make_accelerator
+from singreg.workbench.run import explained, make_accelerator
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,13 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator = make_accelerator(
         seed=config.seed, mixed_precision=config.training.mixed_precision, accumulation=config.training.accumulation
     )
-    run = FinetuneRun(config, accelerator)
-    if config.dry_run:
-        dry_run(Experiment.build(config, accelerator))
-        return
-    run.open()
-    with run.guarded():
+    with explained():
+        run = FinetuneRun(config, accelerator)
+        if config.dry_run:
+            dry_run(Experiment.build(config, accelerator))
+            return
+        run.check()
         experiment = Experiment.build(config, accelerator)
+        run.open()
+    with run.guarded():
         job = Finetuning(run, experiment)
         job.measure_before()
         for arm in ["control", "sing"] if config.training.control else ["sing"]:

@@ -41,14 +41,15 @@ def test_value_and_gradients_are_those_of_the_slow_formula(term: str) -> None:
     fast = sing(features, labels)
     slow = oracle(sing, head, features, labels)[term]
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)  # buffers are float32
-    got = torch.autograd.grad(fast, (head.weight, features))
-    expected = torch.autograd.grad(slow, (head.weight, features))
+    wanted = (head.weight,) if term == "capacity" else (head.weight, features)  # capacity moves the head alone
+    got = torch.autograd.grad(fast, wanted)
+    expected = torch.autograd.grad(slow, wanted)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
         assert theirs.abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("term", ["hinge", "band", "class_share"])
+@pytest.mark.parametrize("term", ["hinge", "band", "class_share", "capacity"])
 def test_gradcheck_to_weight_and_features(term: str) -> None:
     """Terms without a held-fixed scale: numerical and analytic derivatives agree in float64."""
     sing, head, features, labels = setup(terms={term: 1.0})
@@ -64,6 +65,20 @@ def test_gradcheck_to_weight_and_features(term: str) -> None:
         assert torch.autograd.gradcheck(lambda f: loss(head.weight.detach(), f), (features,), atol=1e-6)
     else:
         assert torch.autograd.gradcheck(loss, (head.weight.detach().clone().requires_grad_(), features), atol=1e-6)
+
+
+def test_capacity_is_0_for_a_head_that_spans_the_prompts_and_1_for_one_orthogonal_to_them() -> None:
+    """METHOD section 7: then no null direction can raise any class's prompt for this translator."""
+    sing, head, features, labels = setup(terms={"capacity": 1.0})
+    assert 0.05 < float(sing(features, labels).detach()) < 0.95
+    prompts = sing.texts.double() @ sing.matrix.double()
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(C, C).double() @ prompts)
+    assert float(sing(features, labels).detach()) < 1e-12
+    outside = torch.linalg.qr(prompts.T, mode="complete").Q[:, C : 2 * C].T
+    with torch.no_grad():
+        head.weight.copy_(outside)
+    assert float(sing(features, labels).detach()) > 1 - 1e-6
 
 
 def test_leak_gradcheck_with_its_scale_held_fixed() -> None:
@@ -115,10 +130,10 @@ def test_no_gradient_reaches_the_translator_and_nothing_is_registered_twice() ->
 def test_a_null_without_class_semantics_has_no_leak() -> None:
     """The definition's zero: when A maps the null space to nothing, leak and hinge are 0; the control is not."""
     sing, head, features, labels = setup(terms={"leak": 1.0, "hinge": 1.0})
-    assert float(sing(features, labels)) > 0.01
+    assert float(sing(features, labels).detach()) > 0.01
     project = torch.linalg.pinv(head.weight.detach()) @ head.weight.detach()
     sing.matrix = sing.matrix @ project
-    assert abs(float(sing(features, labels))) < 1e-6
+    assert abs(float(sing(features, labels).detach())) < 1e-6
 
 
 def test_terms_are_scale_free() -> None:

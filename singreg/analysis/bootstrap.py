@@ -5,19 +5,23 @@ from __future__ import annotations
 import numpy as np
 
 Interval = tuple[float, float, float]
+DRAWN_TOGETHER = 2**16
 
 
 def resampled_means(columns: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """Means of each column over images drawn with replacement, the same draw for every column (paired).
 
-    Shapes: columns (N, k) to (resamples, k), float64. Memory O(N) a draw, however many there are.
+    Shapes: columns (N, k) to (resamples, k), float64. Memory O(N), however many draws there are.
     """
     rng = np.random.default_rng(seed)
     count = len(columns)
     means = np.empty((resamples, columns.shape[1]))
-    for row in range(resamples):
-        weights = np.bincount(rng.integers(0, count, count), minlength=count)
-        means[row] = weights @ columns / count
+    together = max(1, DRAWN_TOGETHER // max(count, 1))  # the draws are the same however many are taken at a time
+    for start in range(0, resamples, together):
+        draws = rng.integers(0, count, (min(together, resamples - start), count))
+        places = draws + count * np.arange(len(draws))[:, None]
+        weights = np.bincount(places.ravel(), minlength=draws.size).reshape(draws.shape)
+        means[start : start + len(draws)] = weights @ columns / count
     return means
 
 
@@ -33,10 +37,16 @@ def paired_difference(after: np.ndarray, before: np.ndarray, *, resamples: int =
 
 
 def paired_ratio(after: np.ndarray, before: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Interval:
-    """(mean(after) / mean(before), low, high): a ratio of means, never a mean of ratios; both (N,), no unit."""
+    """(mean(after) / mean(before), low, high): a ratio of means, never a mean of ratios; both (N,), no unit.
+
+    `before` is not negative. NaN where it is 0 everywhere; an end that the pictures do not bound is infinite or NaN.
+    """
     columns = np.stack([after, before], axis=1).astype(np.float64)
-    means = resampled_means(columns, resamples=resamples, seed=seed)
-    ratios = means[:, 0] / np.maximum(means[:, 1], np.finfo(np.float64).tiny)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    top, bottom = columns.mean(0)
-    return float(top / max(bottom, np.finfo(np.float64).tiny)), float(low), float(high)
+    means = np.concatenate([columns.mean(0, keepdims=True), resampled_means(columns, resamples=resamples, seed=seed)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, *ratios = means[:, 0] / means[:, 1]
+        defined = np.array(ratios)[~np.isnan(ratios)]
+        if not columns[:, 1].any() or not len(defined):
+            return np.nan, np.nan, np.nan
+        low, high = np.quantile(defined, [0.025, 0.975])
+    return float(value), float(low), float(high)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from singreg.geometry.angles import image_score
 from singreg.geometry.nullspace import Invariance, NullSpace
 from singreg.models.classifier import Classifier
 from singreg.translation.ridge import DEFAULT_RIDGES, RidgeStatistics
+from singreg.translation.scaling import Standardize
 from singreg.translation.translator import LinearTranslator, TranslatorInfo, translator_from_statistics
 
 VALIDATION_EVERY = 5
@@ -36,7 +38,8 @@ def fit_on_part(
     embeddings: np.ndarray,
     *,
     ridges: Sequence[float] = DEFAULT_RIDGES,
-    standardize: bool = False,
+    standardize: bool | Literal["blocks"] = False,
+    invariance: Invariance = "logits",
     normalize_targets: bool = False,
     info: TranslatorInfo | None = None,
     settings: PassSettings | None = None,
@@ -44,8 +47,14 @@ def fit_on_part(
 ) -> FittedTranslator:
     """Fit T on all pictures of a part in one pass; every fifth picture chooses λ. Exact over processes.
 
-    Shapes: embeddings (N, n). The auditor is the same call on other pictures with `standardize=True` (METHOD section 8.6).
+    Shapes: embeddings (N, n). The auditor is the same call on other pictures with `standardize="blocks"` (METHOD section 8.6):
+    the row-space and the null block of the head are brought to unit scale, so that neither turning nor shrinking the null block
+    moves it; True scales feature by feature, which only a head aligned with the axes makes as safe, and only from shrinking.
+
+    Raises:
+        ValueError: another `standardize` than True, False or "blocks".
     """
+    scale = _scale(classifier, standardize, invariance)
     width, dim = classifier.feature_dim, embeddings.shape[1]
     device = classifier.weight.device
     fit, validation = (RidgeStatistics(width, dim, device=device) for _ in range(2))
@@ -63,9 +72,17 @@ def fit_on_part(
     fit.reduce()
     validation.reduce()
     sums, counts = all_reduce_sum(sums), all_reduce_sum(counts)
-    translator = translator_from_statistics(fit, validation, ridges=ridges, standardize=standardize, info=info)
+    translator = translator_from_statistics(fit, validation, ridges=ridges, standardize=scale, info=info)
     mean = (fit.f + validation.f) / (fit.count + validation.count)
     return FittedTranslator(translator.to(device), mean.float(), (sums / counts[:, None]).float())
+
+
+def _scale(classifier: Classifier, standardize: bool | str, invariance: Invariance) -> Standardize:
+    if isinstance(standardize, bool):
+        return standardize
+    if standardize != "blocks":
+        raise ValueError(f'standardize must be true, false or "blocks", got {standardize!r}')
+    return NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).basis
 
 
 def refit(
@@ -75,6 +92,7 @@ def refit(
     previous: LinearTranslator,
     *,
     settings: PassSettings,
+    invariance: Invariance = "logits",
     description: str = "refreshing the translator",
 ) -> LinearTranslator:
     """The same fit on today's features, at the ridge already chosen: the loop's refresh. Shapes: embeddings (N, n)."""
@@ -83,7 +101,8 @@ def refit(
         part,
         embeddings,
         ridges=(previous.info.ridge,),
-        standardize=previous.info.standardized,
+        standardize="blocks" if previous.info.by_block else previous.info.standardized,
+        invariance=invariance,
         normalize_targets=previous.info.normalized_targets,
         info=previous.info,
         settings=settings,

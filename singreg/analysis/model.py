@@ -17,7 +17,7 @@ from singreg.distributed import all_reduce_sum, gather_rows
 from singreg.geometry.nullspace import Invariance, NullSpace, null_share
 from singreg.metrics import COLUMNS, SemanticLeakage, score_columns
 from singreg.models.classifier import Classifier
-from singreg.translation.translator import LinearTranslator
+from singreg.translation.base import Translator
 
 ROW_FIGURES = ("AS", "IS", "kappa")
 STEERING_IMAGES = 1024
@@ -43,7 +43,7 @@ def summarize_head(classifier: Classifier, space: NullSpace) -> HeadSummary:
 class _TranslatorPass:
     """Running sums of one translator over the test pass."""
 
-    def __init__(self, translator: LinearTranslator, texts: Tensor) -> None:
+    def __init__(self, translator: Translator, texts: Tensor) -> None:
         self.translator = translator
         self.texts = texts
         self.scores, self.centred = (SemanticLeakage(texts).to(texts.device) for _ in range(2))
@@ -123,7 +123,7 @@ def analyze_model(
     part: ImagePart,
     embeddings: np.ndarray,
     texts: Tensor,
-    translators: Mapping[str, LinearTranslator],
+    translators: Mapping[str, Translator],
     *,
     mean: Tensor,
     invariance: Invariance = "logits",
@@ -205,7 +205,7 @@ def _steering(
     kept: list[FeatureBatch],
     texts: Tensor,
     space: NullSpace,
-    translators: Mapping[str, LinearTranslator],
+    translators: Mapping[str, Translator],
     degrees: float,
 ) -> dict[str, SteeringSummary]:
     """Table-1 steering for each translator as its own attacker and judge, on the first pictures of the part."""

@@ -90,8 +90,8 @@ class ModelMeasurement:
     rows: Rows = field(default_factory=dict, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """A strictly JSON-able dict without the per-image rows: what is not defined (NaN) becomes null (no shapes)."""
-        value: dict[str, Any] = _nulls_for_nan({**asdict(replace(self, rows={})), "rows": None})
+        """A strictly JSON-able dict without the per-image rows: what is not defined (NaN, infinite) becomes null (no shapes)."""
+        value: dict[str, Any] = nulls_for_nan({**asdict(replace(self, rows={})), "rows": None})
         value.pop("rows")
         return value
 
@@ -100,35 +100,37 @@ class ModelMeasurement:
         """Back from `to_json` (no shapes)."""
         return cls(
             **{
-                **value,
+                **{key: nan_for_null(inner) for key, inner in value.items()},
                 "head": HeadSummary(**value["head"]),
                 "translators": {name: _scores_from_json(scores) for name, scores in value["translators"].items()},
-                "steering": {name: SteeringSummary(**_nan_for_null(summary)) for name, summary in value["steering"].items()},
+                "steering": {name: SteeringSummary(**nan_for_null(summary)) for name, summary in value["steering"].items()},
                 "rows": rows or {},
             }
         )
 
 
-def _nulls_for_nan(value: Any) -> Any:
+def nulls_for_nan(value: Any) -> Any:
+    """Dicts and lists with None for every NaN and infinity, which strict JSON does not have (no shapes)."""
     if isinstance(value, dict):
-        return {key: _nulls_for_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_nulls_for_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return {key: nulls_for_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [nulls_for_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _nan_for_null(value: Any) -> Any:
+def nan_for_null(value: Any) -> Any:
+    """Dicts and lists with NaN for every None: numbers that are not defined, back from JSON (no shapes)."""
     if isinstance(value, dict):
-        return {key: _nan_for_null(inner) for key, inner in value.items()}
+        return {key: nan_for_null(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_nan_for_null(inner) for inner in value]
+        return [nan_for_null(inner) for inner in value]
     return math.nan if value is None else value
 
 
 def _scores_from_json(scores: dict[str, Any]) -> TranslatorScores:
     """Back from JSON; only `validation_r2` and classes without pictures are really None."""
     plain = ("validation_r2", "per_class")
-    return TranslatorScores(**{key: value if key in plain else _nan_for_null(value) for key, value in scores.items()})
+    return TranslatorScores(**{key: value if key in plain else nan_for_null(value) for key, value in scores.items()})
 
 
 @dataclass(frozen=True)

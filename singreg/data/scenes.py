@@ -122,10 +122,15 @@ def shape_labels(table: SceneTable) -> np.ndarray:
 def render_scene(table: SceneTable, index: int, pixels: int = 64) -> np.ndarray:
     """One scene as a picture, (pixels, pixels, 3) uint8; `pixels` other than 64 scales by nearest neighbour.
 
+    Raises:
+        ValueError: fewer than one pixel a side. IndexError: there is no such scene.
+
     Example:
         >>> render_scene(sample_scenes(1, seed=0), 0).shape
         (64, 64, 3)
     """
+    if pixels < 1:
+        raise ValueError(f"expected pixels >= 1 a side, got {pixels}")
     code = {name: int(table.codes[name][index]) for name in ATTRIBUTES}
     noise = [int(word) for word in table.noise[index]]
     picture: np.ndarray = _background(BACKGROUNDS[code["background"]], noise[0])

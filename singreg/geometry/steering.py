@@ -1,15 +1,21 @@
-"""Steering inside the null space: closed forms for a linear translator (METHOD section 4, paper eq. 10-13)."""
+"""Steering inside the null space (METHOD section 4, paper eq. 10-13): closed forms for a linear translator, bisection for any."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from singreg.geometry.angles import angle
 from singreg.geometry.nullspace import NullSpace
 
+AnyTranslator = Callable[[Tensor], Tensor]
+"""Anything that maps features (..., m) to translated ones (..., n), row by row."""
+FIRST_STEP = 2.0**-10  # of the feature norm: where the search for a bracket begins
+LARGEST_STEP = 1e3  # of the feature norm: where it ends
 
 @dataclass(frozen=True)
 class Steered:
@@ -20,11 +26,24 @@ class Steered:
     reachable: Tensor
 
 
-def steering_direction(features: Tensor, text: Tensor, *, matrix: Tensor, offset: Tensor, null_space: NullSpace) -> Tensor:
-    """Unit null direction d̂ that raises cos(T f, t) fastest: Π_n Aᵀ(t̂ - s ẑ)/|z|, normalised (paper eq. 10-12).
+def steering_direction(
+    features: Tensor,
+    text: Tensor,
+    *,
+    null_space: NullSpace,
+    matrix: Tensor | None = None,
+    offset: Tensor | None = None,
+    translator: AnyTranslator | None = None,
+) -> Tensor:
+    """Unit null direction d̂ that raises cos(T f, t) fastest: Π_n ∇_f cos(T f, t), normalised (paper eq. 10-12).
 
-    Shapes: features (B, m), text (n,) or (B, n), matrix A (n, m), offset a (n,); returns (B, m). Zero where the gradient has
-    no null part.
+    The translator is either linear, given by matrix A and offset a (gradient Aᵀ(t̂ - s ẑ)/|z|), or any callable (autograd).
+
+    Shapes: features (B, m), text (n,) or (B, n), matrix (n, m), offset (n,); returns (B, m). Zero where the gradient has no
+    null part.
+
+    Raises:
+        ValueError: both or neither kind of translator, or a module whose dropout or batch norm is in training mode.
 
     Example:
         >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
@@ -32,16 +51,56 @@ def steering_direction(features: Tensor, text: Tensor, *, matrix: Tensor, offset
         ...                    offset=torch.zeros(2), null_space=space).tolist()
         [[0.0, 1.0]]
     """
+    gradient = similarity_gradient(features, text, matrix=matrix, offset=offset, translator=translator)
+    return unit_in_null(null_space.component(gradient), gradient)
+
+
+def similarity_gradient(
+    features: Tensor,
+    text: Tensor,
+    *,
+    matrix: Tensor | None = None,
+    offset: Tensor | None = None,
+    translator: AnyTranslator | None = None,
+) -> Tensor:
+    """∇_f cos(T f, t) of every feature, before any projection (paper eq. 11); the translator as in `steering_direction`.
+
+    Shapes: features (B, m), text (n,) or (B, n); returns (B, m).
+    """
+    translator = _one_translator(matrix, offset, translator)
+    gradient: Tensor
+    if translator is not None:
+        with torch.enable_grad():
+            leaf = features.detach().requires_grad_()
+            similarity = torch.nn.functional.cosine_similarity(translator(leaf), text, dim=-1)
+            (gradient,) = torch.autograd.grad(similarity.sum(), leaf)
+        return gradient
+    assert matrix is not None
+    assert offset is not None
     z = features @ matrix.T + offset
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     unit, target = z / length, text / torch.linalg.vector_norm(text, dim=-1, keepdim=True)
     similarity = (unit * target).sum(-1, keepdim=True)
     gradient = ((target - similarity * unit) / length) @ matrix
-    direction = null_space.component(gradient)
+    return gradient
+
+
+def unit_in_null(direction: Tensor, gradient: Tensor) -> Tensor:
+    """A null direction scaled to length 1, and 0 where it is rounding only beside its whole gradient. Shapes: (..., m) each."""
     norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     # Relative to the whole gradient: what is left of rounding is not a direction.
     negligible = norm <= 1e-6 * torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
     return torch.where(negligible, torch.zeros_like(direction), direction / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+
+
+def _one_translator(matrix: Tensor | None, offset: Tensor | None, translator: AnyTranslator | None) -> AnyTranslator | None:
+    """The callable, or None for a linear map; refuses what is ambiguous or not a fixed function."""
+    if (translator is None) == (matrix is None) or (matrix is None) != (offset is None):
+        raise ValueError("give the translator either as matrix= and offset= (linear) or as translator= (any callable)")
+    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    if isinstance(translator, nn.Module) and any(isinstance(m, random) and m.training for m in translator.modules()):
+        raise ValueError(f"{type(translator).__name__} is in training mode, so it is no fixed function; call .eval() first")
+    return translator
 
 
 def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:
@@ -58,8 +117,7 @@ def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:
         >>> step_for_image_score(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 45.0).item()
         1.0
     """
-    if not 0 < degrees < 180:
-        raise ValueError(f"the wanted image score must be in (0, 180) degrees, got {degrees}")
+    _check_degrees(degrees)
     dtype, z, u = z.dtype, z.to(torch.float64), u.to(torch.float64)
     theta = math.radians(degrees)
     alpha, beta, gamma = (z * z).sum(-1), (z * u).sum(-1), (u * u).sum(-1)
@@ -73,12 +131,68 @@ def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:
     return torch.where(reachable, step, torch.full_like(step, math.nan)).to(dtype)
 
 
+def bisect_step(
+    translator: AnyTranslator, features: Tensor, direction: Tensor, degrees: float, *, largest: float = LARGEST_STEP
+) -> Tensor:
+    """First ε > 0 found with angle(T f, T(f + ε d̂)) = θ for any translator; NaN where it is out of reach.
+
+    Doubles ε from |f|/1024 until the angle is passed, at most to `largest` · |f|, then halves the bracket down to the dtype's
+    resolution, all rows at once. For a linear translator the angle grows with ε, so this is `step_for_image_score`'s root.
+
+    Shapes: features, direction (B, m); degrees θ in (0, 180); returns (B,) in units of the features.
+
+    Raises:
+        ValueError: θ is not in (0, 180) degrees, or `largest` is not above 1/1024.
+
+    Example:
+        >>> f, d = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> round(bisect_step(lambda f: f, f, d, 45.0).item(), 4)
+        1.0
+    """
+    _check_degrees(degrees)
+    if not largest > FIRST_STEP:
+        raise ValueError(f"the largest step must be above {FIRST_STEP} of the feature norm, where the search begins, got {largest}")
+    with torch.no_grad():
+        z = translator(features)
+
+        def below(step: Tensor) -> Tensor:
+            return angle(z, translator(features + step[:, None] * direction)) < degrees
+
+        norm = torch.linalg.vector_norm(features, dim=-1)
+        scale = torch.where(norm > 0, norm, torch.ones_like(norm))
+        low, high = torch.zeros_like(scale), FIRST_STEP * scale
+        short = below(high)
+        while bool((short & (high < largest * scale)).any()):
+            low = torch.where(short, high, low)
+            high = torch.where(short, torch.minimum(2 * high, largest * scale), high)
+            short = below(high)
+        for _ in range(round(-math.log2(torch.finfo(features.dtype).eps))):
+            middle = (low + high) / 2
+            less = below(middle)
+            low, high = torch.where(less, middle, low), torch.where(less, high, middle)
+    return torch.where(short, torch.full_like(high, math.nan), high)
+
+
+def _check_degrees(degrees: float) -> None:
+    if not 0 < degrees < 180:
+        raise ValueError(f"the wanted image score must be in (0, 180) degrees, got {degrees}")
+
+
 def steer(
-    features: Tensor, text: Tensor, *, matrix: Tensor, offset: Tensor, null_space: NullSpace, image_score: float
+    features: Tensor,
+    text: Tensor,
+    *,
+    null_space: NullSpace,
+    image_score: float,
+    matrix: Tensor | None = None,
+    offset: Tensor | None = None,
+    translator: AnyTranslator | None = None,
 ) -> Steered:
     """Move features through the null space towards a text until the image score is `image_score` degrees (eq. 13).
 
-    The logits do not change. Features that cannot reach the angle are returned unmoved with `reachable` False.
+    The logits do not change. A linear translator (matrix, offset) has a closed-form step; any other (`translator`) is
+    differentiated by autograd and its step found by `bisect_step`. Features that cannot reach the angle are returned unmoved
+    with `reachable` False.
 
     Shapes: features (B, m), text (n,) or (B, n), matrix (n, m), offset (n,); returns Steered.
 
@@ -88,8 +202,15 @@ def steer(
         ...       null_space=space, image_score=45.0).features.tolist()
         [[1.0, 1.0]]
     """
-    direction = steering_direction(features, text, matrix=matrix, offset=offset, null_space=null_space)
-    step = step_for_image_score(features @ matrix.T + offset, direction @ matrix.T, image_score)
+    direction = steering_direction(
+        features, text, matrix=matrix, offset=offset, translator=translator, null_space=null_space
+    )
+    if translator is not None:
+        step = bisect_step(translator, features, direction, image_score)
+    else:
+        assert matrix is not None
+        assert offset is not None
+        step = step_for_image_score(features @ matrix.T + offset, direction @ matrix.T, image_score)
     reachable = torch.isfinite(step)
     moved = features + torch.where(reachable, step, torch.zeros_like(step))[:, None] * direction
     return Steered(moved, step, reachable)

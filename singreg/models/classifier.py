@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,15 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from singreg.files import sha256_of_tensor
-from singreg.models.heads import apply_head, as_features, effective_weight, find_head
+from singreg.models.heads import (
+    apply_head,
+    as_features,
+    batch_norm_and_linear,
+    check_is_affine,
+    check_is_output,
+    effective_weight,
+    find_head,
+)
 from singreg.models.tuning import BatchNormMode, Tuning, set_modes, set_trainable
 
 Transform = Callable[[Image.Image], Tensor]
@@ -27,7 +37,8 @@ Transform = Callable[[Image.Image], Tensor]
 class Classifier(nn.Module):
     """A model whose last linear layer is known: `features(x)` is the input of exactly that layer.
 
-    Make one with `from_timm` or `from_module`. Shapes: images (B, 3, H, W), features (B, m), logits (B, C), weight (C, m).
+    Make one with `from_timm` or `from_module`; it comes in eval mode, so call `.train()` before training.
+    Shapes: images (B, 3, H, W), features (B, m), logits (B, C), weight (C, m).
 
     Example:
         >>> classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=10)
@@ -45,6 +56,8 @@ class Classifier(nn.Module):
         self.batch_norm: BatchNormMode = "eval"
         self._data_config = data_config
         self._transform: Transform | None = None
+        self.eval()  # timm's models come in train mode, in which a first look at the features would move batch norms
+        check_is_affine(self.head, head_name)
 
     @classmethod
     def from_timm(
@@ -69,26 +82,35 @@ class Classifier(nn.Module):
             image_size: side in pixels of the input, if not the pretrained model's own.
 
         Raises:
-            ValueError: no head or several heads, or indices outside the head's rows.
+            ValueError: no head or several heads, rows the head does not have, or arguments that do not go with the head mode.
         """
-        if head_mode == "new" and num_classes is None:
-            raise ValueError('head_mode="new" needs num_classes')
+        _check_arguments(head_mode, class_indices, class_names, num_classes)
         if head_mode == "keep" and num_classes is not None:
             model_kwargs["num_classes"] = num_classes
         model: Any = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, **model_kwargs)
         if image_size is not None and _fixed_size(model) not in (None, image_size):
             model = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, img_size=image_size, **model_kwargs)
+        cfg = model.pretrained_cfg
+        tag = ".".join(part for part in (cfg.get("architecture", name), cfg.get("tag")) if part)
+        if pretrained and head_mode == "keep" and num_classes not in (None, cfg["num_classes"]):
+            raise ValueError(
+                f"{tag} was trained with {cfg['num_classes']} classes, so a head of {num_classes} cannot be kept; use "
+                'head_mode="new" for a fresh one or "slice" for some of its rows'
+            )
         config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         if image_size is not None:
             config["input_size"] = (config["input_size"][0], image_size, image_size)
         if head_mode == "new":
             model.reset_classifier(num_classes)
-        head_name, _ = find_head(model, model.pretrained_cfg.get("classifier"))
-        cfg = model.pretrained_cfg
-        tag = ".".join(part for part in (cfg.get("architecture", name), cfg.get("tag")) if part)
+            model.pretrained_cfg = {**cfg, "label_names": None, "label_descriptions": None}  # of rows that are gone
+        head_name, _ = find_head(model, cfg.get("classifier"))
         classifier = cls(model, head_name, tag=tag, data_config=config)
         if head_mode == "slice":
-            classifier._slice_head(_rows_by_name(cfg, class_names, tag) if class_indices is None else class_indices)
+            labels = _label_names(cfg)
+            rows = _rows_by_name(labels, class_names or (), tag) if class_indices is None else list(class_indices)
+            classifier._slice_head(rows)
+            if class_names is None and all(row in labels for row in rows):
+                class_names = [labels[row] for row in rows]
         if head_mode != "keep" and class_names is not None:
             classifier.class_names = tuple(class_names)
         return classifier
@@ -109,19 +131,27 @@ class Classifier(nn.Module):
         classifier._transform = transform
         return classifier
 
-    def _slice_head(self, class_indices: Sequence[int]) -> None:
-        weight, bias = self.head.weight, self.head.bias
-        assert isinstance(weight, Tensor)
-        index = torch.tensor(list(class_indices), dtype=torch.long)
-        if not len(index) or int(index.min()) < 0 or int(index.max()) >= len(weight):
-            raise ValueError(f"class_indices must be in 0..{len(weight) - 1} for this head, got {sorted(set(class_indices))}")
-        # timm's own way of changing the number of classes keeps everything that is saved with the model consistent.
-        self.model.reset_classifier(len(index))  # type: ignore[operator]
-        self.head_name, head = find_head(self.model, self.model.pretrained_cfg["classifier"])  # type: ignore[index, arg-type]
-        with torch.no_grad():
-            head.weight.copy_(weight[index])  # type: ignore[operator]
-            if isinstance(bias, Tensor):
-                head.bias.copy_(bias[index])  # type: ignore[operator]
+    def _slice_head(self, rows: Sequence[int]) -> None:
+        classes, repeated = self.num_classes, [row for row, count in Counter(rows).items() if count > 1]
+        if not rows or min(rows) < 0 or max(rows) >= classes or repeated:
+            wrong = repeated or [row for row in rows if not 0 <= row < classes]
+            raise ValueError(
+                f"class_indices must be different rows in 0..{classes - 1} of the head of {self.tag}, got {len(rows)} with {wrong[:6]}"
+                f"{' repeated' if repeated else ''}"
+            )
+        pair = batch_norm_and_linear(self.head)
+        linear = self.head if pair is None else pair[1]
+        name = next(name for name, module in self.model.named_modules() if module is linear)
+        index = torch.tensor(list(rows), device=self.weight.device)
+        state = self.model.state_dict()
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in state:
+                state[key] = state[key][index]
+        # timm's own way of changing the number of classes keeps what is saved with the model consistent; but some families draw
+        # their whole head anew in it (caformer's MLP), so every other tensor is put back.
+        self.model.reset_classifier(len(rows))  # type: ignore[operator]
+        self.model.load_state_dict(state)
+        self.eval()
 
     @property
     def head(self) -> nn.Module:
@@ -153,16 +183,21 @@ class Classifier(nn.Module):
         return sha256_of_tensor(self.weight)
 
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(f (B, m), logits (B, C)) from one pass over images (B, 3, H, W), so with one dropout mask."""
-        captured: list[Tensor] = []
-        handle = self.head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+        """(f (B, m), logits (B, C)) from one pass over images (B, 3, H, W), so with one dropout mask.
+
+        Raises:
+            ValueError: the head is applied several times, to several places, or its output is not what the model returns.
+        """
+        captured: list[tuple[Tensor, Tensor]] = []
+        handle = self.head.register_forward_hook(lambda _, inputs, output: captured.append((inputs[0], output)))
         try:
-            logits: Tensor = self.model(x)
+            logits = self.model(x)
         finally:
             handle.remove()
         if len(captured) != 1:
             raise ValueError(f"the head {self.head_name!r} was applied {len(captured)} times in one pass; expected once")
-        return as_features(captured[0], self.head_name), logits
+        features, output = captured[0]
+        return as_features(features, self.head_name), check_is_output(output, logits, self.head_name)
 
     def features(self, x: Tensor) -> Tensor:
         """f, the input of the head. Shapes: images (B, 3, H, W) to (B, m)."""
@@ -201,17 +236,19 @@ class Classifier(nn.Module):
     def preprocessing(self) -> dict[str, Any]:
         """What the evaluation transform does, as JSON-able values (sizes in pixels)."""
         if self._data_config is None:
-            return {"transform": repr(self._transform)}
+            return {"transform": None if self._transform is None else _describe_transform(self._transform)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self._data_config.items()}
 
     def tune(self, mode: Tuning, *, batch_norm: BatchNormMode = "eval") -> Classifier:
-        """Train the head, the last stage and head, or all; frozen parts stay in eval mode whatever `.train()` says (trap 10).
+        """Train the head, the last stage and what follows it (a vision transformer's last block), or all.
+
+        Frozen parts stay in eval mode whatever `.train()` says, or a frozen backbone's batch norms would move all the same.
 
         `batch_norm="eval"` keeps the statistics of every batch norm fixed, in trained parts too. (No shapes.)
         """
         set_trainable(self.model, self.head_name, mode)
         self.batch_norm = batch_norm
-        return self
+        return self.train(self.training)
 
     def train(self, mode: bool = True) -> Classifier:
         """Training mode for what is trained, eval mode for what is frozen (no shapes)."""
@@ -223,7 +260,7 @@ class Classifier(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write a timm folder to the path: `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same logits.
 
-        Written beside the old folder and renamed when whole.
+        Written beside the old folder and renamed when whole: what was there stays if the writing fails.
 
         Raises:
             ValueError: the model is not timm's (save its state_dict with safetensors instead).
@@ -232,25 +269,68 @@ class Classifier(nn.Module):
             raise ValueError(f"{self.tag} is not a timm model; save `classifier.model.state_dict()` with safetensors instead")
         folder = Path(folder)
         temporary, old = folder.with_name(f".{folder.name}-writing"), folder.with_name(f".{folder.name}-old")
+        if old.exists() and not folder.exists():  # a run was killed between the two renames below
+            os.replace(old, folder)
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
         labels = {"label_names": list(self.class_names)} if self.class_names else {}
-        # safetensors wants plain memory; a copy, so that a channels-last model in use stays as it is.
-        plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        timm.models.save_for_hf(
-            plain, str(temporary), model_config=labels, safe_serialization=True, data_config=dict(self._data_config)
-        )
+        # safetensors wants plain memory and nothing shared (coat ties modules): copies, so the model in use stays as it is.
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in self.model.state_dict().items()}
+        plain = copy.copy(self.model)
+        plain.state_dict = lambda: state  # type: ignore[assignment, method-assign, misc]
+        try:
+            timm.models.save_for_hf(
+                plain, str(temporary), model_config=labels, safe_serialization=True, data_config=dict(self._data_config)
+            )
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _rows_by_name(cfg: Mapping[str, Any], class_names: Sequence[str] | None, tag: str) -> list[int]:
+def _describe_transform(transform: Transform) -> str:
+    """Its text without memory addresses, and a hash of what it makes of one picture, so that lambdas differ: equal in every run."""
+    y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
+    picture = Image.fromarray(torch.stack([4 * x, 5 * y, 2 * (x + y)], dim=-1).to(torch.uint8).numpy())
+    return f"{re.sub(r' at 0x[0-9a-f]+', '', repr(transform))} {sha256_of_tensor(transform(picture))}"
+
+
+def _check_arguments(
+    head_mode: str, class_indices: Sequence[int] | None, class_names: Sequence[str] | None, num_classes: int | None
+) -> None:
+    """All that is wrong with from_timm's arguments, at once."""
+    wrong = []
+    if head_mode not in ("keep", "slice", "new"):
+        wrong.append(f'head_mode must be "keep", "slice" or "new", got {head_mode!r}')
+    if head_mode == "new" and num_classes is None:
+        wrong.append('head_mode="new" needs num_classes')
+    if head_mode == "slice" and num_classes is not None:
+        wrong.append(f"head_mode=\"slice\" takes class_indices or class_names, not num_classes ({num_classes})")
+    if head_mode == "slice" and class_indices is None and class_names is None:
+        wrong.append('head_mode="slice" needs class_indices or class_names: the rows of the pretrained head to keep, in order')
+    if head_mode in ("keep", "new") and class_indices is not None:
+        wrong.append(f'class_indices go with head_mode="slice", not {head_mode!r}')
+    rows = num_classes if class_indices is None else len(class_indices)
+    if head_mode in ("slice", "new") and class_names is not None and rows not in (None, len(class_names)):
+        wrong.append(f"{len(class_names)} class_names for {rows} rows of the head")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _label_names(cfg: Mapping[str, Any]) -> dict[int, str]:
+    """Label names stored with the weights, by row of the head: timm keeps a list, or a mapping where rows have gaps."""
+    names = cfg.get("label_names") or ()
+    return {int(row): name for row, name in (names.items() if isinstance(names, Mapping) else enumerate(names))}
+
+
+def _rows_by_name(labels: Mapping[int, str], class_names: Sequence[str], tag: str) -> list[int]:
     """Rows of the head for class names, by the label names that came with the weights."""
-    if class_names is None:
-        raise ValueError('head_mode="slice" needs class_indices or class_names: the rows of the pretrained head to keep, in order')
-    known = {name: row for row, name in enumerate(cfg.get("label_names") or ())}
+    known: dict[str, list[int]] = {}
+    for row, name in labels.items():
+        known.setdefault(name, []).append(row)
     missing = [name for name in class_names if name not in known]
     if missing:
         has = f"its label names are {', '.join(list(known)[:6])}, ..." if known else "no label names are stored with it"
@@ -258,7 +338,10 @@ def _rows_by_name(cfg: Mapping[str, Any], class_names: Sequence[str] | None, tag
             f"{tag} has no head row for {', '.join(missing[:6])} ({len(missing)} of {len(class_names)} classes; {has}); give "
             'class_indices, or a new head: head_mode="new" (model.head: new)'
         )
-    return [known[name] for name in class_names]
+    several = [f"{name} (rows {known[name]})" for name in class_names if len(known[name]) > 1]
+    if several:
+        raise ValueError(f"{tag} has several head rows of the same name: {', '.join(several[:6])}; give class_indices")
+    return [known[name][0] for name in class_names]
 
 
 def _fixed_size(model: nn.Module) -> int | None:

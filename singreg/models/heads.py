@@ -11,7 +11,8 @@ from torch import Tensor, nn
 def is_linear(module: nn.Module) -> bool:
     """True for a Linear or a 1x1 convolution without groups: weight (C, m) or (C, m, 1, 1)."""
     if isinstance(module, nn.Conv2d):
-        return module.kernel_size == (1, 1) and module.groups == 1 and module.stride == (1, 1)
+        one_place = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "valid")
+        return one_place and module.groups == 1
     return isinstance(module, nn.Linear)
 
 
@@ -36,8 +37,9 @@ def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, 
         )
     if not isinstance(name, str):
         raise ValueError(
-            f"{kind} has {len(name)} heads ({', '.join(name)}) whose logits are averaged: there is no one head whose null space "
-            f'could be taken. Use a model without distillation, or Classifier.from_module(model, head="{name[0]}")'
+            f"{kind} has {len(name)} heads ({', '.join(name)}) whose logits are combined: there is no one head whose null space "
+            "could be taken. Use the architecture without distillation, or wrap the model in a module whose forward returns the "
+            f'logits of one head alone and give that to Classifier.from_module(wrapper, head="model.{name[0]}")'
         )
     try:
         module = model.get_submodule(name)
@@ -90,8 +92,56 @@ def as_features(captured: Tensor, name: str) -> Tensor:
     if captured.ndim > 2 and captured.shape[2:].numel() == 1:
         captured = captured.flatten(1)
     if captured.ndim != 2:
-        raise ValueError(f"the head {name!r} gets an input of shape {tuple(captured.shape)}; expected (B, m) or (B, m, 1, 1)")
+        raise ValueError(
+            f"the head {name!r} gets an input of shape {tuple(captured.shape)}, several tokens or places of a map at once; expected "
+            "(B, m) or (B, m, 1, 1). Use an architecture that pools before its last linear layer"
+        )
     return captured
+
+
+def check_is_affine(head: nn.Module, name: str) -> None:
+    """Refuse a head that is not f W^T + b in eval mode: a normalised (cosine) or otherwise changed linear layer (no shapes).
+
+    Raises:
+        ValueError: the head's output on two probes is not that of its weight (C, m) and bias (C,).
+    """
+    weight, bias = effective_weight(head)
+    if weight.is_meta:
+        return
+    with torch.no_grad():
+        probe = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(2, -1)
+        offset = weight.new_zeros(len(weight)).double() if bias is None else bias.double()
+        expected = probe.double() @ weight.double().T + offset
+        scale = (probe.double().abs() @ weight.double().abs().T + offset.abs()).max()
+        error = (apply_head(head, probe).double() - expected).abs().max()
+    if error > torch.finfo(weight.dtype).eps ** 0.5 * scale:
+        raise ValueError(
+            f"the head {name!r} ({type(head).__name__}) does not compute f W^T + b from its weight {tuple(weight.shape)}: it differs "
+            f"by {float(error):.3g} on features in [-1, 1], so its null space is not that of its weight. Name a plain linear layer"
+        )
+
+
+def check_is_output(output: Tensor, logits: object, name: str) -> Tensor:
+    """`logits` (B, C), when they are what the head gave, perhaps flattened or in another dtype.
+
+    Raises:
+        ValueError: the model returns something else, for instance two heads averaged or a softmax.
+    """
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(logits).__name__}, not its logits (B, C); wrap it in a module whose forward returns them"
+        )
+    flat = output.flatten(1)
+    same = flat.shape == logits.shape and (
+        flat.data_ptr() == logits.data_ptr() or torch.allclose(flat.to(logits.dtype), logits, rtol=0, atol=0, equal_nan=True)
+    )
+    if not same:
+        raise ValueError(
+            f"the model's output {tuple(logits.shape)} is not that of its head {name!r} {tuple(output.shape)}: something is done to "
+            "the logits after it (a second head, a softmax, a scale?), so this head's null space is not the model's. Wrap the "
+            "model in a module whose forward returns the head's output alone, and give that to Classifier.from_module"
+        )
+    return logits
 
 
 def apply_head(head: nn.Module, features: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class VisionLanguageModel(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Callable[..., Tensor], *, tag: str, variant: str = "") -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        # Channels-last is half again as fast for convolutional towers on a CPU, and the same to rounding for all.
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.tokenizer = tokenizer
         self.tag = tag
         self.preprocessing: dict[str, Any] = _plain(open_clip.get_model_preprocess_cfg(model))
@@ -92,7 +93,8 @@ class VisionLanguageModel(nn.Module):
         if images.ndim != 4:
             raise ValueError(f"expected a batch of images (B, 3, H, W), got shape {tuple(images.shape)}")
         with torch.autocast(self.device.type, enabled=False):
-            embedded: Tensor = self.model.encode_image(images.to(self.device))  # type: ignore[operator]
+            images = images.to(self.device, memory_format=torch.channels_last)
+            embedded: Tensor = self.model.encode_image(images)  # type: ignore[operator]
         return embedded.float()
 
     @torch.no_grad()

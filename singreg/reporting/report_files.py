@@ -1,4 +1,4 @@
-"""A run's files: report.json, report.md and scores.parquet, each written whole or not at all (DESIGN: "A run's folder")."""
+"""A run's files: report.json, report.md, report.html, scores.parquet, each whole or not at all (DESIGN: "A run's folder")."""
 
 from __future__ import annotations
 
@@ -14,16 +14,26 @@ import pyarrow.parquet as pq
 from singreg.analysis.results import Comparison, FinetuneReport, ModelMeasurement
 from singreg.files import atomic_write, write_json, write_text
 from singreg.reporting import tables
+from singreg.reporting.html import write_html
+from singreg.reporting.page import page_from_markdown
 from singreg.reporting.tables import escape
 
 ROWS_A_CHUNK = 65536
 FORMAT = 1
+CAPTIONS = {
+    "summary": "AS⁻, the absolute AS, IS and top-1 of every model, with 95 % intervals",
+    "joint": "AS against IS of every test picture, by the auditor, with the 2σ ellipse",
+    "distributions": "distribution of AS and IS over the test pictures, by the auditor",
+    "classes": "AS⁻ of every class in every model, by the auditor",
+}
 
 
 def write_report(report: FinetuneReport, folder: Path, plots: Mapping[str, Path]) -> None:
-    """Write scores.parquet, report.md and report.json into the path `folder`; `plots` by name lie below it."""
+    """Write scores.parquet, report.md, report.html and report.json into the path `folder`; `plots` by name lie below it."""
     write_scores(report, folder / "scores.parquet")
-    write_text(folder / "report.md", markdown(report, {name: path.relative_to(folder) for name, path in plots.items()}))
+    text = markdown(report, {name: path.relative_to(folder) for name, path in plots.items()})
+    write_text(folder / "report.md", text)
+    write_html(folder / "report.html", page_from_markdown(text, folder))
     write_json(folder / "report.json", to_json(report))
 
 
@@ -54,15 +64,20 @@ def read_report(path: str | Path) -> FinetuneReport:
 
 def write_scores(report: FinetuneReport, path: Path) -> None:
     """One row a test image and model to the Parquet path: label, correct, null share, AS, IS (degrees), κ by translator."""
-    names = list(dict.fromkeys(name for m in report.measurements.values() for name in m.rows))
+    write_rows(report.measurements, path)
+
+
+def write_rows(measurements: Mapping[str, ModelMeasurement], path: Path) -> None:
+    """Per-image rows of every model (N, columns) to the Parquet path, in chunks; "model" is the name it goes by here."""
+    names = list(dict.fromkeys(name for m in measurements.values() for name in m.rows))
     kinds = {
         name: pa.from_numpy_dtype(m.rows[name].dtype) if m.rows[name].dtype.kind not in "UO" else pa.string()
-        for m in report.measurements.values()
+        for m in measurements.values()
         for name in m.rows
     }
     schema = pa.schema([("model", pa.string()), *((name, kinds[name]) for name in names)])
     with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for stage, measured in report.measurements.items():
+        for stage, measured in measurements.items():
             for start in range(0, measured.images, ROWS_A_CHUNK):
                 rows = {name: column[start : start + ROWS_A_CHUNK] for name, column in measured.rows.items()}
                 count = min(ROWS_A_CHUNK, measured.images - start)
@@ -85,12 +100,12 @@ def markdown(report: FinetuneReport, plots: Mapping[str, Path]) -> str:
         "space takes from the true class (leakage; lower is better). IS: how far it moves the picture's meaning (permitted variety; "
         "to be kept). κ: AS as a share of what IS would allow. *frozen*: the translator fitted before training; *loop*: "
         "the one the loss saw last; *auditor*: fitted afterwards on pictures training never used. Believe the auditor.",
-        *([f"![{key}]({path.as_posix()})" for key, path in plots.items() if key == "summary"]),
+        *([_picture(key, path) for key, path in plots.items() if key == "summary"]),
         "## SingLoss against the control" if "control" in report.measurements else "## SingLoss against the model before",
         tables.comparison_table(report),
         "Ratios are of means; intervals are 95 % bootstrap over test images, paired by image. Spread over seeds is not in them.",
         "## Pictures",
-        *[f"![{key}]({path.as_posix()})" for key, path in plots.items() if key != "summary"],
+        *[_picture(key, path) for key, path in plots.items() if key != "summary"],
         "## Classes",
         tables.per_class_table(report),
         "## Steering through the null space",
@@ -106,16 +121,10 @@ def markdown(report: FinetuneReport, plots: Mapping[str, Path]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def _picture(key: str, path: Path) -> str:
+    return f"![{CAPTIONS.get(key, key)}]({path.as_posix()})"
+
+
 def _facts(report: FinetuneReport) -> str:
-    machine = ", ".join(f"{escape(key)}: {escape(value)}" for key, value in report.machine.items())
-    seconds = ", ".join(f"{escape(stage)} {value:.0f} s" for stage, value in report.seconds.items())
     gap = "–" if report.audit_gap is None else f"{report.audit_gap:.2f}"
-    return "\n".join(
-        [
-            f"- command: `{str(report.settings.get('command', '')).replace('`', '')}`",
-            "- configuration: config.yaml beside this file",
-            f"- machine: {machine}",
-            f"- time: {seconds}",
-            f"- audit gap (auditor AS⁻ / loop AS⁻): {gap}",
-        ]
-    )
+    return tables.facts(report.settings, report.machine, report.seconds, f"audit gap (auditor AS⁻ / loop AS⁻): {gap}")

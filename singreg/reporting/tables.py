@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tabulate import tabulate
 
@@ -36,7 +37,8 @@ def _with_interval(scores: TranslatorScores, name: str, digits: int = 2, *, cent
     return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
-def _render(rows: Sequence[Sequence[str]], headers: Sequence[str], compact: bool) -> str:
+def render(rows: Sequence[Sequence[str]], headers: Sequence[str], compact: bool = False) -> str:
+    """Rows of text cells (R, k) under k headers as a Markdown table, or a plain one if compact."""
     style = "simple" if compact else "pipe"
     table: str = tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, stralign="left")
     return table
@@ -68,10 +70,19 @@ def results_table(report: FinetuneReport, compact: bool = False) -> str:
         for name in TRANSLATORS
         if name in measured.translators
     ]
-    headers = ["model", "translator", "top-1", "AS⁻ °", "AS⁻ centred °", "|AS| °" if compact else "\\|AS\\| °"]
+    return render(rows, _result_headers("model", compact), compact)
+
+
+def measurement_table(measured: ModelMeasurement, compact: bool = False) -> str:
+    """One model by every translator, with the columns of `results_table` (degrees; no shapes)."""
+    rows = [_result_row(escape(measured.head.tag), name, measured, compact) for name in measured.translators]
+    return render(rows, _result_headers("classifier", compact), compact)
+
+
+def _result_headers(first: str, compact: bool) -> list[str]:
+    headers = [first, "translator", "top-1", "AS⁻ °", "AS⁻ centred °", "|AS| °" if compact else "\\|AS\\| °"]
     headers += [] if compact else ["AS °"]
-    headers += ["IS °", "IS centred °", "κ", "null share", "cosine"] + ([] if compact else ["zero-shot"])
-    return _render(rows, headers, compact)
+    return headers + ["IS °", "IS centred °", "κ", "null share", "cosine"] + ([] if compact else ["zero-shot"])
 
 
 def comparison_table(report: FinetuneReport) -> str:
@@ -86,7 +97,7 @@ def comparison_table(report: FinetuneReport) -> str:
         ]
         for found in report.comparisons
     ]
-    return _render(rows, ["figure", "translator", "value", "95 % interval", "unit"], compact=False)
+    return render(rows, ["figure", "translator", "value", "95 % interval", "unit"], compact=False)
 
 
 def head_table(report: FinetuneReport) -> str:
@@ -107,7 +118,7 @@ def head_table(report: FinetuneReport) -> str:
         for stage, m in report.measurements.items()
     ]
     headers = ["model", "classifier", "classes", "features", "rank", "nullity", "σ_min/σ_max", "null energy"]
-    return _render(rows, [*headers, "max Δlogit (float64)", "(float32)"], compact=False)
+    return render(rows, [*headers, "max Δlogit (float64)", "(float32)"], compact=False)
 
 
 def steering_table(report: FinetuneReport) -> str:
@@ -127,7 +138,7 @@ def steering_table(report: FinetuneReport) -> str:
         for name, s in measured.steering.items()
     ]
     headers = ["model", "attacker", "at IS", "AS to target °", "step / norm of f", "reachable", "success", "images"]
-    return _render(rows, headers, compact=False)
+    return render(rows, headers, compact=False)
 
 
 def translator_table(report: FinetuneReport) -> str:
@@ -149,7 +160,7 @@ def translator_table(report: FinetuneReport) -> str:
         for name, s in measured.translators.items()
     ]
     headers = ["model", "translator", "fit on", "ridge", "standardised", "cosine", "R²", "R² (validation)"]
-    return _render(rows, [*headers, "zero-shot", "the VLM's own"], compact=False)
+    return render(rows, [*headers, "zero-shot", "the VLM's own"], compact=False)
 
 
 def per_class_table(report: FinetuneReport, translator: str = "auditor") -> str:
@@ -162,4 +173,18 @@ def per_class_table(report: FinetuneReport, translator: str = "auditor") -> str:
         [escape(report.class_names[c]), *(number(table[s][key][c]) for key in ("AS_neg", "IS") for s in stages)] for c in order
     ]
     headers = ["class", *(f"{label} {stage}" for label in ("AS⁻ °", "IS °") for stage in stages)]
-    return _render(rows, headers, compact=False)
+    return render(rows, headers, compact=False)
+
+
+def facts(settings: Mapping[str, Any], machine: Mapping[str, Any], seconds: Mapping[str, float], *more: str) -> str:
+    """How a report was made, as a Markdown list: command, configuration, what is given in `more`, machine, seconds by stage."""
+    command = str(settings.get("command", "")).replace("`", "")
+    return "\n".join(
+        [
+            f"- command: `{command}`",
+            "- configuration: config.yaml beside this file",
+            *(f"- {line}" for line in more),
+            f"- machine: {', '.join(f'{escape(key)}: {escape(value)}' for key, value in machine.items())}",
+            f"- time: {', '.join(f'{escape(stage)} {value:.0f} s' for stage, value in seconds.items())}",
+        ]
+    )

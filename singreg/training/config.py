@@ -7,38 +7,22 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from singreg.losses import DEFAULT_TERMS, TERMS
-from singreg.workbench.config import JobConfig, ModelConfig, Problems
+from singreg.workbench.config import AuditorConfig, JobConfig, ModelConfig, Problems, TranslatorConfig
 from singreg.workbench.parsing import parse_config
 
 
 @dataclass
-class TranslatorConfig:
+class LoopTranslatorConfig(TranslatorConfig):
     """The loop's translator, fitted on the bank (training pictures and the unlabelled ones not given to the auditor).
 
     Args:
         ridge: relative penalty; none chooses it by validation.
         standardize: divide features by their standard deviation for the fit.
-        normalize_targets: translate to unit image embeddings instead of the paper's raw ones.
+        normalize_targets: translate to unit image embeddings instead of the paper's raw ones (the auditor too).
         refreshes: how often, evenly spaced over training, the bank is encoded again and the loop's translator refitted.
     """
 
-    ridge: float | None = None
-    standardize: bool = True
-    normalize_targets: bool = False
     refreshes: int = 3
-
-
-@dataclass
-class AuditorConfig:
-    """The auditor: another translator, fitted after training on pictures the training never saw (METHOD section 8.6).
-
-    Args:
-        ridge: relative penalty; none chooses it by its own validation.
-        images_per_feature: fewer pictures than this times the feature width, and the report makes no claim.
-    """
-
-    ridge: float | None = None
-    images_per_feature: float = 6.0
 
 
 @dataclass
@@ -111,7 +95,7 @@ class FinetuneConfig(JobConfig):
 
     resume: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
-    translator: TranslatorConfig = field(default_factory=TranslatorConfig)
+    translator: LoopTranslatorConfig = field(default_factory=LoopTranslatorConfig)
     auditor: AuditorConfig = field(default_factory=AuditorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -121,6 +105,7 @@ def check_finetune(config: FinetuneConfig) -> list[str]:
     """Everything wrong with the values, each as one sentence (no shapes); an empty list means it can run."""
     training, loss, problems = config.training, config.loss, Problems()
     problems.job(config)
+    problems.translators(config.translator, config.auditor)
     problems.positive(
         training__batch_size=training.batch_size,
         training__accumulation=training.accumulation,
@@ -138,9 +123,6 @@ def check_finetune(config: FinetuneConfig) -> list[str]:
         training__weight_decay=training.weight_decay,
         training__watch=training.watch,
         translator__refreshes=config.translator.refreshes,
-        translator__ridge=config.translator.ridge,
-        auditor__ridge=config.auditor.ridge,
-        auditor__images_per_feature=config.auditor.images_per_feature,
         loss__weight=loss.weight,
     )
     problems.share(

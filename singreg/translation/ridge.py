@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from singreg.translation.scaling import FeatureScale, Standardize, feature_scale
+
 DEFAULT_RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 5))
 
 
@@ -25,7 +27,8 @@ class RidgeStatistics:
     """The sums ridge regression needs, (Σ f fᵀ, Σ f zᵀ, Σ f, Σ z, Σ|z|², N), in float64: one pass, O(m² + mn) memory.
 
     The penalty is relative, λ = ridge · tr(S)/m with S the centred scatter of f, so it means the same at any N and scale.
-    With `standardize=True` each feature is divided by its standard deviation for the fit (and the scale folded back into A).
+    With `standardize=True` each feature is divided by its standard deviation for the fit (and the scale folded back into A);
+    with a basis (m, r) of the head's row space, its row-space and its null block each are (see `scaling.feature_scale`).
 
     Example:
         >>> f = torch.randn(100, 4, dtype=torch.float64); A = torch.randn(3, 4, dtype=torch.float64)
@@ -76,6 +79,14 @@ class RidgeStatistics:
                 torch.distributed.all_reduce(mine)
         return self
 
+    def mapped(self, basis: Tensor) -> RidgeStatistics:
+        """The statistics of (f B, z) for a map B (m, k), exactly, from these sums alone: no image is read again."""
+        basis = basis.to(self.ff)
+        found = RidgeStatistics(basis.shape[1], self.fz.shape[1], device=self.ff.device)
+        found.ff, found.fz, found.f = basis.T @ self.ff @ basis, basis.T @ self.fz, basis.T @ self.f
+        found.z, found.zz, found.count = self.z.clone(), self.zz.clone(), self.count.clone()
+        return found
+
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """(S_ff (m, m), S_fz (m, n), S_zz ()): scatter about the means. Raises ValueError on fewer than two images."""
         if self.count < 2:
@@ -84,28 +95,27 @@ class RidgeStatistics:
         s_fz = self.fz - torch.outer(self.f, self.z) / self.count
         return s_ff, s_fz, self.zz - (self.z * self.z).sum() / self.count
 
-    def _inverse_scale(self, s_ff: Tensor, standardize: bool) -> Tensor:
-        """What every feature is multiplied by (m,): 1 or 1/σ, and 0 for a dead one (constant up to the sums' rounding)."""
-        variance = torch.diagonal(s_ff) / self.count
-        alive = variance > 1e-11 * torch.diagonal(self.ff) / self.count
-        inverse = variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt() if standardize else torch.ones_like(variance)
-        return torch.where(alive, inverse, torch.zeros_like(inverse))
-
-    def path(self, *, standardize: bool = False) -> RidgePath:
-        """The whole regularisation path from one eigendecomposition of the (standardised) scatter."""
+    def _scaled(self, standardize: Standardize) -> tuple[Tensor, Tensor, FeatureScale]:
+        """(L S_ff L (m, m), L S_fz (m, n), L): the centred scatter in the scale that the penalty acts in."""
         s_ff, s_fz, _ = self.centred()
-        inverse = self._inverse_scale(s_ff, standardize)
-        eigenvalues, vectors = torch.linalg.eigh(s_ff * inverse[:, None] * inverse[None, :])
+        scale = feature_scale(s_ff, self.ff, self.count, standardize)
+        scaled = scale(scale(s_ff).T)
+        return (scaled + scaled.T) / 2, scale(s_fz), scale
+
+    def path(self, *, standardize: Standardize = False) -> RidgePath:
+        """The whole regularisation path from one eigendecomposition of the (standardised) scatter."""
+        scaled, loadings, scale = self._scaled(standardize)
+        eigenvalues, vectors = torch.linalg.eigh(scaled)
         return RidgePath(
             eigenvalues=eigenvalues.clamp_min(0),
-            loadings=vectors.T @ (s_fz * inverse[:, None]),
-            vectors=vectors * inverse[:, None],
+            loadings=vectors.T @ loadings,
+            vectors=scale(vectors),
             feature_mean=self.f / self.count,
             target_mean=self.z / self.count,
             count=int(self.count),
         )
 
-    def solve(self, ridge: float, *, standardize: bool = False) -> RidgeSolution:
+    def solve(self, ridge: float, *, standardize: Standardize = False) -> RidgeSolution:
         """The minimiser of Σ|T(f) - z|² + λ|A|², intercept unpenalised, at one relative ridge >= 0.
 
         A Cholesky solve, an order of magnitude cheaper than the eigendecomposition behind `path`: what a training loop wants.
@@ -114,14 +124,12 @@ class RidgeStatistics:
             raise ValueError(f"ridge must be >= 0, got {ridge}")
         if ridge < 1e-9:  # a singular scatter would pass a Cholesky by rounding alone; this gives the minimum norm instead
             return self.path(standardize=standardize).solve(ridge)
-        s_ff, s_fz, _ = self.centred()
-        inverse = self._inverse_scale(s_ff, standardize)
-        scaled = s_ff * inverse[:, None] * inverse[None, :]
+        scaled, loadings, scale = self._scaled(standardize)
         penalty = ridge * torch.diagonal(scaled).mean()
         factor, failed = torch.linalg.cholesky_ex(scaled + penalty * torch.eye(len(scaled)).to(scaled))
         if bool(failed):
             return self.path(standardize=standardize).solve(ridge)
-        matrix = (torch.cholesky_solve(s_fz * inverse[:, None], factor) * inverse[:, None]).T
+        matrix = scale(torch.cholesky_solve(loadings, factor)).T
         return RidgeSolution(matrix, (self.z - matrix @ self.f) / self.count, ridge, int(self.count))
 
     def residual(self, solution: RidgeSolution) -> float:
@@ -133,7 +141,7 @@ class RidgeStatistics:
         return float((self.zz + fit - 2 * cross) / s_zz)
 
     def validate(
-        self, held_out: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: bool = False
+        self, held_out: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Standardize = False
     ) -> tuple[RidgeSolution, dict[float, float]]:
         """The solution whose ridge has the best R² on held-out statistics, and R² of every ridge tried.
 

@@ -1,12 +1,11 @@
-"""The linear translator as a module, and as a safetensors file that says what it was fitted on (METHOD section 2)."""
+"""The linear translator as a module, its fit, and the safetensors files of all translators (METHOD section 2)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,31 +13,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singreg.files import atomic_write
+from singreg.translation.base import Translator, TranslatorInfo, check_fit, info_from_stored
+from singreg.translation.mlp import FORMAT as MLP_FORMAT
+from singreg.translation.mlp import MLPSettings, MLPTranslator
 from singreg.translation.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
+from singreg.translation.scaling import Standardize
+
+__all__ = [
+    "FORMAT", "LinearTranslator", "Translator", "TranslatorInfo", "check_fit", "fit_translator", "load_translator",
+    "translator_from_statistics",
+]  # fmt: skip
 
 FORMAT = "singreg-linear-translator-1"
 
 
-@dataclass(frozen=True)
-class TranslatorInfo:
-    """What a translator was fitted on. It is stored in the file and checked when the file is loaded."""
-
-    classifier: str = ""
-    head_hash: str = ""
-    classifier_preprocessing: str = ""
-    vlm: str = ""
-    vlm_weights_hash: str = ""
-    vlm_preprocessing: str = ""
-    images: int = 0
-    ridge: float = 0.0
-    standardized: bool = False
-    normalized_targets: bool = False
-    validation_r2: float | None = None
-    held_out_cosine: float | None = None
-    held_out_r2: float | None = None
-
-
-class LinearTranslator(nn.Module):
+class LinearTranslator(Translator):
     """T(f) = f Aᵀ + a (paper eq. 4). Buffers, not parameters: nobody trains it by accident.
 
     Shapes: matrix A (n, m), offset a (n,); forward (..., m) to (..., n).
@@ -66,10 +55,19 @@ class LinearTranslator(nn.Module):
         known = replace(info or TranslatorInfo(), ridge=solution.ridge, images=solution.count)
         return cls(solution.matrix.float(), solution.offset.float(), known)
 
+    @property
+    def feature_dim(self) -> int:
+        """m, the width of the features it takes."""
+        return self.matrix.shape[1]
+
+    @property
+    def target_dim(self) -> int:
+        """n, the width of the vision-language model's space."""
+        return self.matrix.shape[0]
+
     def forward(self, features: Tensor) -> Tensor:
         """Translated features. Shapes: (..., m) to (..., n)."""
-        if features.shape[-1] != self.matrix.shape[1]:
-            raise ValueError(f"this translator takes features (..., {self.matrix.shape[1]}), got {tuple(features.shape)}")
+        self.check_width(features)
         return nn.functional.linear(features, self.matrix.to(features), self.offset.to(features))
 
     def save(self, path: str | Path) -> None:
@@ -80,11 +78,11 @@ class LinearTranslator(nn.Module):
             save_file(tensors, temporary, metadata=metadata)
 
 
-def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None) -> LinearTranslator:
-    """Read a translator file; nothing in it is unpickled.
+def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None) -> Translator:
+    """Read a translator file of either kind, linear or MLP; nothing in it is unpickled, and shapes are checked before use.
 
     Args:
-        path: a .safetensors file written by `LinearTranslator.save`.
+        path: a .safetensors file written by a translator's `.save`.
         expected: what it must have been fitted on; its non-empty text fields (classifier, head hash, VLM, preprocessing) are
             compared and every difference is named.
 
@@ -103,43 +101,41 @@ def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a translator file: expected format {FORMAT!r}, got {metadata.get('format')!r}")
-            stored: dict[str, Any] = json.loads(metadata["info"])
-            matrix, offset = file.get_tensor("matrix"), file.get_tensor("offset")
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            kind = metadata.get("format")
+            if kind not in (FORMAT, MLP_FORMAT):
+                raise ValueError(f"it is not a translator file: expected format {FORMAT!r} or {MLP_FORMAT!r}, got {kind!r}")
+            info = info_from_stored(json.loads(metadata["info"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        translator = _assemble(str(kind), tensors, metadata, info)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or not a translator file: {error}") from error
-    known = {field.name for field in fields(TranslatorInfo)}
-    info = TranslatorInfo(**{key: value for key, value in stored.items() if key in known})
+    except ValueError as error:
+        raise ValueError(f"the translator file {path} cannot be used: {error}") from error
     if expected is not None:
         check_fit(info, expected, str(path))
-    return LinearTranslator(matrix, offset, info)
+    return translator
 
 
-def check_fit(info: TranslatorInfo, expected: TranslatorInfo, path: str) -> None:
-    """Raise a ValueError that names every field in which a translator (read from `path`) is not the expected one."""
-    differences = [
-        f"  {field.name}: it was fitted on {getattr(info, field.name)!r}, here it is {getattr(expected, field.name)!r}"
-        for field in fields(TranslatorInfo)
-        if isinstance(getattr(expected, field.name), str)
-        and getattr(expected, field.name)
-        and getattr(info, field.name) != getattr(expected, field.name)
-    ]
-    if differences:
-        raise ValueError(f"the translator {path} belongs to another setting; fit a new one:\n" + "\n".join(differences))
+def _assemble(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], info: TranslatorInfo) -> Translator:
+    """The module of what a file holds; each constructor checks the shapes."""
+    if kind == FORMAT:
+        return LinearTranslator(tensors["matrix"], tensors["offset"], info)
+    return MLPTranslator(MLPSettings(**json.loads(metadata["settings"])), tensors, info)
 
 
 def fit_translator(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     ridges: Sequence[float] = DEFAULT_RIDGES,
-    standardize: bool = False,
+    standardize: Standardize = False,
     validation_every: int = 5,
     info: TranslatorInfo | None = None,
 ) -> LinearTranslator:
     """Fit T on a stream of (features (B, m), VLM embeddings (B, n)); every 5th row chooses λ, then all rows fit T.
 
     Over several processes each passes its own batches and all get the same translator.
+    `standardize`: a basis (m, r) of the head's row space scales its two blocks, which makes the fit blind to a rotation or a
+    rescaling of the null block (METHOD section 8.6); True scales single features.
 
     Raises:
         ValueError: the stream is empty, or its shapes change.
@@ -169,12 +165,15 @@ def translator_from_statistics(
     validation: RidgeStatistics,
     *,
     ridges: Sequence[float] = DEFAULT_RIDGES,
-    standardize: bool = False,
+    standardize: Standardize = False,
     info: TranslatorInfo | None = None,
 ) -> LinearTranslator:
     """Choose λ by R² on `validation`, then solve on both parts together; sums over (m, m) and (m, n) only."""
     chosen, scores = fit.validate(validation, ridges=ridges, standardize=standardize)
     ridge = chosen.ridge
     whole = RidgeStatistics(*fit.fz.shape, device=fit.ff.device).merge(fit).merge(validation)
-    described = replace(info or TranslatorInfo(), standardized=standardize, validation_r2=scores[ridge])
+    blocks = isinstance(standardize, Tensor)
+    described = replace(
+        info or TranslatorInfo(), standardized=bool(blocks or standardize), by_block=blocks, validation_r2=scores[ridge]
+    )
     return LinearTranslator.from_solution(whole.solve(ridge, standardize=standardize), described)

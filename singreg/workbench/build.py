@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ def build_classifier(model: ModelConfig, parts: Parts, *, image_size: int | None
         model_name(model.name, "classifier"),
         pretrained=model.pretrained,
         head_mode=model.head,
-        class_indices=parts.class_indices if model.head == "slice" else None,
+        class_indices=_head_rows(model.name, parts) if model.head == "slice" else None,
         class_names=parts.class_names,
         num_classes=len(parts.class_names) if model.head == "new" else None,
         image_size=image_size,
@@ -49,12 +51,34 @@ def build_classifier(model: ModelConfig, parts: Parts, *, image_size: int | None
     return classifier.to(memory_format=torch.channels_last) if model.channels_last else classifier
 
 
+def _head_rows(name: str, parts: Parts) -> tuple[int, ...] | None:
+    """ImageNet's rows for the classes, (C,); None where the model's folder names its own rows, as a fine-tuned one's does."""
+    config = Path(name.removeprefix("local-dir:")) / "config.json"
+    if name.startswith("local-dir:") and config.is_file():
+        stored = json.loads(config.read_text(encoding="utf-8")).get("label_names")
+        if set(parts.class_names) <= set(_stored_names(stored)):
+            return None
+    return parts.class_indices
+
+
+def _stored_names(stored: Any) -> tuple[str, ...]:
+    """timm's label names in the order of the rows: it keeps a list, or a mapping by row, or none."""
+    return tuple(stored[row] for row in sorted(stored, key=int)) if isinstance(stored, dict) else tuple(stored or ())
+
+
 def labels_for_head(parts: Parts, classifier: Classifier, model: ModelConfig) -> Parts:
     """With a kept head, labels and names become those of all its C rows.
 
     Raises:
-        ValueError: it is not known what the head's rows mean.
+        ValueError: it is not known what the head's rows mean, or the weights name them in another order than the data.
     """
+    cfg: dict[str, Any] = getattr(classifier.model, "pretrained_cfg", {})  # type: ignore[assignment]
+    own = _stored_names(cfg.get("label_names"))
+    if model.head == "keep" and own != parts.class_names and sorted(own) == sorted(parts.class_names):
+        raise ValueError(
+            f"the head of {classifier.tag} has the data's classes in another order ({', '.join(own[:4])}, ...), so its rows would be "
+            "taken for other classes; use model.head: slice, which goes by name"
+        )
     if model.head != "keep" or classifier.num_classes == len(parts.class_names):
         return parts
     among = parts.among_imagenet()

@@ -50,6 +50,34 @@ class VisionLanguageConfig:
 
 
 @dataclass
+class TranslatorConfig:
+    """The translator, fitted on the bank (training pictures and the unlabelled ones not given to the auditor).
+
+    Args:
+        ridge: relative penalty; none chooses it by validation.
+        standardize: divide features by their standard deviation for the fit.
+        normalize_targets: translate to unit image embeddings instead of the paper's raw ones (the auditor too).
+    """
+
+    ridge: float | None = None
+    standardize: bool = True
+    normalize_targets: bool = False
+
+
+@dataclass
+class AuditorConfig:
+    """The auditor: an independent translator, standardised, fitted on other pictures with its own λ (METHOD section 8.6).
+
+    Args:
+        ridge: relative penalty; none chooses it by its own validation.
+        images_per_feature: fewer pictures than this times the feature width, and the report makes no claim.
+    """
+
+    ridge: float | None = None
+    images_per_feature: float = 6.0
+
+
+@dataclass
 class JobConfig:
     """What every recipe has; every field is a key of the YAML and a flag of the command line.
 
@@ -104,3 +132,11 @@ class Problems(list[str]):
             self.need("{class}" in template, f'vlm.templates: {template!r} has no "{{class}}" in it')
         plain = bool(config.name) and Path(config.name).name == config.name and config.name not in (".", "..")
         self.need(plain, f"name: expected a folder name, got {config.name!r}")
+
+    def translators(self, translator: TranslatorConfig, auditor: AuditorConfig) -> None:
+        """What is wrong with the fields of translator and auditor (no shapes)."""
+        self.at_least_0(
+            translator__ridge=translator.ridge,
+            auditor__ridge=auditor.ridge,
+            auditor__images_per_feature=auditor.images_per_feature,
+        )

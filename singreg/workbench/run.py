@@ -29,8 +29,10 @@ def make_accelerator(*, seed: int, mixed_precision: str = "no", accumulation: in
     if not torch.cuda.is_available():
         # The launcher pins CPU runs to one thread a process; share the cores among the local processes instead.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        torch.set_num_threads(max(1, usable_cores() // local))
     accelerator = Accelerator(
+        # Unasked, accelerate takes several processes without a GPU for as many runs of one process each.
+        cpu="LOCAL_RANK" in os.environ and not (torch.cuda.is_available() or torch.xpu.is_available()),
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=accumulation,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -45,6 +47,23 @@ def make_accelerator(*, seed: int, mixed_precision: str = "no", accumulation: in
     return accelerator
 
 
+def usable_cores() -> int:
+    """Cores this process may run on: fewer than the machine has inside a container or under taskset (no shapes)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what is wrong with a user's files or settings into its message and exit status 1; used while a run is set up.
+
+    Later errors keep their traceback: they are not the user's doing. (No shapes.)
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 class Run:
     """One run: its folder (path `runs/NAME`) with the resolved configuration in it. Only the main process writes."""
 
@@ -53,30 +72,39 @@ class Run:
         self.folder = config.folder
         self.seconds: dict[str, float] = {}
 
-    def open(self) -> Run:
-        """Create the folder, or go on in it when `resume` is set and the configuration is the same.
+    def check(self) -> Run:
+        """Raise now what `open` would raise later, so that nothing long is done for a run that cannot start (no shapes).
 
         Raises:
             FileExistsError: the folder holds a run and `resume` is False. ValueError: it was another configuration.
         """
         resolved = self.folder / "config.yaml"
-        values = dataclasses.asdict(self.config)
-        text = dump_config({key: False if key in HOW else value for key, value in values.items()})
-        if resolved.is_file():
-            if not getattr(self.config, "resume", False):
-                raise FileExistsError(
-                    f"{self.folder} already holds a run; use --resume true to go on with it, or another --name for a new one"
-                )
-            if resolved.read_text(encoding="utf-8") != text:
-                raise ValueError(
-                    f"{resolved} differs from the configuration given, so this would not be the same run; resume with "
-                    f"--config {resolved} --resume true, or use another --name"
-                )
+        if not resolved.is_file():
+            return self
+        if not getattr(self.config, "resume", False):
+            raise FileExistsError(
+                f"{self.folder} already holds a run; use --resume true to go on with it, or another --name for a new one"
+            )
+        if resolved.read_text(encoding="utf-8") != self._resolved():
+            raise ValueError(
+                f"{resolved} differs from the configuration given, so this would not be the same run; resume with "
+                f"--config {resolved} --resume true, or use another --name"
+            )
+        return self
+
+    def open(self) -> Run:
+        """Create the folder with the resolved configuration in it, or go on in it when `resume` is set (see `check`)."""
+        self.check()
         self.accelerator.wait_for_everyone()
+        resolved = self.folder / "config.yaml"
         if self.accelerator.is_main_process and not resolved.is_file():
-            write_text(resolved, text)
+            write_text(resolved, self._resolved())
         self.accelerator.wait_for_everyone()
         return self
+
+    def _resolved(self) -> str:
+        values = dataclasses.asdict(self.config)
+        return dump_config({key: False if key in HOW else value for key, value in values.items()})
 
     def resume_command(self) -> str:
         """The command that goes on with this run (its folder's path in it)."""
@@ -98,7 +126,7 @@ def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {
         "processor": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gib": round(pages / 2**30, 1),
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,

@@ -76,10 +76,12 @@ def sing_terms(
                 null @ (anchor - anchor @ project).detach(), null @ null,
             )
         )  # fmt: skip
+    prompts = text @ matrix
     columns = [torch.stack(column).mean() for column in zip(*rows, strict=True)]
     return {
         "leak": columns[0] / columns[1],
         "hinge": columns[2],
         "band": columns[3],
         "class_share": columns[4] / columns[5],
+        "capacity": (prompts - prompts @ project).square().sum() / prompts.square().sum(),
     }

@@ -1,0 +1,30 @@
+"""The two translators of every evaluation: one from the bank's pictures, and an independent one, the auditor, from others."""
+
+from __future__ import annotations
+
+from singreg.analysis.fitting import FittedTranslator, fit_on_part
+from singreg.translation.ridge import DEFAULT_RIDGES
+from singreg.workbench.build import Bench
+from singreg.workbench.config import AuditorConfig, TranslatorConfig
+
+
+def fit_translators(bench: Bench, translator: TranslatorConfig, auditor: AuditorConfig) -> dict[str, FittedTranslator]:
+    """ "fitted" from the bank and "auditor" from the audit part, standardised, with its own λ (METHOD section 8.6).
+
+    Each comes with the mean feature (m,) of its pictures.
+    """
+
+    def fit(part: str, ridge: float | None, standardize: bool) -> FittedTranslator:
+        return fit_on_part(
+            bench.classifier,
+            bench.parts.bank if part == "bank" else bench.parts.audit,
+            bench.embeddings[part],
+            ridges=DEFAULT_RIDGES if ridge is None else (ridge,),
+            standardize=standardize,
+            normalize_targets=translator.normalize_targets,
+            info=bench.info,
+            settings=bench.settings,
+            description=f"fitting a translator on {part}",
+        )
+
+    return {"fitted": fit("bank", translator.ridge, translator.standardize), "auditor": fit("audit", auditor.ridge, True)}

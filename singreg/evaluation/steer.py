@@ -1,0 +1,240 @@
+"""The steering job: fit two translators, measure the classifier, steer at a fixed image score and at equal effort, report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from singreg.analysis.features import FeatureBatch, iterate_features
+from singreg.analysis.fitting import FittedTranslator, fit_on_part
+from singreg.analysis.model import analyze_model
+from singreg.analysis.on_manifold import fit_conditional, natural_radii
+from singreg.analysis.results import ModelMeasurement
+from singreg.analysis.steering import steer_pairs
+from singreg.analysis.steering_curves import Budgets, steer_curves
+from singreg.analysis.steering_findings import steering_findings, steering_warnings
+from singreg.analysis.steering_plan import PairPlan, plan_pairs
+from singreg.analysis.steering_results import SteeringCurve, SteeringPairs, SteerReport
+from singreg.data.subsets import resolve_classes
+from singreg.evaluation.steer_config import ALL, SteerConfig
+from singreg.geometry.nullspace import NullSpace
+from singreg.reporting.steering_report import report_to_tensorboard, write_steer_report
+from singreg.reporting.steering_tables import table1
+from singreg.translation.ridge import DEFAULT_RIDGES
+from singreg.workbench.build import Bench
+from singreg.workbench.run import Run, describe_machine
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class SteeringBench:
+    """The bench with the plan of what is steered where; every complaint about names and prompts comes when it is built."""
+
+    bench: Bench
+    plan: PairPlan
+
+    @classmethod
+    def build(cls, config: SteerConfig, accelerator: Accelerator) -> SteeringBench:
+        """Load data and models, find the source classes and embed the targets (K, n).
+
+        Raises:
+            ValueError: classes that do not exist, a source that is its only target, and what `Bench.build` refuses.
+        """
+        bench = Bench.build(
+            config, config.model, accelerator,
+            batch_size=config.batch_size, normalize_targets=config.translator.normalize_targets,
+        )  # fmt: skip
+        bench.settings = replace(bench.settings, cache=config.cache)
+        return cls(bench, choose_pairs(config, bench))
+
+
+def choose_pairs(config: SteerConfig, bench: Bench) -> PairPlan:
+    """Source classes and target prompts (K, n) by the configuration, matched to the head's classes.
+
+    Raises:
+        ValueError: names that are not among the classes, all of them at once, with the nearest ones; see also `plan_pairs`.
+    """
+    names, labels = bench.parts.class_names, np.asarray(bench.parts.test.labels)
+    problems: list[str] = []
+
+    def found(key: str, wanted: list[str] | str) -> list[int]:
+        if wanted == ALL or wanted == [ALL]:
+            return sorted({int(label) for label in labels})
+        if not wanted:
+            return []
+        try:
+            return [names.index(name) for name in resolve_classes(wanted, names).keys]
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+            return []
+
+    sources, targets = found("sources", config.sources), found("targets", config.targets)
+    if problems:
+        raise ValueError("\n".join(problems))
+    texts = [bench.texts[targets]]
+    if config.prompts:
+        texts.append(bench.vlm.embed_texts(config.prompts).to(bench.texts))
+    return plan_pairs(
+        labels, names, bench.texts, sources, [*(names[label] for label in targets), *config.prompts], torch.cat(texts),
+        images_per_source=config.images_per_class, max_pairs=config.max_pairs, seed=config.seed,
+    )  # fmt: skip
+
+
+class Steering:
+    """Fit, measure, steer, report; holds what the stages share. Figures in degrees and shares, tensors as in `Bench`."""
+
+    def __init__(self, run: Run, config: SteerConfig, steering_bench: SteeringBench) -> None:
+        self.run, self.config = run, config
+        self.bench, self.plan = steering_bench.bench, steering_bench.plan
+        weight = self.bench.classifier.weight
+        self.null_space = NullSpace.from_weight(weight, invariance=config.model.invariance).to(weight.device)
+        self.translators: dict[str, FittedTranslator] = {}
+        self.measurement: ModelMeasurement
+        self.pairs: list[SteeringPairs]
+        self.curves: list[SteeringCurve]
+        self.budgets: Budgets
+
+    def _timed(self, stage: str, work: Callable[[], Value]) -> Value:
+        start = time.monotonic()
+        result = work()
+        self.run.seconds[stage] = time.monotonic() - start
+        return result
+
+    def _fit(self, part: str, ridge: float | None, standardize: bool) -> FittedTranslator:
+        pictures = self.bench.parts.bank if part == "bank" else self.bench.parts.audit
+        return fit_on_part(
+            self.bench.classifier,
+            pictures,
+            self.bench.embeddings[part],
+            ridges=DEFAULT_RIDGES if ridge is None else (ridge,),
+            standardize=standardize,
+            normalize_targets=self.config.translator.normalize_targets,
+            info=self.bench.info,
+            settings=self.bench.settings,
+            description=f"fitting a translator on {part}",
+        )
+
+    def fit_translators(self) -> None:
+        """The fitted translator from the bank and the auditor from other pictures (stage "translators")."""
+        wanted = self.config.translator
+
+        def work() -> dict[str, FittedTranslator]:
+            fitted = self._fit("bank", wanted.ridge, wanted.standardize)
+            return {"fitted": fitted, "auditor": self._fit("audit", self.config.auditor.ridge, True)}
+
+        self.translators = self._timed("translators", work)
+
+    def measure(self) -> None:
+        """The classifier on all test pictures, and the natural radii of its null component (stages "measure", "radii")."""
+        parts, settings, classifier = self.bench.parts, self.bench.settings, self.bench.classifier
+        translators = {name: found.translator for name, found in self.translators.items()}
+        self.measurement = self._timed(
+            "measure",
+            lambda: analyze_model(
+                classifier, parts.test, self.bench.embeddings["test"], self.bench.texts, translators,
+                mean=self.translators["auditor"].mean, invariance=self.config.model.invariance, settings=settings,
+                steering_image_score=self.config.image_score,
+            ),
+        )  # fmt: skip
+
+        def work() -> Budgets:
+            gaussian = fit_conditional(
+                classifier, parts.bank, self.bench.embeddings["bank"], self.null_space,
+                floor=self.config.radius_floor, settings=settings,
+            )  # fmt: skip
+            natural = natural_radii(
+                classifier, parts.test, self.bench.embeddings["test"], gaussian, fit_images=len(parts.bank), settings=settings
+            )
+            return Budgets.over(self.config.steps, self.config.radii, gaussian, natural)
+
+        self.budgets = self._timed("radii", work)
+
+    def _batches(self, description: str) -> Iterator[FeatureBatch]:
+        test, embeddings = self.bench.parts.test, self.bench.embeddings["test"]
+        return iterate_features(self.bench.classifier, test, embeddings, self.bench.settings, description)
+
+    def steer(self) -> None:
+        """Table 1 and the curves, each translator attacking and each judging (stages "pairs", "curves")."""
+        translators = {name: found.translator for name, found in self.translators.items()}
+        self.pairs = self._timed(
+            "pairs",
+            lambda: steer_pairs(
+                self._batches("steering to a fixed image score"), self.plan,
+                texts=self.bench.texts, weight=self.bench.classifier.weight, null_space=self.null_space,
+                attackers=translators, image_score=self.config.image_score,
+            ),
+        )  # fmt: skip
+        self.curves = self._timed(
+            "curves",
+            lambda: steer_curves(
+                self._batches("steering at equal effort"), self.plan, self.budgets,
+                texts=self.bench.texts, null_space=self.null_space, attackers=translators,
+            ),
+        )  # fmt: skip
+
+    def report(self) -> SteerReport | None:
+        """Write the run's files and say what was found (main process only; no shapes)."""
+        if not self.run.accelerator.is_main_process:
+            return None
+        natural = self.budgets.natural
+        report = SteerReport(
+            measurement=self.measurement,
+            image_score=self.config.image_score,
+            sources=list(self.plan.sources),
+            targets=list(self.plan.targets),
+            pairs=self.pairs,
+            curves=self.curves,
+            natural=natural,
+            findings=steering_findings(self.measurement, self.pairs, self.curves, natural, self.config.image_score),
+            warnings=steering_warnings(
+                self.measurement, self.pairs, natural, self.config.image_score, self.config.auditor.images_per_feature
+            ),
+            settings={**asdict(self.config), "command": " ".join(["recipes/steer.py", *sys.argv[1:]])},
+            machine=describe_machine(self.run.accelerator),
+            seconds=self.run.seconds,
+        )
+        plots = write_steer_report(report, self.run.folder)
+        report_to_tensorboard(report, self.run.folder / "tensorboard", plots)
+        print(table1(report, compact=True))
+        print("\n".join([*report.findings, *report.warnings]))
+        print(f"report: {self.run.folder / 'report.md'}\nplots:  {', '.join(str(path) for path in plots.values())}")
+        return report
+
+
+def dry_run(config: SteerConfig, steering_bench: SteeringBench) -> None:
+    """Run one batch through the classifier and say what would be steered and what it takes; nothing is written (no shapes)."""
+    bench, plan = steering_bench.bench, steering_bench.plan
+    classifier, test = bench.classifier, bench.parts.test
+    space = NullSpace.from_weight(classifier.weight, invariance=config.model.invariance)
+    some = test.subset(range(min(config.batch_size, len(test))))
+    settings = replace(bench.settings, cache=None, progress=False)
+    batch = next(iterate_features(classifier, some, bench.embeddings["test"][: len(some)], settings, "dry run"))
+    if not bench.accelerator.is_main_process:
+        return
+    rows = _rows_planned(plan, torch.from_numpy(np.asarray(test.labels)))
+    print(f"classifier {classifier.tag}: {classifier.num_classes} classes, {classifier.feature_dim} features")
+    print(f"head: rank {space.rank}, nullity {space.nullity} ({space.nullity / classifier.feature_dim:.1%} of the dimensions)")
+    print(f"one batch: features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}, embeddings {bench.texts.shape[1]}-d")
+    print(f"pictures: {', '.join(f'{part.name} {len(part)}' for part in bench.parts)}")
+    print(
+        f"steering: {int(plan.wanted.sum())} pairs of {len(plan.sources)} sources and {len(plan.targets)} targets, "
+        f"{int(plan.chosen.sum())} pictures, {rows} steerings"
+    )
+    print(f"memory: second moments and translator statistics {3 * 8 * classifier.feature_dim**2 / 2**20:.0f} MiB, beside activations")
+    print("dry run: nothing was measured, no run folder was made")
+
+
+def _rows_planned(plan: PairPlan, labels: Tensor) -> int:
+    """(picture, target) rows over the whole part; labels (N,)."""
+    chosen = labels[torch.from_numpy(plan.chosen)]
+    counts = torch.stack([(chosen == label).sum() for label in plan.source_labels])
+    return int((counts * plan.wanted.cpu().sum(1)).sum())

@@ -1,0 +1,59 @@
+"""Figures in README: written between markers from a run's report.json, never typed.
+
+python -m singreg.reporting.readme README.md demo=.github/demo.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from singreg.analysis.results import FinetuneReport
+from singreg.files import write_text
+from singreg.reporting.report_files import read_report
+from singreg.reporting.tables import escape, results_table
+
+
+def summary(report: FinetuneReport) -> str:
+    """Table, verdict, command and machine of a report as Markdown (angles in degrees; no shapes)."""
+    machine, minutes = report.machine, sum(report.seconds.values()) / 60
+    where = f"{machine['cores']} cores ({machine['processor']}), {machine['device']}, torch {machine['torch']}"
+    command = str(report.settings.get("command", "")).replace("`", "")
+    return "\n\n".join(
+        [
+            f"```text\n{results_table(report, compact=True)}\n```",
+            " ".join(escape(sentence) for sentence in [*report.verdict, *report.warnings]),
+            f"Generated from this run's report.json: `{command}` on {where}; {minutes:.1f} minutes of fitting, training and measuring.",
+        ]
+    )
+
+
+def insert(text: str, name: str, block: str) -> str:
+    """`text` with what stands between the markers of `name` replaced (no shapes).
+
+    Raises:
+        ValueError: the markers are not there.
+
+    Example:
+        >>> insert("<!-- begin generated: a --><!-- end generated: a -->", "a", "x").splitlines()[2]
+        'x'
+    """
+    begin, end = f"<!-- begin generated: {name} -->", f"<!-- end generated: {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected the markers {begin} and {end} once, in this order")
+    return f"{text[: text.index(begin)]}{begin}\n\n{block}\n\n{text[text.index(end) :]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`README NAME=REPORT ...`: fill in the block of every name from the path of its report.json."""
+    readme, *pairs = sys.argv[1:] if arguments is None else arguments
+    text = Path(readme).read_text(encoding="utf-8")
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        text = insert(text, name, summary(read_report(path)))
+    write_text(readme, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""What each of several processes does in these tests; apart, so that they need not import what only the oracles use."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from singreg.analysis.features import iterate_features, process_share
+from singreg.analysis.fitting import fit_on_part, reference_image_scores
+from singreg.translation.translator import TranslatorInfo
+from tests.analysis import toy
+
+UNLABELLED = (3, 4)
+
+
+def walk(rank: int, world: int, count: int, cache: str | None) -> tuple[list[int], Tensor, list[int]]:
+    """Indices and features of this process's pictures, and what its share should be."""
+    settings = replace(toy.QUIET, cache=cache)
+    batches = list(iterate_features(toy.classifier(), toy.ToyPart(count), toy.embeddings(count), settings, "test"))
+    indices = [index for batch in batches for index in batch.indices.tolist()]
+    features = torch.cat([torch.zeros(0, toy.WIDTH), *[batch.features for batch in batches]])
+    return indices, features, process_share(count).tolist()
+
+
+def fit(rank: int, world: int, count: int) -> tuple[Tensor, Tensor, Tensor, TranslatorInfo]:
+    part = toy.ToyPart(count, unlabelled=UNLABELLED)
+    got = fit_on_part(toy.classifier(), part, toy.embeddings(count), standardize=True, settings=toy.QUIET)
+    return got.translator.matrix, got.mean, got.class_means, got.translator.info
+
+
+def reference(rank: int, world: int, count: int) -> Tensor:
+    """IS_ref of the pictures of a small part, by a translator fitted on a larger one."""
+    larger = toy.ToyPart(30)
+    fitted = fit_on_part(toy.classifier(), larger, toy.embeddings(30), settings=toy.QUIET)
+    part = toy.ToyPart(count)
+    return reference_image_scores(toy.classifier(), part, toy.embeddings(count), fitted, settings=toy.QUIET)
