@@ -129,6 +129,7 @@ class SingLoss(nn.Module):
         texts: (C, n) text embedding of each class's prompt.
         weight: λ after the ramp. terms: name -> weight; names are the functions in `TERMS`.
         warmup_steps: steps with λ = 0. ramp_steps: steps of the cosine ramp from 0 to λ that follow.
+        accumulation: forwards in one step, all with the same λ, for loops that accumulate gradients.
         confusable: K, how many nearest classes make a class's contrast directions.
         momentum: of the running feature mean and class means.
 
@@ -167,6 +168,7 @@ class SingLoss(nn.Module):
         terms: Mapping[str, float] | None = None,
         warmup_steps: int = 0,
         ramp_steps: int = 0,
+        accumulation: int = 1,
         confusable: int = 16,
         momentum: float = 0.99,
         invariance: Invariance = "logits",
@@ -182,7 +184,7 @@ class SingLoss(nn.Module):
                 f"expected texts ({classes}, {translator.matrix.shape[0]}): one row for each of the head's {classes} classes in "
                 f"the translator's space; got {tuple(texts.shape)}"
             )
-        self.weight, self.warmup_steps, self.ramp_steps = weight, warmup_steps, ramp_steps
+        self.weight, self.warmup_steps, self.ramp_steps, self.accumulation = weight, warmup_steps, ramp_steps, accumulation
         self.momentum, self.invariance = momentum, invariance
         self.register_buffer("texts", texts.detach().float(), persistent=False)
         self.register_buffer("contrast", contrast_directions(texts, confusable).float(), persistent=False)
@@ -216,7 +218,7 @@ class SingLoss(nn.Module):
     @property
     def current_weight(self) -> float:
         """λ(step): 0 in the warm-up, then a cosine ramp, then `weight`."""
-        after = int(self.step) - self.warmup_steps
+        after = int(self.step) // self.accumulation - self.warmup_steps
         if after < 0:
             return 0.0
         if after >= self.ramp_steps:

@@ -174,6 +174,13 @@ def test_weight_warms_up_then_ramps_as_a_cosine() -> None:
     assert int(sing.step) == step
 
 
+def test_the_weight_is_the_same_in_all_forwards_of_an_accumulated_step() -> None:
+    sing, _, features, labels = setup(weight=1.0, warmup_steps=1, ramp_steps=2, accumulation=3)
+    sing.train()
+    weights = [float((sing(features, labels), sing.last_terms["sing_weight"])[1]) for _ in range(12)]
+    assert weights == pytest.approx([0.0] * 3 + [0.25] * 3 + [0.75] * 3 + [1.0] * 3)
+
+
 def test_runs_in_float32_outside_autocast() -> None:
     sing, _, features, labels = setup()
     sing = sing.float()

@@ -39,7 +39,7 @@ def paired_difference(after: np.ndarray, before: np.ndarray, *, resamples: int =
 def paired_ratio(after: np.ndarray, before: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Interval:
     """(mean(after) / mean(before), low, high): a ratio of means, never a mean of ratios; both (N,), no unit.
 
-    `before` is not negative. NaN where it is 0 everywhere; an end that the pictures do not bound is infinite or NaN.
+    `before` is not negative. NaN where it is 0 everywhere; infinite at an end that the pictures do not bound.
     """
     columns = np.stack([after, before], axis=1).astype(np.float64)
     means = np.concatenate([columns.mean(0, keepdims=True), resampled_means(columns, resamples=resamples, seed=seed)])
@@ -48,5 +48,6 @@ def paired_ratio(after: np.ndarray, before: np.ndarray, *, resamples: int = 1000
         defined = np.array(ratios)[~np.isnan(ratios)]
         if not columns[:, 1].any() or not len(defined):
             return np.nan, np.nan, np.nan
-        low, high = np.quantile(defined, [0.025, 0.975])
+        ends = np.quantile(defined, [0.025, 0.975])
+    low, high = np.where(np.isnan(ends), np.inf, ends)  # between two infinite draws numpy interpolates to NaN
     return float(value), float(low), float(high)

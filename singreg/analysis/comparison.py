@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -52,11 +53,15 @@ def verdict(measurements: Mapping[str, ModelMeasurement]) -> list[str]:
     ]
     against = "plain fine-tuning" if "control" in measurements else "the model before (no control was trained)"
     found = {(c.name, c.translator): c for c in compare_arms(measurements)}
-    harm, image, top1 = found["AS⁻ ratio", "auditor"], found["IS ratio", "auditor"], found["top-1", "-"]
-    direction = "lower" if harm.high < 1 else "higher" if harm.low > 1 else "not distinguishable"
+    image, top1 = found["IS ratio", "auditor"], found["top-1", "-"]
+    harm, neutral = found["AS⁻ ratio", "auditor"], 1
+    if math.isnan(harm.value):  # nothing to divide by: the other arm leaks nowhere
+        harm, neutral = found["AS⁻ difference", "auditor"], 0
+    direction = "lower" if harm.high < neutral else "higher" if harm.low > neutral else "not distinguishable"
     sentences.append(
-        f"Against {against}, SingLoss leaves an AS⁻ that is {direction}: {harm.value:.2f}× [{harm.low:.2f}, {harm.high:.2f}] by the "
-        f"auditor ({after.translators['auditor'].overall['AS_neg']:.2f}°), with IS {image.value:.2f}× [{image.low:.2f}, {image.high:.2f}]."
+        f"Against {against}, SingLoss leaves an AS⁻ that is {direction}: {harm.value:.2f}{harm.unit} [{harm.low:.2f}, {harm.high:.2f}] "
+        f"by the auditor ({after.translators['auditor'].overall['AS_neg']:.2f}°), with IS {image.value:.2f}× "
+        f"[{image.low:.2f}, {image.high:.2f}]."
     )
     kept = "kept" if top1.low > -100 * MARGIN else "lost" if top1.high < 0 else "not shown to be kept"
     sentences.append(

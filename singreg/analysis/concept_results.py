@@ -9,6 +9,7 @@ import numpy as np
 
 FIGURES = ("before", "before_std", "after", "after_std", "AS", "AS_std", "AS_abs", "AS_low", "AS_high", "kappa")
 CLASS_FIGURES = ("before", "after", "AS", "AS_std")
+NORMAL_95 = 1.959963984540054
 Order = Literal["strongest", "weakest", "rises", "falls"]
 
 
@@ -17,7 +18,8 @@ class ConceptShift:
     """One concept's angle before and after the removal, in degrees, of one picture or as a mean over `images` pictures.
 
     score: AS = before - after, positive where the concept came closer. std: of AS over pictures. low, high: 95 % interval of
-    the mean. kappa: AS as a share of what the displacement would allow, 0 at chance. None is what is not defined.
+    the mean (normal, over pictures). kappa: AS as a share of what the displacement would allow, 0 at chance; overall only. None
+    is what is not defined.
     """
 
     concept: str
@@ -117,7 +119,10 @@ class ConceptMeasurement:
     def _shift(self, place: int, label: int | None) -> ConceptShift:
         if label is not None:
             before, after, score, std = (float(self.per_class[name][label, place]) for name in CLASS_FIGURES)
-            return ConceptShift(self.concepts[place], before, after, score, int(self.class_images[label]), std)
+            count = int(self.class_images[label])
+            half = NORMAL_95 * std / count**0.5
+            low, high = (score - half, score + half) if count > 1 else (None, None)
+            return ConceptShift(self.concepts[place], before, after, score, count, std, low, high)
         of = {name: float(values[place]) for name, values in self.overall.items()}
         return ConceptShift(
             self.concepts[place], of["before"], of["after"], of["AS"], self.images,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.concept_results import CLASS_FIGURES, FIGURES, ConceptMeasurement
+from singreg.analysis.concept_results import CLASS_FIGURES, FIGURES, NORMAL_95, ConceptMeasurement
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.pairs import EquivalentPairs
 from singreg.distributed import all_reduce_sum
@@ -20,7 +20,6 @@ from singreg.translation.base import Translator
 CHUNK_ELEMENTS = 2**20  # pictures x concepts at a time: 4 MiB an array in float32
 SUMS = ("before", "before²", "after", "after²", "AS", "AS²", "AS_abs", "kappa")
 CLASS_SUMS = ("before", "after", "AS²")
-NORMAL_95 = 1.959963984540054
 
 
 class _ConceptSums:

@@ -138,8 +138,11 @@ def analyze_model(
     Raises:
         ValueError: the part has no or unlabelled pictures, or the head has no null space.
     """
-    if not len(part) or int(np.min(part.labels)) < 0:
-        raise ValueError(f"part {part.name!r} must hold labelled pictures to be measured on; it has {len(part)}")
+    unlabelled = int((np.asarray(part.labels) < 0).sum())
+    if not len(part) or unlabelled:
+        raise ValueError(
+            f"part {part.name!r} must hold labelled pictures to be measured on; it has {len(part)}, {unlabelled} of them unlabelled"
+        )
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
     passes = {name: _TranslatorPass(translator, texts) for name, translator in translators.items()}
     columns: list[dict[str, np.ndarray]] = []
@@ -192,12 +195,17 @@ def _model_figures(
 
 
 def _logit_change(classifier: Classifier, features: Tensor, space: NullSpace) -> tuple[float, float]:
-    """Largest |Δlogit| between f and f~ in float64 and in the classifier's own float32 arithmetic."""
+    """Largest |Δlogit| between f and f~ in float64 and in the classifier's own float32 arithmetic.
+
+    The softmax null lets all logits of a picture move together, which no probability sees: that much is taken out.
+    """
     exact = features.double()
     equivalent = space.remove(exact)
     wide = (exact - equivalent) @ classifier.weight.detach().double().T
     with torch.no_grad():
         narrow = classifier.logits(features) - classifier.logits(equivalent.float())
+    if space.invariance == "softmax":
+        wide, narrow = (change - change.mean(1, keepdim=True) for change in (wide, narrow))
     return float(wide.abs().max()), float(narrow.abs().max())
 
 

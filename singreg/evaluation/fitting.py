@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+import numpy as np
+
+from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import FittedTranslator, fit_on_part
+from singreg.data.parts import Parts
+from singreg.models.classifier import Classifier
 from singreg.translation.ridge import DEFAULT_RIDGES
-from singreg.workbench.build import Bench
+from singreg.translation.translator import TranslatorInfo
 from singreg.workbench.config import AuditorConfig, TranslatorConfig
 
 
-def fit_translators(bench: Bench, translator: TranslatorConfig, auditor: AuditorConfig) -> dict[str, FittedTranslator]:
+class Fittable(Protocol):
+    """What is needed of a `Bench`: a classifier, parts, embeddings (N, n) by part name, and how to read pictures."""
+
+    classifier: Classifier
+    parts: Parts
+    embeddings: dict[str, np.ndarray]
+    info: TranslatorInfo
+    settings: PassSettings
+
+
+def fit_translators(bench: Fittable, translator: TranslatorConfig, auditor: AuditorConfig) -> dict[str, FittedTranslator]:
     """ "fitted" from the bank and "auditor" from the audit part, standardised, with its own λ (METHOD section 8.6).
 
     Each comes with the mean feature (m,) of its pictures.

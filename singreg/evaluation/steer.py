@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, iterate_features
-from singreg.analysis.fitting import FittedTranslator, fit_on_part
+from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.model import analyze_model
 from singreg.analysis.on_manifold import fit_conditional, natural_radii
 from singreg.analysis.results import ModelMeasurement
@@ -24,11 +24,11 @@ from singreg.analysis.steering_findings import steering_findings, steering_warni
 from singreg.analysis.steering_plan import PairPlan, plan_pairs
 from singreg.analysis.steering_results import SteeringCurve, SteeringPairs, SteerReport
 from singreg.data.subsets import resolve_classes
+from singreg.evaluation.fitting import fit_translators
 from singreg.evaluation.steer_config import ALL, SteerConfig
 from singreg.geometry.nullspace import NullSpace
 from singreg.reporting.steering_report import report_to_tensorboard, write_steer_report
 from singreg.reporting.steering_tables import table1
-from singreg.translation.ridge import DEFAULT_RIDGES
 from singreg.workbench.build import Bench
 from singreg.workbench.run import Run, describe_machine
 
@@ -109,29 +109,11 @@ class Steering:
         self.run.seconds[stage] = time.monotonic() - start
         return result
 
-    def _fit(self, part: str, ridge: float | None, standardize: bool) -> FittedTranslator:
-        pictures = self.bench.parts.bank if part == "bank" else self.bench.parts.audit
-        return fit_on_part(
-            self.bench.classifier,
-            pictures,
-            self.bench.embeddings[part],
-            ridges=DEFAULT_RIDGES if ridge is None else (ridge,),
-            standardize=standardize,
-            normalize_targets=self.config.translator.normalize_targets,
-            info=self.bench.info,
-            settings=self.bench.settings,
-            description=f"fitting a translator on {part}",
-        )
-
     def fit_translators(self) -> None:
         """The fitted translator from the bank and the auditor from other pictures (stage "translators")."""
-        wanted = self.config.translator
-
-        def work() -> dict[str, FittedTranslator]:
-            fitted = self._fit("bank", wanted.ridge, wanted.standardize)
-            return {"fitted": fitted, "auditor": self._fit("audit", self.config.auditor.ridge, True)}
-
-        self.translators = self._timed("translators", work)
+        self.translators = self._timed(
+            "translators", lambda: fit_translators(self.bench, self.config.translator, self.config.auditor)
+        )
 
     def measure(self) -> None:
         """The classifier on all test pictures, and the natural radii of its null component (stages "measure", "radii")."""

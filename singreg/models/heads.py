@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 
+class HeadError(ValueError):
+    """A model without one linear head of its own, so without a null space to speak of."""
+
+
 def is_linear(module: nn.Module) -> bool:
     """True for a Linear or a 1x1 convolution without groups: weight (C, m) or (C, m, 1, 1)."""
     if isinstance(module, nn.Conv2d):
@@ -23,7 +27,7 @@ def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, 
     layer is returned. Weight shapes (C, m) or (C, m, 1, 1).
 
     Raises:
-        ValueError: no head, several heads, or no linear layer under that name.
+        HeadError: no head, several heads, or no linear layer under that name.
 
     Example:
         >>> find_head(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "1")
@@ -31,12 +35,12 @@ def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, 
     """
     kind = type(model).__name__
     if not name:
-        raise ValueError(
+        raise HeadError(
             f"{kind} names no classifier in its pretrained_cfg, so its head cannot be found; use Classifier.from_module(model, "
             'head="NAME") with the name of its last linear layer'
         )
     if not isinstance(name, str):
-        raise ValueError(
+        raise HeadError(
             f"{kind} has {len(name)} heads ({', '.join(name)}) whose logits are combined: there is no one head whose null space "
             "could be taken. Use the architecture without distillation, or wrap the model in a module whose forward returns the "
             f'logits of one head alone and give that to Classifier.from_module(wrapper, head="model.{name[0]}")'
@@ -45,12 +49,12 @@ def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, 
         module = model.get_submodule(name)
     except AttributeError as error:
         known = [n for n, m in model.named_modules() if is_linear(m)][-3:]
-        raise ValueError(f"{kind} has no module {name!r}; its last linear layers are {known}") from error
+        raise HeadError(f"{kind} has no module {name!r}; its last linear layers are {known}") from error
     if is_linear(module) or batch_norm_and_linear(module) is not None:
         return name, module
     inner = [(n, m) for n, m in module.named_modules() if is_linear(m)]
     if not inner:
-        raise ValueError(
+        raise HeadError(
             f"the head {name!r} of {kind} is {type(module).__name__} and holds no linear layer (the model was made with "
             "num_classes=0?); pass num_classes, or head_mode='new'"
         )

@@ -29,6 +29,10 @@ def _short(name: str, limit: int = NAME_LENGTH) -> str:
     return plain.replace("$", "\\$")
 
 
+def _signed(value: float) -> str:
+    return f"{value:+.2f}" if abs(value) >= 0.005 else "0.00"
+
+
 def _removal(centred: bool) -> str:
     return "centred removal" if centred else "paper's removal"
 
@@ -76,17 +80,16 @@ def _violins(axes: Axes, scores: Sequence[ClassScore], key: str) -> None:
 
 def draw_class_accuracy(found: ClassMeasurement, named: int = 6) -> Figure:
     """AS⁻ (degrees) of every class against its accuracy, the rank correlation above; the leakiest classes are named."""
-    figure, (axes,) = _axes(1, width=6.4, height=4.4)
+    figure, (axes,) = _axes(1, width=7.4, height=4.2)
     leak = [score.means["AS_neg"] for score in found.classes]
     accuracy = [100 * score.means["accuracy"] for score in found.classes]
-    axes.scatter(leak, accuracy, s=26, color=NEUTRAL, alpha=0.7, linewidths=0)
-    axes.margins(x=0.12, y=0.1)
-    for place, score in enumerate(found.classes[:named]):
-        right = place == 0
-        axes.annotate(
-            _short(score.name, 20), (leak[place], accuracy[place]), xytext=(-5 if right else 5, 4), textcoords="offset points",
-            fontsize=8, ha="right" if right else "left",
-        )  # fmt: skip
+    axes.scatter(leak[named:], accuracy[named:], s=26, color=NEUTRAL, alpha=0.7, linewidths=0)
+    axes.margins(x=0.08, y=0.1)
+    for place, score in enumerate(found.classes[:named]):  # numbers, since names would lie on each other
+        axes.scatter(leak[place], accuracy[place], s=110, color=HARM, linewidths=0, label=f"{place + 1}  {_short(score.name)}")
+        axes.text(leak[place], accuracy[place], f"{place + 1}", fontsize=7, color="white", ha="center", va="center_baseline")
+    axes.legend(title="the leakiest", fontsize=8, title_fontsize=8, handlelength=0, markerscale=0, loc="center left",
+                bbox_to_anchor=(1.0, 0.5), frameon=False)  # fmt: skip
     tie = found.correlations["AS_neg"]
     said = "rank correlation not defined"
     if tie.value is not None:
@@ -117,7 +120,7 @@ def draw_joint_distribution(found: Mapping[str, JointDistribution]) -> Figure:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="IS °", ylabel="AS °")
     shares = " and ".join(f"{ellipse.share:.0%}" for ellipse in next(iter(found.values())).ellipses)
-    inside = f" ({shares} of the pictures inside)" if len(found) == 1 and shares else ""
+    inside = f",\nwith {shares} of the pictures inside" if len(found) == 1 and shares else ""
     _styled(axes, f"every picture; ellipses at 1σ (solid) and 2σ (dashed){inside}")
     axes.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     return figure
@@ -138,7 +141,7 @@ def draw_concept_arrows(found: ConceptMeasurement, count: int = 10, label: int |
     margin = 0.08 * max(max(edges) - min(edges), 0.5)
     for axes, (title, shifts) in zip(drawn, panels, strict=True):
         _arrows(axes, shifts, max(edges) - min(edges))
-        axes.set_xlim(min(edges) - margin, max(edges) + 3.2 * margin)
+        axes.set_xlim(min(edges) - margin, max(edges) + 6 * margin)  # room for the figures
         axes.set_ylim(longest - 0.4, -0.6)
         axes.set_xlabel("angle to the concept °")
         _styled(axes, f"{title}: ○ before, ► after the removal")
@@ -153,14 +156,16 @@ def _arrows(axes: Axes, shifts: Sequence[ConceptShift], span: float) -> None:
     for place, shift in enumerate(shifts):
         colour = HARM if shift.score < 0 else GOOD
         axes.plot(shift.before, place, marker="o", markersize=5, markerfacecolor="white", markeredgecolor=colour, zorder=3)
-        if abs(shift.score) > 0.02 * span:  # a shorter arrow would be all head
+        if abs(shift.score) > 0.05 * span:  # a shorter arrow would be all head
             axes.annotate(
                 "", (shift.after, place), (shift.before, place),
                 arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "shrinkA": 3, "shrinkB": 0, "mutation_scale": 11},
             )  # fmt: skip
-        spread = "" if shift.low is None or shift.high is None else f" [{shift.low:+.2f}, {shift.high:+.2f}]"
+        else:
+            axes.plot([shift.before, shift.after], [place, place], color=colour, linewidth=1.8)
+        spread = "" if shift.low is None or shift.high is None else f" [{_signed(shift.low)}, {_signed(shift.high)}]"
         axes.annotate(
-            f"{shift.score:+.2f}{spread}", (max(shift.before, shift.after), place), xytext=(8, 0), textcoords="offset points",
+            f"{_signed(shift.score)}{spread}", (max(shift.before, shift.after), place), xytext=(8, 0), textcoords="offset points",
             fontsize=7.5, va="center", color=colour,
         )  # fmt: skip
     axes.set_yticks(range(len(shifts)), [_short(shift.concept) for shift in shifts], fontsize=8)
@@ -182,9 +187,13 @@ def draw_worst_images(
     sides = {"before": "nearest to T(f)", "after": "nearest to T(f~), null component removed", "steered": "nearest to the steered T(f)"}
     sides = {side: title for side, title in sides.items() if side != "steered" or shifts[0].steered is not None}
     across = [min(nearest, len(getattr(shifts[0], side))) for side in sides]
-    columns = [1.0, 1.55, *(width for count in across for width in (0.12, *[1.0] * count))]
-    figure = Figure(figsize=(1.3 * sum(columns) + 0.2, 1.62 * len(worst) + 0.65), layout="constrained")
-    grid = figure.subplots(len(worst), len(columns), squeeze=False, gridspec_kw={"width_ratios": columns})
+    columns = [1.0, 1.45, *(width for count in across for width in (0.06, *[1.0] * count))]
+    width, height = 1.35 * sum(columns) + 0.3, 1.72 * len(worst) + 0.75
+    figure = Figure(figsize=(width, height))
+    room = {"left": 0.12 / width, "right": 1 - 0.12 / width, "bottom": 0.08 / height, "top": 1 - 1.0 / height}
+    grid = figure.subplots(
+        len(worst), len(columns), squeeze=False, gridspec_kw={"width_ratios": columns, "wspace": 0.08, "hspace": 0.32, **room}
+    )
     for axes in grid.ravel():
         axes.axis("off")
     for row, (image, shift) in enumerate(zip(worst, shifts, strict=False)):
@@ -202,7 +211,8 @@ def draw_worst_images(
                     above.set_in_layout(False)  # it spans the columns to its right, and must not widen its own
             column += 1 + count
     order = "most negative AS" if found.by == "AS" else "largest IS"
-    figure.suptitle(f"{len(worst)} pictures of {found.images} with the {order}, {_removal(found.centred)}", fontsize=10)
+    title = f"{len(worst)} pictures of {found.images} with the {order}, {_removal(found.centred)}"
+    figure.suptitle(title, fontsize=10, x=room["left"], y=1 - 0.12 / height, ha="left", va="top")
     return figure
 
 

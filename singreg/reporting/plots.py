@@ -18,6 +18,7 @@ from singreg.reporting.tables import STAGES
 COLOURS = {"before": "#6b7280", "control": "#d97706", "sing": "#2563eb"}
 CLASSES_SHOWN = 40
 POINTS_SHOWN = 3000
+NAME_LENGTH = 40  # characters of a class's name; longer ones would leave no room for the plot
 
 
 def save_plots(report: FinetuneReport, folder: Path) -> dict[str, Path]:
@@ -40,6 +41,17 @@ def save_figure(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+def drawable(name: str, limit: int = NAME_LENGTH) -> str:
+    """A name as text in a figure: one line, at most `limit` characters, no formula, nothing that cannot be printed (no shapes).
+
+    Example:
+        >>> drawable("a\\tprice in $", limit=9)
+        'a price …'
+    """
+    plain = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(name.split()))
+    return (plain if len(plain) <= limit else plain[: limit - 1] + "…").replace("$", "\\$")
 
 
 def _axes(columns: int, width: float = 4.2, height: float = 4.0) -> tuple[Figure, list[Axes]]:
@@ -150,7 +162,7 @@ def draw_classes(report: FinetuneReport) -> Figure:
     axes.hlines(places, np.nanmin(table, 0), np.nanmax(table, 0), color="#d1d5db", linewidth=2, zorder=1)
     for stage, value in values.items():
         axes.scatter(value[order], places, s=28, color=COLOURS[stage], label=STAGES[stage], zorder=2)
-    axes.set_yticks(places, [report.class_names[c].replace("$", "\\$") for c in order], fontsize=8)
+    axes.set_yticks(places, [drawable(report.class_names[c]) for c in order], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("AS⁻ °")
     shown = "" if len(order) == len(first) else f" ({len(order)} of {len(first)} classes)"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from singreg.analysis.results import Comparison, FinetuneReport, ModelMeasurement
+from singreg.analysis.results import Comparison, FinetuneReport, ModelMeasurement, nan_for_null, nulls_for_nan
 from singreg.files import atomic_write, write_json, write_text
 from singreg.reporting import tables
 from singreg.reporting.html import write_html
@@ -38,10 +39,12 @@ def write_report(report: FinetuneReport, folder: Path, plots: Mapping[str, Path]
 
 
 def to_json(report: FinetuneReport) -> dict[str, Any]:
-    """Everything but the per-image rows as JSON-able values (no shapes)."""
-    value = asdict(report)
+    """Everything but the per-image rows as strictly JSON-able values: what is not defined becomes null (no shapes)."""
+    without_rows = {stage: replace(measured, rows={}) for stage, measured in report.measurements.items()}
+    value = asdict(replace(report, measurements=without_rows))
     value["measurements"] = {stage: measured.to_json() for stage, measured in report.measurements.items()}
-    return {"format": FORMAT, **value}
+    plain: dict[str, Any] = nulls_for_nan({"format": FORMAT, **value})
+    return plain
 
 
 def read_report(path: str | Path) -> FinetuneReport:
@@ -58,7 +61,7 @@ def read_report(path: str | Path) -> FinetuneReport:
     if value.pop("format", None) != FORMAT:
         raise ValueError(f"{file} is not a report of format {FORMAT}")
     value["measurements"] = {stage: ModelMeasurement.from_json(m) for stage, m in value["measurements"].items()}
-    value["comparisons"] = [Comparison(**found) for found in value["comparisons"]]
+    value["comparisons"] = [Comparison(**nan_for_null(found)) for found in value["comparisons"]]
     return FinetuneReport(**value)
 
 
@@ -83,8 +86,15 @@ def write_rows(measurements: Mapping[str, ModelMeasurement], path: Path) -> None
                 count = min(ROWS_A_CHUNK, measured.images - start)
                 columns = [pa.array([stage] * count, pa.string())]
                 # A translator that only one model has (the loop's) is null for the others.
-                columns += [pa.array(rows[n], kinds[n]) if n in rows else pa.nulls(count, kinds[n]) for n in names]
+                columns += [_column(rows[n], kinds[n]) if n in rows else pa.nulls(count, kinds[n]) for n in names]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def _column(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Values (N,) for Parquet; bytes in a file's name that are no UTF-8 are written as their escapes."""
+    if kind == pa.string():
+        return pa.array([str(value).encode("utf-8", "backslashreplace").decode() for value in values], kind)
+    return pa.array(values, kind)
 
 
 def markdown(report: FinetuneReport, plots: Mapping[str, Path]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,13 +18,16 @@ TRANSLATORS = ("frozen", "loop", "auditor")
 
 def escape(text: object) -> str:
     """Text that cannot break a Markdown table or smuggle markup into a report, whatever a folder was called (no shapes)."""
-    plain = str(text).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    readable = str(text).encode("utf-8", "backslashreplace").decode()  # a folder's name may hold bytes that are no UTF-8
+    plain = readable.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    plain = plain.replace("](", "]&#40;").replace("*", "&#42;").replace("~", "&#126;")  # no link, picture or emphasis
+    plain = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", plain)  # within a word it is itself
     return " ".join(plain.replace("|", "\\|").replace("`", "\\`").split())
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
     """A figure with its unit, or a dash when there is none (None, NaN; no shapes)."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}{unit}"
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}{unit}".replace("inf", "∞")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -178,7 +182,7 @@ def per_class_table(report: FinetuneReport, translator: str = "auditor") -> str:
 
 def facts(settings: Mapping[str, Any], machine: Mapping[str, Any], seconds: Mapping[str, float], *more: str) -> str:
     """How a report was made, as a Markdown list: command, configuration, what is given in `more`, machine, seconds by stage."""
-    command = str(settings.get("command", "")).replace("`", "")
+    command = " ".join(str(settings.get("command", "")).replace("`", "").split())  # a blank line would end the list
     return "\n".join(
         [
             f"- command: `{command}`",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import pyplot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -31,11 +32,16 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | i
             flat |= flatten(value, f"{name}.")
         elif value is None:
             flat[name] = "none"
-        elif isinstance(value, (list, tuple)):
-            flat[name] = ", ".join(str(item) for item in value)
+        elif isinstance(value, (bool, int, float)):
+            flat[name] = value
         else:
-            flat[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+            flat[name] = _utf8(", ".join(str(item) for item in value) if isinstance(value, (list, tuple)) else str(value))
     return flat
+
+
+def _utf8(text: str) -> str:
+    """Text that can be written: a folder's name may hold bytes that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_number(name: str, value: Any) -> float:
@@ -46,6 +52,9 @@ def as_number(name: str, value: Any) -> float:
     """
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         array = value.detach().cpu() if isinstance(value, Tensor) else np.asarray(value)
+        real = not array.is_complex() if isinstance(array, Tensor) else array.dtype.kind in "biuf"
+        if not real:
+            raise TypeError(f"figure {name!r}: expected a real number, got {array.dtype}")
         if int(np.prod(array.shape)) == 1:
             return float(array.reshape(()))
         raise TypeError(f"figure {name!r}: expected one number, got shape {tuple(array.shape)}; use histograms() for vectors")
@@ -95,6 +104,7 @@ class TensorBoardLog:
             canvas.draw()  # type: ignore[no-untyped-call]
             pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
             self._writer.add_image(tag, pixels[..., :3], step, dataformats="HWC")
+            pyplot.close(figure)  # pyplot keeps every figure it made until it is told
 
     def images(self, tag: str, images: Tensor, step: int) -> None:
         """Log pictures (B, 3, H, W) in [0, 1] as a grid."""
@@ -110,7 +120,7 @@ class TensorBoardLog:
     def text(self, tag: str, text: str, step: int) -> None:
         """Log Markdown text (no shapes)."""
         if self._writer is not None:
-            self._writer.add_text(tag, text, step)
+            self._writer.add_text(tag, _utf8(text), step)
 
     def hparams(self, settings: Mapping[str, Any], final: Mapping[str, Any]) -> None:
         """Log nested settings with the final figures, into this very folder (no shapes)."""

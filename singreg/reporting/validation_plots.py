@@ -19,25 +19,26 @@ from singreg.reporting.validation_tables import BLOCK_TITLES, KIND_TITLES, PERTU
 REMOVALS = {"paper": ("#2563eb", "the paper's removal"), "centred": ("#d97706", "the centred removal")}
 KIND_COLOURS = {"null": "#2563eb", "random": "#6b7280", "principal": "#dc2626"}
 LINES = ("-", "--", ":", "-.")
-NAME_LENGTH = 34
+NAME_LENGTH = 44
 
 
 def draw_chance(report: ChanceReport, translator: str = "") -> Figure:
     """Every score (filled) beside its chance levels (bars: ± 1 sd over draws), one panel a score; degrees, κ without unit."""
-    figure, panels = _axes(len(FIGURES), width=2.7, height=4.2)
+    figure = Figure(figsize=(9.6, 7.4), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True)
     kinds = ("observed", *KINDS)
-    for axes, name in zip(panels, FIGURES, strict=True):
+    for axes, name in zip(panels.flat, FIGURES, strict=True):
         for side, (removal, (colour, label)) in enumerate(REMOVALS.items()):
             _draw_levels(axes, getattr(report, removal), name, colour, label, 0.24 * side - 0.12)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(kinds)), [KIND_TITLES[kind] for kind in kinds], rotation=35, ha="right", fontsize=8)
+        axes.set_xticks(range(len(kinds)), [KIND_TITLES[kind] for kind in kinds], rotation=30, ha="right", fontsize=9)
         axes.set_xlim(-0.6, len(kinds) - 0.4)
         _styled(axes, TITLES[name])
-    panels[-1].legend(fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     reader = f"by the {translator} translator, " if translator else ""
     figure.suptitle(
-        f"scores beside chance: {reader}{report.images} pictures, {report.draws} draws; null space of {report.dimensions} of "
-        f"{report.features} dimensions",
+        f"scores (filled) beside chance (± 1 sd over {report.draws} draws): {reader}{report.images} pictures; null space of "
+        f"{report.dimensions} of {report.features} dimensions",
         fontsize=9,
     )
     return figure
@@ -66,10 +67,15 @@ def draw_information(information: UniqueInformation) -> Figure:
         axes.set_xticks(range(len(BLOCKS)), names, fontsize=9)
     low, high = information.intervals["unique"]
     _styled(left, f"image embedding; only in the null space: {information.unique:.3f} [{low:.3f}, {high:.3f}]").set_ylabel("R², held out")
-    right.axhline(100 * information.chance, color="black", linewidth=1, linestyle="--", label="most frequent class")
-    right.legend(fontsize=8)
+    right.axhline(100 * information.chance, color="black", linewidth=1.2, linestyle="--", label="always the most frequent class")
+    right.set_ylim(0, 1.2 * max(100 * max(high for _, high in _accuracies(information)), 100 * information.chance))
+    right.legend(fontsize=8, loc="upper right")
     _styled(right, "class, by a fresh linear probe").set_ylabel("accuracy, held out, %")
     return figure
+
+
+def _accuracies(information: UniqueInformation) -> list[list[float]]:
+    return [information.intervals[f"accuracy {name}"] for name in BLOCKS]
 
 
 def _reach(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -80,7 +86,7 @@ def _reach(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 def draw_perturbations(report: PerturbationReport) -> Figure:
     """Paper figure 9: largest |Δlogit|, flipped decisions (%) and translated angle (degrees) against the perturbation's size."""
-    figure, panels = _axes(3, width=4.4, height=4.0)
+    figure, panels = _axes(3, width=4.2, height=4.6)
     for kind, curve in report.curves.items():
         style = {"color": KIND_COLOURS[kind], "marker": "o", "markersize": 4}
         title = PERTURBATION_TITLES[kind]
@@ -92,7 +98,8 @@ def draw_perturbations(report: PerturbationReport) -> Figure:
         for name, line in zip(report.translators, LINES * len(report.translators), strict=False):
             key = f"angle {name}"
             panels[2].plot(report.sizes, curve.mean[key], linestyle=line, label=f"{title}, {name}", **style)  # type: ignore[arg-type]
-            panels[2].fill_between(report.sizes, curve.low[key], curve.high[key], color=KIND_COLOURS[kind], alpha=0.12, linewidth=0)
+            if kind == "null":
+                panels[2].fill_between(report.sizes, curve.low[key], curve.high[key], color=KIND_COLOURS[kind], alpha=0.1, linewidth=0)
     panels[0].axhline(report.margin, color="black", linewidth=1, linestyle=":", label="mean margin of the top-1")
     panels[0].set_yscale("log")
     titles = ("largest |Δlogit| of a picture", "top-1 flipped", "angle between T(f) and T(f + δ)")
@@ -100,8 +107,9 @@ def draw_perturbations(report: PerturbationReport) -> Figure:
         axes.set_xscale("log")
         axes.set_xlabel("size of the perturbation, |δ| / |f|")
         _styled(axes, title).set_ylabel(unit)
-        axes.legend(fontsize=8)
-    figure.suptitle(f"perturbations of equal norm, mean of {report.images} pictures; bands: 5 % to 95 %", fontsize=9)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    bands = "; band: 5 % to 95 % of the pictures, null space" if "null" in report.curves else "; this head has no null space"
+    figure.suptitle(f"perturbations of equal norm, mean of {report.images} pictures{bands}", fontsize=9)
     return figure
 
 
@@ -112,15 +120,16 @@ def _positive(values: Sequence[float]) -> list[float]:
 
 def draw_passports(passports: Sequence[HeadPassport]) -> Figure:
     """Heads side by side: null share of the dimensions (%) with the limit of what can be seen, and σ_min/σ_max."""
-    figure, (left, right) = _axes(2, width=5.2, height=max(2.6, 0.42 * len(passports) + 1.5))
+    figure, (left, right) = _axes(2, width=5.4, height=max(2.6, 0.42 * len(passports) + 1.5))
     places = np.arange(len(passports))
     for shift, (invariance, colour) in zip((-0.2, 0.2), (("logits", "#2563eb"), ("softmax", "#93c5fd")), strict=True):
         shares = [100 * passport.shares[invariance] for passport in passports]
         left.barh(places + shift, shares, 0.38, color=colour, label=f"null space of the {invariance}")
     for place, passport in enumerate(passports):
         largest = 100 * max(passport.shares.values())
-        left.text(largest + 1.5, place, _size(passport), va="center", fontsize=8)
-    left.axvline(100 * math.sin(math.radians(VISIBLE)) ** 2, color="black", linewidth=1, linestyle="--", label="too small to see")
+        left.text(max(largest, 4) + 1.5, place, _size(passport), va="center", fontsize=8)
+    limit = f"below: a random removal turns a feature by less than {VISIBLE:g}°"
+    left.axvline(100 * math.sin(math.radians(VISIBLE)) ** 2, color="black", linewidth=1, linestyle="--", label=limit)
     left.set_xlim(0, 135)
     left.set_xticks(range(0, 101, 25))
     left.set_xlabel("% of the dimensions")

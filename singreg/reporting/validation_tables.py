@@ -84,7 +84,7 @@ def perturbation_table(report: PerturbationReport) -> str:
             angles = [number(mean[f"angle {name}"]) for name in report.translators]
             changes = [f"{mean[name]:.1e}" for name in ("logit_change", "logit_change_float32")]
             rows.append([f"{size:g}", PERTURBATION_TITLES[kind], *changes, percent(mean["flipped"]), *angles])
-    headers = ["size, of the feature norm", "direction", "largest Δlogit (float64)", "(float32)", "top-1 flipped"]
+    headers = ["size / norm of f", "direction", "largest Δlogit (float64)", "(float32)", "top-1 flipped"]
     return render(rows, [*headers, *(f"{escape(name)}: angle °" for name in report.translators)], compact=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -135,6 +136,8 @@ def check_finetune(config: FinetuneConfig) -> list[str]:
     problems.need(loss.warmup + loss.ramp <= 1, f"loss.warmup + loss.ramp: {loss.warmup + loss.ramp} is more than the whole run")
     for name in sorted(set(loss.terms) - set(TERMS)):
         problems.append(f"loss.terms.{name}: no such term; known are {', '.join(sorted(TERMS))}")
+    for name, weight in loss.terms.items():
+        problems.need(math.isfinite(weight), f"loss.terms.{name}: expected a finite weight, got {weight}")
     problems.need(bool(loss.terms), f"loss.terms: expected at least one of {', '.join(sorted(TERMS))}")
     return problems
 

@@ -96,15 +96,15 @@ class Experiment:
     def sing_loss(self, classifier: Classifier, fitted: FittedTranslator, image_score_ref: Tensor) -> SingLoss:
         """SingLoss for a copy of the starting classifier, its references from the model before (C classes)."""
         loss, schedule = self.config.loss, Schedule.from_config(self.config, len(self.parts.train))
-        forwards = schedule.total * self.config.training.accumulation
         sing = SingLoss(
             classifier,
             fitted.translator,
             self.texts,
             weight=loss.weight,
             terms=loss.terms,
-            warmup_steps=round(loss.warmup * forwards),
-            ramp_steps=round(loss.ramp * forwards),
+            warmup_steps=round(loss.warmup * schedule.total),
+            ramp_steps=round(loss.ramp * schedule.total),
+            accumulation=self.config.training.accumulation,
             confusable=loss.confusable,
             momentum=loss.momentum,
             invariance=self.config.model.invariance,

@@ -227,7 +227,7 @@ class _Arm:
             self.figures = dict(zip(names, mean.tolist(), strict=True))
 
     def _failure(self, outputs: dict[str, Tensor], indices: Tensor, step: int) -> str:
-        parts = {name: float(value) for name, value in outputs.items()}
+        parts = {name: float(value.detach()) for name, value in outputs.items()}
         pictures = ", ".join(self.part.identifier(int(i)) for i in indices)
         return (
             f"arm {self.name!r}: the loss is not finite at step {step + 1} ({parts}); nothing was updated with it. Pictures of the "

@@ -32,11 +32,14 @@ def model_name(name: str, kind: str) -> str:
     return f"local-dir:{ASSETS / f'demo_{kind}'}" if name == "demo" else name
 
 
-def build_classifier(model: ModelConfig, parts: Parts, *, image_size: int | None = None) -> Classifier:
+def build_classifier(
+    model: ModelConfig, parts: Parts, *, image_size: int | None = None, allow_empty: bool = False
+) -> Classifier:
     """The classifier as configured, its head kept, sliced to the parts' classes, or new (C, m); `image_size` in pixels.
 
     Raises:
-        ValueError: "slice" or "keep" with classes whose head rows are not known, or a head without a null space.
+        ValueError: "slice" or "keep" with classes whose head rows are not known, or (unless `allow_empty`) a head without a
+            null space.
     """
     classifier = Classifier.from_timm(
         model_name(model.name, "classifier"),
@@ -47,7 +50,7 @@ def build_classifier(model: ModelConfig, parts: Parts, *, image_size: int | None
         num_classes=len(parts.class_names) if model.head == "new" else None,
         image_size=image_size,
     )
-    NullSpace.from_weight(classifier.weight, invariance=model.invariance)  # no null space: say so now
+    NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=allow_empty)  # no null space: say so now
     return classifier.to(memory_format=torch.channels_last) if model.channels_last else classifier
 
 

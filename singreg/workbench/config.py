@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -110,14 +112,14 @@ class Problems(list[str]):
             self.append(sentence)
 
     def positive(self, **values: float) -> None:
-        """Each named value must be above 0; `__` in a name stands for a dot (no shapes)."""
+        """Each named value must be above 0 and finite; `__` in a name stands for a dot (no shapes)."""
         for name, value in values.items():
-            self.need(value > 0, f"{name.replace('__', '.')}: expected a number above 0, got {value}")
+            self.need(0 < value < math.inf, f"{name.replace('__', '.')}: expected a number above 0, got {value}")
 
     def at_least_0(self, **values: float | None) -> None:
-        """Each named value must be at least 0, or None (no shapes)."""
+        """Each named value must be at least 0 and finite, or None (no shapes)."""
         for name, value in values.items():
-            self.need(value is None or value >= 0, f"{name.replace('__', '.')}: expected a number of at least 0, got {value}")
+            self.need(value is None or 0 <= value < math.inf, f"{name.replace('__', '.')}: expected a number of at least 0, got {value}")
 
     def share(self, **values: float) -> None:
         """Each named value must be in [0, 1] (no shapes)."""
@@ -126,12 +128,10 @@ class Problems(list[str]):
 
     def job(self, config: JobConfig) -> None:
         """What is wrong with the fields that all recipes share (no shapes)."""
-        self.positive(vlm__batch_size=config.vlm.batch_size)
-        self.need(bool(config.vlm.templates), "vlm.templates: expected at least one prompt")
-        for template in config.vlm.templates:
-            self.need("{class}" in template, f'vlm.templates: {template!r} has no "{{class}}" in it')
+        self.vision_language("vlm", config.vlm)
         plain = bool(config.name) and Path(config.name).name == config.name and config.name not in (".", "..")
         self.need(plain, f"name: expected a folder name, got {config.name!r}")
+        self.need(0 <= config.seed < 2**32, f"seed: expected a whole number from 0 to {2**32 - 1}, got {config.seed}")
 
     def translators(self, translator: TranslatorConfig, auditor: AuditorConfig) -> None:
         """What is wrong with the fields of translator and auditor (no shapes)."""
@@ -140,3 +140,15 @@ class Problems(list[str]):
             auditor__ridge=auditor.ridge,
             auditor__images_per_feature=auditor.images_per_feature,
         )
+
+    def vision_language(self, key: str, config: VisionLanguageConfig) -> None:
+        """What is wrong with one vision-language model's settings, under its key (no shapes)."""
+        self.need(config.batch_size > 0, f"{key}.batch_size: expected a number above 0, got {config.batch_size}")
+        self.need(bool(config.templates), f"{key}.templates: expected at least one prompt")
+        for template in config.templates:
+            self.need("{class}" in template, f'{key}.templates: {template!r} has no "{{class}}" in it')
+
+    def twice(self, key: str, names: Sequence[str], hint: str = "") -> None:
+        """No name may be in the list twice (no shapes)."""
+        found = sorted({name for name in names if list(names).count(name) > 1})
+        self.need(not found, f"{key}: listed twice: {', '.join(found)}{hint}")

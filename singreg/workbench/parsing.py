@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import sys
@@ -35,7 +36,7 @@ def find_config(path: str) -> Path:
         return Path(path)
     shipped = Path(__file__).parents[1] / "configs"
     folder = shipped if shipped.is_dir() else Path(__file__).parents[2] / "configs"
-    candidate = folder / Path(path).with_suffix(".yaml").name
+    candidate = folder / f"{Path(path).stem}.yaml"
     if candidate.is_file():
         return candidate
     known = ", ".join(sorted(p.name for p in folder.glob("*.yaml")))
@@ -60,7 +61,7 @@ def parse_config(
     parser.add_class_arguments(kind, fail_untyped=True)
     try:
         given = list(_given(arguments, kind))
-    except (OSError, IndexError, yaml.YAMLError, ConfigurationError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigurationError) as error:
         _refuse(parser, str(error))
     problems = _problems(parser, given, kind)
     config: Config | None = None
@@ -68,7 +69,7 @@ def parse_config(
         try:
             namespace: Namespace = parser.parse_args(arguments)
             namespace.pop("config", None)
-            config = build(kind, namespace.as_dict(), problems)
+            config = build(kind, {**namespace.as_dict(), **_last_lists(given, kind)}, problems)
         except ArgumentError as error:
             problems.append(" ".join(str(error).split()))
     else:
@@ -80,6 +81,18 @@ def parse_config(
     return config
 
 
+def _last_lists(given: Sequence[tuple[str, Any]], kind: type) -> dict[str, Any]:
+    """The last value of every top-level list of dataclasses: jsonargparse would mix its items with those of an earlier one."""
+    hints = typing.get_type_hints(kind)
+    return {key: value for key, value in given if _item_kind(hints.get(key)) is not None}
+
+
+def _item_kind(hint: Any) -> type | None:
+    """The dataclass that a list holds, or None for any other type."""
+    items = typing.get_args(hint) if typing.get_origin(hint) is list else ()
+    return typing.cast(type, items[0]) if items and dataclasses.is_dataclass(items[0]) else None
+
+
 def _refuse(parser: ArgumentParser, message: str) -> typing.NoReturn:
     parser.exit(2, f"{message}\nrun with --help for every key and what it means\n")
     raise SystemExit(2)
@@ -87,22 +100,56 @@ def _refuse(parser: ArgumentParser, message: str) -> typing.NoReturn:
 
 def _given(arguments: list[str], kind: type) -> Iterator[tuple[str, Any]]:
     """Every (dotted key, value) in the YAML files and flags, in order; file names in `arguments` become full paths."""
+    known = dict(_fields(kind))
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if not name.startswith("--"):
             continue
+        following = arguments[position + 1] if position + 1 < len(arguments) else ""
         if name != "--config":
             key = name[2:]
             if key not in ("help", "print_config") and not key.startswith("print_"):
-                following = arguments[position + 1] if position + 1 < len(arguments) else ""
-                yield key, yaml.safe_load(value if equals else following)
+                yield from _flag(key, value if equals else following, known.get(key))
             continue
-        path = find_config(value if equals else arguments[position + 1])
+        if not (value or following):
+            raise ConfigurationError(["--config: expected a YAML file, or the name of one shipped with the package"])
+        path = find_config(value if equals else following)
         arguments[position + (0 if equals else 1)] = f"--config={path}" if equals else str(path)
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        with open(path, encoding="utf-8") as file:  # not its text alone, so that YAML's complaints name the file
+            content = yaml.load(file, _OneOfEachKey)
         if not isinstance(content, dict):
-            raise ConfigurationError([f"{path}: expected a mapping of keys to values, got {type(content).__name__}"])
+            got = "an empty file" if content is None else type(content).__name__
+            raise ConfigurationError([f"{path}: expected a mapping of keys to values, got {got}"])
         yield from _leaves(content, kind)
+
+
+def _flag(key: str, text: str, hint: Any) -> Iterator[tuple[str, Any]]:
+    """What a flag's text stands for: itself where text is wanted (`--name 2024`), else what YAML makes of it."""
+    if hint is str:
+        yield key, text
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigurationError([f"{key}: {text!r} is not valid YAML ({reason}); lists look like '[\"a\", \"b\"]'"]) from error
+    if str in typing.get_args(hint) and not isinstance(value, (list, type(None))):
+        value = text
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        yield from _leaves(value, typing.cast(type, hint), f"{key}.")
+    else:
+        yield key, value
+
+
+class _OneOfEachKey(yaml.SafeLoader):
+    """YAML's own loader keeps the last of two equal keys without a word; a section pasted twice would lose its first half."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1}):
+            mark = node.start_mark
+            raise ConfigurationError([f"{mark.name}, line {mark.line + 1}: listed twice: {', '.join(twice)}"])
+        return super().construct_mapping(node, deep)
 
 
 def _leaves(values: dict[Any, Any], kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -133,7 +180,7 @@ def _problem(parser: ArgumentParser, key: str, value: Any, kind: type) -> str | 
     if dataclasses.is_dataclass(known[key]):
         return f"{key}: expected a mapping of keys to values, got {type(value).__name__}"
     try:
-        parser.parse_object(_nested(key, value), defaults=False)
+        parser.parse_object(_nested(key, copy.deepcopy(value)), defaults=False)  # it writes into what it is given
     except (ArgumentError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         wanted = str(known[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
@@ -160,11 +207,11 @@ def _with_the_good_ones(
 ) -> Config:
     """The configuration without its bad keys, so that the values of the others can be judged in the same message."""
     base: Namespace = parser.get_defaults()
-    for key, value in given:
-        if _problem(parser, key, value, kind) is None:
-            base.update(parser.parse_object(_nested(key, value), defaults=False))
+    good = [(key, value) for key, value in given if _problem(parser, key, value, kind) is None]
+    for key, value in good:
+        base.update(parser.parse_object(_nested(key, copy.deepcopy(value)), defaults=False))
     base.pop("config", None)
-    return typing.cast(Config, build(kind, base.as_dict(), problems))
+    return typing.cast(Config, build(kind, {**base.as_dict(), **_last_lists(good, kind)}, problems))
 
 
 def build(kind: type, values: dict[str, Any], problems: list[str] | None = None) -> Any:
@@ -173,10 +220,7 @@ def build(kind: type, values: dict[str, Any], problems: list[str] | None = None)
     What an inner dataclass refuses goes to `problems` when a list is given (its defaults stand in), else it is raised.
     """
     hints = typing.get_type_hints(kind)
-    inner = {
-        key: build(typing.cast(type, hints[key]), value, problems) if dataclasses.is_dataclass(hints[key]) else value
-        for key, value in values.items()
-    }
+    inner = {key: _built(hints[key], value, problems) for key, value in values.items()}
     try:
         return kind(**inner)
     except ValueError as error:
@@ -184,6 +228,16 @@ def build(kind: type, values: dict[str, Any], problems: list[str] | None = None)
             raise
         problems.append(str(error))
         return kind()
+
+
+def _built(hint: Any, value: Any, problems: list[str] | None) -> Any:
+    """One field's value: a dataclass from a mapping, a list of them from a list of mappings, anything else as it is."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return build(typing.cast(type, hint), value, problems)
+    item_kind = _item_kind(hint)
+    if item_kind is not None and isinstance(value, list):
+        return [_built(item_kind, item, problems) for item in value]
+    return value
 
 
 def dump_config(config: Any) -> str:

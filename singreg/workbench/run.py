@@ -6,7 +6,10 @@ import dataclasses
 import logging
 import os
 import platform
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,11 +43,17 @@ def make_accelerator(*, seed: int, mixed_precision: str = "no", accumulation: in
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         step_scheduler_with_optimizer=False,
     )
+    # The name this setting goes by changes with torch's version; the old one is understood by all of them.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     # singreg speaks; timm, open_clip and accelerate only when something is wrong.
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("singreg").setLevel(logging.INFO)
     set_seed(seed)
     return accelerator
+
+
+def _terminate(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def usable_cores() -> int:
@@ -112,7 +121,12 @@ class Run:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Say, when the run is interrupted or fails, what is kept and how to go on; the error itself passes through."""
+        """Say, when the run is interrupted or fails, what is kept and how to go on; the error itself passes through.
+
+        SIGTERM, which schedulers send before they kill, ends the run like Ctrl-C.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         try:
             yield
         except BaseException:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from singreg.analysis.features import iterate_features, process_share
 from singreg.analysis.fitting import fit_on_part, reference_image_scores
+from singreg.analysis.model import analyze_model
+from singreg.analysis.results import ModelMeasurement
+from singreg.geometry.nullspace import Invariance
 from singreg.translation.translator import TranslatorInfo
 from tests.analysis import toy
 
@@ -36,3 +39,14 @@ def reference(rank: int, world: int, count: int) -> Tensor:
     fitted = fit_on_part(toy.classifier(), larger, toy.embeddings(30), settings=toy.QUIET)
     part = toy.ToyPart(count)
     return reference_image_scores(toy.classifier(), part, toy.embeddings(count), fitted, settings=toy.QUIET)
+
+
+def measure(rank: int, world: int, count: int, batch_size: int = 4, invariance: Invariance = "logits") -> ModelMeasurement:
+    """All figures of the toy classifier by two translators, one of which was fitted on normalised targets."""
+    part = toy.ToyPart(count, seed=1)
+    model, mean = toy.classifier(), toy.features(toy.classifier(), toy.ToyPart(30)).mean(0).float()
+    return analyze_model(
+        model, part, toy.embeddings(count, seed=1), toy.texts(),
+        {"frozen": toy.translator(), "auditor": toy.translator(1, normalized=True)},
+        mean=mean, invariance=invariance, settings=replace(toy.QUIET, batch_size=batch_size),
+    )  # fmt: skip

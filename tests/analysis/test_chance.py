@@ -218,8 +218,10 @@ def test_over_processes_it_is_the_same(processes: int) -> None:
         for removal in ("paper", "centred"):
             mine, theirs = getattr(report, removal), getattr(expected, removal)
             assert mine.observed == pytest.approx(theirs.observed, rel=1e-9)
+            assert mine.energy == pytest.approx(theirs.energy, rel=1e-9)
             for kind in KINDS:
                 assert mine.levels[kind].mean == pytest.approx(theirs.levels[kind].mean, rel=1e-9)
+                assert mine.levels[kind].energy == pytest.approx(theirs.levels[kind].energy, rel=1e-9)
                 assert mine.levels[kind].spread == pytest.approx(theirs.levels[kind].spread, rel=1e-6, abs=1e-9)
 
 

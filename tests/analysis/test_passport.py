@@ -64,7 +64,7 @@ def test_the_bound_holds_for_measured_rounding_and_is_not_idle(shape: tuple[int,
     bound = head_passport(weight).logit_bound
     assert 0 < float(change.max()) < bound
     assert bound < 1e4 * float(change.max())
-    rough = equivalent.to(torch.float8_e4m3fn).float()  # the control: coarser rounding is not within it
+    rough = equivalent.to(torch.float8_e5m2).float()  # the control: coarser rounding is not within it
     assert float(((f @ weight.T - rough @ weight.T).abs().max(dim=1).values / f.norm(dim=1)).max()) > bound
 
 

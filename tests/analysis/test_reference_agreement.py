@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from singreg.analysis.fitting import fit_on_part
@@ -28,21 +29,26 @@ HEADS = {"test_resnet": torch.nn.Linear, "resnetv2_18": torch.nn.Conv2d}
 COUNT, DEGREES, TOLERANCE = 40, 40.0, 1e-4
 
 
+def large_and_varied(image: Image.Image) -> Tensor:
+    """(3, 32, 32); with the contrast drawn out, as a random network tells plain noise hardly apart."""
+    return 20 * torch.nn.functional.interpolate(to_tensor(image)[None], size=(32, 32))[0] - 10
+
+
 class Measured:
     """One model, its features as a plain loop takes them, a fitted translator, and what `analyze_model` says."""
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
         self.model = Classifier.from_timm(name, pretrained=False, num_classes=toy.CLASSES)
-        self.model._transform = lambda image: torch.nn.functional.interpolate(to_tensor(image)[None], size=(32, 32))[0]
+        self.model._transform = large_and_varied
         part = toy.ToyPart(COUNT)
         images = torch.stack([self.model.transform(part.image(index)) for index in range(COUNT)])
         with torch.no_grad():
             self.features = self.model.features(images).double()
         self.labels = torch.from_numpy(part.labels)
         self.texts = toy.texts()
-        embeddings = np.random.default_rng(0).normal(size=(COUNT, toy.DIM)).astype(np.float32)
-        fitted = fit_on_part(self.model, part, embeddings, ridges=[0.01], standardize="blocks", settings=toy.QUIET)
+        embeddings = (1 + np.random.default_rng(0).normal(size=(COUNT, toy.DIM))).astype(np.float32)
+        fitted = fit_on_part(self.model, part, embeddings, ridges=[1.0], standardize="blocks", settings=toy.QUIET)
         self.mean, self.translators = fitted.mean, {"fitted": fitted.translator, "drawn": self.drawn()}
         self.found: ModelMeasurement = analyze_model(
             self.model, part, embeddings, self.texts, self.translators, mean=self.mean, settings=toy.QUIET, steering_image_score=DEGREES
@@ -52,7 +58,8 @@ class Measured:
         """A translator that reads all directions alike, so that steering reaches the wanted angle."""
         g = torch.Generator().manual_seed(1)
         scale = self.features.norm(dim=1).mean()
-        return LinearTranslator(torch.randn(toy.DIM, self.model.feature_dim, generator=g) / scale.float(), torch.randn(toy.DIM, generator=g))
+        matrix = torch.randn(toy.DIM, self.model.feature_dim, generator=g) / scale.float()
+        return LinearTranslator(matrix, torch.randn(toy.DIM, generator=g))
 
     def translate(self, name: str, features: Tensor) -> Tensor:
         translator = self.translators[name]

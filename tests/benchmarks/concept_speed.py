@@ -57,9 +57,8 @@ def run(count: int) -> None:
     begin = time.perf_counter()
     space = NullSpace.from_weight(weight)
     head = time.perf_counter() - begin
-    found = analyze_concepts(
-        simulated, [*names, *(f"concept {place}" for place in range(EXTRA))], texts, null_space=space, translator=translator, class_names=names
-    )
+    concepts = [*names, *(f"concept {place}" for place in range(EXTRA))]
+    found = analyze_concepts(simulated, concepts, texts, null_space=space, translator=translator, class_names=names)
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert found.images == count

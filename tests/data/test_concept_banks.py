@@ -84,7 +84,7 @@ def test_other_bad_sources_are_refused(tmp_path: Path) -> None:
         load_concepts(tmp_path / "nowhere.txt")
     with pytest.raises(FileNotFoundError, match="no concept file"):
         load_concepts(["red", str(tmp_path / "nowhere.txt")])
-    with pytest.raises(ValueError, match="entry 2: ' ' has no text in it|entry 2: '' has no text in it"):
+    with pytest.raises(ValueError, match="entry 2: '' has no text in it"):
         load_concepts(["red", " "])
     with pytest.raises(ValueError, match="no concept in"):
         load_concepts([])
@@ -117,7 +117,7 @@ def test_every_concept_goes_into_the_prompt_of_its_bank_and_keeps_its_row() -> N
 
 @pytest.mark.parametrize("templates", [[], ["an image"], ["{concept}", "{class}"], "{concept}", ["{concept}\x00"]])
 def test_templates_without_a_place_for_the_concept_are_refused(templates: list[str]) -> None:
-    with pytest.raises(ValueError, match="at least one template with {concept}"):
+    with pytest.raises(ValueError, match=r"at least one template with \{concept\}"):
         load_concepts(["red"]).templates(templates)
 
 

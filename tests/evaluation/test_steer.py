@@ -76,6 +76,7 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
     assert own["calibration_error"] < 1e-3
     assert own["logit_change"] < 1e-9
     assert len(report["curves"]) == 4 * 3
+    assert {name: t["fit_images"] for name, t in report["measurement"]["translators"].items()} == {"fitted": 100, "auditor": 80}
     assert report["natural"]["images"] == 50
     assert report["natural"]["fit_images"] == 100
     assert any("100 pictures for 256 features" in warning for warning in report["warnings"])

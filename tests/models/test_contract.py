@@ -133,7 +133,7 @@ def test_every_module_of_timm() -> None:
     modules = sorted(timm.list_modules())
     covered, covered_modules, refusals = [], set(), set()
     for module in modules:
-        names = sorted(timm.list_models(module=module), key=lambda name: (not SMALL.search(name), name))[:12]
+        names = sorted(timm.list_models(module=module), key=lambda name: (not SMALL.search(name), name))[:6]
         members, refused = smallest_members(names)
         refusals |= refused
         for name in members.values():
@@ -150,6 +150,6 @@ def test_every_module_of_timm() -> None:
                 covered_modules.add(module)
     assert len(modules) >= 95
     assert len(covered_modules) >= 83, set(modules) - covered_modules
-    assert len(covered) >= 88
+    assert len(covered) >= 84
     known = re.compile(r"heads \(|holds no linear layer|names no classifier|has no module|is not that of its head|several tokens")
     assert [text for text in refusals if not known.search(text)] == []

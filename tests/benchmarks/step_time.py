@@ -1,0 +1,67 @@
+"""A training step with SingLoss against one without, in turn (A B A B ...): the ratio pair by pair.
+
+python tests/benchmarks/step_time.py --model local-dir:FOLDER --classes 16 --pixels 128 --batch 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+
+import torch
+
+from singreg.losses import SingLoss
+from singreg.models.classifier import Classifier
+from singreg.training.task import FinetuneTask
+from singreg.translation.translator import LinearTranslator
+
+
+def main() -> None:
+    """Build two equal tasks, one with the loss; time their steps in turn; print milliseconds and ratios (no shapes)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="efficientnet_lite0")
+    parser.add_argument("--classes", type=int, default=16)
+    parser.add_argument("--pixels", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--dim", type=int, default=384, help="width of the vision-language model's space")
+    parser.add_argument("--pairs", type=int, default=20)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+
+    def task(with_loss: bool) -> tuple[FinetuneTask, torch.optim.Optimizer]:
+        classifier = Classifier.from_timm(
+            options.model, pretrained=options.model.startswith("local-dir:"), head_mode="slice", class_indices=range(options.classes)
+        )
+        classifier = classifier.to(memory_format=torch.channels_last).tune("all")
+        sing = None
+        if with_loss:
+            translator = LinearTranslator(torch.randn(options.dim, classifier.feature_dim), torch.zeros(options.dim))
+            sing = SingLoss(classifier, translator, torch.nn.functional.normalize(torch.randn(options.classes, options.dim)))
+        return FinetuneTask(classifier, sing).train(), torch.optim.AdamW(classifier.parameters(), lr=1e-4)
+
+    images = torch.randn(options.batch, 3, options.pixels, options.pixels).to(memory_format=torch.channels_last)
+    labels = torch.arange(options.batch) % options.classes
+
+    def step(model: FinetuneTask, optimizer: torch.optim.Optimizer) -> float:
+        start = time.perf_counter()
+        model(images, labels)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    plain, regularised = task(False), task(True)
+    for _ in range(3):
+        step(*plain), step(*regularised)
+    times = [(step(*plain), step(*regularised)) for _ in range(options.pairs)]
+    ratios = sorted(after / before for before, after in times)
+    without, with_loss = (statistics.median(column) * 1000 for column in zip(*times, strict=True))
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {options.model}, batch {options.batch}")
+    print(f"step without the loss {without:.1f} ms, with it {with_loss:.1f} ms (medians of {options.pairs})")
+    print(f"ratio, pair by pair: median {statistics.median(ratios):.3f}, quartiles {ratios[len(ratios) // 4]:.3f} to "
+          f"{ratios[3 * len(ratios) // 4]:.3f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""README: its Python runs, its commands exist and are what CI runs, its figures come from the reports kept beside it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from singreg.reporting.readme import insert, summary
+from singreg.reporting.report_files import read_report
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+SHELL = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line]
+FIGURES = re.findall(r"<!-- begin generated: (\w+) -->", TEXT)
+
+
+def test_it_has_code_and_commands() -> None:
+    assert len(PYTHON) >= 3
+    assert len(SHELL) >= 6
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_blocks_run(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_recipes_configurations_and_flags_exist(line: str) -> None:
+    from recipes import analyze, compare, finetune, steer
+    from singreg.evaluation.analyze_config import parse_analyze
+    from singreg.evaluation.compare_config import parse_compare
+    from singreg.evaluation.steer_config import parse_steer
+    from singreg.training.config import parse_finetune
+
+    parsers = {finetune: parse_finetune, analyze: parse_analyze, steer: parse_steer, compare: parse_compare}
+    known = {f"recipes/{module.__name__.rpartition('.')[2]}.py": parse for module, parse in parsers.items()}
+    for recipe, arguments in re.findall(r"(recipes/\w+\.py)((?: --[\w.]+ \S+)*)", line):
+        words = arguments.split()
+        assert "--config" in words
+        path = ROOT / words[words.index("--config") + 1]
+        assert path.is_file(), path
+        known[recipe]([str(path) if word == words[words.index("--config") + 1] else word for word in words])
+
+
+def test_the_test_command_is_what_ci_runs() -> None:
+    (command,) = [line for line in SHELL if "pytest" in line]
+    assert command.endswith("pip install -e '.[test]' && python -m pytest")
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "pip install --quiet --editable '.[test]'" in ci
+    assert "\npython -m pytest" in ci
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_those_of_the_kept_report(name: str) -> None:
+    report = ROOT / ".github" / f"{name}.json"
+    assert insert(TEXT, name, summary(read_report(report))) == TEXT, f"run python -m singreg.reporting.readme README.md {name}={report}"
+
+
+def test_figures_named_here_are_known_configurations_and_the_picture_is_there() -> None:
+    assert FIGURES == ["demo", "imagenet16_lite0"]
+    for name in FIGURES:
+        assert yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):
+        assert (ROOT / picture).is_file(), picture

@@ -1,0 +1,147 @@
+"""Configurations: every mistake in one message, overrides, what is printed parses again; every shipped file is sound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from singreg.evaluation.analyze_config import parse_analyze
+from singreg.evaluation.compare_config import parse_compare
+from singreg.evaluation.steer_config import parse_steer
+from singreg.training.config import FinetuneConfig, parse_finetune
+from singreg.workbench.parsing import ConfigurationError, build, dump_config, find_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], parse: Callable[..., Any] = parse_finetune) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_all_mistakes_are_shown_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(
+        "trainig: {epochs: 2}\ntraining: {epochs: many, batch_size: 0}\nvlm: {templates: [a picture]}\nloss: {terms: {leek: 1}}\n"
+    )
+    said = refused(capsys, ["--config", str(file), "--data.workers", "-1", "--nmae", "x", "--loss.warmup=0.9", "--loss.ramp=0.9"])
+    for words in [
+        "trainig: no such key; did you mean training?", "training.epochs: expected int, got 'many'",
+        "training.batch_size: expected a number above 0, got 0", "'a picture' has no \"{class}\"", "loss.terms.leek: no such term",
+        "workers must be at least 0, got -1", "nmae: no such key; did you mean name?", "loss.warmup + loss.ramp",
+    ]:  # fmt: skip
+        assert words in said, words
+    assert "has 8 problem(s)" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a list", "expected a mapping"),
+        ("training: 3", "training: expected a mapping"),
+        ("name: !!python/object/apply:os.system ['true']", "python/object"),
+        ("a: [1", "expected"),
+        ("data: {image_size: -3}", "image_size must be at least 1"),
+    ],
+)
+def test_files_that_are_no_configuration(text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    assert words in refused(capsys, ["--config", str(file)])
+    assert words in refused(capsys, [f"--config={file}"])
+
+
+def test_a_file_that_is_not_there_lists_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "demo.yaml" in refused(capsys, ["--config", "demoo.yaml"])
+    assert find_config("demo") == find_config("demo.yaml") == CONFIGS / "demo.yaml"
+
+
+def test_flags_override_files_in_the_order_given(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("training: {epochs: 7, batch_size: 8}\nloss: {terms: {leak: 2.0}}\n")
+    (tmp_path / "b.yaml").write_text("training: {epochs: 9}\n")
+    both = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    config = parse_finetune([*both, "--training.learning_rate", "0.5", "--vlm.templates", '["a {class}", "the {class}"]'])
+    assert (config.training.epochs, config.training.batch_size, config.training.learning_rate) == (9, 8, 0.5)
+    assert config.loss.terms == {"leak": 2.0}
+    assert config.vlm.templates == ["a {class}", "the {class}"]
+    assert parse_finetune(["--loss.terms", "{capacity: 3}"]).loss.terms == {"capacity": 3}
+
+
+def test_what_is_printed_and_dumped_parses_to_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = parse_finetune(["--config", "demo", "--training.epochs", "3"])
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert parse_finetune(["--config", str(tmp_path / "dumped.yaml")]) == config
+    with pytest.raises(SystemExit) as stop:
+        parse_finetune(["--config", "demo", "--training.epochs", "3", "--print_config"])
+    assert stop.value.code in (0, None)
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse_finetune(["--config", str(tmp_path / "printed.yaml")]) == config
+
+
+def test_build_is_the_inverse_of_asdict_and_raises_without_a_list_for_problems() -> None:
+    config = FinetuneConfig()
+    assert build(FinetuneConfig, dataclasses.asdict(config)) == config
+    values = dataclasses.asdict(config)
+    values["data"]["workers"] = -1
+    with pytest.raises(ValueError, match="workers must be at least 0"):
+        build(FinetuneConfig, values)
+    assert "2 problem" in str(ConfigurationError(["a", "b"]))
+
+
+def test_every_key_is_explained_by_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_finetune(["--help"])
+    text = capsys.readouterr().out
+    for key in ("--training.learning_rate", "--data.unlabeled_to_audit", "--loss.terms", "--auditor.images_per_feature", "--resume"):
+        assert key in text
+    assert "λ after the ramp" in text
+
+
+PARSERS = {"analyze": parse_analyze, "steer": parse_steer, "compare": parse_compare, "paper": parse_compare}
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+
+
+def test_how_many_configurations_are_shipped() -> None:
+    assert [path.stem for path in SHIPPED] == [
+        "analyze_demo", "analyze_imagenet16", "compare_demo", "demo", "imagenet100_resnet50", "imagenet16_lite0", "imagenet1k_vit",
+        "imagenette_resnet50", "paper", "steer_demo", "steer_imagenet16",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_sound_and_says_its_command_and_hardware(path: Path) -> None:
+    text = path.read_text()
+    opening = [line for line in text.splitlines() if line.startswith("#")]
+    for words in ("Command   accelerate launch", "Hardware  "):
+        assert any(words in line for line in opening), (path, words)
+    config = PARSERS.get(path.stem.partition("_")[0], parse_finetune)(["--config", str(path)])
+    assert yaml.safe_load(dump_config(config))["name"] == yaml.safe_load(text)["name"]
+
+
+@pytest.mark.parametrize("name", ["imagenette_resnet50", "imagenet100_resnet50", "imagenet1k_vit"])
+def test_the_models_of_hub_configurations_have_a_null_space_and_known_tags(name: str) -> None:
+    import open_clip
+    import timm
+    import torch
+
+    from singreg.data.subsets import resolve_classes
+    from singreg.models.classifier import Classifier
+
+    config = parse_finetune(["--config", name])
+    assert config.model.name in timm.list_pretrained(config.model.name.split(".")[0] + "*")
+    assert config.vlm.pretrained in open_clip.list_pretrained_tags_by_model(config.vlm.name)
+    with torch.device("meta"):
+        width = Classifier.from_timm(config.model.name, pretrained=False).feature_dim
+    classes = len(resolve_classes(config.data.classes)) if config.data.classes else 1000
+    assert width > classes
+    assert f"{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
+    assert "nobody has run it yet" in (CONFIGS / f"{name}.yaml").read_text()
