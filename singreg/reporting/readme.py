@@ -1,16 +1,17 @@
 """Figures in README: written between markers from a run's report.json, never typed.
 
-python -m singreg.reporting.readme README.md demo=.github/demo.json
+python -m singreg.reporting.readme README.md demo=runs/demo        # keeps the report as .github/demo.json, then writes its block
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from singreg.analysis.results import FinetuneReport
-from singreg.files import write_text
+from singreg.files import write_json, write_text
 from singreg.reporting.report_files import read_report
 from singreg.reporting.tables import escape, results_table
 
@@ -45,13 +46,29 @@ def insert(text: str, name: str, block: str) -> str:
     return f"{text[: text.index(begin)]}{begin}\n\n{block}\n\n{text[text.index(end) :]}"
 
 
+def keep(report: Path, target: Path) -> None:
+    """Copy a report.json to the path `target` without what only means something on the machine it ran on (cache and run folders).
+
+    Raises:
+        FileNotFoundError: there is no report yet.
+    """
+    value = json.loads((report / "report.json" if report.is_dir() else report).read_text(encoding="utf-8"))
+    words = str(value["settings"].get("command", "")).split()
+    places = {place for place, word in enumerate(words) for flag in ("--cache", "--runs") if word == flag}
+    kept = [word for place, word in enumerate(words) if place not in places and place - 1 not in places]
+    value["settings"] = {"name": value["settings"]["name"], "command": " ".join(kept)}
+    write_json(target, value)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`README NAME=REPORT ...`: fill in the block of every name from the path of its report.json."""
+    """`README NAME=RUN ...`: keep each run's report beside README (path .github/NAME.json) and fill in its block from that."""
     readme, *pairs = sys.argv[1:] if arguments is None else arguments
     text = Path(readme).read_text(encoding="utf-8")
     for pair in pairs:
         name, _, path = pair.partition("=")
-        text = insert(text, name, summary(read_report(path)))
+        kept = Path(readme).parent / ".github" / f"{name}.json"
+        keep(Path(path), kept)
+        text = insert(text, name, summary(read_report(kept)))
     write_text(readme, text)
 
 

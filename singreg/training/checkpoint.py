@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from singreg.files import write_json
+from singreg.files import sha256_of_file, write_json
 
 logger = get_logger(__name__)
 
@@ -36,13 +36,15 @@ class Checkpoints:
         target = self.folder / f"step-{position.step:08d}"
         temporary = self.folder / f".writing-{position.step:08d}"
         if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in self.folder.glob(".writing-*"):  # by a killed run or a full disk
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary), safe_serialization=True)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_json(temporary / "position.json", asdict(position))
+            written = {path.name: sha256_of_file(path) for path in sorted(temporary.iterdir()) if path.is_file()}
+            write_json(temporary / "position.json", {**asdict(position), "files": written})
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
             for old in self.all()[: -self.keep]:
@@ -54,14 +56,27 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if (path / "position.json").is_file())
 
     def load_latest(self, accelerator: Accelerator) -> Position | None:
-        """Restore the newest readable checkpoint and say which path; a damaged one is named and the one before is used."""
+        """Restore the newest whole checkpoint and say which path; a damaged one is named and the one before is used."""
         for folder in reversed(self.all()):
             try:
-                position = Position(**json.loads((folder / "position.json").read_text()))
-                accelerator.load_state(str(folder))
-            except Exception as error:  # a truncated file fails in many ways; all of them mean: not this one
+                position = _whole(folder)
+            except (OSError, ValueError, TypeError, KeyError) as error:
                 logger.warning("checkpoint %s cannot be read (%s); trying the one before", folder, error)
                 continue
+            accelerator.load_state(str(folder))
             logger.info("resuming from %s (step %d)", folder, position.step)
             return position
         return None
+
+
+def _whole(folder: Path) -> Position:
+    """The position of a checkpoint whose every file is what was written.
+
+    Looked at before anything is loaded: a load that fails half-way would leave its weights behind, and accelerate passes over
+    random states that it cannot read.
+    """
+    stored = json.loads((folder / "position.json").read_text(encoding="utf-8"))
+    changed = [name for name, digest in stored.pop("files").items() if sha256_of_file(folder / name) != digest]
+    if changed:
+        raise ValueError(f"not what was written: {', '.join(changed)}")
+    return Position(**stored)

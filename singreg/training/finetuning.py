@@ -188,7 +188,8 @@ def watch(experiment: Experiment, classifier: Classifier, translator: LinearTran
 def _summary_to_tensorboard(report: FinetuneReport, folder: Path, plots: dict[str, Path]) -> None:
     """The final table as text, plots as images, score histograms and hparams, in the tab "summary"."""
     log = TensorBoardLog(folder / "tensorboard" / "summary")
-    log.text("results", results_table(report), 0)
+    # As preformatted text: TensorBoard squeezes a Markdown table of this width into slivers.
+    log.text("results", "\n".join(f"    {line}" for line in results_table(report, compact=True).splitlines()), 0)
     log.text("verdict", "\n\n".join([*report.verdict, *report.warnings]), 0)
     for name, path in plots.items():
         log.image_file(f"plots/{name}", path, 0)

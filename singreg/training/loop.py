@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 
 class TrainingFailed(RuntimeError):
-    """The loss became NaN or infinite; names the step, the pictures and the last good checkpoint."""
+    """The loss or its gradient became NaN or infinite; names the step, the pictures and the last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,14 @@ class _Arm:
                 outputs = self.task(views[0], labels, *views[1:])
             loss = outputs["loss"]
             if not bool(torch.isfinite(loss)):
-                raise TrainingFailed(self._failure(outputs, indices, step))
+                raise TrainingFailed(self._failure("loss", outputs, indices, step))
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(self.task.parameters(), self.config.training.clip)
-                outputs["gradient_norm"] = torch.as_tensor(norm)
+                norm = torch.as_tensor(accelerator.clip_grad_norm_(self.task.parameters(), self.config.training.clip))
+                outputs["gradient_norm"] = norm
+                # With fp16 the scaler skips such a step by itself and goes on with a smaller scale.
+                if accelerator.scaler is None and not bool(torch.isfinite(norm)):
+                    raise TrainingFailed(self._failure("gradient", outputs, indices, step))
             self.optimizer.step()
             self.optimizer.zero_grad()
             if accelerator.sync_gradients:
@@ -226,10 +229,10 @@ class _Arm:
             mean = self.accelerator.reduce(values, reduction="mean")
             self.figures = dict(zip(names, mean.tolist(), strict=True))
 
-    def _failure(self, outputs: dict[str, Tensor], indices: Tensor, step: int) -> str:
+    def _failure(self, what: str, outputs: dict[str, Tensor], indices: Tensor, step: int) -> str:
         parts = {name: float(value.detach()) for name, value in outputs.items()}
         pictures = ", ".join(self.part.identifier(int(i)) for i in indices)
         return (
-            f"arm {self.name!r}: the loss is not finite at step {step + 1} ({parts}); nothing was updated with it. Pictures of the "
+            f"arm {self.name!r}: the {what} is not finite at step {step + 1} ({parts}); nothing was updated with it. Pictures of the "
             f"batch: {pictures}. Lower training.learning_rate or loss.weight, then go on with resume: true"
         )

@@ -125,14 +125,17 @@ class Run:
 
         SIGTERM, which schedulers send before they kill, ends the run like Ctrl-C.
         """
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
         try:
             yield
         except BaseException:
             if self.accelerator.is_main_process and (self.folder / "config.yaml").is_file():
                 print(f"\nstopped; all finished work is kept in {self.folder}\ngo on with: {self.resume_command()}", file=sys.stderr)
             raise
+        finally:
+            if in_main:
+                signal.signal(signal.SIGTERM, before)
 
 
 def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
