@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -66,7 +67,8 @@ def measure_chance(
         for batch in batches:
             if len(batch.labels) and int(batch.labels.min()) < 0:
                 raise ValueError("chance levels are for labelled pictures; a picture without a label has no text of its own")
-            removals = [_Removal(batch.features, origin, null_space, subspaces) for origin in (None, mean)]
+            paper = _Removal.of(batch.features, null_space, subspaces)
+            removals = [paper, paper.centred(mean, null_space)]
             for place, removal in enumerate(removals):
                 energy[place] += removal.energy.cpu()
                 whole[place] += removal.squared.double().sum().cpu()
@@ -88,12 +90,13 @@ def _cycle(classes: int, *, seed: int | Sequence[int]) -> Tensor:
 class _Removal:
     """One batch under one kind of removal: g = f - origin, its null part, and its coefficients in every random basis."""
 
-    def __init__(self, features: Tensor, origin: Tensor | None, space: NullSpace, subspaces: list[RandomSubspace]) -> None:
-        self.features, self.origin = features, origin
-        self.whole = features if origin is None else features - origin.to(features)
-        self.null = space.component(self.whole)
+    def __init__(
+        self, features: Tensor, origin: Tensor, null: Tensor, coefficients: list[Tensor], subspaces: list[RandomSubspace]
+    ) -> None:
+        self.features, self.origin, self.null = features, origin, null
+        self.coefficients, self.subspaces = coefficients, subspaces
+        self.whole = features - origin
         self.squared = self.whole.square().sum(1)
-        self.coefficients = [self.whole @ subspace.basis.to(features) for subspace in subspaces]
         inside = [c.square().sum(1) for c in self.coefficients]
         random = [self.squared - i if s.complement else i for s, i in zip(subspaces, inside, strict=True)]
         safe = self.squared.clamp_min(torch.finfo(self.squared.dtype).tiny)
@@ -101,6 +104,18 @@ class _Removal:
         self.matched = [matched_coefficients(share, (r / safe).clamp(0, 1)) for r in random]
         removed = [share * self.squared, *random, *(self._matched_energy(r, m) for r, m in zip(random, self.matched, strict=True))]
         self.energy = torch.stack([r.double().sum() for r in removed])
+
+    @classmethod
+    def of(cls, features: Tensor, space: NullSpace, subspaces: list[RandomSubspace]) -> _Removal:
+        """The paper's removal, g = f."""
+        coefficients = [features @ subspace.basis.to(features) for subspace in subspaces]
+        return cls(features, torch.zeros_like(features[0]), space.component(features), coefficients, subspaces)
+
+    def centred(self, mean: Tensor, space: NullSpace) -> _Removal:
+        """The same batch with g = f - mean: every projection of it follows from the mean's, without another product."""
+        mean = mean.to(self.features)
+        shifted = [c - mean @ s.basis.to(mean) for c, s in zip(self.coefficients, self.subspaces, strict=True)]
+        return _Removal(self.features, mean, self.null - space.component(mean), shifted, self.subspaces)
 
     def _matched_energy(self, random: Tensor, matched: tuple[Tensor, Tensor]) -> Tensor:
         """|α g + β P g|², (B,): measured, not assumed."""
@@ -143,8 +158,7 @@ class _Reader:
             return self.translator(removal.features - part), self.translator(removal.features - alpha * removal.whole - beta * part)
         # A P g = A B Bᵀ g through thin products: the displaced features themselves are never formed.
         moved = coefficients @ self.images[draw].to(coefficients).T
-        origin = torch.zeros_like(removal.features[0]) if removal.origin is None else removal.origin.to(removal.features)
-        along = z - self.linear(origin)
+        along = z - self.linear(removal.origin)
         moved = along - moved if subspace.complement else moved
         return z - moved, z - alpha * along - beta * moved
 
@@ -176,4 +190,4 @@ def _scores(table: Tensor, removed: Tensor, draws: int) -> ChanceScores:
 
 
 def _plain(values: Tensor) -> list[float | None]:
-    return [float(value) if bool(torch.isfinite(value)) else None for value in values.cpu()]
+    return [value if math.isfinite(value) else None for value in values.tolist()]

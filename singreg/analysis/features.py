@@ -98,7 +98,7 @@ def cached_features(
         return encode_part(
             lambda images: classifier.features(images.to(device)), classifier.transform, part, classifier.feature_dim, cache,
             key={"classifier": hash_of_state(classifier.model), "preprocessing": classifier.preprocessing},
-            batch_size=batch_size, workers=workers, progress=progress,
+            batch_size=batch_size, workers=workers, progress=progress, description="features",
         )  # fmt: skip
     finally:
         classifier.train(was_training)

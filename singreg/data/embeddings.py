@@ -61,7 +61,7 @@ def cached_embeddings(
 
 def encode_part(
     encode: Callable[[Tensor], Tensor], transform: Transform, part: ImagePart, width: int, cache_dir: str | Path, *,
-    key: Mapping[str, Any], batch_size: int = 64, workers: int = 0, progress: bool = True,
+    key: Mapping[str, Any], batch_size: int = 64, workers: int = 0, progress: bool = True, description: str = "embedding",
 ) -> np.memmap[Any, np.dtype[np.float32]]:  # fmt: skip
     """Any encoder's output (N, width) for a part, from the cache or computed; `key` must name all that determines it.
 
@@ -79,7 +79,7 @@ def encode_part(
     temporary = _together(lambda: _prepare(target, facts))
     if temporary is not None:
         try:
-            _everywhere(lambda: _fill(encode, transform, part, temporary, width, batch_size, workers, progress))
+            _everywhere(lambda: _fill(encode, transform, part, temporary, width, batch_size, workers, description if progress else ""))
             _together(lambda: _publish(temporary, target, facts))
         finally:
             if _rank() == 0:
@@ -122,15 +122,15 @@ def _problem(target: Path, facts: dict[str, Any]) -> str | None:
 
 def _fill(
     encode: Callable[[Tensor], Tensor], transform: Transform, part: ImagePart, temporary: str, width: int,
-    batch_size: int, workers: int, progress: bool,
+    batch_size: int, workers: int, description: str,
 ) -> None:  # fmt: skip
-    """Encode this process's share of the pictures into its rows of the temporary file."""
+    """Encode this process's share of the pictures into its rows of the temporary file; no description, no progress."""
     start, stop = (len(part) * place // _world() for place in (_rank(), _rank() + 1))
     if start == stop:
         return
     rows = np.lib.format.open_memmap(temporary, mode="r+")
     loader = make_loader(part.subset(np.arange(start, stop)), transform, batch_size, workers=workers)
-    for images, _, indices in with_progress(loader, f"embedding [{part.name}]", enabled=progress and _rank() == 0):
+    for images, _, indices in with_progress(loader, f"{description} [{part.name}]", enabled=bool(description) and _rank() == 0):
         with torch.no_grad():
             encoded = encode(images).float().cpu()
         if encoded.shape != (len(indices), width):

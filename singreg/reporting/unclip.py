@@ -5,6 +5,7 @@ Only embeddings of the CLIP the decoder was trained with mean anything to it: fo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,13 +59,15 @@ class UnclipRenderer:
     def from_pretrained(
         cls, name: str = KARLO, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **steps: int
     ) -> UnclipRenderer:
-        """Load a pipeline by its hub name or folder (path); weights from safetensors only, nothing is unpickled.
+        """Load a pipeline, part by part, by its hub name or folder (path). Nothing in it is run: PyTorch files are read as weights only.
 
         Raises:
             ImportError: diffusers or transformers is missing. OSError: no such pipeline, or no network.
         """
-        pipeline_class = _pipeline_class()
-        return cls(pipeline_class.from_pretrained(name, torch_dtype=dtype, use_safetensors=True).to(device), **steps)
+        pipeline_class, parts = _pipeline_parts()
+        # Not by the pipeline's own loader: newer versions of it do not find the projection where the published pipelines say it is.
+        loaded = {part: kind.from_pretrained(name, subfolder=part) for part, kind in parts.items()}
+        return cls(pipeline_class(**loaded).to(device=device, dtype=dtype), **steps)
 
     @property
     def width(self) -> int:
@@ -114,14 +117,31 @@ class UnclipRenderer:
         return picture
 
 
-def _pipeline_class() -> Any:
+def _pipeline_parts() -> tuple[Any, dict[str, Any]]:
+    """The pipeline's class, and the class of each of its parts by the part's folder."""
     try:
-        from diffusers import UnCLIPImageVariationPipeline
-    except (ImportError, RuntimeError) as error:  # diffusers turns what transformers lacks into a RuntimeError
+        import diffusers
+        import transformers
+
+        pipeline_class = diffusers.UnCLIPImageVariationPipeline
+        # Where the projection lives changes with the version; the pipeline's own module has it in all of them.
+        projection = sys.modules[pipeline_class.__module__].UnCLIPTextProjModel  # type: ignore[attr-defined]
+    except (ImportError, RuntimeError, AttributeError) as error:  # diffusers turns what transformers lacks into a RuntimeError
         raise ImportError(
             f'drawing embeddings needs diffusers, transformers and accelerate: pip install "singreg[unclip]" ({error})'
         ) from error
-    return UnCLIPImageVariationPipeline
+    return pipeline_class, {
+        "decoder": diffusers.UNet2DConditionModel,
+        "text_encoder": transformers.CLIPTextModelWithProjection,
+        "tokenizer": transformers.CLIPTokenizer,
+        "text_proj": projection,
+        "feature_extractor": transformers.CLIPImageProcessor,
+        "image_encoder": transformers.CLIPVisionModelWithProjection,
+        "super_res_first": diffusers.UNet2DModel,
+        "super_res_last": diffusers.UNet2DModel,
+        "decoder_scheduler": diffusers.UnCLIPScheduler,
+        "super_res_scheduler": diffusers.UnCLIPScheduler,
+    }
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -185,9 +186,12 @@ class _Arm:
         """Run from a position to the end, yielding after every optimiser step."""
         step, accumulation = start.step, self.config.training.accumulation
         for epoch in range(start.epoch, self.config.training.epochs):
-            self.sampler.set_epoch(epoch)
             skipped = start.batches if epoch == start.epoch else 0
-            batches = self.accelerator.skip_first_batches(loader, skipped) if skipped else loader
+            batches: Any = self.accelerator.skip_first_batches(loader, skipped) if skipped else loader
+            # A prepared loader sets its own count of epochs when it starts, and counts only those it was read to the end of. It does
+            # not find the sampler when batches are skipped on several processes.
+            batches.set_epoch(epoch)
+            self.sampler.set_epoch(epoch)
             wanted = self.schedule.steps_per_epoch * accumulation - skipped
             self.task.train()
             for used, batch in enumerate(itertools.islice(batches, wanted), start=skipped + 1):

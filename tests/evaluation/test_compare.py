@@ -184,7 +184,7 @@ def test_dry_run_makes_nothing(tmp_path: Path, folders: Path, capsys: pytest.Cap
         ([], [], ["models: expected at least two to compare, got 0"]),
         ([{"name": "demo"}, {"name": "demo"}], [], ["models: listed twice: demo; give each a label"]),
         ([{"name": "demo"}, {"name": " "}], [], ["models[1].name: expected a name"]),
-        ([{"name": "demo"}, {"naem": "x"}], [], ["Option 'naem' is not accepted"]),
+        ([{"name": "demo"}, {"naem": "x"}], [], ["Option 'naem' is not accepted", "models: expected at least two"]),
         (
             [{"name": "demo"}, FULL],
             [

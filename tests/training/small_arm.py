@@ -100,7 +100,9 @@ class Arm:
         """The trained classifier's state; `Stop` is raised after a step, before anything is saved for it."""
         AcceleratorState._reset_state(True)
         config = self.config()
+        threads = torch.get_num_threads()
         accelerator = make_accelerator(seed=config.seed, accumulation=config.training.accumulation)
+        torch.set_num_threads(1)  # more only wait for one another on sums this small
         classifier = small_classifier(dropout=self.dropout)
         options = {"accumulation": config.training.accumulation, **self.options}
         self.sing = small_sing(classifier, **options) if self.regularised else None
@@ -121,5 +123,6 @@ class Arm:
                 callbacks, resume=resume,
             )  # fmt: skip
         finally:
+            torch.set_num_threads(threads)
             AcceleratorState._reset_state(True)
         return {name: value.clone() for name, value in trained.state_dict().items()}

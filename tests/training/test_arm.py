@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from singreg.training.checkpoint import Checkpoints
 from singreg.training.loop import TrainingFailed, _Arm
+from tests.processes import run_processes
 from tests.training.small_arm import COUNT, Arm, Stop
 
 ARMS = pytest.mark.parametrize("regularised", [False, True], ids=["control", "sing"])
@@ -27,81 +32,104 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+Straight = Callable[[bool, int], tuple[Arm, dict[str, Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """Uninterrupted arms and their weights, by (regularised, accumulation), trained when first asked for."""
+
+    @cache
+    def train(regularised: bool, accumulation: int) -> tuple[Arm, dict[str, Tensor]]:
+        arm = Arm(tmp_path_factory.mktemp("straight"), regularised, training={"accumulation": accumulation})
+        return arm, arm.run()
+
+    return train
+
+
 @ARMS
 def test_accumulating_two_times_four_is_a_batch_of_eight(regularised: bool, tmp_path: Path) -> None:
     def train(name: str, **training: int) -> dict[str, Tensor]:
         return Arm(tmp_path / name, regularised, dropout=0.0, training=training, options=PLAIN).run()
 
-    whole, halves = train("8"), train("4+4", accumulation=2)
-    assert largest_difference(whole, halves) < 1e-6
-    quarters = train("2+2+2+2", accumulation=4)
-    assert largest_difference(whole, quarters) < 1e-6
+    whole = train("8")
+    assert largest_difference(whole, train("4+4", accumulation=2)) < 1e-6
     assert largest_difference(whole, train("4", batch_size=4)) > 1e-3  # without accumulation it is another run
 
 
-@ARMS
-@pytest.mark.parametrize("stop_after", [4, 5, 9])  # in the first epoch; at its end, before it is saved; in the second
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_stopped_arm_resumes_to_the_same_bits(regularised: bool, stop_after: int, accumulation: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("regularised", "accumulation", "stop_after", "saved"),
+    # In the first epoch of five steps; at its end, before that is saved; in the second.
+    [(False, 1, 4, 3), (True, 2, 4, 3), (True, 1, 5, 3), (True, 1, 9, 6), (False, 2, 9, 6)],
+)
+def test_a_stopped_arm_resumes_to_the_same_bits(
+    regularised: bool, accumulation: int, stop_after: int, saved: int, straight: Straight, tmp_path: Path
+) -> None:
     """Mirroring, dropout, batch norm, Adam's moments, λ, running means and the refreshed translator all come back."""
+    whole, expected = straight(regularised, accumulation)
     training = {"accumulation": accumulation}
-    straight = Arm(tmp_path / "straight", regularised, training=training)
-    expected = straight.run()
-    stopped = Arm(tmp_path / "stopped", regularised, training=training)
     with pytest.raises(Stop):
-        stopped.run(stop_after=stop_after)
-    resumed = Arm(tmp_path / "stopped", regularised, training=training)
+        Arm(tmp_path, regularised, training=training).run(stop_after=stop_after)
+    resumed = Arm(tmp_path, regularised, training=training)
     assert same_bits(resumed.run(resume=True), expected)
-    saved = 3 * (stop_after // 3) if stop_after != 9 else 6
-    assert min(resumed.logged) == max(saved, 5 if stop_after > 5 else 0) + 1, "it went on after the newest checkpoint"
-    assert {step: straight.logged[step] for step in resumed.logged} == resumed.logged
-    if regularised:
-        assert resumed.sing is not None
-        assert straight.sing is not None
-        assert same_bits(resumed.sing.state_dict(), straight.sing.state_dict())
-    wrong = Arm(tmp_path / "stopped", regularised, training={**training, "learning_rate": 0.02}).run(resume=False)
-    assert not same_bits(wrong, expected)
+    assert list(resumed.logged) == list(range(saved + 1, 11)), "it goes on after the newest checkpoint"
+    assert {step: whole.logged[step] for step in resumed.logged} == resumed.logged
+    if resumed.sing is not None and whole.sing is not None:
+        assert same_bits(resumed.sing.state_dict(), whole.sing.state_dict())
 
 
-def test_a_finished_arm_resumes_to_itself(tmp_path: Path) -> None:
-    expected = Arm(tmp_path).run()
-    again = Arm(tmp_path)
+def test_a_finished_arm_resumes_to_itself(straight: Straight) -> None:
+    whole, expected = straight(True, 1)
+    again = Arm(whole.folder)
     assert same_bits(again.run(resume=True), expected)
     assert again.logged == {}
     assert again.part.asked == []
 
 
-def test_both_arms_see_the_same_pictures_in_the_same_order(tmp_path: Path) -> None:
-    control, sing = Arm(tmp_path / "c", regularised=False), Arm(tmp_path / "s", regularised=True)
-    control.run()
-    sing.run()
-    assert control.part.asked == sing.part.asked
-    epochs = np.array(control.part.asked).reshape(2, -1)
-    assert epochs.shape[1] in (40, 48)[:1] or epochs.shape[1] <= COUNT
-    for epoch in epochs:
-        assert len(set(epoch)) == len(epoch), "a picture came twice in one epoch"
-    assert list(epochs[0]) != list(epochs[1]), "the second epoch has another order"
+def test_both_arms_see_the_same_pictures_in_the_same_order_and_every_epoch_in_another(straight: Straight) -> None:
+    asked = straight(False, 1)[0].part.asked
+    assert asked == straight(True, 1)[0].part.asked
+    first, second = np.array(asked).reshape(2, 5 * 8)  # the incomplete batch is left out
+    assert [len(set(first)), len(set(second))] == [40, 40]
+    assert list(first) != list(second)
+    assert set(first) != set(second), "what is left out is not always the same either"
 
 
-def test_without_a_weight_the_regularised_arm_is_the_control(tmp_path: Path) -> None:
-    """The clean view, the loss's own buffers and its random draws change nothing by themselves."""
-    control = Arm(tmp_path / "c", regularised=False).run()
-    idle = Arm(tmp_path / "i", options={"weight": 0.0}).run()
-    active = Arm(tmp_path / "a").run()
-    assert same_bits(control, idle)
-    assert largest_difference(control, active) > 1e-3
+def test_every_epoch_mirrors_other_pictures(straight: Straight, tmp_path: Path) -> None:
+    """One step an epoch on all pictures, no dropout: only the mirroring can make epochs differ."""
+    seen: list[dict[int, Tensor]] = []
+    arm = Arm(tmp_path, regularised=False, dropout=0.0, training={"epochs": 2, "batch_size": COUNT})
+    with pytest.MonkeyPatch.context() as patch:
+        original = _Arm._micro_step
+
+        def noted(self: _Arm, batch: tuple[Tensor, ...], step: int) -> None:
+            seen.append(dict(zip(batch[-1].tolist(), batch[0], strict=True)))
+            original(self, batch, step)
+
+        patch.setattr(_Arm, "_micro_step", noted)
+        arm.run()
+    first, second = seen
+    assert first.keys() == second.keys()
+    changed = sum(not torch.equal(first[index], second[index]) for index in first)
+    assert 10 < changed < COUNT - 10
 
 
-def test_loader_processes_change_nothing(tmp_path: Path) -> None:
-    here, elsewhere = Arm(tmp_path / "0"), Arm(tmp_path / "2", workers=2)
-    assert same_bits(here.run(), elsewhere.run())
-    assert here.part.asked
+def test_without_a_weight_the_regularised_arm_is_the_control(straight: Straight, tmp_path: Path) -> None:
+    """The clean view, the loss's own buffers and the refresh change nothing by themselves."""
+    control = straight(False, 1)[1]
+    assert same_bits(control, Arm(tmp_path, options={"weight": 0.0}).run())
+    assert largest_difference(control, straight(True, 1)[1]) > 1e-3
+
+
+def test_loader_processes_change_nothing(straight: Straight, tmp_path: Path) -> None:
+    elsewhere = Arm(tmp_path, workers=2)
+    assert same_bits(elsewhere.run(), straight(True, 1)[1])
     assert not elsewhere.part.asked, "the pictures were read by other processes"
 
 
 @ARMS
 def test_a_loss_that_is_not_finite_stops_before_the_step(
-    regularised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    regularised: bool, straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = _Arm._micro_step
 
@@ -120,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     assert pictures == [index for index in arm.part.asked if index in pictures][-8:]
     assert set(pictures) <= set(arm.part.asked[first_epoch:])
     assert [path.name for path in Checkpoints(tmp_path, keep=9).all()] == ["step-00000005", "step-00000006"]
-    assert same_bits(Arm(tmp_path, regularised).run(resume=True), Arm(tmp_path / "straight", regularised).run())
+    assert same_bits(Arm(tmp_path, regularised).run(resume=True), straight(regularised, 1)[1])
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +170,10 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_p
     assert [path.name for path in Checkpoints(tmp_path, keep=9).all()] == ["step-00000003", "step-00000005"]
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_an_interruption_leaves_only_whole_checkpoints(kind: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate import Accelerator
-
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_what_ends_a_run_while_it_saves_leaves_only_whole_checkpoints(
+    kind: type[BaseException], straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, calls = Accelerator.save_state, [0]
 
     def interrupted(self: Accelerator, folder: str, **options: object) -> str:
@@ -160,5 +188,29 @@ def test_an_interruption_leaves_only_whole_checkpoints(kind: type[BaseException]
         with pytest.raises(kind):
             Arm(tmp_path).run()
     assert [path.name for path in Checkpoints(tmp_path, keep=9).all()] == ["step-00000003"]
-    assert same_bits(Arm(tmp_path).run(resume=True), Arm(tmp_path / "straight").run())
+    assert same_bits(Arm(tmp_path).run(resume=True), straight(True, 1)[1])
     assert not list(tmp_path.glob(".writing-*")), "what the interruption left was cleared away"
+
+
+def _in_process(rank: int, world: int, folder: str, options: dict[str, Any], stop_after: int | None, resume: bool) -> Any:
+    arm = Arm(Path(folder), dropout=0.0, options=options)
+    try:
+        return arm.run(stop_after=stop_after, resume=resume), arm.part.asked
+    except Stop:
+        return None
+
+
+def test_two_processes_take_the_steps_of_one_and_resume_to_the_same_bits(tmp_path: Path) -> None:
+    """All terms: ratios and running means are over the batch of all processes, so nothing but rounding differs."""
+    alone = Arm(tmp_path / "one", dropout=0.0)
+    expected = alone.run()
+    together = run_processes(2, _in_process, str(tmp_path / "two"), {}, None, False)
+    for weights, _ in together:
+        assert largest_difference(weights, expected) < 1e-6
+        assert same_bits(weights, together[0][0])
+    shares = [np.array(asked).reshape(10, 4) for _, asked in together]
+    both = np.concatenate(shares, axis=1)
+    assert [set(step) for step in both] == [set(step) for step in np.array(alone.part.asked).reshape(10, 8)]
+    assert run_processes(2, _in_process, str(tmp_path / "stopped"), {}, 9, False) == [None, None]
+    for weights, _ in run_processes(2, _in_process, str(tmp_path / "stopped"), {}, None, True):
+        assert same_bits(weights, together[0][0])
