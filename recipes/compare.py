@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from singreg.evaluation.compare import CompareBench, Comparing, dry_run
+from singreg.evaluation.compare import Comparing, dry_run
+from singreg.evaluation.compare_bench import CompareBench
 from singreg.evaluation.compare_config import parse_compare
 from singreg.workbench.run import Run, explained, make_accelerator
 

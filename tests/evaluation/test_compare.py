@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recipes.compare import main
 from singreg.analysis.comparing_results import CompareReport
-from singreg.evaluation.compare import CompareBench, Comparing, space_labels
+from singreg.evaluation.compare import Comparing
+from singreg.evaluation.compare_bench import CompareBench, space_labels
 from singreg.evaluation.compare_config import ComparedModelConfig, parse_compare
 from singreg.models.classifier import Classifier
 from singreg.workbench.config import VisionLanguageConfig

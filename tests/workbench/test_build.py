@@ -10,7 +10,7 @@ import torch
 
 from singreg.data.parts import ImagePart, Parts
 from singreg.models.classifier import Classifier
-from singreg.workbench.build import build_classifier, labels_for_head
+from singreg.workbench.build import build_classifier, labels_for_head, model_name
 from singreg.workbench.config import ModelConfig
 
 NAMES, INDICES = ("goldfish", "Persian cat", "lion"), (1, 283, 291)
@@ -57,3 +57,36 @@ def test_a_kept_head_in_another_order_is_refused(finetuned: tuple[str, torch.Ten
     assert labels_for_head(parts((0, 1, 2)), kept, model).class_names == NAMES
     with pytest.raises(ValueError, match=r"another order \(goldfish, Persian cat, lion, \.\.\.\).*slice"):
         labels_for_head(parts((1, 0, 2)), kept, model)
+
+
+def many(count: int) -> Parts:
+    names = tuple(f"class {n}" for n in range(count))
+    part = ImagePart("test", names, np.zeros(1), np.zeros((1, 32), np.uint8))
+    return Parts(part, part, part, part, names, None)
+
+
+def test_a_head_without_a_null_space_is_refused_before_any_work() -> None:
+    """test_efficientnet has 256 features: 255 classes leave one direction, 256 none."""
+    model = ModelConfig(name="test_efficientnet", pretrained=False, head="new")
+    assert build_classifier(model, many(255)).num_classes == 255
+    with pytest.raises(ValueError, match=r"256 classes, 256 features\) has full rank 256: it has no null space"):
+        build_classifier(model, many(256))
+    # Softmax does not see a common shift of all logits, so one direction is left there.
+    softmax = ModelConfig(name="test_efficientnet", pretrained=False, head="new", invariance="softmax")
+    assert build_classifier(softmax, many(256)).num_classes == 256
+
+
+def test_a_head_whose_rows_are_not_known_cannot_be_kept_or_sliced(finetuned: tuple[str, torch.Tensor]) -> None:
+    kept = ModelConfig(name=finetuned[0], head="keep")
+    with pytest.raises(ValueError, match=r"model.head: keep needs to know what the 3 rows .*neither the data's 2 classes nor ImageNet"):
+        labels_for_head(parts((0, 1)), build_classifier(kept, parts((0, 1))), kept)
+    with pytest.raises(ValueError, match=r"these 2 classes are not all ImageNet-1k's \(class 0, class 1, ...\).*model.head: new"):
+        labels_for_head(many(2), build_classifier(kept, many(2)), kept)
+    with pytest.raises(ValueError, match=r"no head row for class 0, class 1, class 2"):
+        build_classifier(ModelConfig(name="test_efficientnet", pretrained=False, head="slice"), many(3))
+
+
+def test_names_of_the_packaged_models() -> None:
+    assert Path(model_name("demo", "vlm").removeprefix("local-dir:")).is_dir()
+    assert Path(model_name("demo", "classifier").removeprefix("local-dir:")).is_dir()
+    assert model_name("resnet50.tv_in1k", "classifier") == "resnet50.tv_in1k"

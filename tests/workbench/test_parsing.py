@@ -60,6 +60,87 @@ def test_files_that_are_no_configuration(text: str, words: str, tmp_path: Path, 
     assert words in refused(capsys, [f"--config={file}"])
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {epochs: 3}\nloss: {weight: 1}\ntraining: {batch_size: 4}\n", "listed twice: training"),
+        ("training:\n  epochs: 3\n  epochs: 4\n", "line 2: listed twice: epochs"),
+        ("# nothing but this\n", "got an empty file"),
+        ("training:\n", "training: expected a mapping of keys to values, got NoneType"),
+        ("1: 2\n", "1: no such key"),
+        ("config: demo.yaml\n", "config: no such key"),
+    ],
+)
+def test_files_that_say_less_than_they_seem_to(text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    assert words in refused(capsys, ["--config", str(file)])
+
+
+def test_a_complaint_about_yaml_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("name: [a\n", "name: !!python/name:os.system\n", "training: {epochs: 1, epochs: 2}\n", "name: \x01\n"):
+        (tmp_path / "odd.yaml").write_text(text)
+        assert str(tmp_path / "odd.yaml") in refused(capsys, ["--config", str(tmp_path / "odd.yaml")])
+
+
+def test_nothing_in_a_file_or_flag_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{tmp_path / 'touched'}']]"
+    (tmp_path / "evil.yaml").write_text(f"name: {evil}\n")
+    refused(capsys, ["--config", str(tmp_path / "evil.yaml")])
+    refused(capsys, ["--name", evil])
+    refused(capsys, ["--training.epochs", evil])
+    refused(capsys, ["--training", evil])
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--training.epochs"], "training.epochs"),
+        (["--config"], "--config: expected a YAML file"),
+        (["--config", ""], "--config: expected a YAML file"),
+        (["epochs", "3"], "unrecognized arguments: epochs 3"),
+        (["--training.epohcs=3"], "did you mean training.epochs?"),
+        (["--training", '{"epohcs": 3}'], "training.epohcs: no such key; did you mean training.epochs?"),
+        (["--training", "3"], "training: expected a mapping"),
+        (["--vlm.templates", "[a {class}]"], "vlm.templates: '[a {class}]' is not valid YAML"),
+        (["--training.learning_rate", ".inf"], "training.learning_rate: expected a number above 0, got inf"),
+        (["--loss.weight", ".nan"], "loss.weight: expected a number of at least 0, got nan"),
+        (["--loss.terms.leak", ".nan"], "loss.terms.leak: expected a finite weight, got nan"),
+        (["--loss.terms.leak", "much"], "loss.terms: expected dict[str, float]"),
+        (["--seed", "-1"], "seed: expected a whole number from 0"),
+        (["--seed", "4294967296"], "seed: expected a whole number from 0 to 4294967295"),
+        (["--name", "a/b"], "name: expected a folder name, got 'a/b'"),
+        (["--name", ".."], "name: expected a folder name"),
+        (["--data.augmentation", "flop"], "data.augmentation: expected Literal['none', 'flip', 'timm'], got 'flop'"),
+    ],
+)
+def test_flags_that_cannot_be_meant(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, arguments)
+    assert words in said
+    assert "run with --help" in said
+
+
+def test_flags_are_text_where_text_is_wanted() -> None:
+    given = {"name": "2024", "data.unlabeled": "12", "data.classes": "5", "vlm.pretrained": "yes", "data.source": "1e3", "runs": "a: b"}
+    config = parse_finetune([word for key, value in given.items() for word in (f"--{key}", value)])
+    data = config.data
+    assert (config.name, data.unlabeled, data.classes, config.vlm.pretrained) == ("2024", "12", "5", "yes")
+    assert (data.source, config.runs) == ("1e3", "a: b")
+    assert parse_finetune(["--data.unlabeled", "null"]).data.unlabeled is None
+    assert parse_finetune(["--training.learning_rate", "1e-4"]).training.learning_rate == 1e-4
+
+
+def test_single_entries_lists_and_whole_sections_can_be_overridden(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("loss: {terms: {leak: 1.0, hinge: 3.0}}\ndata: {classes: [cat, dog]}\n")
+    config = parse_finetune(
+        ["--config", str(tmp_path / "a.yaml"), "--loss.terms.leak", "2", "--data.classes", '["fish"]', "--training", '{"epochs": 9, "keep": 3}']
+    )
+    assert config.loss.terms == {"leak": 2.0, "hinge": 3.0}
+    assert config.data.classes == ["fish"]
+    assert (config.training.epochs, config.training.keep, config.training.batch_size) == (9, 3, FinetuneConfig().training.batch_size)
+
+
 def test_a_file_that_is_not_there_lists_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert "demo.yaml" in refused(capsys, ["--config", "demoo.yaml"])
     assert find_config("demo") == find_config("demo.yaml") == CONFIGS / "demo.yaml"
