@@ -133,7 +133,8 @@ def _flag(key: str, text: str, hint: Any) -> Iterator[tuple[str, Any]]:
     except yaml.YAMLError as error:
         reason = str(error).partition("\n")[0]
         raise ConfigurationError([f"{key}: {text!r} is not valid YAML ({reason}); lists look like '[\"a\", \"b\"]'"]) from error
-    if str in typing.get_args(hint) and not isinstance(value, (list, type(None))):
+    choice = typing.get_origin(hint) is typing.Literal and text in typing.get_args(hint)  # "no" is one, and YAML's false
+    if choice or (str in typing.get_args(hint) and not isinstance(value, (list, type(None)))):
         value = text
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         yield from _leaves(value, typing.cast(type, hint), f"{key}.")
@@ -184,7 +185,9 @@ def _problem(parser: ArgumentParser, key: str, value: Any, kind: type) -> str | 
     except (ArgumentError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         wanted = str(known[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
-        return f"{key}: expected {wanted}, got {value!r} ({reason[:160]})"
+        bare = isinstance(value, bool) and {"yes", "no", "on", "off"} & set(typing.get_args(known[key]))
+        hint = 'YAML reads a bare yes or no as true or false; write it in quotes: "no"' if bare else reason[:160]
+        return f"{key}: expected {wanted}, got {value!r} ({hint})"
     return None
 
 

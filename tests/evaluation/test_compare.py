@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recipes.compare import main
 from singreg.analysis.comparing_results import CompareReport
+from singreg.evaluation import compare
 from singreg.evaluation.compare import Comparing
 from singreg.evaluation.compare_bench import CompareBench, space_labels
 from singreg.evaluation.compare_config import ComparedModelConfig, parse_compare
 from singreg.models.classifier import Classifier
+from singreg.translation.mlp import MLPSettings
 from singreg.workbench.config import VisionLanguageConfig
 from singreg.workbench.run import Run, make_accelerator
 from tests.demo import ASSETS
@@ -29,6 +32,7 @@ from tests.processes import run_processes
 TINY = [
     "--data.scenes_train", "80", "--data.scenes_audit", "80", "--data.scenes_test", "50", "--data.scenes_bank", "10",
     "--data.image_size", "32", "--resamples", "100", "--chance_draws", "2",
+    "--translator.ridge", "1.0", "--auditor.ridge", "1.0",
 ]  # fmt: skip
 FULL = {"name": "test_resnet", "label": "full", "pretrained": False, "head": "keep"}
 UNTRAINED = {"name": "test_efficientnet", "label": "untrained", "pretrained": False, "head": "new"}
@@ -116,14 +120,9 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, folders: Path, capsys: pytes
     value = report["measurements"]["demo"]["tuned"]["translators"]["auditor"]["overall"]["AS_neg"]
     assert events.Scalars("demo/auditor/AS_neg/tuned")[0].value == pytest.approx(value)
 
-    # The resolved configuration is the run: the same again under another name finds the same, untrained networks too.
-    assert yaml.safe_load((folder / "config.yaml").read_text())["models"][1]["name"] == str(folders / "tuned")
-    main(["--config", str(folder / "config.yaml"), "--name", "again"])
-    again = json.loads((tmp_path / "again" / "report.json").read_text())
-    assert (again["differences"], again["orders"]) == (report["differences"], report["orders"])
 
-
-def test_a_model_compared_with_itself_differs_in_nothing(tmp_path: Path, folders: Path) -> None:
+def test_a_model_compared_with_itself_differs_in_nothing(tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "MLPSettings", partial(MLPSettings, hidden=16, epochs=2))
     report = run_job(str(tmp_path), str(folders), [{"name": "demo"}, {"name": "demo", "label": "twin"}], "--mlp", '["mlp3"]')
     assert report is not None
     assert {(d.value, d.low, d.high) for d in report.differences} == {(0.0, 0.0, 0.0)}
@@ -138,6 +137,19 @@ def test_the_softmax_null_space_is_one_dimension_larger(tmp_path: Path, folders:
     nullity = {name: measured.head.nullity for name, measured in report.measurements["demo"].items()}
     assert nullity == {"demo": 246, "softmax": 247}
     assert report.measurements["demo"]["softmax"].null_share > report.measurements["demo"]["demo"].null_share
+
+
+def test_the_resolved_configuration_is_the_run(tmp_path: Path, folders: Path) -> None:
+    """The same again under another name finds the same, untrained networks too."""
+    models = [{"name": str(folders / "tuned")}, UNTRAINED]
+    main(arguments(tmp_path, folders, models, "--name", "first"))
+    resolved = tmp_path / "first" / "config.yaml"
+    assert [model["label"] for model in yaml.safe_load(resolved.read_text())["models"]] == [None, "untrained"]
+    main(["--config", str(resolved), "--name", "again"])
+    first, again = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("first", "again"))
+    assert (again["differences"], again["orders"]) == (first["differences"], first["orders"])
+    with pytest.raises(SystemExit, match="already holds a run"):
+        main(["--config", str(resolved)])
 
 
 def test_nothing_to_measure_is_a_report_too(tmp_path: Path, folders: Path) -> None:
@@ -206,6 +218,19 @@ def test_bad_values_are_shown_together(
     assert all(part in shown for part in expected)
     assert f"{len(expected)} problem(s)" in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_models_on_the_command_line_replace_those_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """jsonargparse alone would give the new ones the labels and heads of the old."""
+    flags = ["--config", "compare_demo", "--models", '[{"name": "a"}, {"name": "b", "head": "keep"}]']
+    config = parse_compare(flags)
+    assert config.models == [ComparedModelConfig(name="a"), ComparedModelConfig(name="b", head="keep")]
+    assert [model.known_as for model in parse_compare(flags[:2]).models][:2] == ["demo", "demo (softmax)"]
+    with pytest.raises(SystemExit):  # and beside another key's mistake they are still judged
+        parse_compare([*flags, "--seeed", "1", "--models", '[{"name": "a"}, {"name": "a"}]'])
+    shown = capsys.readouterr().err
+    assert "seeed: no such key" in shown
+    assert "models: listed twice: a" in shown
 
 
 def test_models_that_do_not_exist_are_all_named_before_any_work(tmp_path: Path, folders: Path) -> None:

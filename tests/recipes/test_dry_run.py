@@ -39,7 +39,7 @@ def test_the_shipped_demos_are_built_and_make_nothing(name: str, tmp_path: Path,
     run(RECIPES[name], ["--config", name, "--runs", str(tmp_path), "--cache", str(cache), *FEW])
     shown = capsys.readouterr().out
     assert "dry run: nothing was" in shown
-    assert "nullity 246" in shown
+    assert " 246 " in shown, "the null space of 10 rows in 256 features"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -84,6 +84,7 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     part: Pixels = field(default_factory=Pixels)
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
+    refreshed: list[int] = field(default_factory=list)
     sing: SingLoss | None = None
 
     def config(self) -> FinetuneConfig:
@@ -115,6 +116,7 @@ class Arm:
         def refresh(_: Classifier, sing: SingLoss) -> None:
             sing.set_translator(LinearTranslator(1.5 * sing.matrix, sing.offset - 1))
             sing.double()
+            self.refreshed.append(max(self.logged))
 
         callbacks = ArmCallbacks(log, lambda *_: None, refresh)
         try:

@@ -95,6 +95,11 @@ def test_both_arms_see_the_same_pictures_in_the_same_order_and_every_epoch_in_an
     assert set(first) != set(second), "what is left out is not always the same either"
 
 
+def test_the_translator_is_refreshed_where_the_schedule_says(straight: Straight) -> None:
+    assert straight(True, 1)[0].refreshed == [5]
+    assert straight(False, 1)[0].refreshed == []
+
+
 def test_every_epoch_mirrors_other_pictures(straight: Straight, tmp_path: Path) -> None:
     """One step an epoch on all pictures, no dropout: only the mirroring can make epochs differ."""
     seen: list[dict[int, Tensor]] = []

@@ -69,6 +69,7 @@ def test_files_that_are_no_configuration(text: str, words: str, tmp_path: Path, 
         ("training:\n", "training: expected a mapping of keys to values, got NoneType"),
         ("1: 2\n", "1: no such key"),
         ("config: demo.yaml\n", "config: no such key"),
+        ("training: {mixed_precision: no}\n", 'write it in quotes: "no"'),
     ],
 )
 def test_files_that_say_less_than_they_seem_to(text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,14 +129,14 @@ def test_flags_are_text_where_text_is_wanted() -> None:
     assert (config.name, data.unlabeled, data.classes, config.vlm.pretrained) == ("2024", "12", "5", "yes")
     assert (data.source, config.runs) == ("1e3", "a: b")
     assert parse_finetune(["--data.unlabeled", "null"]).data.unlabeled is None
+    assert parse_finetune(["--training.mixed_precision", "no"]).training.mixed_precision == "no"
     assert parse_finetune(["--training.learning_rate", "1e-4"]).training.learning_rate == 1e-4
 
 
 def test_single_entries_lists_and_whole_sections_can_be_overridden(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("loss: {terms: {leak: 1.0, hinge: 3.0}}\ndata: {classes: [cat, dog]}\n")
-    config = parse_finetune(
-        ["--config", str(tmp_path / "a.yaml"), "--loss.terms.leak", "2", "--data.classes", '["fish"]', "--training", '{"epochs": 9, "keep": 3}']
-    )
+    flags = ["--loss.terms.leak", "2", "--data.classes", '["fish"]', "--training", '{"epochs": 9, "keep": 3}']
+    config = parse_finetune(["--config", str(tmp_path / "a.yaml"), *flags])
     assert config.loss.terms == {"leak": 2.0, "hinge": 3.0}
     assert config.data.classes == ["fish"]
     assert (config.training.epochs, config.training.keep, config.training.batch_size) == (9, 3, FinetuneConfig().training.batch_size)

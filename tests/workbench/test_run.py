@@ -101,12 +101,15 @@ def test_sigterm_ends_a_run_like_an_interruption_and_only_while_it_runs(
     accelerator: Accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = open_run(tmp_path, accelerator)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stop, run.guarded():
-        signal.raise_signal(signal.SIGTERM)
+    outside = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as stop, run.guarded():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "as it was before the run"
+    finally:
+        signal.signal(signal.SIGTERM, outside)
     assert stop.value.code == 128 + signal.SIGTERM
     assert "--resume true" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_in_another_thread_leaves_signals_alone(accelerator: Accelerator, tmp_path: Path) -> None:
