@@ -38,7 +38,7 @@ def fit_on_part(
     embeddings: np.ndarray,
     *,
     ridges: Sequence[float] = DEFAULT_RIDGES,
-    standardize: bool | Literal["blocks"] = False,
+    standardize: bool | Literal["blocks", "features", "no"] = False,
     invariance: Invariance = "logits",
     normalize_targets: bool = False,
     info: TranslatorInfo | None = None,
@@ -49,10 +49,10 @@ def fit_on_part(
 
     Shapes: embeddings (N, n). The auditor is the same call on other pictures with `standardize="blocks"` (METHOD section 8.6):
     the row-space and the null block of the head are brought to unit scale, so that neither turning nor shrinking the null block
-    moves it; True scales feature by feature, which only a head aligned with the axes makes as safe, and only from shrinking.
+    moves it; True or "features" scales feature by feature, which only a head aligned with the axes makes as safe, and only from shrinking.
 
     Raises:
-        ValueError: another `standardize` than True, False or "blocks".
+        ValueError: another `standardize` than "blocks", "features" (True) or "no" (False).
     """
     scale = _scale(classifier, standardize, invariance)
     width, dim = classifier.feature_dim, embeddings.shape[1]
@@ -80,8 +80,10 @@ def fit_on_part(
 def _scale(classifier: Classifier, standardize: bool | str, invariance: Invariance) -> Standardize:
     if isinstance(standardize, bool):
         return standardize
+    if standardize not in ("blocks", "features", "no"):
+        raise ValueError(f'standardize must be "blocks", "features" or "no", got {standardize!r}')
     if standardize != "blocks":
-        raise ValueError(f'standardize must be true, false or "blocks", got {standardize!r}')
+        return standardize == "features"
     return NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).basis
 
 

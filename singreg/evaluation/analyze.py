@@ -114,7 +114,9 @@ class Analysis:
         """The fitted translator, the auditor, and the non-linear ones asked for (stage "translators")."""
 
         def work() -> dict[str, Translator]:
-            self.fitted = fit_translators(self.bench, self.config.translator, self.config.auditor)
+            self.fitted = fit_translators(
+                self.bench, self.config.translator, self.config.auditor, invariance=self.config.model.invariance
+            )
             found: dict[str, Translator] = {name: fitted.translator for name, fitted in self.fitted.items()}
             for kind in self.config.mlp:
                 found[kind] = fit_mlp_on_part(

@@ -69,7 +69,7 @@ class Comparing:
             self._measure_in(ModelBench(classifier, parts, texts, space.embeddings, info, self.bench.settings), model, space.label, label)
 
     def _measure_in(self, bench: ModelBench, model: ComparedModelConfig, space: str, label: str) -> None:
-        fitted = fit_translators(bench, self.config.translator, self.config.auditor)
+        fitted = fit_translators(bench, self.config.translator, self.config.auditor, invariance=model.invariance)
         linear, auditor = fitted["fitted"].translator, fitted["auditor"]
         translators: dict[str, Translator] = {name: found.translator for name, found in fitted.items()}
         for kind in self.config.mlp:

@@ -9,10 +9,11 @@ import numpy as np
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import FittedTranslator, fit_on_part
 from singreg.data.parts import Parts
+from singreg.geometry.nullspace import Invariance
 from singreg.models.classifier import Classifier
 from singreg.translation.ridge import DEFAULT_RIDGES
 from singreg.translation.translator import TranslatorInfo
-from singreg.workbench.config import AuditorConfig, TranslatorConfig
+from singreg.workbench.config import AuditorConfig, Standardization, TranslatorConfig
 
 
 class Fittable(Protocol):
@@ -25,23 +26,26 @@ class Fittable(Protocol):
     settings: PassSettings
 
 
-def fit_translators(bench: Fittable, translator: TranslatorConfig, auditor: AuditorConfig) -> dict[str, FittedTranslator]:
+def fit_translators(
+    bench: Fittable, translator: TranslatorConfig, auditor: AuditorConfig, *, invariance: Invariance = "logits"
+) -> dict[str, FittedTranslator]:
     """ "fitted" from the bank and "auditor" from the audit part, standardised, with its own λ (METHOD section 8.6).
 
     Each comes with the mean feature (m,) of its pictures.
     """
 
-    def fit(part: str, ridge: float | None, standardize: bool) -> FittedTranslator:
+    def fit(part: str, ridge: float | None, standardize: Standardization) -> FittedTranslator:
         return fit_on_part(
             bench.classifier,
             bench.parts.bank if part == "bank" else bench.parts.audit,
             bench.embeddings[part],
             ridges=DEFAULT_RIDGES if ridge is None else (ridge,),
             standardize=standardize,
+            invariance=invariance,
             normalize_targets=translator.normalize_targets,
             info=bench.info,
             settings=bench.settings,
             description=f"fitting a translator on {part}",
         )
 
-    return {"fitted": fit("bank", translator.ridge, translator.standardize), "auditor": fit("audit", auditor.ridge, True)}
+    return {"fitted": fit("bank", translator.ridge, translator.standardize), "auditor": fit("audit", auditor.ridge, auditor.standardize)}

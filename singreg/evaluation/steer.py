@@ -112,7 +112,10 @@ class Steering:
     def fit_translators(self) -> None:
         """The fitted translator from the bank and the auditor from other pictures (stage "translators")."""
         self.translators = self._timed(
-            "translators", lambda: fit_translators(self.bench, self.config.translator, self.config.auditor)
+            "translators",
+            lambda: fit_translators(
+                self.bench, self.config.translator, self.config.auditor, invariance=self.config.model.invariance
+            ),
         )
 
     def measure(self) -> None:

@@ -18,7 +18,8 @@ class LoopTranslatorConfig(TranslatorConfig):
 
     Args:
         ridge: relative penalty; none chooses it by validation.
-        standardize: divide features by their standard deviation for the fit.
+        standardize: scale the features for the fit by the head's row-space and null block (blocks), one by one (features), or not
+            at all (no).
         normalize_targets: translate to unit image embeddings instead of the paper's raw ones (the auditor too).
         refreshes: how often, evenly spaced over training, the bank is encoded again and the loop's translator refitted.
     """

@@ -64,6 +64,7 @@ class Experiment:
             self.embeddings["bank"],
             ridges=DEFAULT_RIDGES if chosen is None else (chosen,),
             standardize=self.config.translator.standardize,
+            invariance=self.config.model.invariance,
             normalize_targets=self.config.translator.normalize_targets,
             info=replace(self.info, head_hash=classifier.head_hash()),
             settings=self.settings,
@@ -78,7 +79,8 @@ class Experiment:
             self.parts.audit,
             self.embeddings["audit"],
             ridges=DEFAULT_RIDGES if chosen is None else (chosen,),
-            standardize=True,
+            standardize=self.config.auditor.standardize,
+            invariance=self.config.model.invariance,
             normalize_targets=self.config.translator.normalize_targets,
             info=replace(self.info, head_hash=classifier.head_hash()),
             settings=self.settings,
@@ -89,7 +91,10 @@ class Experiment:
         """Refit the loop's translator on today's features of the bank and hand it to the loss. Matrix (n, m)."""
         info = replace(previous.info, head_hash=classifier.head_hash())
         previous = LinearTranslator(previous.matrix, previous.offset, info)
-        current = refit(classifier, self.parts.bank, self.embeddings["bank"], previous, settings=self.settings)
+        current = refit(
+            classifier, self.parts.bank, self.embeddings["bank"], previous,
+            invariance=self.config.model.invariance, settings=self.settings,
+        )  # fmt: skip
         sing.set_translator(current)
         return current
 

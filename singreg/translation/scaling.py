@@ -9,7 +9,7 @@ from torch import Tensor
 
 Standardize = bool | Tensor
 """False: features as they are. True: each divided by its standard deviation. A basis (m, r) of a head's row space: the
-row-space and the null part of the features, each divided by its own root mean variance."""
+row-space and the null part of the features, each divided by the root of its own energy-weighted variance."""
 
 FeatureScale = Callable[[Tensor], Tensor]
 """A symmetric map L of feature space, applied to the columns of (m, k)."""
@@ -23,8 +23,9 @@ def feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, standardize: Stan
 
     Feature by feature, the penalty Σ_j σ_j² |A_j|² depends on the axes: it ignores a rescaling of single features, but turning
     or shrinking the null block of a head that is not aligned with the axes changes every σ_j, and so the fit (METHOD section
-    8.6). Block by block the penalty is s_p |A Π_p|² + s_n |A Π_n|², with s the mean variance of a block: it moves along with
-    any rotation and any rescaling inside either block, so T(f) does not change at all.
+    8.6). Block by block the penalty is s_p |A Π_p|² + s_n |A Π_n|², with s = tr(S²)/tr(S) of a block's covariance S: it moves along
+    with any rotation and any rescaling of either block, so T(f) does not change at all. That mean variance is weighted by variance: a
+    plain mean over 1,264 null directions, most of them almost empty, would leave the null block far cheaper than the row space.
 
     Shapes: scatter about the mean (m, m), raw second moments Σ f fᵀ (m, m), count ().
 
@@ -46,17 +47,21 @@ def _by_block(scatter: Tensor, raw: Tensor, count: Tensor, basis: Tensor) -> Fea
         raise ValueError(f"expected a row-space basis ({width}, r) to standardise by, got {tuple(basis.shape)}")
     basis = basis.to(scatter)
     rank = basis.shape[1]
-    row = ((scatter @ basis) * basis).sum()
-    row_scale, null_scale = (
-        _inverse_deviation(energy, size, torch.diagonal(raw).sum(), count)
-        for energy, size in ((row, rank), (torch.diagonal(scatter).sum() - row, width - rank))
-    )
+    across = scatter @ basis
+    row = basis.T @ across
+    energy = torch.diagonal(row).sum()
+    # Π_n S Π_n itself, not a difference of sums of squares, in which a block shrunk to a thousandth would drown.
+    half = scatter - basis @ across.T
+    null = half - (half @ basis) @ basis.T
+    whole = torch.diagonal(raw).sum()
+    row_scale = _inverse_deviation(energy, row.square().sum(), rank, whole, count)
+    null_scale = _inverse_deviation(torch.diagonal(null).sum(), null.square().sum(), width - rank, whole, count)
     # Thin: L = n I + (p - n) Q Qᵀ, never an m x m matrix.
     return lambda columns: null_scale * columns + (row_scale - null_scale) * (basis @ (basis.T @ columns))
 
 
-def _inverse_deviation(energy: Tensor, size: int, raw: Tensor, count: Tensor) -> Tensor:
-    """1 / root mean variance of a block from its scatter's trace, 0 for an empty or constant one. All ()."""
+def _inverse_deviation(energy: Tensor, squares: Tensor, size: int, raw: Tensor, count: Tensor) -> Tensor:
+    """1 / root of the energy-weighted variance |B|²/(N tr B) of a block's scatter B, 0 for an empty or constant one. All ()."""
     if not size or not bool(energy > DEAD_BLOCK * raw):
         return torch.zeros_like(energy)
-    return (energy / (size * count)).rsqrt()
+    return (energy * count / squares).sqrt()

@@ -10,6 +10,8 @@ from typing import Literal
 
 from singreg.data.config import DataConfig
 
+Standardization = Literal["blocks", "features", "no"]
+
 
 @dataclass
 class ModelConfig:
@@ -57,12 +59,13 @@ class TranslatorConfig:
 
     Args:
         ridge: relative penalty; none chooses it by validation.
-        standardize: divide features by their standard deviation for the fit.
+        standardize: scale the features for the fit by the head's row-space and null block (blocks), one by one (features), or not
+            at all (no).
         normalize_targets: translate to unit image embeddings instead of the paper's raw ones (the auditor too).
     """
 
     ridge: float | None = None
-    standardize: bool = True
+    standardize: Standardization = "blocks"
     normalize_targets: bool = False
 
 
@@ -72,10 +75,12 @@ class AuditorConfig:
 
     Args:
         ridge: relative penalty; none chooses it by its own validation.
+        standardize: blocks, which neither turning nor shrinking the null block moves; or features, one by one, as others do it.
         images_per_feature: fewer pictures than this times the feature width, and the report makes no claim.
     """
 
     ridge: float | None = None
+    standardize: Literal["blocks", "features"] = "blocks"
     images_per_feature: float = 6.0
 
 

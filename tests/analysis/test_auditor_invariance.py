@@ -109,11 +109,13 @@ def test_standardising_single_features_is_safe_only_on_an_aligned_head() -> None
 
 
 def test_block_scaling_is_plain_ridge_on_scaled_coordinates() -> None:
-    """The slow way: rotate to row-space and null coordinates, divide each block by its root mean variance, fit, fold back."""
+    """The slow way: rotate to row-space and null coordinates, divide each block by the root of the variance of its principal
+    directions, weighted by that variance, fit, fold back."""
     part = plant("leakage", seed=1, count=300)
     space = part.space
     row, null = part.features @ space.basis, part.features @ space.null_basis()
-    scale = [float(x.var(dim=0, correction=0).mean().sqrt()) for x in (row, null)]
+    spectra = [torch.linalg.eigvalsh(torch.cov(x.T, correction=0)) for x in (row, null)]
+    scale = [float((spectrum @ spectrum / spectrum.sum()).sqrt()) for spectrum in spectra]
     slow = RidgeStatistics(40, 24).update(torch.cat([row / scale[0], null / scale[1]], dim=1), part.embeddings).solve(0.3)
     matrix = slow.matrix[:, :8] / scale[0] @ space.basis.T + slow.matrix[:, 8:] / scale[1] @ space.null_basis().T
     statistics = RidgeStatistics(40, 24).update(part.features, part.embeddings)
