@@ -6,21 +6,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from singreg.analysis.chance import measure_chance
     from singreg.analysis.classes import analyze_classes
+    from singreg.analysis.comparing import model_differences, order_check, paired_figures
     from singreg.analysis.concepts import analyze_concepts
+    from singreg.analysis.features import PassSettings, cached_features, iterate_features
     from singreg.analysis.fitting import fit_on_part
+    from singreg.analysis.fitting_mlp import fit_mlp_on_part
+    from singreg.analysis.gallery import Gallery, nearest_pictures
     from singreg.analysis.images import analyze_images
+    from singreg.analysis.information import fit_blocks, measure_information
+    from singreg.analysis.joint import joint_distribution
     from singreg.analysis.model import analyze_model
-    from singreg.analysis.steering import measure_steering
+    from singreg.analysis.on_manifold import fit_conditional, natural_radii
+    from singreg.analysis.pairs import EquivalentPairs
+    from singreg.analysis.passport import compare_passports, head_passport
+    from singreg.analysis.perturbation import measure_perturbations
+    from singreg.analysis.steering import measure_steering, steer_pairs
+    from singreg.analysis.steering_curves import Budgets, steer_curves
+    from singreg.analysis.steering_plan import PairPlan, plan_pairs
+    from singreg.data.concept_banks import ConceptBank, embed_concepts, load_concepts
     from singreg.data.config import DataConfig
     from singreg.data.embeddings import cached_embeddings
     from singreg.data.loading import load_parts
     from singreg.geometry.angles import alignment_coefficient, angle, attribute_score, image_score
-    from singreg.geometry.nullspace import NullSpace, row_space_projection
-    from singreg.geometry.steering import steer, steering_direction, step_for_image_score
-    from singreg.losses import SingLoss
+    from singreg.geometry.conditional import ConditionalGaussian
+    from singreg.geometry.nullspace import NullSpace, null_share, row_space_projection
+    from singreg.geometry.pairwise import pairwise_angles
+    from singreg.geometry.random_subspace import RandomSubspace
+    from singreg.geometry.steering import Steered, bisect_step, similarity_gradient, steer, steering_direction, step_for_image_score
+    from singreg.losses import SingLoss, resolve_terms
     from singreg.metrics import AttributeScore, ImageScore, SemanticLeakage
+    from singreg.models.aligned_head import (
+        AlignedHead,
+        align_head_,
+        aligned_weight,
+        constrain_to_rows,
+        head_agreement,
+        prompt_directions,
+        release_rows,
+    )
     from singreg.models.classifier import Classifier
+    from singreg.models.head_edits import drop_null, interpolate_weights
     from singreg.models.vision_language import VisionLanguageModel
     from singreg.translation.mlp import MLPSettings, MLPTranslator
     from singreg.translation.mlp_fitting import fit_mlp_translator
@@ -30,21 +57,44 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "singreg.analysis.chance": ("measure_chance",),
     "singreg.analysis.classes": ("analyze_classes",),
+    "singreg.analysis.comparing": ("model_differences", "order_check", "paired_figures"),
     "singreg.analysis.concepts": ("analyze_concepts",),
+    "singreg.analysis.features": ("PassSettings", "cached_features", "iterate_features"),
     "singreg.analysis.fitting": ("fit_on_part",),
+    "singreg.analysis.fitting_mlp": ("fit_mlp_on_part",),
+    "singreg.analysis.gallery": ("Gallery", "nearest_pictures"),
     "singreg.analysis.images": ("analyze_images",),
+    "singreg.analysis.information": ("fit_blocks", "measure_information"),
+    "singreg.analysis.joint": ("joint_distribution",),
     "singreg.analysis.model": ("analyze_model",),
-    "singreg.analysis.steering": ("measure_steering",),
+    "singreg.analysis.on_manifold": ("fit_conditional", "natural_radii"),
+    "singreg.analysis.pairs": ("EquivalentPairs",),
+    "singreg.analysis.passport": ("compare_passports", "head_passport"),
+    "singreg.analysis.perturbation": ("measure_perturbations",),
+    "singreg.analysis.steering": ("measure_steering", "steer_pairs"),
+    "singreg.analysis.steering_curves": ("Budgets", "steer_curves"),
+    "singreg.analysis.steering_plan": ("PairPlan", "plan_pairs"),
+    "singreg.data.concept_banks": ("ConceptBank", "embed_concepts", "load_concepts"),
     "singreg.data.config": ("DataConfig",),
     "singreg.data.embeddings": ("cached_embeddings",),
     "singreg.data.loading": ("load_parts",),
     "singreg.geometry.angles": ("alignment_coefficient", "angle", "attribute_score", "image_score"),
-    "singreg.geometry.nullspace": ("NullSpace", "row_space_projection"),
-    "singreg.geometry.steering": ("steer", "steering_direction", "step_for_image_score"),
-    "singreg.losses": ("SingLoss",),
+    "singreg.geometry.conditional": ("ConditionalGaussian",),
+    "singreg.geometry.nullspace": ("NullSpace", "null_share", "row_space_projection"),
+    "singreg.geometry.pairwise": ("pairwise_angles",),
+    "singreg.geometry.random_subspace": ("RandomSubspace",),
+    "singreg.geometry.steering": (
+        "Steered", "bisect_step", "similarity_gradient", "steer", "steering_direction", "step_for_image_score"
+    ),
+    "singreg.losses": ("SingLoss", "resolve_terms"),
     "singreg.metrics": ("AttributeScore", "ImageScore", "SemanticLeakage"),
+    "singreg.models.aligned_head": (
+        "AlignedHead", "align_head_", "aligned_weight", "constrain_to_rows", "head_agreement", "prompt_directions", "release_rows",
+    ),
     "singreg.models.classifier": ("Classifier",),
+    "singreg.models.head_edits": ("drop_null", "interpolate_weights"),
     "singreg.models.vision_language": ("VisionLanguageModel",),
     "singreg.translation.mlp": ("MLPSettings", "MLPTranslator"),
     "singreg.translation.mlp_fitting": ("fit_mlp_translator",),
@@ -54,14 +104,21 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (in the order of the data's flow)
-    "NullSpace", "row_space_projection", "angle", "attribute_score", "image_score", "alignment_coefficient",
-    "steering_direction", "step_for_image_score", "steer",
+    "NullSpace", "RandomSubspace", "row_space_projection", "null_share", "angle", "pairwise_angles",
+    "attribute_score", "image_score", "alignment_coefficient",
+    "similarity_gradient", "steering_direction", "step_for_image_score", "bisect_step", "steer", "Steered", "ConditionalGaussian",
     "RidgeStatistics", "LinearTranslator", "TranslatorInfo", "load_translator", "fit_translator",
     "MLPTranslator", "MLPSettings", "fit_mlp_translator",
     "Classifier", "VisionLanguageModel",
-    "SingLoss", "AttributeScore", "ImageScore", "SemanticLeakage",
-    "DataConfig", "load_parts", "cached_embeddings",
-    "analyze_model", "analyze_classes", "analyze_concepts", "analyze_images", "fit_on_part", "measure_steering",
+    "AlignedHead", "prompt_directions", "aligned_weight", "align_head_", "head_agreement", "constrain_to_rows", "release_rows",
+    "drop_null", "interpolate_weights",
+    "SingLoss", "resolve_terms", "AttributeScore", "ImageScore", "SemanticLeakage",
+    "DataConfig", "load_parts", "cached_embeddings", "ConceptBank", "load_concepts", "embed_concepts",
+    "PassSettings", "iterate_features", "cached_features", "fit_on_part", "fit_mlp_on_part", "EquivalentPairs",
+    "analyze_model", "analyze_classes", "analyze_concepts", "analyze_images", "joint_distribution",
+    "measure_chance", "fit_blocks", "measure_information", "measure_perturbations", "head_passport", "compare_passports",
+    "Gallery", "nearest_pictures", "paired_figures", "model_differences", "order_check",
+    "measure_steering", "PairPlan", "plan_pairs", "steer_pairs", "Budgets", "steer_curves", "fit_conditional", "natural_radii",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Sums over processes that are the identity in a single one. No gradient passes: see `losses._ratio_of_means` for why."""
+"""Sums over processes that are the identity in a single one. No gradient passes: see `loss_terms._ratio_of_means` for why."""
 
 from __future__ import annotations
 

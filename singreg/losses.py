@@ -3,120 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from singreg.distributed import all_reduce_mean, all_reduce_sum
-from singreg.geometry.angles import attribute_score, image_score
+from singreg.distributed import all_reduce_sum
+from singreg.geometry.angles import image_score
 from singreg.geometry.nullspace import Invariance, row_space_projection
+from singreg.loss_terms import (
+    DEFAULT_TERMS,
+    PRESETS,
+    TARGET_SEED,
+    TERMS,
+    LossInputs,
+    Placebo,
+    contrast_directions,
+    placebo_texts,
+    random_directions,
+    resolve_terms,
+)
 from singreg.translation.translator import LinearTranslator
 
-# Chosen on scenes of other seeds than any report's: leak and hinge act on the backbone, capacity on the head alone.
-DEFAULT_TERMS: dict[str, float] = {"leak": 0.3, "hinge": 1.0, "band": 0.3, "class_share": 0.1, "capacity": 100.0}
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """What every term may use; B images, m features, n translator dimensions, angles in degrees.
-
-    null (B, m): f_n = Π_n (f - μ). centred (B, m): f - μ. z, z_eq (B, n): T f and T(f - f_n). text (B, n): the true class's.
-    shift, total (B, n): A f_n and A (f - μ). contrast (B, n, K): orthonormal contrast directions of the true class.
-    class_null (B, m): Π_n of the true class's mean - μ, no gradient. image_score_ref (B,): IS of the model before.
-    prompts, prompts_null (C, m): Aᵀ t_k of every class and its null part (empty unless "capacity" is among the terms).
-    """
-
-    null: Tensor
-    centred: Tensor
-    z: Tensor
-    z_eq: Tensor
-    text: Tensor
-    shift: Tensor
-    total: Tensor
-    contrast: Tensor
-    class_null: Tensor
-    image_score_ref: Tensor
-    prompts: Tensor
-    prompts_null: Tensor
-
-
-def _contrast_energy(vector: Tensor, z: Tensor, contrast: Tensor) -> Tensor:
-    """|U_yᵀ v|² with v taken tangent at z: what moves the angles, not the length. (B, n), (B, n), (B, n, K) to (B,)."""
-    unit = nn.functional.normalize(z, dim=-1)
-    tangent = vector - unit * (vector * unit).sum(-1, keepdim=True)
-    return torch.einsum("bn,bnk->bk", tangent, contrast).square().sum(-1)
-
-
-def _ratio_of_means(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """mean(a) / mean(b) over ALL processes' images, value and gradient, though each sees only its own (B,) share.
-
-    Quotient rule with the global means held fixed: averaged over processes (as DDP does) the gradient is exact.
-    """
-    top, bottom = all_reduce_mean(numerator), all_reduce_mean(denominator)
-    bottom = bottom.clamp_min(torch.finfo(bottom.dtype).tiny)
-    return numerator.mean() / bottom - (denominator.mean() - bottom) * (top / bottom**2)
-
-
-def leak(inputs: LossInputs) -> Tensor:
-    """Class-semantic energy in the null space: |U_yᵀ A f_n|² over the (fixed) mean of |U_yᵀ A (f - μ)|². Returns ()."""
-    energy = _contrast_energy(inputs.shift, inputs.z, inputs.contrast).mean()
-    scale = all_reduce_mean(_contrast_energy(inputs.total, inputs.z, inputs.contrast))
-    return energy / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-
-
-def hinge(inputs: LossInputs) -> Tensor:
-    """Harmful side of the attribute score, mean relu(-AS) / IS_ref: both in degrees, so scale-free. Returns ()."""
-    harmful = torch.relu(-attribute_score(inputs.z, inputs.z_eq, inputs.text))
-    return (harmful / inputs.image_score_ref).mean()
-
-
-def band(inputs: LossInputs) -> Tensor:
-    """Keeps permitted variety: IS below 0.9 (collapse) or above 1.5 (dilution) of IS_ref, squared, over IS_ref². Returns ()."""
-    relative = image_score(inputs.z, inputs.z_eq) / inputs.image_score_ref
-    return (torch.relu(0.9 - relative).square() + torch.relu(relative - 1.5).square()).mean()
-
-
-def class_share(inputs: LossInputs) -> Tensor:
-    """Between-class share of the scatter of f_n, <f_n, class mean> over |f_n|²; needs no VLM. Returns (), 1 = all class."""
-    between = (inputs.null * inputs.class_null).sum(-1)
-    return _ratio_of_means(between, inputs.null.square().sum(-1))
-
-
-def capacity(inputs: LossInputs) -> Tensor:
-    """What the head leaves to the null space of the prompts' directions: Σ_k |Π_n Aᵀ t_k|² over Σ_k |Aᵀ t_k|². Returns (), in [0, 1].
-
-    It moves W alone. 0: no null direction can raise any class's prompt for this translator (METHOD section 7).
-    """
-    return inputs.prompts_null.square().sum() / inputs.prompts.square().sum()
-
-
-TERMS = {"leak": leak, "hinge": hinge, "band": band, "class_share": class_share, "capacity": capacity}
-
-
-def contrast_directions(texts: Tensor, confusable: int = 16) -> Tensor:
-    """Orthonormal bases of the contrasts t_y - t_j for the most confusable classes j of every class y (METHOD section 6).
-
-    Shapes: texts (C, n) unit rows; returns (C, n, K) with K = min(confusable, C - 1, n), float64-orthonormalised.
-
-    Raises:
-        ValueError: fewer than two classes.
-
-    Example:
-        >>> contrast_directions(torch.eye(3), 2).shape
-        torch.Size([3, 3, 2])
-    """
-    classes, width = texts.shape
-    if classes < 2:
-        raise ValueError(f"contrast directions need at least 2 classes, got texts {tuple(texts.shape)}")
-    exact = nn.functional.normalize(texts.detach().double(), dim=-1)
-    similarity = (exact @ exact.T).fill_diagonal_(-math.inf)
-    nearest = similarity.topk(min(confusable, classes - 1, width), dim=1).indices
-    contrasts = exact[:, None, :] - exact[nearest]
-    directions: Tensor = torch.linalg.svd(contrasts.mT, full_matrices=False).U
-    return directions.to(texts.dtype)
+__all__ = ["DEFAULT_TERMS", "PRESETS", "TERMS", "LossInputs", "Placebo", "SingLoss", "contrast_directions", "resolve_terms"]
 
 
 class SingLoss(nn.Module):
@@ -125,19 +35,22 @@ class SingLoss(nn.Module):
     Args:
         head: the classifier's last linear layer, or any module with a `.weight` (C, m); it is referred to, never registered,
             so it is neither saved nor trained a second time. The projector follows its current weight.
-        translator: T(f) = f Aᵀ + a; no gradient reaches it. Replace it with `set_translator`.
+        translator: T(f) = f Aᵀ + a; no gradient reaches it. Replace it with `set_translator`, or with several of disjoint folds
+            by `set_translators`.
         texts: (C, n) text embedding of each class's prompt.
-        weight: λ after the ramp. terms: name -> weight; names are the functions in `TERMS`.
+        weight: λ after the ramp, times the buffer `scale` (1 unless set). terms: name -> weight; names are the functions in
+            `TERMS`, sums with a name are in `PRESETS`.
         warmup_steps: steps with λ = 0. ramp_steps: steps of the cosine ramp from 0 to λ that follow.
         accumulation: forwards in one step, all with the same λ, for loops that accumulate gradients.
         confusable: K, how many nearest classes make a class's contrast directions.
         momentum: of the running feature mean and class means.
+        placebo: "shuffled" or "random" replaces the prompts, contrasts included (see `loss_terms.placebo_texts`).
 
     Shapes: forward(features (B, m), labels (B,)) -> () in float32 or wider, outside autocast. Detached terms by name in
     `.last_terms`, with "sing" (their sum) and "sing_weight" (λ).
 
     Raises:
-        ValueError: unknown terms, shapes that do not fit, labels outside 0..C-1.
+        ValueError: unknown terms or placebo, shapes that do not fit, labels outside 0..C-1.
 
     Example:
         >>> head = nn.Linear(8, 3)
@@ -150,8 +63,12 @@ class SingLoss(nn.Module):
 
     texts: Tensor
     contrast: Tensor
+    targets: Tensor
     matrix: Tensor
     offset: Tensor
+    more_matrices: Tensor | None
+    more_offsets: Tensor | None
+    scale: Tensor
     mean: Tensor
     class_means: Tensor
     image_score_ref: Tensor
@@ -172,6 +89,7 @@ class SingLoss(nn.Module):
         confusable: int = 16,
         momentum: float = 0.99,
         invariance: Invariance = "logits",
+        placebo: Placebo = "none",
     ) -> None:
         super().__init__()
         self.terms = dict(DEFAULT_TERMS if terms is None else terms)
@@ -186,11 +104,17 @@ class SingLoss(nn.Module):
             )
         self.weight, self.warmup_steps, self.ramp_steps, self.accumulation = weight, warmup_steps, ramp_steps, accumulation
         self.momentum, self.invariance = momentum, invariance
-        self.register_buffer("texts", texts.detach().float(), persistent=False)
+        texts = placebo_texts(texts.detach(), placebo)
+        self.register_buffer("texts", texts.float(), persistent=False)
+        random = random_directions(classes if "steer" in self.terms else 0, texts.shape[1], TARGET_SEED)
+        self.register_buffer("targets", random.to(texts.device), persistent=False)
         self.register_buffer("contrast", contrast_directions(texts, confusable).float(), persistent=False)
         self.register_buffer("matrix", torch.empty(0))
         self.register_buffer("offset", torch.empty(0))
+        self.register_buffer("more_matrices", None)  # no entry in the state while there is one translator
+        self.register_buffer("more_offsets", None)
         self.set_translator(translator)
+        self.register_buffer("scale", torch.ones(()))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("class_means", torch.zeros(classes, width))
         self.register_buffer("seen", torch.zeros(classes))
@@ -206,24 +130,55 @@ class SingLoss(nn.Module):
 
     def set_translator(self, translator: LinearTranslator) -> None:
         """Use another translator from now on; same classifier width m, same space n."""
-        if translator.matrix.shape != (self.texts.shape[1], self.head_weight.shape[1]):
-            raise ValueError(
-                f"expected a translator matrix ({self.texts.shape[1]}, {self.head_weight.shape[1]}), "
-                f"got {tuple(translator.matrix.shape)}"
-            )
+        self.set_translators([translator])
+
+    def set_translators(self, translators: Sequence[LinearTranslator]) -> None:
+        """Use k translators, best of disjoint folds of the images, so that no single one's estimation error can be learned.
+
+        Step s reads the features through number s mod k (the same on every process, and in all forwards of an accumulated step);
+        `capacity` and `steer` take the prompts of all. `matrix` (n, m) and `offset` (n,) are the first one's.
+
+        Raises:
+            ValueError: no translator, or matrices that are not (n, m).
+        """
+        if not translators:
+            raise ValueError("set_translators needs at least one translator, got an empty sequence")
+        wanted = (self.texts.shape[1], self.head_weight.shape[1])
+        if wrong := [tuple(t.matrix.shape) for t in translators if t.matrix.shape != wanted]:
+            raise ValueError(f"expected a translator matrix {wanted}, got {', '.join(map(str, wrong))}")
         device = self.texts.device
-        self.matrix = translator.matrix.detach().to(device, torch.float32).clone()
-        self.offset = translator.offset.detach().to(device, torch.float32).clone()
+        matrices = [t.matrix.detach().to(device, torch.float32).clone() for t in translators]
+        offsets = [t.offset.detach().to(device, torch.float32).clone() for t in translators]
+        self.matrix, self.offset = matrices[0], offsets[0]
+        self.more_matrices = torch.stack(matrices[1:]) if matrices[1:] else None
+        self.more_offsets = torch.stack(offsets[1:]) if offsets[1:] else None
+
+    @property
+    def translators(self) -> list[tuple[Tensor, Tensor]]:
+        """(A (n, m), a (n,)) of every translator in use, the first one first."""
+        if self.more_matrices is None or self.more_offsets is None:
+            return [(self.matrix, self.offset)]
+        return [(self.matrix, self.offset), *zip(self.more_matrices, self.more_offsets, strict=True)]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """The stored number of translators is taken over; a state from before `scale` existed had 1."""
+        if prefix + "matrix" in state_dict:
+            for name in ("more_matrices", "more_offsets"):
+                stored = state_dict.get(prefix + name)
+                setattr(self, name, None if stored is None else torch.empty_like(stored, device=self.matrix.device))
+            state_dict.setdefault(prefix + "scale", torch.ones_like(self.scale))
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
 
     @property
     def current_weight(self) -> float:
-        """λ(step): 0 in the warm-up, then a cosine ramp, then `weight`."""
+        """λ(step) · scale: 0 in the warm-up, then a cosine ramp, then `weight` times the buffer `scale`."""
+        full = self.weight * float(self.scale)
         after = int(self.step) // self.accumulation - self.warmup_steps
         if after < 0:
             return 0.0
         if after >= self.ramp_steps:
-            return self.weight
-        return self.weight * 0.5 * (1 - math.cos(math.pi * (after + 1) / (self.ramp_steps + 1)))
+            return full
+        return full * 0.5 * (1 - math.cos(math.pi * (after + 1) / (self.ramp_steps + 1)))
 
     @torch.no_grad()
     def calibrate(self, mean: Tensor, class_means: Tensor, image_score_ref: Tensor) -> SingLoss:
@@ -286,15 +241,20 @@ class SingLoss(nn.Module):
 
     def _inputs(self, features: Tensor, labels: Tensor) -> LossInputs:
         dtype = features.dtype
-        matrix, offset, mean = self.matrix.to(dtype), self.offset.to(dtype), self.mean.to(dtype)
-        head = self.head_weight
+        mean, head, texts = self.mean.to(dtype), self.head_weight, self.texts.to(dtype)
+        translators = [(matrix.to(dtype), offset.to(dtype)) for matrix, offset in self.translators]
+        matrix, offset = translators[int(self.step) // self.accumulation % len(translators)]
         centred = features - mean
         anchors = self.class_means.to(dtype)[labels] - mean
-        prompts = self.texts.to(dtype) @ matrix if "capacity" in self.terms else centred[:0]
+        steered = "steer" in self.terms
+        targets = torch.cat([texts, self.targets.to(dtype)]) if steered or "capacity" in self.terms else texts[:0]
+        pulled = torch.stack([targets @ each for each, _ in translators])  # (k, J, m): Aᵀ t
         # One projection for the batch, its class means and the prompts: the factorisation of W Wᵀ is shared.
-        every = torch.cat([centred, anchors, prompts])
+        every = torch.cat([centred, anchors, pulled.flatten(0, 1)])
         outside = every - row_space_projection(head, every, invariance=self.invariance)
-        null, class_null, prompts_null = torch.tensor_split(outside, (len(centred), 2 * len(centred)))
+        null, class_null, pulled_null = torch.tensor_split(outside, (len(centred), 2 * len(centred)))
+        pulled_null = pulled_null.reshape(pulled.shape)
+        targets_null = pulled_null if steered else pulled_null[:, :0]
         z = features @ matrix.T + offset
         shift = null @ matrix.T
         inputs = LossInputs(
@@ -302,14 +262,18 @@ class SingLoss(nn.Module):
             centred=centred,
             z=z,
             z_eq=z - shift,
-            text=self.texts.to(dtype)[labels],
+            text=texts[labels],
             shift=shift,
             total=centred @ matrix.T,
             contrast=self.contrast.to(dtype)[labels],
             class_null=class_null.detach(),
             image_score_ref=self._reference(z, z - shift, labels),
-            prompts=prompts,
-            prompts_null=prompts_null,
+            prompts=pulled[:, : len(texts)],
+            prompts_null=pulled_null[:, : len(texts)],
+            targets=targets if steered else targets[:0],
+            targets_null=targets_null,
+            targets_moved=torch.stack([rows @ each.T for rows, (each, _) in zip(targets_null, translators, strict=True)]),
+            head=head.to(dtype),
         )
         return inputs
 

@@ -42,8 +42,11 @@ def _points(after: ModelMeasurement, reference: ModelMeasurement) -> tuple[float
     return value, low, high
 
 
-def verdict(measurements: Mapping[str, ModelMeasurement]) -> list[str]:
-    """Three or four sentences: what leaks, what the loss changed by the auditor's reading, at what price (degrees, points)."""
+def verdict(measurements: Mapping[str, ModelMeasurement], *, trained: bool = True) -> list[str]:
+    """Three or four sentences: what leaks, what the loss changed by the auditor's reading, at what price (degrees, points).
+
+    Without training (`trained=False`) there is nothing to compare, and it says so in place of the other sentences.
+    """
     before, after = measurements["before"], measurements["sing"]
     auditor = before.translators["auditor"].overall
     sentences = [
@@ -51,6 +54,8 @@ def verdict(measurements: Mapping[str, ModelMeasurement]) -> list[str]:
         f"{auditor['AS_neg']:.2f}° (AS⁻) and moves the picture's meaning by {auditor['IS']:.1f}° (IS), by the auditor's reading "
         f"of {before.images} test pictures."
     ]
+    if not trained:
+        return [*sentences, "Nothing was trained (training.epochs: 0): every arm is the starting classifier, so no effect is claimed."]
     against = "plain fine-tuning" if "control" in measurements else "the model before (no control was trained)"
     found = {(c.name, c.translator): c for c in compare_arms(measurements)}
     image, top1 = found["IS ratio", "auditor"], found["top-1", "-"]

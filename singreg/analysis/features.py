@@ -86,7 +86,9 @@ def iterate_features(
 def cached_features(
     classifier: Classifier, part: ImagePart, cache: str, *, batch_size: int = 64, workers: int = 0, progress: bool = True
 ) -> np.ndarray:
-    """Features f (N, m) of a part, float32, row i for picture i, memory-mapped; computed once for these weights and pictures.
+    """Features f (N, m) of a part, float32, row i for picture i, memory-mapped; computed once for this backbone and these pictures.
+
+    The head's own weights have no part in its input, so a model whose head alone was trained or edited finds the same file.
 
     Raises:
         ValueError: a feature that is not finite (the picture is named), or an empty part.
@@ -97,11 +99,17 @@ def cached_features(
     try:
         return encode_part(
             lambda images: classifier.features(images.to(device)), classifier.transform, part, classifier.feature_dim, cache,
-            key={"classifier": hash_of_state(classifier.model), "preprocessing": classifier.preprocessing},
+            key={"backbone": _hash_of_backbone(classifier), "preprocessing": classifier.preprocessing},
             batch_size=batch_size, workers=workers, progress=progress, description="features",
         )  # fmt: skip
     finally:
         classifier.train(was_training)
+
+
+def _hash_of_backbone(classifier: Classifier) -> str:
+    """SHA-256 of the model's state without the head, and of where the head is."""
+    head = f"{classifier.head_name}."
+    return hash_of_state({name: tensor for name, tensor in classifier.model.state_dict().items() if not name.startswith(head)}, head)
 
 
 def _stored_batches(

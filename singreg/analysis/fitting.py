@@ -54,7 +54,7 @@ def fit_on_part(
     Raises:
         ValueError: another `standardize` than "blocks", "features" (True) or "no" (False).
     """
-    scale = _scale(classifier, standardize, invariance)
+    scale = standardization(classifier, standardize, invariance)
     width, dim = classifier.feature_dim, embeddings.shape[1]
     device = classifier.weight.device
     fit, validation = (RidgeStatistics(width, dim, device=device) for _ in range(2))
@@ -77,7 +77,38 @@ def fit_on_part(
     return FittedTranslator(translator.to(device), mean.float(), (sums / counts[:, None]).float())
 
 
-def _scale(classifier: Classifier, standardize: bool | str, invariance: Invariance) -> Standardize:
+def fold_statistics(
+    classifier: Classifier,
+    part: ImagePart,
+    embeddings: np.ndarray,
+    folds: int,
+    *,
+    seed: int = 0,
+    normalize_targets: bool = False,
+    settings: PassSettings | None = None,
+    description: str = "fitting the loop's translators",
+) -> list[RidgeStatistics]:
+    """Sums of `folds` disjoint random shares of a part, from one pass over it; merged they are the whole part's. Exact over processes.
+
+    Shapes: embeddings (N, n); each holds (m, m) and (m, n) sums over N / folds pictures. The shares hang on the seed alone.
+    """
+    fold = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed)) % folds
+    width, dim, device = classifier.feature_dim, embeddings.shape[1], classifier.weight.device
+    found = [RidgeStatistics(width, dim, device=device) for _ in range(folds)]
+    for batch in iterate_features(classifier, part, embeddings, settings or PassSettings(), description):
+        targets = torch.nn.functional.normalize(batch.embeddings, dim=-1) if normalize_targets else batch.embeddings
+        for number, statistics in enumerate(found):
+            mine = (fold[batch.indices] == number).to(device)
+            statistics.update(batch.features[mine], targets[mine])
+    return [statistics.reduce() for statistics in found]
+
+
+def standardization(classifier: Classifier, standardize: bool | str, invariance: Invariance) -> Standardize:
+    """What `RidgeStatistics.solve` takes for "blocks" (a basis (m, r) of the head's row space), "features" or "no".
+
+    Raises:
+        ValueError: another word.
+    """
     if isinstance(standardize, bool):
         return standardize
     if standardize not in ("blocks", "features", "no"):

@@ -97,7 +97,7 @@ def steer_curves(
                     outside = _sum_by_image(steps.isnan().to(exact), rows, len(targets))
                     _add(sums, f"{attacker}|{budget}", outside)
                     for judge, reader in judges.items():
-                        read = _read(rows, direction, torch.nan_to_num(steps), reader, exact)
+                        read = read_along(rows, direction, torch.nan_to_num(steps), reader, exact)
                         for name, values in zip(FIGURES, read, strict=True):
                             _add(sums, f"{attacker}|{judge}|{budget}|{name}", _sum_by_image(values, rows, len(targets)))
         if sums:
@@ -121,8 +121,8 @@ def _sum_by_image(values: Tensor, rows: SteeringRows, images: int) -> Tensor:
     return values.new_zeros(images, values.shape[1]).index_add_(0, rows.image, values)
 
 
-def _read(rows: SteeringRows, direction: Tensor, steps: Tensor, judge: AnyTranslator, texts: Tensor) -> list[Tensor]:
-    """AS, |AS| (degrees) and success of every row at every step: steps (R, G) to three (R, G)."""
+def read_along(rows: SteeringRows, direction: Tensor, steps: Tensor, judge: AnyTranslator, texts: Tensor) -> list[Tensor]:
+    """AS, |AS| (degrees) and success of every row at every step: direction (R, m), steps (R, G), texts (C, n) to three (R, G)."""
     path, same = Along(judge, rows.features, direction, rows.text, texts), own_prompt(rows.text, texts)
 
     def to_target(cosines: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def _curve(rows: Rows, attacker: str, judge: str, budget: str, grid: list[float]
     values = np.stack([rows[f"{attacker}|{judge}|{budget}|{name}"] for name in FIGURES], axis=1).astype(np.float64)
     mean, resampled = values.mean(0), resampled_means(values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
     # The area is linear in the curve, so the same draws give its interval.
-    area, areas = _mean_height(mean, grid), _mean_height(resampled, grid)
+    area, areas = mean_height(mean, grid), mean_height(resampled, grid)
     bands, area_bands = np.quantile(resampled, INTERVAL, axis=0), np.quantile(areas, INTERVAL, axis=0)
     return SteeringCurve(
         attacker=attacker,
@@ -156,7 +156,7 @@ def _curve(rows: Rows, attacker: str, judge: str, budget: str, grid: list[float]
     )
 
 
-def _mean_height(curves: np.ndarray, grid: list[float]) -> np.ndarray:
+def mean_height(curves: np.ndarray, grid: list[float]) -> np.ndarray:
     """Trapezoidal area under curves (..., G) over the width of the grid: (...), in the curves' unit."""
     height: np.ndarray = (curves[..., 1:] + curves[..., :-1]) / 2 @ np.diff(grid) / (grid[-1] - grid[0])
     return height

@@ -8,6 +8,7 @@ from singreg.analysis.results import ModelMeasurement
 from singreg.analysis.steering_results import NaturalRadii, SteeringCurve, SteeringPairs
 
 SMALL_STEP = 0.1
+LINEAR = ("fitted", "auditor")
 MANY_FLOORED = 0.1
 
 
@@ -35,6 +36,7 @@ def steering_findings(
             f"{removal:.1f}°{times}.",
         ]
     sentences += _at_equal_effort(curves, natural)
+    sentences += [_non_linear(read[p.attacker, "auditor"], audited, p, image_score) for p in pairs if _is_non_linear(p)]
     sentences.append(
         f"Logits moved by at most {max(p.logit_change for p in pairs):.1e} (float64). Every steering is one step along one gradient: a "
         "search with many steps does at least as well, so these figures are lower bounds of how easily the classifier is steered. "
@@ -42,6 +44,20 @@ def steering_findings(
         "defence shows its worth in pixels only."
     )
     return sentences
+
+
+def _is_non_linear(pairs: SteeringPairs) -> bool:
+    return pairs.attacker == pairs.judge and pairs.attacker not in LINEAR and pairs.overall["AS_abs"] is not None
+
+
+def _non_linear(audited: SteeringPairs, linear: SteeringPairs, own: SteeringPairs, image_score: float) -> str:
+    """What a non-linear attacker gains, by itself and by the auditor."""
+    beside = f" ({_spread(linear)} when the fitted translator attacks)" if linear.overall["AS_abs"] is not None else ""
+    return (
+        f"Steered by the non-linear {own.attacker} translator to the same {image_score:g}° (by bisection; {own.overall['reachable']:.0%} "
+        f"can reach it, with a step of {own.overall['step']:.0%}), features turn by {_spread(own)} as it reads them itself and by "
+        f"{_spread(audited)} as the auditor reads them{beside}."
+    )
 
 
 def _spread(pairs: SteeringPairs) -> str:

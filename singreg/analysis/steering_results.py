@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from singreg.analysis.results import ModelMeasurement
+from singreg.analysis.results import ModelMeasurement, nulls_for_nan
 
 Matrix = list[list[float | None]]
 
@@ -79,11 +79,22 @@ class NaturalRadii:
 
 
 @dataclass(frozen=True)
+class ShownSteering:
+    """One picture chosen to be drawn: place and name in the part, source class, target prompt, step ε / |f| (None: out of reach)."""
+
+    index: int
+    image: str
+    source: str
+    target: str
+    step: float | None
+
+
+@dataclass(frozen=True)
 class SteerReport:
     """What a steering run found. pairs and curves: one for every attacker and judge (and budget).
 
     measurement: the classifier on all test pictures, with the translators' quality. findings, warnings: sentences.
-    settings: the resolved configuration. machine: what it ran on. seconds: by stage.
+    settings: the resolved configuration. machine: what it ran on. seconds: by stage. shown: pictures chosen to be drawn.
     """
 
     measurement: ModelMeasurement
@@ -98,11 +109,13 @@ class SteerReport:
     settings: dict[str, Any]
     machine: dict[str, Any]
     seconds: dict[str, float]
+    shown: list[ShownSteering] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """A strictly JSON-able dict; the measurement without its per-image rows (no shapes)."""
-        value = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """A strictly JSON-able dict, null for what is not defined; the measurement without its per-image rows (no shapes)."""
+        value: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
         value["measurement"] = self.measurement.to_json()
         value["pairs"], value["curves"] = [asdict(p) for p in self.pairs], [asdict(c) for c in self.curves]
-        value["natural"] = asdict(self.natural)
-        return {"kind": "steer", "format": 1, **value}
+        value["natural"], value["shown"] = asdict(self.natural), [asdict(picture) for picture in self.shown]
+        strict: dict[str, Any] = nulls_for_nan({"kind": "steer", "format": 1, **value})
+        return strict

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, iterate_features
 from singreg.analysis.fitting import FittedTranslator
+from singreg.analysis.fitting_mlp import fit_mlp_on_part
 from singreg.analysis.model import analyze_model
 from singreg.analysis.on_manifold import fit_conditional, natural_radii
 from singreg.analysis.results import ModelMeasurement
@@ -26,9 +27,14 @@ from singreg.analysis.steering_results import SteeringCurve, SteeringPairs, Stee
 from singreg.data.subsets import resolve_classes
 from singreg.evaluation.fitting import fit_translators
 from singreg.evaluation.steer_config import ALL, SteerConfig
+from singreg.evaluation.steer_pictures import SteeredPictures, draw_steered, open_renderer
 from singreg.geometry.nullspace import NullSpace
 from singreg.reporting.steering_report import report_to_tensorboard, write_steer_report
 from singreg.reporting.steering_tables import table1
+from singreg.reporting.unclip import UnclipRenderer
+from singreg.translation.base import Translator
+from singreg.translation.mlp import MLPSettings
+from singreg.translation.translator import LinearTranslator
 from singreg.workbench.build import Bench
 from singreg.workbench.run import Run, describe_machine
 
@@ -37,24 +43,35 @@ Value = TypeVar("Value")
 
 @dataclass
 class SteeringBench:
-    """The bench with the plan of what is steered where; every complaint about names and prompts comes when it is built."""
+    """The bench with the plan of what is steered where; every complaint about names and prompts comes when it is built.
+
+    renderer: what draws steered pictures, on the main process, where asked for.
+    """
 
     bench: Bench
     plan: PairPlan
+    renderer: UnclipRenderer | None = None
 
     @classmethod
     def build(cls, config: SteerConfig, accelerator: Accelerator) -> SteeringBench:
         """Load data and models, find the source classes and embed the targets (K, n).
 
         Raises:
-            ValueError: classes that do not exist, a source that is its only target, and what `Bench.build` refuses.
+            ValueError: classes that do not exist, a source that is its only target, a drawing pipeline that cannot be opened or
+                draws embeddings of another width, and what `Bench.build` refuses.
         """
+        renderer = open_renderer(config.unclip, accelerator)  # first: what is missing should not be said after minutes of work
         bench = Bench.build(
             config, config.model, accelerator,
             batch_size=config.batch_size, normalize_targets=config.translator.normalize_targets,
         )  # fmt: skip
         bench.settings = replace(bench.settings, cache=config.cache)
-        return cls(bench, choose_pairs(config, bench))
+        if renderer is not None and renderer.width != bench.texts.shape[1]:
+            raise ValueError(
+                f"unclip: {config.unclip} draws {renderer.width}-dimensional embeddings and {bench.vlm.tag} gives {bench.texts.shape[1]}; "
+                "set vlm to the CLIP that the pipeline was trained with"
+            )
+        return cls(bench, choose_pairs(config, bench), renderer)
 
 
 def choose_pairs(config: SteerConfig, bench: Bench) -> PairPlan:
@@ -94,10 +111,12 @@ class Steering:
 
     def __init__(self, run: Run, config: SteerConfig, steering_bench: SteeringBench) -> None:
         self.run, self.config = run, config
-        self.bench, self.plan = steering_bench.bench, steering_bench.plan
+        self.bench, self.plan, self.renderer = steering_bench.bench, steering_bench.plan, steering_bench.renderer
         weight = self.bench.classifier.weight
         self.null_space = NullSpace.from_weight(weight, invariance=config.model.invariance).to(weight.device)
-        self.translators: dict[str, FittedTranslator] = {}
+        self.fitted: dict[str, FittedTranslator] = {}
+        self.translators: dict[str, Translator] = {}
+        self.pictures: SteeredPictures | None = None
         self.measurement: ModelMeasurement
         self.pairs: list[SteeringPairs]
         self.curves: list[SteeringCurve]
@@ -110,23 +129,29 @@ class Steering:
         return result
 
     def fit_translators(self) -> None:
-        """The fitted translator from the bank and the auditor from other pictures (stage "translators")."""
-        self.translators = self._timed(
-            "translators",
-            lambda: fit_translators(
-                self.bench, self.config.translator, self.config.auditor, invariance=self.config.model.invariance
-            ),
-        )
+        """The fitted translator from the bank, the auditor from other pictures, non-linear ones asked for (stage "translators")."""
+        bench, config = self.bench, self.config
+
+        def work() -> dict[str, Translator]:
+            self.fitted = fit_translators(bench, config.translator, config.auditor, invariance=config.model.invariance)
+            found: dict[str, Translator] = {name: fitted.translator for name, fitted in self.fitted.items()}
+            for kind in config.mlp:
+                found[kind] = fit_mlp_on_part(
+                    bench.classifier, bench.parts.bank, bench.embeddings["bank"], mlp=MLPSettings(kind=kind, seed=config.seed),
+                    normalize_targets=config.translator.normalize_targets, info=bench.info, settings=bench.settings,
+                )  # fmt: skip
+            return found
+
+        self.translators = self._timed("translators", work)
 
     def measure(self) -> None:
         """The classifier on all test pictures, and the natural radii of its null component (stages "measure", "radii")."""
         parts, settings, classifier = self.bench.parts, self.bench.settings, self.bench.classifier
-        translators = {name: found.translator for name, found in self.translators.items()}
         self.measurement = self._timed(
             "measure",
             lambda: analyze_model(
-                classifier, parts.test, self.bench.embeddings["test"], self.bench.texts, translators,
-                mean=self.translators["auditor"].mean, invariance=self.config.model.invariance, settings=settings,
+                classifier, parts.test, self.bench.embeddings["test"], self.bench.texts, self.translators,
+                mean=self.fitted["auditor"].mean, invariance=self.config.model.invariance, settings=settings,
                 steering_image_score=self.config.image_score,
             ),
         )  # fmt: skip
@@ -148,22 +173,34 @@ class Steering:
         return iterate_features(self.bench.classifier, test, embeddings, self.bench.settings, description)
 
     def steer(self) -> None:
-        """Table 1 and the curves, each translator attacking and each judging (stages "pairs", "curves")."""
-        translators = {name: found.translator for name, found in self.translators.items()}
+        """Table 1 and the curves by every attacker, and the pictures to draw (stages "pairs", "curves", "pictures").
+
+        All translators judge table 1; the curves, which call a judge at every point, are judged by the two linear ones.
+        """
+        linear = {name: found.translator for name, found in self.fitted.items()}
         self.pairs = self._timed(
             "pairs",
             lambda: steer_pairs(
                 self._batches("steering to a fixed image score"), self.plan,
                 texts=self.bench.texts, weight=self.bench.classifier.weight, null_space=self.null_space,
-                attackers=translators, image_score=self.config.image_score,
+                attackers=self.translators, image_score=self.config.image_score,
             ),
         )  # fmt: skip
         self.curves = self._timed(
             "curves",
             lambda: steer_curves(
                 self._batches("steering at equal effort"), self.plan, self.budgets,
-                texts=self.bench.texts, null_space=self.null_space, attackers=translators,
+                texts=self.bench.texts, null_space=self.null_space, attackers=self.translators, judges=linear,
             ),
+        )  # fmt: skip
+        if self.config.unclip is not None:
+            self.pictures = self._timed("pictures", lambda: self._draw(linear))
+
+    def _draw(self, linear: dict[str, LinearTranslator]) -> SteeredPictures:
+        return draw_steered(
+            self.renderer, self.bench, self.plan, self.config.unclip_pictures,
+            null_space=self.null_space, attacker=linear["fitted"], judge=linear["auditor"], image_score=self.config.image_score,
+            seed=self.config.seed,
         )  # fmt: skip
 
     def report(self) -> SteerReport | None:
@@ -186,8 +223,9 @@ class Steering:
             settings={**asdict(self.config), "command": " ".join(["recipes/steer.py", *sys.argv[1:]])},
             machine=describe_machine(self.run.accelerator),
             seconds=self.run.seconds,
+            shown=[] if self.pictures is None else self.pictures.shown,
         )
-        plots = write_steer_report(report, self.run.folder)
+        plots = write_steer_report(report, self.run.folder, sheet=None if self.pictures is None else self.pictures.sheet)
         report_to_tensorboard(report, self.run.folder / "tensorboard", plots)
         print(table1(report, compact=True))
         print("\n".join([*report.findings, *report.warnings]))

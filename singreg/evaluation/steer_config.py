@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from singreg.workbench.config import AuditorConfig, JobConfig, ModelConfig, Problems, TranslatorConfig
 from singreg.workbench.parsing import parse_config
@@ -32,6 +33,10 @@ class SteerConfig(JobConfig):
         radius_floor: null directions with less than this share of the mean variance count as having that.
         images_per_class: test pictures of each source class; none takes all.
         max_pairs: source-target pairs, drawn evenly over sources; none takes all.
+        mlp: non-linear translators that attack and judge too; their steps are found by bisection. Training one takes minutes.
+        unclip: an UnCLIP image-variation pipeline (hub name or folder) that draws a few steered pictures; needs the extra
+            singreg[unclip] and the CLIP that the pipeline was trained with. none draws nothing.
+        unclip_pictures: how many pictures it draws, one a source class.
         batch_size: pictures a batch of the classifier.
     """
 
@@ -48,6 +53,9 @@ class SteerConfig(JobConfig):
     radius_floor: float = 1e-3
     images_per_class: int | None = 50
     max_pairs: int | None = None
+    mlp: list[Literal["mlp3", "mlp4", "residual"]] = field(default_factory=list)
+    unclip: str | None = None
+    unclip_pictures: int = 6
     batch_size: int = 64
 
 
@@ -55,7 +63,7 @@ def check_steer(config: SteerConfig) -> list[str]:
     """Everything wrong with the values, each as one sentence (no shapes); an empty list means it can run."""
     problems = Problems()
     problems.job(config)
-    problems.positive(batch_size=config.batch_size, radius_floor=config.radius_floor)
+    problems.positive(batch_size=config.batch_size, radius_floor=config.radius_floor, unclip_pictures=config.unclip_pictures)
     problems.need(config.radius_floor <= 1, f"radius_floor: expected a share of at most 1, got {config.radius_floor}")
     problems.translators(config.translator, config.auditor)
     problems.need(0 < config.image_score < 180, f"image_score: expected degrees between 0 and 180, got {config.image_score}")
@@ -66,12 +74,17 @@ def check_steer(config: SteerConfig) -> list[str]:
         grid = getattr(config, name)
         rising = len(grid) >= 2 and grid[0] >= 0 and all(low < high for low, high in itertools.pairwise(grid))
         problems.need(rising, f"{name}: expected at least two numbers from 0 upwards in rising order, got {grid}")
+    twice = sorted({kind for kind in config.mlp if config.mlp.count(kind) > 1})
+    problems.need(not twice, f"mlp: listed twice: {', '.join(twice)}")
+    problems.need(config.unclip is None or bool(config.unclip.strip()), "unclip: expected a pipeline's name or folder, or none")
     _check_pairs(config, problems)
     return problems
 
 
 def _check_pairs(config: SteerConfig, problems: Problems) -> None:
     """Who is steered towards what, as far as it can be judged without the data."""
+    textless = [prompt for prompt in config.prompts if prompt.strip() and not any(letter.isalnum() for letter in prompt)]
+    problems.need(not textless, f"prompts: no text in {', '.join(map(repr, textless))}")
     for name in ("sources", "targets", "prompts"):
         entries = names_of(getattr(config, name))
         blank = [place for place, entry in enumerate(entries) if not entry.strip()]

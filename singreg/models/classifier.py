@@ -17,6 +17,7 @@ from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from singreg.files import sha256_of_tensor
@@ -263,10 +264,12 @@ class Classifier(nn.Module):
         Written beside the old folder and renamed when whole: what was there stays if the writing fails.
 
         Raises:
-            ValueError: the model is not timm's (save its state_dict with safetensors instead).
+            ValueError: the model is not timm's (save its state_dict with safetensors instead), or its head is constrained.
         """
         if self._data_config is None:
             raise ValueError(f"{self.tag} is not a timm model; save `classifier.model.state_dict()` with safetensors instead")
+        if is_parametrized(self.head):
+            raise ValueError(f"the head of {self.tag} is constrained, which plain timm cannot load; call release_rows(classifier) first")
         folder = Path(folder)
         temporary, old = folder.with_name(f".{folder.name}-writing"), folder.with_name(f".{folder.name}-old")
         if old.exists() and not folder.exists():  # a run was killed between the two renames below

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -137,10 +137,10 @@ class VisionLanguageModel(nn.Module):
         return F.normalize(rows.float(), dim=-1)
 
 
-def hash_of_state(model: nn.Module, extra: str = "") -> str:
+def hash_of_state(model: nn.Module | Mapping[str, Tensor], extra: str = "") -> str:
     """SHA-256 over a module's state, as hexadecimal: names sorted, each with dtype, shape and bytes (any shapes)."""
     digest = hashlib.sha256(extra.encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted((model.state_dict() if isinstance(model, nn.Module) else model).items()):
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)};".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().tobytes())

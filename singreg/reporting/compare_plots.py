@@ -9,8 +9,10 @@ from matplotlib.figure import Figure
 
 from singreg.analysis.analysis_results import PRIMARY
 from singreg.analysis.comparing_results import CompareReport, OrderCheck
+from singreg.reporting.plots import drawable
 
 WIDTH = 4.6
+VIEW_LENGTH = 80  # two names, one above the other
 
 
 def draw_comparison(report: CompareReport) -> Figure:
@@ -26,7 +28,7 @@ def draw_comparison(report: CompareReport) -> Figure:
         _draw_space(panel, report, space, colours)
     if order is not None:
         _draw_ranks(axes[-1], order, colours)
-    handles = [Axes.plot(axes[0], [], [], "o", color=colours[name], label=_plain(name))[0] for name in names]
+    handles = [Axes.plot(axes[0], [], [], "o", color=colours[name], label=drawable(name))[0] for name in names]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     images = next((m.images for found in report.measurements.values() for m in found.values()), 0)
     figure.suptitle(f"{images} test pictures, the same for all models; 95 % intervals; area: AS⁻", fontsize=9)
@@ -45,7 +47,7 @@ def _draw_space(axes: Axes, report: CompareReport, space: str, colours: dict[str
         axes.errorbar(x, y, **errors, color=colours[name], capsize=2, linewidth=1)  # type: ignore[arg-type]
         axes.scatter(x, y, s=30 + 170 * scores.overall["AS_neg"] / max(largest, 1e-9), color=colours[name], alpha=0.75, zorder=3)
     axes.set(xlabel="mean |AS| °", ylabel="mean IS °", xlim=(0, None), ylim=(0, None))
-    axes.set_title(f"{_plain(space)}, by the {translator}", fontsize=10)
+    axes.set_title(f"{drawable(space)}, by the {translator}", fontsize=10)
     _style(axes)
 
 
@@ -54,7 +56,7 @@ def _draw_ranks(axes: Axes, order: OrderCheck, colours: dict[str, np.ndarray]) -
     for name, colour in colours.items():
         ranks = [names.index(name) + 1 for names in order.orders]
         axes.plot(places, ranks, "o-", color=colour, linewidth=1.8)
-    axes.set_xticks(places, [_plain(view).replace(", ", "\n") for view in order.views], fontsize=8)
+    axes.set_xticks(places, [drawable(view, VIEW_LENGTH).replace(", ", "\n") for view in order.views], fontsize=8)
     axes.set_yticks(np.arange(1, len(colours) + 1))
     axes.set_xlim(-0.4, len(places) - 0.6)
     axes.set_ylim(len(colours) + 0.4, 0.6)
@@ -67,8 +69,3 @@ def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
-
-
-def _plain(text: str) -> str:
-    """A name as it is: matplotlib would read dollars as mathematics."""
-    return text.replace("$", "\\$")

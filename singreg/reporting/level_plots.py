@@ -15,18 +15,12 @@ from singreg.analysis.concept_results import ConceptMeasurement, ConceptShift
 from singreg.analysis.image_results import ImageMeasurement, Neighbour, PictureShift, WorstImage
 from singreg.analysis.joint import JointDistribution
 from singreg.data.parts import ImagePart
-from singreg.reporting.plots import _axes, _styled
+from singreg.reporting.plots import _axes, _styled, drawable
 
 HARM, GOOD, NEUTRAL = "#c2410c", "#2563eb", "#6b7280"  # AS < 0, AS > 0
 CYCLE = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#4d7c0f", "#be185d")
 CLASSES_SHOWN = 24
-NAME_LENGTH = 28
-
-
-def _short(name: str, limit: int = NAME_LENGTH) -> str:
-    """A name that fits beside an axis; a dollar sign would begin a formula."""
-    plain = name if len(name) <= limit else f"{name[: limit - 1]}…"
-    return plain.replace("$", "\\$")
+NAME_LENGTH = 28  # characters beside an axis
 
 
 def _signed(value: float) -> str:
@@ -56,7 +50,7 @@ def draw_class_violins(found: ClassMeasurement, shown: int = CLASSES_SHOWN) -> F
             axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel("degrees")
         _styled(axes, "AS (left of 0: leakage)" if key == "AS" else "IS")
-    panels[0].set_yticks(range(len(scores)), [f"{_short(score.name)} ({score.images})" for score in scores], fontsize=8)
+    panels[0].set_yticks(range(len(scores)), [f"{drawable(score.name, NAME_LENGTH)} ({score.images})" for score in scores], fontsize=8)
     panels[1].set_yticks(range(len(scores)), [""] * len(scores))
     left = "" if gap is None else f"; {gap} leakiest and {len(scores) - gap} least leaky of {len(found.classes)}"
     empty = f"; {len(found.empty)} classes have no picture" if found.empty else ""
@@ -86,7 +80,8 @@ def draw_class_accuracy(found: ClassMeasurement, named: int = 6) -> Figure:
     axes.scatter(leak[named:], accuracy[named:], s=26, color=NEUTRAL, alpha=0.7, linewidths=0)
     axes.margins(x=0.08, y=0.1)
     for place, score in enumerate(found.classes[:named]):  # numbers, since names would lie on each other
-        axes.scatter(leak[place], accuracy[place], s=110, color=HARM, linewidths=0, label=f"{place + 1}  {_short(score.name)}")
+        label = f"{place + 1}  {drawable(score.name, NAME_LENGTH)}"
+        axes.scatter(leak[place], accuracy[place], s=110, color=HARM, linewidths=0, label=label)
         axes.text(leak[place], accuracy[place], f"{place + 1}", fontsize=7, color="white", ha="center", va="center_baseline")
     axes.legend(title="the leakiest", fontsize=8, title_fontsize=8, handlelength=0, markerscale=0, loc="center left",
                 bbox_to_anchor=(1.0, 0.5), frameon=False)  # fmt: skip
@@ -115,7 +110,7 @@ def draw_joint_distribution(found: Mapping[str, JointDistribution]) -> Figure:
             axes.add_patch(patch)
         axes.plot(*joint.mean, marker="o", color=colour, markeredgecolor="white", markersize=8, zorder=5)
         ratio = "–" if joint.ratio is None else f"{joint.ratio:.1f}"
-        label = f"{_short(name, 40)}: IS {joint.mean[0]:.1f}°, AS {joint.mean[1]:+.2f}°, IS/|AS| {ratio}"
+        label = f"{drawable(name, 40)}: IS {joint.mean[0]:.1f}°, AS {joint.mean[1]:+.2f}°, IS/|AS| {ratio}"
         handles.append(Line2D([], [], marker="o", linestyle="none", color=colour, label=label))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="IS °", ylabel="AS °")
@@ -146,7 +141,7 @@ def draw_concept_arrows(found: ConceptMeasurement, count: int = 10, label: int |
         axes.set_xlabel("angle to the concept °")
         _styled(axes, f"{title}: ○ before, ► after the removal")
     images = found.images if label is None else found.class_images[label]
-    where = "all pictures" if label is None else f"class {_short(found.class_names[label], 40)}"
+    where = "all pictures" if label is None else f"class {drawable(found.class_names[label], 40)}"
     key = "red: the concept moves away (AS < 0), blue: it comes closer (AS > 0)"
     figure.suptitle(f"{len(found.concepts)} concepts, {where} ({images}), {_removal(found.centred)}; {key}", fontsize=9)
     return figure
@@ -168,7 +163,7 @@ def _arrows(axes: Axes, shifts: Sequence[ConceptShift], span: float) -> None:
             f"{_signed(shift.score)}{spread}", (max(shift.before, shift.after), place), xytext=(8, 0), textcoords="offset points",
             fontsize=7.5, va="center", color=colour,
         )  # fmt: skip
-    axes.set_yticks(range(len(shifts)), [_short(shift.concept) for shift in shifts], fontsize=8)
+    axes.set_yticks(range(len(shifts)), [drawable(shift.concept, NAME_LENGTH) for shift in shifts], fontsize=8)
 
 
 def draw_worst_images(
@@ -197,7 +192,7 @@ def draw_worst_images(
     for axes in grid.ravel():
         axes.axis("off")
     for row, (image, shift) in enumerate(zip(worst, shifts, strict=False)):
-        _picture(grid[row, 0], part, image.index, f"{_short(image.class_name, 18)}\nnamed: {_short(image.predicted, 18)}")
+        _picture(grid[row, 0], part, image.index, f"{drawable(image.class_name, 18)}\nnamed: {drawable(image.predicted, 18)}")
         grid[row, 1].text(0, 0.5, _why(image), fontsize=7, va="center", ha="left", transform=grid[row, 1].transAxes)
         column = 2
         for (side, title), count in zip(sides.items(), across, strict=True):
@@ -223,7 +218,7 @@ def _picture(axes: Axes, part: ImagePart, index: int, caption: str) -> None:
 
 def _caption(gallery: ImagePart, neighbour: Neighbour) -> str:
     label = int(gallery.labels[neighbour.index])
-    return f"{'' if label < 0 else _short(gallery.class_names[label], 18)}\n{neighbour.angle:.1f}°"
+    return f"{'' if label < 0 else drawable(gallery.class_names[label], 18)}\n{neighbour.angle:.1f}°"
 
 
 def _why(image: WorstImage, moved: int = 3) -> str:
@@ -231,5 +226,5 @@ def _why(image: WorstImage, moved: int = 3) -> str:
     lines = [f"AS {image.attribute_score:+.1f}°, IS {image.image_score:.1f}°"]
     for title, shifts in (("moves away:", image.falls), ("comes closer:", image.rises)):
         if shifts:
-            lines += [title, *(f"  {_short(shift.concept, 20)} {shift.score:+.1f}°" for shift in shifts[:moved])]
+            lines += [title, *(f"  {drawable(shift.concept, 20)} {shift.score:+.1f}°" for shift in shifts[:moved])]
     return "\n".join(lines)

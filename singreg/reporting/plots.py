@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Ellipse
 
 from singreg.analysis.results import FinetuneReport, ModelMeasurement
@@ -46,12 +48,30 @@ def save_figure(figure: Figure, path: Path) -> None:
 def drawable(name: str, limit: int = NAME_LENGTH) -> str:
     """A name as text in a figure: one line, at most `limit` characters, no formula, nothing that cannot be printed (no shapes).
 
+    A letter that the figures' font does not have is written as its number, so that two such names stay two.
+
     Example:
         >>> drawable("a\\tprice in $", limit=9)
         'a price …'
+        >>> print(drawable("\\u732b cat"))
+        \\u732b cat
     """
-    plain = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(name.split()))
-    return (plain if len(plain) <= limit else plain[: limit - 1] + "…").replace("$", "\\$")
+    letters = [_letter(letter) for letter in " ".join(name.split())[: limit + 1]]
+    while sum(map(len, letters)) > limit:
+        letters = [*letters[: -1 if letters[-1] != "…" else -2], "…"]
+    return "".join(letters).replace("$", "\\$")
+
+
+def _letter(letter: str) -> str:
+    if not letter.isprintable():
+        return "\ufffd"
+    return letter if ord(letter) in _glyphs(findfont(FontProperties())) else letter.encode("ascii", "backslashreplace").decode()
+
+
+@cache
+def _glyphs(font: str) -> frozenset[int]:
+    """The code points that a font file (path) has a picture for."""
+    return frozenset(get_font(font).get_charmap())
 
 
 def _axes(columns: int, width: float = 4.2, height: float = 4.0) -> tuple[Figure, list[Axes]]:

@@ -11,12 +11,14 @@ from matplotlib.figure import Figure
 
 from singreg.analysis.steering_curves import BUDGETS
 from singreg.analysis.steering_results import Matrix, SteeringCurve, SteerReport
-from singreg.reporting.plots import save_figure
+from singreg.reporting.plots import drawable, save_figure
 
-COLOURS = {"fitted": "#2563eb", "auditor": "#d97706"}
+COLOURS = {"fitted": "#2563eb", "auditor": "#d97706", "mlp3": "#059669", "mlp4": "#9333ea", "residual": "#dc2626"}
 STYLES = {"fitted": "--", "auditor": "-"}
 CLASSES_SHOWN = 60
 NUMBERS_UP_TO = 20
+NAME_LENGTH = 22
+PAGE_WIDTH = 12.0  # inches: a report shows that at four fifths of its size
 FIGURES_DRAWN = {"success": (100.0, "target outranks all classes, %"), "AS": (1.0, "AS towards the target, °")}
 PANELS = {
     "step": "relative step, along the gradient",
@@ -45,44 +47,46 @@ def draw_pairs(report: SteerReport) -> Figure:
         (f"success %, {at},\nthe auditor reads", read["fitted", "auditor"].matrices["success"], 100.0),
     ]
     rows, columns = min(len(report.sources), CLASSES_SHOWN), min(len(report.targets), CLASSES_SHOWN)
-    cell = 0.42 if max(rows, columns) <= NUMBERS_UP_TO else 0.2
-    width, height = max(3.2, cell * columns + 0.8), max(2.2, cell * rows) + 2.4
-    figure = Figure(figsize=(len(panels) * width + 1.6, height), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
-    largest = max((value for _, matrix, factor in panels[:2] for row in matrix for value in row if value is not None), default=1.0)
-    for place, (panel, (title, matrix, factor)) in enumerate(zip(axes, panels, strict=True)):
-        _heat_map(panel, report, matrix, factor, 100.0 if factor > 1 else largest)
+    figure, axes = _panels(len(panels), rows, columns)
+    angles = [value for _, matrix, _ in panels[:2] for row in matrix for value in row if value is not None]
+    reach = (min(angles), max(angles)) if angles else (0.0, 1.0)  # the same for both, not from 0: they differ by a few degrees
+    for panel, (title, matrix, factor) in zip(axes, panels, strict=True):
+        _heat_map(panel, report, matrix, factor, (0.0, 100.0) if factor > 1 else reach)
         panel.set_title(title, fontsize=10)
-        if place == 0:
-            panel.set_ylabel("steered from")
     shown = "" if (rows, columns) == (len(report.sources), len(report.targets)) else f"; the first {rows} × {columns} are drawn"
     figure.suptitle(f"steered from (down) to (across); empty: not steered, or out of reach{shown}", fontsize=9)
     return figure
 
 
-def _heat_map(axes: Axes, report: SteerReport, matrix: Matrix, factor: float, largest: float) -> None:
+def _panels(count: int, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """Side by side while that is no wider than a page, else one below the other, so that numbers stay large enough to read."""
+    numbered = max(rows, columns) <= NUMBERS_UP_TO
+    width, height = max(3.2, (0.42 if numbered else 0.16) * columns + 1.6), max(1.8, (0.3 if numbered else 0.16) * rows) + 1.9
+    beside = count * width <= PAGE_WIDTH
+    figure = Figure(figsize=(count * width, height) if beside else (max(width, 6.0), count * height), layout="constrained")
+    return figure, list(figure.subplots(1 if beside else count, count if beside else 1, squeeze=False).flat)
+
+
+def _heat_map(axes: Axes, report: SteerReport, matrix: Matrix, factor: float, reach: tuple[float, float]) -> None:
     values = np.array([[np.nan if v is None else factor * v for v in row] for row in matrix], dtype=float)
     values = values[:CLASSES_SHOWN, :CLASSES_SHOWN]
-    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=largest, aspect="auto")
+    image = axes.imshow(values, cmap="cividis", vmin=reach[0], vmax=max(reach[1], reach[0] + 1e-6), aspect="auto")
+    dark = reach[0] + 0.6 * (reach[1] - reach[0])
     axes.set_facecolor("#f3f4f6")
-    axes.set_xticks(range(values.shape[1]), [_short(t) for t in report.targets[:CLASSES_SHOWN]], rotation=60, ha="right", fontsize=8)
-    axes.set_yticks(range(values.shape[0]), [_short(s) for s in report.sources[:CLASSES_SHOWN]], fontsize=8)
+    across, down = ([drawable(name, NAME_LENGTH) for name in names[:CLASSES_SHOWN]] for names in (report.targets, report.sources))
+    axes.set_xticks(range(values.shape[1]), across, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(values.shape[0]), down, fontsize=8)
     if max(values.shape) <= NUMBERS_UP_TO:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                colour = "white" if value < 0.6 * largest else "black"
+                colour = "white" if value < dark else "black"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
 
 
-def _short(name: str, limit: int = 22) -> str:
-    plain = name.replace("$", "\\$")
-    return plain if len(plain) <= limit else f"{plain[: limit - 1]}…"
-
-
 def draw_curves(report: SteerReport) -> Figure:
     """Success and AS against every budget, by attacker (colour) and judge (line), with 95 % bands and natural percentiles."""
-    figure = Figure(figsize=(4.6 * len(BUDGETS), 7.4), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 7.0), layout="constrained")
     panels = figure.subplots(2, len(BUDGETS), sharey="row", sharex="col", squeeze=False)
     for column, budget in enumerate(BUDGETS):
         curves = [curve for curve in report.curves if curve.budget == budget]
@@ -115,7 +119,10 @@ def _mark_natural(axes: Axes, marks: dict[str, float], *, named: bool) -> None:
         axes.axvline(value, color="#6b7280", linewidth=0.9, linestyle=(0, (2, 2)))
         if named:
             height = 0.02 + 0.05 * place  # one above the other: the percentiles lie close together; the curves are higher up there
-            axes.text(value, height, f" {name} of natural", transform=axes.get_xaxis_transform(), fontsize=7, va="bottom", color="#374151")
+            axes.text(
+                value, height, f" {name} of natural", transform=axes.get_xaxis_transform(), fontsize=8, va="bottom", color="#374151",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, zorder=5,
+            )  # fmt: skip
 
 
 def _style(axes: Axes, title: str, label: str) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from singreg.analysis.steering_findings import LINEAR
 from singreg.analysis.steering_results import SteerReport
 from singreg.files import write_json, write_text
 from singreg.reporting import steering_tables as tables
 from singreg.reporting.html import write_html
 from singreg.reporting.page import page_from_markdown
+from singreg.reporting.plots import save_figure
 from singreg.reporting.steering_plots import save_steering_plots
 from singreg.reporting.tables import escape
 from singreg.reporting.tensorboard import TensorBoardLog
@@ -17,13 +21,20 @@ from singreg.reporting.tensorboard import TensorBoardLog
 CAPTIONS = {
     "curves": "success and AS against the relative step and the Mahalanobis radius, with 95 % bands and natural percentiles",
     "pairs": "source by target: the absolute AS at the wanted image score by each translator, and success by the auditor",
+    "unclip": "each picture, its embedding, and the auditor's T(f), T(f~) and T of the steered feature, drawn by a diffusion model",
 }
 TICKS = 1000  # TensorBoard's axis is whole numbers: a grid value times this
 
 
-def write_steer_report(report: SteerReport, folder: Path) -> dict[str, Path]:
-    """Write plots/, report.md, report.html and report.json into the path `folder`; returns the plots' paths by name."""
+def write_steer_report(report: SteerReport, folder: Path, sheet: Figure | None = None) -> dict[str, Path]:
+    """Write plots/, report.md, report.html and report.json into the path `folder`; returns the plots' paths by name.
+
+    sheet: the drawings of `report.shown`, where there are any.
+    """
     plots = save_steering_plots(report, folder / "plots")
+    if sheet is not None:
+        plots["unclip"] = folder / "plots" / "unclip.png"
+        save_figure(sheet, plots["unclip"])
     text = steer_markdown(report, {name: path.relative_to(folder) for name, path in plots.items()})
     write_text(folder / "report.md", text)
     write_html(folder / "report.html", page_from_markdown(text, folder))
@@ -45,7 +56,9 @@ def steer_markdown(report: SteerReport, plots: Mapping[str, Path]) -> str:
         "AS is the angle gained towards the target prompt, |AS| its size, mean ± standard deviation over steerings that reach the score; "
         "a step is ε over the norm of f; success is the share of all steerings after which the target prompt outranks every class "
         "prompt. Intervals are 95 % bootstrap over pictures. Lower is harder to steer. *fitted*: a translator from the bank's pictures; "
-        "*auditor*: an independent one from other pictures, standardised. The attacker finds direction and step, the judge reads. "
+        "*auditor*: an independent one from other pictures, standardised. "
+        + _non_linear(report)
+        + "The attacker finds direction and step, the judge reads. "
         + ("" if worst is None else f"Largest miss of the wanted image score among the reachable: {worst:.1e}°."),
         "## Steering at equal effort",
         pictures.get("curves", ""),
@@ -64,12 +77,33 @@ def steer_markdown(report: SteerReport, plots: Mapping[str, Path]) -> str:
         tables.pair_table(report, read["fitted", "fitted"]),
         "### |AS| towards the target °: the fitted translator attacks, the auditor reads",
         tables.pair_table(report, read["fitted", "auditor"]),
+        *_drawn(report, pictures.get("unclip", "")),
         "## Translators",
         tables.translator_table(report),
         "## How this was made",
         _facts(report),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _non_linear(report: SteerReport) -> str:
+    """What the further translators are, or nothing."""
+    kinds = [name for name in report.measurement.translators if name not in LINEAR]
+    return f"*{', '.join(kinds)}*: non-linear, from the bank's pictures; steps by bisection, judging table 1 only. " if kinds else ""
+
+
+def _drawn(report: SteerReport, picture: str) -> list[str]:
+    """The section of drawn pictures, or nothing when none were asked for."""
+    if not report.shown:
+        return []
+    lost = [shown for shown in report.shown if shown.step is None]
+    drawn = (
+        f"The first picture of {len(report.shown) - len(lost)} source classes, steered by the fitted translator to an image score of "
+        f"{report.image_score:g}°, drawn by {escape(report.settings.get('unclip'))}. Drawings of one row start from the same noise; "
+        "each embedding is scaled to the length of the picture's own."
+    )
+    left = f"{len(lost)} more cannot reach it and are not drawn: {', '.join(escape(shown.image) for shown in lost)}." if lost else ""
+    return ["## Pictures", *([picture, drawn] if picture else []), *([left] if left else [])]
 
 
 def _facts(report: SteerReport) -> str:

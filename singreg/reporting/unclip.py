@@ -16,6 +16,7 @@ from torch import Tensor
 
 from singreg.geometry.nullspace import NullSpace
 from singreg.progress import progress as with_progress
+from singreg.reporting.plots import drawable
 from singreg.translation.base import Translator
 
 KARLO = "kakaobrain/karlo-v1-alpha-image-variations"
@@ -117,6 +118,11 @@ class UnclipRenderer:
         return picture
 
 
+def check_extra() -> None:
+    """Raise an ImportError that says what to install, unless diffusers and transformers are there (no shapes)."""
+    _pipeline_parts()
+
+
 def _pipeline_parts() -> tuple[Any, dict[str, Any]]:
     """The pipeline's class, and the class of each of its parts by the part's folder."""
     try:
@@ -184,5 +190,5 @@ def draw_rows(rendered: Mapping[str, np.ndarray], captions: list[str], pictures:
             if row == 0:
                 panel.set_title(title, fontsize=10)
             if place == 0:
-                panel.set_ylabel(captions[row].replace("$", "\\$"), fontsize=8)
+                panel.set_ylabel(drawable(captions[row]), fontsize=8)
     return figure

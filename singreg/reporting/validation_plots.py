@@ -13,7 +13,7 @@ from singreg.analysis.chance_results import FIGURES, KINDS, ChanceReport, Chance
 from singreg.analysis.information_results import BLOCKS, UniqueInformation
 from singreg.analysis.passport import VISIBLE, HeadPassport
 from singreg.analysis.perturbation import PerturbationReport
-from singreg.reporting.plots import _axes, _styled
+from singreg.reporting.plots import _axes, _styled, drawable
 from singreg.reporting.validation_tables import BLOCK_TITLES, KIND_TITLES, PERTURBATION_TITLES, TITLES
 
 REMOVALS = {"paper": ("#2563eb", "the paper's removal"), "centred": ("#d97706", "the centred removal")}
@@ -139,7 +139,7 @@ def draw_passports(passports: Sequence[HeadPassport]) -> Figure:
     right.set_xlim(right=1.5)
     _styled(right, "σ_min / σ_max of the row space")
     for axes in (left, right):
-        axes.set_yticks(places, [_short(passport.summary.tag) for passport in passports], fontsize=8)
+        axes.set_yticks(places, [drawable(passport.summary.tag, NAME_LENGTH) for passport in passports], fontsize=8)
         axes.set_ylim(len(passports) - 0.4, -0.6)
     right.set_yticklabels([])
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
@@ -149,8 +149,3 @@ def draw_passports(passports: Sequence[HeadPassport]) -> Figure:
 def _size(passport: HeadPassport) -> str:
     summary = passport.summary
     return f"{summary.nullity} of {summary.features}" if summary.nullity else f"none: rank {summary.rank} of {summary.features}"
-
-
-def _short(name: str) -> str:
-    plain = name.replace("$", "\\$")
-    return plain if len(plain) <= NAME_LENGTH else f"{plain[: NAME_LENGTH - 1]}…"

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from singreg.losses import DEFAULT_TERMS, TERMS
+from singreg.loss_terms import PRESETS, TERMS, Placebo
 from singreg.workbench.config import AuditorConfig, JobConfig, ModelConfig, Problems, TranslatorConfig
 from singreg.workbench.parsing import parse_config
+
+HEAD_TERMS = {"capacity", "steer", "head", "orthogonal"}
+"""Terms of the head's weight alone: no gradient reaches features or backbone."""
 
 
 @dataclass
@@ -22,9 +25,16 @@ class LoopTranslatorConfig(TranslatorConfig):
             at all (no).
         normalize_targets: translate to unit image embeddings instead of the paper's raw ones (the auditor too).
         refreshes: how often, evenly spaced over training, the bank is encoded again and the loop's translator refitted.
+        folds: above 1, the loss reads an ensemble of translators fitted on so many disjoint shares of the bank, one a step in turn.
+        stream_every: above 0, the training batches' own features update the translator's sums, which are solved again every so
+            many steps. Needs no pass over the bank, but a ridge that was chosen on it stays.
+        forgetting: by this the sums are multiplied at every step of streaming, so that features of an older backbone fade; 1 keeps them.
     """
 
     refreshes: int = 3
+    folds: int = 1
+    stream_every: int = 0
+    forgetting: float = 0.99
 
 
 @dataclass
@@ -33,14 +43,21 @@ class LossConfig:
 
     Args:
         weight: λ after the ramp.
-        terms: weight of each term by name.
+        preset: named sum of terms to begin with, such as sing, label_only or null_energy.
+        terms: weights by term that replace or add to the preset's; a weight of 0 removes a term.
+        placebo: control of the control: the loss sees every class's prompt at another class (shuffled), or random directions.
+        balance: above 0, λ is scaled once, when the warm-up ends, so that the terms' gradient on the backbone (on the head where it
+            alone trains) has this share of cross-entropy's norm at full λ; both norms are logged. 0.1 to 0.3 is a good start.
         warmup: share of the steps with cross-entropy alone. ramp: share of the steps of the cosine ramp that follows.
         confusable: nearest classes that make a class's contrast directions.
         momentum: of the running feature mean and class means.
     """
 
     weight: float = 0.1
-    terms: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_TERMS))
+    preset: str = "sing"
+    terms: dict[str, float] = field(default_factory=dict)
+    placebo: Placebo = "none"
+    balance: float = 0.0
     warmup: float = 0.1
     ramp: float = 0.2
     confusable: int = 16
@@ -57,6 +74,8 @@ class TrainingConfig:
         accumulation: gradient accumulation steps; batch_size must be divisible by it times the number of processes.
         learning_rate: peak, AdamW, cosine decay. head_factor: times this for the head.
         weight_decay, clip: AdamW decay; gradient norm clipped to this.
+        l2_sp: adds half of this times the squared distance of the trained backbone from where it began (L2-SP).
+        head_first: share of the steps in which the head alone trains, the backbone as if frozen (LP-FT).
         lr_warmup: share of the steps with a linear warm-up of the learning rate.
         label_smoothing: of the cross-entropy.
         mixed_precision: no, bf16 or fp16; the loss stays in float32.
@@ -73,6 +92,8 @@ class TrainingConfig:
     head_factor: float = 5.0
     weight_decay: float = 0.01
     clip: float = 1.0
+    l2_sp: float = 0.0
+    head_first: float = 0.0
     lr_warmup: float = 0.1
     label_smoothing: float = 0.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -119,13 +140,17 @@ def check_finetune(config: FinetuneConfig) -> list[str]:
         training__log_every=training.log_every,
         training__clip=training.clip,
         loss__confusable=loss.confusable,
+        translator__folds=config.translator.folds,
     )
     problems.at_least_0(
         training__epochs=training.epochs,
         training__weight_decay=training.weight_decay,
         training__watch=training.watch,
         translator__refreshes=config.translator.refreshes,
+        translator__stream_every=config.translator.stream_every,
+        training__l2_sp=training.l2_sp,
         loss__weight=loss.weight,
+        loss__balance=loss.balance,
     )
     problems.share(
         loss__warmup=loss.warmup,
@@ -133,14 +158,38 @@ def check_finetune(config: FinetuneConfig) -> list[str]:
         loss__momentum=loss.momentum,
         training__lr_warmup=training.lr_warmup,
         training__label_smoothing=training.label_smoothing,
+        training__head_first=training.head_first,
+        translator__forgetting=config.translator.forgetting,
     )
     problems.need(loss.warmup + loss.ramp <= 1, f"loss.warmup + loss.ramp: {loss.warmup + loss.ramp} is more than the whole run")
+    _terms(problems, config)
+    _streaming(problems, config)
+    return problems
+
+
+def _terms(problems: Problems, config: FinetuneConfig) -> None:
+    loss = config.loss
+    problems.need(loss.preset in PRESETS, f"loss.preset: no preset {loss.preset!r}; known are {', '.join(sorted(PRESETS))}")
     for name in sorted(set(loss.terms) - set(TERMS)):
         problems.append(f"loss.terms.{name}: no such term; known are {', '.join(sorted(TERMS))}")
-    for name, weight in loss.terms.items():
-        problems.need(math.isfinite(weight), f"loss.terms.{name}: expected a finite weight, got {weight}")
-    problems.need(bool(loss.terms), f"loss.terms: expected at least one of {', '.join(sorted(TERMS))}")
-    return problems
+    bad = {name: weight for name, weight in loss.terms.items() if not 0 <= weight < math.inf}
+    for name, weight in bad.items():
+        problems.append(f"loss.terms.{name}: expected a finite weight of at least 0 (0 removes the term), got {weight}")
+    if loss.preset not in PRESETS or bad or set(loss.terms) - set(TERMS):
+        return
+    wanted = {name for name, weight in {**PRESETS[loss.preset], **loss.terms}.items() if weight}
+    problems.need(bool(wanted), f"loss.terms: no term of the preset {loss.preset!r} is left; give one a weight above 0")
+    # Balance is measured on the backbone, where terms of the head's weight alone have no gradient.
+    measurable = loss.balance <= 0 or config.model.tuning == "head" or not wanted or bool(wanted - HEAD_TERMS)
+    problems.need(measurable, f"loss.balance: {', '.join(sorted(wanted))} move the head alone; set it to 0 or add another term")
+
+
+def _streaming(problems: Problems, config: FinetuneConfig) -> None:
+    translator = config.translator
+    if not translator.stream_every:
+        return
+    problems.need(translator.forgetting > 0, "translator.forgetting: 0 would forget the bank at once; expected a share above 0")
+    problems.need(translator.folds == 1, "translator.stream_every: streaming keeps one translator; set translator.folds to 1")
 
 
 def parse_finetune(arguments: Sequence[str] | None = None, *, description: str = "") -> FinetuneConfig:

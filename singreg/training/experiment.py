@@ -15,10 +15,12 @@ from singreg.analysis.fitting import FittedTranslator, fit_on_part, reference_im
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import ModelMeasurement
 from singreg.data.parts import Parts
+from singreg.loss_terms import resolve_terms
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.training.config import FinetuneConfig
 from singreg.training.loop import Schedule, micro_batch
+from singreg.training.streaming import LoopTranslator
 from singreg.translation.ridge import DEFAULT_RIDGES
 from singreg.translation.translator import LinearTranslator, TranslatorInfo
 from singreg.workbench.build import Bench
@@ -98,6 +100,13 @@ class Experiment:
         sing.set_translator(current)
         return current
 
+    def loop_translator(self, first: LinearTranslator) -> LoopTranslator:
+        """Keeper of the loop's translator for one arm, beginning with the one fitted before. Matrix (n, m)."""
+        return LoopTranslator(
+            first, self.parts.bank, self.embeddings["bank"], self.config.translator, self.accelerator,
+            invariance=self.config.model.invariance, settings=self.settings, seed=self.config.seed,
+        )  # fmt: skip
+
     def sing_loss(self, classifier: Classifier, fitted: FittedTranslator, image_score_ref: Tensor) -> SingLoss:
         """SingLoss for a copy of the starting classifier, its references from the model before (C classes)."""
         loss, schedule = self.config.loss, Schedule.from_config(self.config, len(self.parts.train))
@@ -106,7 +115,8 @@ class Experiment:
             fitted.translator,
             self.texts,
             weight=loss.weight,
-            terms=loss.terms,
+            terms=resolve_terms(loss.preset, loss.terms),
+            placebo=loss.placebo,
             warmup_steps=round(loss.warmup * schedule.total),
             ramp_steps=round(loss.ramp * schedule.total),
             accumulation=self.config.training.accumulation,

@@ -26,6 +26,7 @@ from singreg.reporting.tensorboard import TensorBoardLog
 from singreg.training.experiment import Experiment
 from singreg.training.loop import ArmCallbacks, Schedule, train_arm
 from singreg.training.stages import FinetuneRun, Stage
+from singreg.training.streaming import LoopTranslator
 from singreg.translation.translator import LinearTranslator, TranslatorInfo
 from singreg.workbench.run import describe_machine
 
@@ -82,6 +83,7 @@ class Finetuning:
         def compute() -> Stage:
             classifier = self.experiment.fresh_classifier()
             sing = self.experiment.sing_loss(classifier, self.loop, self.image_score_ref) if arm == "sing" else None
+            keeper = self.experiment.loop_translator(self.loop.translator)
             log = self._log(arm)
             classifier = train_arm(
                 arm,
@@ -91,14 +93,14 @@ class Finetuning:
                 self.config,
                 self.accelerator,
                 self.run.folder / "checkpoints" / arm,
-                self._callbacks(log),
+                self._callbacks(log, keeper),
                 resume=True,
             )
             log.close()
             auditor = self.experiment.fit_auditor(classifier)
             translators = {"frozen": self.loop.translator}
             if sing is not None:
-                translators["loop"] = LinearTranslator(sing.matrix, sing.offset, self.loop.translator.info)
+                translators["loop"] = keeper.current(sing)
             translators["auditor"] = auditor.translator
             measurement = self.experiment.measure(classifier, translators, auditor.mean)
             self._export(arm, classifier, auditor.translator)
@@ -117,25 +119,20 @@ class Finetuning:
         classifier.save(self.run.folder / ("model" if arm == "sing" else "model-control"))
         auditor.save(self.run.folder / f"translator-after{'' if arm == 'sing' else '-control'}.safetensors")
 
-    def _callbacks(self, log: TensorBoardLog) -> ArmCallbacks:
+    def _callbacks(self, log: TensorBoardLog, keeper: LoopTranslator) -> ArmCallbacks:
         def figures(step: int, values: dict[str, float]) -> None:
             if values:
                 log.scalars({f"train/{name}": value for name, value in values.items()}, step)
 
-        def refresh(classifier: Classifier, sing: SingLoss) -> None:
-            self.experiment.refresh(classifier, sing, self.loop.translator)
-
         def epoch_end(step: int, classifier: Classifier, sing: SingLoss | None) -> None:
-            translator = self.loop.translator
-            if sing is not None:
-                translator = LinearTranslator(sing.matrix, sing.offset, translator.info)
+            translator = self.loop.translator if sing is None else keeper.current(sing)
             watched = watch(self.experiment, classifier, translator)
             if watched is not None:
                 log.scalars({f"watch/{k}": float(v) for k, v in watched.compute().items()}, step)
                 log.figure("watch/histogram", watched.plot()[0], step)
             log.histograms({"head/weight": classifier.weight}, step)
 
-        return ArmCallbacks(figures, epoch_end, refresh)
+        return ArmCallbacks(figures, epoch_end, keeper.refresh, keeper if keeper.stateful else None)
 
     def report(self) -> FinetuneReport | None:
         """Write the run's files and say what was found (main process only; no shapes)."""
@@ -145,7 +142,7 @@ class Finetuning:
             measurements=self.measurements,
             comparisons=compare_arms(self.measurements),
             audit_gap=_audit_gap(self.measurements["sing"]),
-            verdict=verdict(self.measurements),
+            verdict=verdict(self.measurements, trained=self.config.training.epochs > 0),
             warnings=report_warnings(self.measurements, self.config.auditor.images_per_feature),
             settings={**asdict(self.config), "command": " ".join(["recipes/finetune.py", *sys.argv[1:]])},
             machine=describe_machine(self.accelerator),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from singreg.data.views import EpochSampler
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.progress import progress
+from singreg.training.balance import balance, measure_gradients, ramp_begins
 from singreg.training.checkpoint import Checkpoints, Position
 from singreg.training.config import FinetuneConfig
-from singreg.training.task import FinetuneTask, parameter_groups
+from singreg.training.streaming import LoopTranslator
+from singreg.training.task import FinetuneTask, parameter_groups, train_head_only, trained_backbone
 
 logger = get_logger(__name__)
 
@@ -41,6 +43,7 @@ class Schedule:
     total: int
     warmup: int
     refresh_at: tuple[int, ...]
+    head_only: int = 0
 
     @classmethod
     def from_config(cls, config: FinetuneConfig, images: int) -> Schedule:
@@ -59,7 +62,7 @@ class Schedule:
         total = per_epoch * training.epochs
         parts = config.translator.refreshes + 1
         refresh = sorted({round(total * i / parts) for i in range(1, parts)} - {0, total})
-        return cls(per_epoch, total, math.ceil(training.lr_warmup * total), tuple(refresh))
+        return cls(per_epoch, total, math.ceil(training.lr_warmup * total), tuple(refresh), round(training.head_first * total))
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then cosine decay to 0; a factor in [0, 1] for a step index."""
@@ -87,11 +90,15 @@ def micro_batch(config: FinetuneConfig, processes: int) -> int:
 
 @dataclass(frozen=True)
 class ArmCallbacks:
-    """What happens beside the steps: log(step, figures), epoch_end(step, classifier, sing), refresh(classifier) of the translator."""
+    """What happens beside the steps: log(step, figures), epoch_end(step, classifier, sing), refresh(classifier) of the translator.
+
+    translator: is told of every batch and step of an arm with SingLoss, and saved and restored with it.
+    """
 
     log: Callable[[int, dict[str, float]], None]
     epoch_end: Callable[[int, Classifier, SingLoss | None], None]
     refresh: Callable[[Classifier, SingLoss], None]
+    translator: LoopTranslator | None = None
 
 
 def train_arm(
@@ -114,7 +121,7 @@ def train_arm(
     set_seed(config.seed)
     training = config.training
     schedule = Schedule.from_config(config, len(part))
-    task: torch.nn.Module = FinetuneTask(classifier, sing, label_smoothing=training.label_smoothing)
+    task: torch.nn.Module = FinetuneTask(classifier, sing, label_smoothing=training.label_smoothing, l2_sp=training.l2_sp)
     optimizer = torch.optim.AdamW(
         parameter_groups(
             classifier,
@@ -138,10 +145,13 @@ def train_arm(
     sampler = loader.sampler
     assert isinstance(sampler, EpochSampler)
     task, optimizer, loader = accelerator.prepare(task, optimizer, loader)
-    accelerator.register_for_checkpointing(scheduler)
+    translator = callbacks.translator if sing is not None else None
+    if sing is not None and translator is not None:
+        translator.refresh(classifier, sing)
+    accelerator.register_for_checkpointing(scheduler, *([] if translator is None else [translator]))
     checkpoints = Checkpoints(folder, keep=training.keep)
     start = (checkpoints.load_latest(accelerator) if resume else None) or Position(0, 0, 0)
-    arm = _Arm(name, task, optimizer, scheduler, accelerator, schedule, config, part, sampler)
+    arm = _Arm(name, task, optimizer, scheduler, accelerator, schedule, config, part, sampler, translator)
     try:
         steps = arm.steps(loader, start)
         shown = accelerator.is_local_main_process
@@ -150,6 +160,8 @@ def train_arm(
             unwrapped = accelerator.unwrap_model(task)
             if unwrapped.sing is not None and position.step in schedule.refresh_at:
                 callbacks.refresh(unwrapped.classifier, unwrapped.sing)
+            if unwrapped.sing is not None and translator is not None:
+                translator.step_ended(position.step, unwrapped.classifier, unwrapped.sing)
             epoch_ended = position.step % schedule.steps_per_epoch == 0
             if epoch_ended:
                 callbacks.epoch_end(position.step, unwrapped.classifier, unwrapped.sing)
@@ -176,8 +188,10 @@ class _Arm:
         config: FinetuneConfig,
         part: ImagePart,
         sampler: EpochSampler,
+        translator: LoopTranslator | None = None,
     ) -> None:
-        self.sampler = sampler
+        self.sampler, self.translator = sampler, translator
+        self.plain: FinetuneTask = accelerator.unwrap_model(task)
         self.name, self.task, self.optimizer, self.scheduler = name, task, optimizer, scheduler
         self.accelerator, self.schedule, self.config, self.part = accelerator, schedule, config, part
         self.figures: dict[str, float] = {}
@@ -193,25 +207,37 @@ class _Arm:
             batches.set_epoch(epoch)
             self.sampler.set_epoch(epoch)
             wanted = self.schedule.steps_per_epoch * accumulation - skipped
-            self.task.train()
+            self._train_mode(step)
             for used, batch in enumerate(itertools.islice(batches, wanted), start=skipped + 1):
                 self._micro_step(batch, step)
                 if self.accelerator.sync_gradients:
                     step += 1
                     yield Position(step, epoch, used)
-                    self.task.train()
+                    self._train_mode(step)
+
+    def _train_mode(self, step: int) -> None:
+        self.task.train()
+        if step < self.schedule.head_only:
+            train_head_only(self.plain.classifier)
 
     def _micro_step(self, batch: tuple[Tensor, ...], step: int) -> None:
         *views, labels, indices = batch
         accelerator = self.accelerator
         with accelerator.accumulate(self.task):
+            measured = self._balance(views, labels, step)
             with accelerator.autocast():
                 outputs = self.task(views[0], labels, *views[1:])
+            outputs.update(measured)
             loss = outputs["loss"]
             if not bool(torch.isfinite(loss)):
                 raise TrainingFailed(self._failure("loss", outputs, indices, step))
             accelerator.backward(loss)
+            if self.translator is not None and self.plain.seen_features is not None:
+                self.translator.observe(self.plain.seen_features, indices)
             if accelerator.sync_gradients:
+                if step < self.schedule.head_only:
+                    for parameter in trained_backbone(self.plain.classifier):
+                        parameter.grad = None  # AdamW passes it over: no step, no decay, no moments
                 norm = torch.as_tensor(accelerator.clip_grad_norm_(self.task.parameters(), self.config.training.clip))
                 outputs["gradient_norm"] = norm
                 # With fp16 the scaler skips such a step by itself and goes on with a smaller scale.
@@ -224,10 +250,24 @@ class _Arm:
                 self.scheduler.step()
         self._collect(outputs, step)
 
+    def _log_due(self, step: int) -> bool:
+        return self.accelerator.sync_gradients and (step + 1) % self.config.training.log_every == 0
+
+    def _balance(self, views: Sequence[Tensor], labels: Tensor, step: int) -> dict[str, Tensor]:
+        """Balance λ where its ramp begins, on that step's first micro-batch; both gradients' norms where the log wants them."""
+        sing, share = self.plain.sing, self.config.loss.balance
+        begins = sing is not None and share > 0 and ramp_begins(sing)
+        if sing is None or share <= 0 or not (begins or self._log_due(step)):
+            return {}
+        norms = measure_gradients(self.plain, views[0], labels, *views[1:])
+        if begins:
+            norms = balance(sing, norms, share)
+        return norms.figures()
+
     def _collect(self, outputs: dict[str, Tensor], step: int) -> None:
         """Figures for the log, averaged over processes, only when a point is due."""
         self.figures = {}
-        if self.accelerator.sync_gradients and (step + 1) % self.config.training.log_every == 0:
+        if self._log_due(step):
             names = sorted(outputs)
             values = torch.stack([outputs[name].detach().float().to(self.accelerator.device) for name in names])
             mean = self.accelerator.reduce(values, reduction="mean")

@@ -72,6 +72,23 @@ class RidgeStatistics:
             mine += theirs.to(mine)
         return self
 
+    def decay(self, factor: float) -> RidgeStatistics:
+        """Multiply every sum, the count too, by a factor in (0, 1], in place: forgetting that leaves all means as they are."""
+        if not 0 < factor <= 1:
+            raise ValueError(f"expected a factor above 0 and at most 1, got {factor}")
+        for mine in self._sums():
+            mine *= factor
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums by name, shapes (m, m), (m, n), (m,), (n,), () and ()."""
+        return dict(zip(("ff", "fz", "f", "z", "zz", "count"), self._sums(), strict=True))
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over stored sums of the same shapes, bit by bit."""
+        for name, mine in self.state_dict().items():
+            mine.copy_(state[name])
+
     def reduce(self) -> RidgeStatistics:
         """Sum over all processes, in place; every process must call it. Without a process group nothing happens."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -215,6 +215,31 @@ def _with_the_good_ones(
         base.update(parser.parse_object(_nested(key, copy.deepcopy(value)), defaults=False))
     base.pop("config", None)
     return typing.cast(Config, build(kind, {**base.as_dict(), **_last_lists(good, kind)}, problems))
+
+
+def overridden(config: Config, values: Mapping[str, Any], problems: list[str]) -> Config:
+    """A copy of a configuration with other values at dotted keys, such as {"loss.weight": 0.1} (no shapes).
+
+    Unknown keys and wrong types go to `problems`; the good ones are set all the same.
+    """
+    kind = type(config)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, fail_untyped=True)
+    known, nested = dict(_fields(kind)), dataclasses.asdict(config)  # type: ignore[call-overload]
+    for key, value in values.items():
+        problem = _problem(parser, str(key), value, kind)
+        if problem is not None:
+            problems.append(problem)
+            continue
+        *parents, last = key.split(".")
+        # One entry of a mapping, as in loss.terms.leak: 2, is judged as a mapping of that one entry.
+        whole, given = (key, copy.deepcopy(value)) if key in known else (".".join(parents), {last: value})
+        parsed = parser.parse_object(_nested(whole, given), defaults=False)[whole]
+        inner = nested
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = parsed if key in known else parsed[last]
+    return typing.cast(Config, build(kind, nested, problems))
 
 
 def build(kind: type, values: dict[str, Any], problems: list[str] | None = None) -> Any:

@@ -106,6 +106,12 @@ def test_the_cache_gives_the_same_batches_and_computes_once(tmp_path: Path, monk
     changed = walk(model, part, stored)
     assert sum(passes) == 22  # other weights are another entry
     assert (joined(changed, "features") - joined(first, "features")).abs().max() > 0.01
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    headed = walk(model, part, stored)
+    assert sum(passes) == 22  # the head has no part in its own input
+    torch.testing.assert_close(joined(headed, "features"), joined(changed, "features"))
+    assert not torch.equal(joined(headed, "logits"), joined(changed, "logits"))  # which is read by the head as it is now
 
 
 def test_the_cache_names_a_picture_whose_feature_is_not_finite(tmp_path: Path) -> None:

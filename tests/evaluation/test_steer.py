@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from recipes.steer import main
 from singreg.analysis.steering_results import SteerReport
 from singreg.evaluation.steer import Steering, SteeringBench
 from singreg.evaluation.steer_config import SteerConfig, parse_steer
+from singreg.reporting.plots import save_figure
 from singreg.reporting.steering_plots import draw_curves, draw_pairs
 from singreg.reporting.steering_tables import pair_table
 from singreg.workbench.parsing import find_config
@@ -53,6 +56,14 @@ def run_job(folder: str, cache: str, *more: str) -> SteerReport | None:
         return job.report()
     finally:
         AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> SteerReport:
+    """One small run's report, for the tests that change its figures or names."""
+    found = run_job(str(tmp_path_factory.mktemp("runs")), str(cache), "--name", "small")
+    assert found is not None
+    return found
 
 
 def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,10 +144,44 @@ def test_a_run_that_reaches_nothing_says_so(tmp_path: Path, cache: Path) -> None
     assert [p.overall["reachable"] for p in report.pairs] == [0.0] * 4
     assert report.pairs[0].overall["AS_abs"] is None
     assert sum("no picture can be steered to 179.5°" in warning for warning in report.warnings) == 2
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["measurement"]["steering"]["fitted"]["attribute_score"] is None
     assert "paper's table 1" not in " ".join(report.findings)
     text = (tmp_path / "far" / "report.md").read_text()
     assert "– ± –" in text
     assert "nan" not in text.lower()
+
+
+def test_what_is_not_defined_goes_to_json_as_null(report: SteerReport) -> None:
+    nan = float("nan")
+    curve = replace(report.curves[0], figures={"AS": [nan, 1.0]}, area={"AS": [nan, -float("inf"), 2.0]})
+    holes = replace(report, curves=[curve], natural=replace(report.natural, p99=nan))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json.dumps(asdict(holes.curves[0]), allow_nan=False)
+    written = json.loads(json.dumps(holes.to_json(), allow_nan=False))
+    assert written["curves"][0]["figures"]["AS"] == [None, 1.0]
+    assert written["curves"][0]["area"]["AS"] == [None, None, 2.0]
+    assert written["natural"]["p99"] is None
+
+
+def test_non_linear_translators_attack_and_judge_by_bisection(tmp_path: Path, cache: Path) -> None:
+    report = run_job(str(tmp_path), str(cache), "--name", "mlp", "--mlp", '["mlp3"]', "--image_score", "10")
+    assert report is not None
+    names = ["fitted", "auditor", "mlp3"]
+    assert [(p.attacker, p.judge) for p in report.pairs] == [(a, j) for a in names for j in names]
+    own = report.pairs[-1]
+    assert own.overall["reachable"] > 0.5
+    assert own.calibration_error < 1e-2  # float32 weights; the linear ones are exact to 1e-3
+    assert own.logit_change < 1e-9
+    assert own.overall["AS"] > 1
+    assert list(report.measurement.translators) == names
+    assert {(c.attacker, c.judge) for c in report.curves} == {(a, j) for a in names for j in names[:2]}
+    assert sum("non-linear mlp3 translator" in sentence for sentence in report.findings) == 1
+    text = (tmp_path / "mlp" / "report.md").read_text()
+    assert "*mlp3*: non-linear" in text
+    assert "| mlp3 " in text
+    labels = [line.get_text() for line in draw_curves(report).axes[0].get_legend().get_texts()]
+    assert labels[-1] == "mlp3 attacks, auditor judges"
+    assert len({line.get_color() for line in draw_curves(report).axes[0].get_lines()}) == 3
 
 
 def test_dry_run_makes_nothing(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +198,11 @@ def test_dry_run_makes_nothing(tmp_path: Path, cache: Path, capsys: pytest.Captu
         (["--sources", "circle", "--targets", "circle", "--prompts", "[]"], ["'circle' is its own source"]),
         (["--prompts", '["an image of grass", "  "]'], ["prompts: blank at position 1 of 2"]),
         (["--targets", "[]", "--prompts", "[]"], ["targets: expected class names"]),
+        (["--prompts", '["a dog", "...", " - "]'], ["prompts: no text in '...', ' - '"]),
+        (
+            ["--mlp", '["mlp3", "mlp3"]', "--unclip", " ", "--unclip_pictures", "0"],
+            ["mlp: listed twice: mlp3", "unclip: expected a pipeline", "unclip_pictures: expected a number above 0"],
+        ),
         (
             [
                 "--steps", "[0.2, 0.1]", "--image_score", "180", "--images_per_class", "0", "--sources", '["star", "star"]',
@@ -200,9 +250,7 @@ def test_shipped_configurations_parse() -> None:
     assert "../shared/assets" in find_config("steer_imagenet16").read_text()
 
 
-def test_many_classes_are_drawn_and_listed_in_part(tmp_path: Path, cache: Path) -> None:
-    report = run_job(str(tmp_path), str(cache), "--name", "many")
-    assert report is not None
+def test_many_classes_are_drawn_and_listed_in_part(report: SteerReport) -> None:
     names = [f"class {n}" for n in range(70)]
     matrix = torch.rand(70, 70).tolist()
     pairs = [p.__class__(**{**p.__dict__, "matrices": dict.fromkeys(p.matrices, matrix)}) for p in report.pairs]
@@ -210,7 +258,20 @@ def test_many_classes_are_drawn_and_listed_in_part(tmp_path: Path, cache: Path) 
     assert len(draw_pairs(wide).axes[0].get_yticklabels()) == 60
     assert "the first 60 × 60" in draw_pairs(wide)._suptitle.get_text()
     assert len(draw_curves(wide).axes) == 6
+    # Numbers must stay readable on a page: few classes side by side, many one below the other.
+    (low, few), (tall, many) = (draw_pairs(r).get_size_inches()[::-1] for r in (report, wide))
+    assert few <= 12 >= low
+    assert many <= 12.5
+    assert tall > 2 * low
     assert len(pair_table(wide, pairs[0]).splitlines()) == 2 + 20
+
+
+def test_names_that_the_font_lacks_are_drawn_by_their_numbers(report: SteerReport, tmp_path: Path) -> None:
+    named = replace(report, sources=["猫", "$x_{"], targets=["犬 and a very long name", "\U0001f642", "ünï"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a missing glyph is a warning of matplotlib's
+        save_figure(draw_pairs(named), tmp_path / "pairs.png")
+    assert [label.get_text() for label in draw_pairs(named).axes[0].get_yticklabels()] == ["\\u732b", "\\$x_{"]
 
 
 def test_configuration_is_what_the_flags_say() -> None:

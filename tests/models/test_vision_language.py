@@ -119,8 +119,9 @@ def test_bad_templates_and_names_are_refused(vlm: VisionLanguageModel) -> None:
         vlm.embed_classes(["dog"], ("a {class}", "a photo"))
     with pytest.raises(ValueError, match="must contain"):
         vlm.embed_classes(["dog"], ())
-    with pytest.raises(ValueError, match="class names"):
-        vlm.embed_classes([])
+    for names in ([], ["dog", ""], ["dog", " \t"], "dog"):
+        with pytest.raises(ValueError, match="list of class names, none blank; got"):
+            vlm.embed_classes(names)
     with pytest.raises(ValueError, match=r"batch of images \(B, 3, H, W\), got shape \(3, 32, 32\)"):
         vlm.embed_images(images()[0])
 

@@ -152,12 +152,15 @@ def test_a_full_disk_leaves_what_was_there(finished: Path, cache: Path, tmp_path
 
 
 def test_measuring_only_and_without_a_control(cache: Path, tmp_path: Path) -> None:
-    finetune(tmp_path, cache, "--name", "only", "--training.epochs", "0", "--training.control", "false")
+    finetune(tmp_path, cache, "--name", "only", "--training.epochs", "0", "--training.control", "false", "--translator.folds", "2")
     report = read_report(tmp_path / "only")
     assert list(report.measurements) == ["before", "sing"]
     assert any("no control arm was trained" in sentence for sentence in report.warnings)
+    assert [sentence.split()[0] for sentence in report.verdict] == ["Before:", "Nothing"], "no effect of a training that was none"
     before, after = (report.measurements[stage].translators["auditor"].overall for stage in ("before", "sing"))
     np.testing.assert_allclose([before[k] for k in ("AS", "IS")], [after[k] for k in ("AS", "IS")], atol=1e-4)
+    frozen, loop = (report.measurements["sing"].translators[name].overall for name in ("frozen", "loop"))
+    np.testing.assert_allclose([frozen[k] for k in ("AS", "IS")], [loop[k] for k in ("AS", "IS")], atol=1e-3)  # not one fold's
 
 
 @pytest.mark.slow

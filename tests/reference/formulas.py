@@ -47,8 +47,9 @@ def sing_terms(
     class_means: Tensor,
     reference: Tensor,
     confusable: int,
+    random_targets: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Every SingLoss term image by image in plain loops, from METHOD section 6."""
+    """Every SingLoss term image by image in plain loops, from METHOD section 6; steer to the texts and to random targets."""
     project = torch.linalg.pinv(weight) @ weight
     text = texts / texts.norm(dim=1, keepdim=True)
     rows = []
@@ -73,7 +74,7 @@ def sing_terms(
             (
                 energy(shift), energy(total).detach(), torch.relu(eq_to_text - to_text) / reference[y],
                 torch.relu(0.9 - image / reference[y]) ** 2 + torch.relu(image / reference[y] - 1.5) ** 2,
-                null @ (anchor - anchor @ project).detach(), null @ null,
+                null @ (anchor - anchor @ project).detach(), null @ null, centred @ centred,
             )
         )  # fmt: skip
     prompts = text @ matrix
@@ -84,4 +85,22 @@ def sing_terms(
         "band": columns[3],
         "class_share": columns[4] / columns[5],
         "capacity": (prompts - prompts @ project).square().sum() / prompts.square().sum(),
+        "null_energy": columns[5] / columns[6].detach(),
+        "null_share": columns[5] / columns[6],
+        **weight_terms(weight, [matrix], text if random_targets is None else torch.cat([text, random_targets])),
+    }
+
+
+def weight_terms(weight: Tensor, matrices: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
+    """The terms of W alone from full matrices: M = A Π_n Aᵀ, the centred W's singular values, cosines of pairs of rows."""
+    null = torch.eye(weight.shape[1], dtype=weight.dtype) - torch.linalg.pinv(weight) @ weight
+    cosine = torch.nn.functional.cosine_similarity
+    moved = [cosine(a @ null @ a.T @ t, t, dim=0).square() for a in matrices for t in targets]
+    rank = min(len(weight) - 1, weight.shape[1])
+    sigma = torch.linalg.svdvals(weight - weight.mean(0))[:rank]
+    pairs = [cosine(weight[i], weight[j], dim=0).square() for i in range(len(weight)) for j in range(len(weight)) if i != j]
+    return {
+        "steer": torch.stack(moved).mean(),
+        "head": torch.relu(0.3 - sigma.min() / sigma.max()).square() / 0.3**2,
+        "orthogonal": torch.stack(pairs).mean(),
     }

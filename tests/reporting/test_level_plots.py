@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,22 @@ def test_the_sheet_shows_each_picture_beside_its_nearest_ones(steered: bool, tmp
     assert "class 1\n31.0°" in said
     assert any("moves away:" in text and "red \\$ -10.0°" in text and "comes closer" not in text for text in said)
     assert saved(figure, tmp_path).std() > 10
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib warns of a glyph that its font lacks, and draws a box
+def test_names_in_letters_the_font_lacks_are_drawn_by_their_numbers(tmp_path: Path) -> None:
+    found = analyze_classes(make_rows(3), ["猫", "犬", "\U0001f408"])
+    shift = ConceptShift("赤い", 80.0, 90.0, -10.0)
+    images, shifts = worst_images(1, steered=False)
+    images = replace(images, worst=(replace(images.worst[0], class_name="猫", predicted="犬", falls=(shift,)),))
+    part = ColouredPart(np.ones(9, np.int64), 2)
+    figures = [
+        draw_class_violins(found), draw_class_accuracy(found), draw_joint_distribution({"猫": joint_distribution(make_rows(3))}),
+        draw_worst_images(images, shifts, part, part),
+    ]  # fmt: skip
+    for figure in figures:
+        saved(figure, tmp_path)
+        assert any("\\u732b" in text for text in texts(figure))
 
 
 def test_pictures_and_shifts_that_do_not_go_together_are_refused() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from singreg.analysis.results import FinetuneReport, ModelMeasurement
 from singreg.reporting import plots
-from singreg.reporting.plots import draw_classes, draw_distributions, draw_joint, draw_summary, save_figure, save_plots
+from singreg.reporting.plots import draw_classes, draw_distributions, draw_joint, draw_summary, drawable, save_figure, save_plots
 from tests.analysis import toy
 from tests.reporting.real_report import HOSTILE, real_report
 
@@ -77,9 +77,11 @@ def test_without_a_control_there_are_two_of_everything(tmp_path: Path) -> None:
         tuple(f"{name}, which goes by a name that does not end {'and goes on ' * 20}" for name in toy.NAMES),
         ("", " ", "two\nlines", "tab\tbed", "ünïcödé"),
         ("\x00nul", "\x07bell", "ctrl\x1b[31m", "\udcff", "x" * 500),
+        ("猫", "犬 and more", "고양이", "\U0001f408", "เหมียว"),
     ],
-    ids=["markup", "mathematics", "very long", "blank and broken", "unprintable"],
+    ids=["markup", "mathematics", "very long", "blank and broken", "unprintable", "letters the font lacks"],
 )
+@pytest.mark.filterwarnings("error")  # matplotlib warns of a glyph that its font lacks, and draws a box
 def test_any_class_name_can_be_drawn(names: tuple[str, ...], tmp_path: Path) -> None:
     drawn(real_report(names), tmp_path, "classes")
 
@@ -91,6 +93,13 @@ def test_names_are_drawn_as_they_are_and_long_ones_shortened() -> None:
     (long,) = [label for label in labels if label.startswith("aaa")]
     assert len(long) < 60
     assert long.endswith("…")
+
+
+def test_letters_the_font_lacks_become_their_numbers_and_names_stay_apart() -> None:
+    names = ["猫", "犬", "猫犬猫犬猫犬猫犬", "ünï π", "…" * 60]
+    found = [drawable(name, limit=20) for name in names]
+    assert found == ["\\u732b", "\\u72ac", "\\u732b\\u72ac\\u732b…", "ünï π", "…" * 20]
+    assert all(len(name) <= 20 for name in found)
 
 
 def test_one_class_and_classes_without_pictures(tmp_path: Path) -> None:

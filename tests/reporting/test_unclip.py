@@ -177,10 +177,10 @@ def test_the_columns_are_the_translations_before_after_and_steered() -> None:
 
 def test_the_sheet_has_a_row_a_picture_and_a_column_an_embedding(tmp_path: Path) -> None:
     drawn = {name: np.random.default_rng(0).random((2, 8, 8, 3)) for name in ("T(f)", "T(f~)")}
-    figure = draw_rows(drawn, ["cat", "dog $5"], pictures=np.zeros((2, 6, 6, 3)))
+    figure = draw_rows(drawn, ["猫", "dog $5"], pictures=np.zeros((2, 6, 6, 3)))
     assert len(figure.axes) == 6
     assert [axes.get_title() for axes in figure.axes[:3]] == ["picture", "T(f)", "T(f~)"]
-    assert [figure.axes[place].get_ylabel() for place in (0, 3)] == ["cat", "dog \\$5"]
+    assert [figure.axes[place].get_ylabel() for place in (0, 3)] == ["\\u732b", "dog \\$5"]
     save_figure(figure, tmp_path / "sheet.png")
     with pytest.raises(ValueError, match=r"expected 3 pictures .* \{'T\(f\)': 2"):
         draw_rows(drawn, ["a", "b", "c"])

@@ -100,9 +100,11 @@ def test_passports_side_by_side_even_without_a_null_space() -> None:
         draw_perturbations(perturbations()),
         draw_perturbations(replace(perturbations(), curves={"random": perturbations().curves["random"]})),
         draw_passports(passports()),
+        draw_passports([replace(passports()[0], summary=replace(passports()[0].summary, tag="猫 \U0001f408"))]),
     ],
-    ids=["chance", "information", "perturbations", "no null space", "passports"],
+    ids=["chance", "information", "perturbations", "no null space", "passports", "letters the font lacks"],
 )
+@pytest.mark.filterwarnings("error")
 def test_figures_are_written_as_pictures(figure: Figure, tmp_path: Path) -> None:
     save_figure(figure, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as picture:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor, nn
 
+from singreg.analysis.features import PassSettings
 from singreg.data.parts import ImagePart
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.training.config import FinetuneConfig
 from singreg.training.loop import ArmCallbacks, train_arm
-from singreg.translation.translator import LinearTranslator
+from singreg.training.streaming import LoopTranslator
+from singreg.translation.translator import LinearTranslator, TranslatorInfo
 from singreg.workbench.run import make_accelerator
 
 COUNT, SIDE, CLASSES, WIDTH, DIM = 43, 4, 3, 12, 6
@@ -71,6 +74,14 @@ def small_sing(classifier: Classifier, **options: Any) -> SingLoss:
     return sing.calibrate(class_means.mean(0), class_means, torch.full((CLASSES,), 10.0))
 
 
+def small_keeper(sing: SingLoss, bank: ImagePart, config: FinetuneConfig, accelerator: Accelerator) -> LoopTranslator:
+    """A keeper of the loop's translator on random embeddings of the pictures, at a ridge of a hundredth."""
+    embeddings = np.random.default_rng(2).standard_normal((len(bank), DIM), dtype=np.float32)
+    first = LinearTranslator(sing.matrix, sing.offset, TranslatorInfo(ridge=0.01, by_block=True))
+    settings = PassSettings(16, 0, progress=False)
+    return LoopTranslator(first, bank, embeddings, config.translator, accelerator, settings=settings)
+
+
 @dataclass
 class Arm:
     """One call of the loop: what to train, and what came of it."""
@@ -82,16 +93,22 @@ class Arm:
     workers: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    balance: float = 0.0
+    tuning: Literal["head", "all"] = "all"
+    translator: dict[str, Any] = field(default_factory=dict)
     part: Pixels = field(default_factory=Pixels)
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
     refreshed: list[int] = field(default_factory=list)
     sing: SingLoss | None = None
+    keeper: LoopTranslator | None = None
 
     def config(self) -> FinetuneConfig:
         """11 optimiser steps an epoch at most, checkpoints that do not fall on epochs."""
         config = FinetuneConfig()
         config.data.augmentation, config.data.workers = self.augmentation, self.workers  # type: ignore[assignment]
-        config.translator.refreshes = 1
+        config.translator.refreshes, config.loss.balance = 1, self.balance
+        for name, value in self.translator.items():
+            setattr(config.translator, name, value)
         wanted = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "checkpoint_every": 3, "log_every": 1, **self.training}
         for name, value in wanted.items():
             setattr(config.training, name, value)
@@ -105,6 +122,8 @@ class Arm:
         accelerator = make_accelerator(seed=config.seed, accumulation=config.training.accumulation)
         torch.set_num_threads(1)  # more only wait for one another on sums this small
         classifier = small_classifier(dropout=self.dropout)
+        if self.tuning == "head":
+            classifier.tune("head", batch_norm=classifier.batch_norm)
         options = {"accumulation": config.training.accumulation, **self.options}
         self.sing = small_sing(classifier, **options) if self.regularised else None
 
@@ -119,6 +138,9 @@ class Arm:
             self.refreshed.append(max(self.logged))
 
         callbacks = ArmCallbacks(log, lambda *_: None, refresh)
+        if self.translator and self.sing is not None:
+            self.keeper = small_keeper(self.sing, self.part, config, accelerator)
+            callbacks = ArmCallbacks(log, lambda *_: None, self.keeper.refresh, self.keeper)
         try:
             trained = train_arm(
                 "sing" if self.regularised else "control", classifier, self.sing, self.part, config, accelerator, self.folder,

@@ -66,7 +66,8 @@ def test_two_processes_and_accumulation_give_what_one_process_gives(tmp_path: Pa
     """1 process x batch 16 = 2 x 8 = accumulation 2 x 8, for weights, AS, IS and counts, with an odd number of test pictures."""
     cache = str(tmp_path / "cache")
     # Ratio terms are means over a forward's pictures: accumulation splits those, so it is held against a loss of plain means.
-    plain = ("--loss.terms", "{hinge: 1.0, band: 0.3, capacity: 10.0}", "--training.clip", "1000", "--loss.momentum", "1.0")
+    terms = "{hinge: 1.0, band: 0.3, capacity: 10.0, leak: 0.0, class_share: 0.0}"
+    plain = ("--loss.terms", terms, "--training.clip", "1000", "--loss.momentum", "1.0")
     one, weights = _weights(0, 1, str(tmp_path / "one"), cache, *plain)
     assert one is not None
     (two, theirs), (idle, _) = run_processes(2, _weights, str(tmp_path / "two"), cache, *plain)

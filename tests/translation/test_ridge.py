@@ -111,3 +111,24 @@ def test_too_few_images_or_a_negative_ridge_are_refused() -> None:
         RidgeStatistics(4, 2).update(torch.ones(1, 4), torch.ones(1, 2)).solve(1.0)
     with pytest.raises(ValueError, match=">= 0"):
         statistics(*data()).solve(-1.0)
+
+
+def test_sums_that_fade_weigh_old_pictures_less_and_keep_the_means() -> None:
+    torch.manual_seed(0)
+    features, targets = torch.randn(60, 5, dtype=torch.float64), torch.randn(60, 3, dtype=torch.float64)
+    old, new = RidgeStatistics(5, 3).update(features[:40], targets[:40]), RidgeStatistics(5, 3)
+    before = old.solve(0.1)
+    old.decay(0.25)
+    torch.testing.assert_close(old.solve(0.1).matrix, before.matrix)  # by itself it changes nothing
+    faded = old.update(features[40:], targets[40:])
+    for _ in range(4):  # the same weights, four times over
+        new.update(features[40:], targets[40:])
+    new.update(features[:40], targets[:40])
+    torch.testing.assert_close(faded.solve(0.1).matrix, new.solve(0.1).matrix)
+    assert float(faded.count) == 30
+    restored = RidgeStatistics(5, 3)
+    restored.load_state_dict(faded.state_dict())
+    assert torch.equal(restored.solve(0.1).matrix, faded.solve(0.1).matrix)
+    for factor in (0.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            faded.decay(factor)

@@ -14,7 +14,8 @@ from singreg.evaluation.analyze_config import parse_analyze
 from singreg.evaluation.compare_config import parse_compare
 from singreg.evaluation.steer_config import parse_steer
 from singreg.training.config import FinetuneConfig, parse_finetune
-from singreg.workbench.parsing import ConfigurationError, build, dump_config, find_config
+from singreg.training.study_config import parse_study
+from singreg.workbench.parsing import ConfigurationError, build, dump_config, find_config, overridden
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -107,7 +108,7 @@ def test_nothing_in_a_file_or_flag_is_executed(tmp_path: Path, capsys: pytest.Ca
         (["--vlm.templates", "[a {class}]"], "vlm.templates: '[a {class}]' is not valid YAML"),
         (["--training.learning_rate", ".inf"], "training.learning_rate: expected a number above 0, got inf"),
         (["--loss.weight", ".nan"], "loss.weight: expected a number of at least 0, got nan"),
-        (["--loss.terms.leak", ".nan"], "loss.terms.leak: expected a finite weight, got nan"),
+        (["--loss.terms.leak", ".nan"], "loss.terms.leak: expected a finite weight of at least 0 (0 removes the term), got nan"),
         (["--loss.terms.leak", "much"], "loss.terms: expected dict[str, float]"),
         (["--seed", "-1"], "seed: expected a whole number from 0"),
         (["--seed", "4294967296"], "seed: expected a whole number from 0 to 4294967295"),
@@ -169,6 +170,17 @@ def test_what_is_printed_and_dumped_parses_to_the_same(capsys: pytest.CaptureFix
     assert parse_finetune(["--config", str(tmp_path / "printed.yaml")]) == config
 
 
+def test_dotted_keys_replace_values_in_a_copy_and_bad_ones_are_collected() -> None:
+    config, problems = FinetuneConfig(), []  # type: ignore[var-annotated]
+    values = {"loss.weight": "3e-2", "loss.terms.leak": 2, "training.epochs": 7, "loss.wieght": 1, "training.keep": "many"}
+    found = overridden(config, values, problems)
+    assert (found.loss.weight, found.loss.terms, found.training.epochs) == (0.03, {"leak": 2.0}, 7)
+    assert [problem.partition(":")[0] for problem in problems] == ["loss.wieght", "training.keep"]
+    assert config == FinetuneConfig()
+    assert overridden(config, {}, problems) == config
+    assert overridden(config, {"loss.terms": {"hinge": 1}}, problems).loss.terms == {"hinge": 1.0}
+
+
 def test_build_is_the_inverse_of_asdict_and_raises_without_a_list_for_problems() -> None:
     config = FinetuneConfig()
     assert build(FinetuneConfig, dataclasses.asdict(config)) == config
@@ -188,14 +200,14 @@ def test_every_key_is_explained_by_help(capsys: pytest.CaptureFixture[str]) -> N
     assert "λ after the ramp" in text
 
 
-PARSERS = {"analyze": parse_analyze, "steer": parse_steer, "compare": parse_compare, "paper": parse_compare}
+PARSERS = {"analyze": parse_analyze, "steer": parse_steer, "compare": parse_compare, "paper": parse_compare, "study": parse_study}
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
 def test_how_many_configurations_are_shipped() -> None:
     assert [path.stem for path in SHIPPED] == [
-        "analyze_demo", "analyze_imagenet16", "compare_demo", "demo", "imagenet100_resnet50", "imagenet16_lite0", "imagenet1k_vit",
-        "imagenette_resnet50", "paper", "steer_demo", "steer_imagenet16",
+        "analyze_demo", "analyze_imagenet16", "compare_demo", "compare_imagenet16", "demo", "imagenet100_resnet50", "imagenet16_lite0",
+        "imagenet1k_vit", "imagenette_resnet50", "paper", "steer_demo", "steer_imagenet16", "study_imagenet16", "study_scenes",
     ]  # fmt: skip
 
 
