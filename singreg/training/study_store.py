@@ -91,7 +91,7 @@ class ArmStore:
             stored = json.loads((self.folder / "measurement.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        if stored.get("format") != FORMAT:
+        if stored.get("format") != FORMAT or stored["hash"] != self.digest:
             logger.info("arm %s, seed %d was made with another configuration and is made again", self.arm.name, self.seed)
             return None
         with np.load(self.folder / "rows.npz", allow_pickle=False) as file:
