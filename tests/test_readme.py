@@ -31,13 +31,16 @@ def test_python_blocks_run(code: str) -> None:
 
 @pytest.mark.parametrize("line", SHELL)
 def test_recipes_configurations_and_flags_exist(line: str) -> None:
-    from recipes import analyze, compare, finetune, steer
+    from recipes import analyze, compare, finetune, steer, study
     from singreg.evaluation.analyze_config import parse_analyze
     from singreg.evaluation.compare_config import parse_compare
     from singreg.evaluation.steer_config import parse_steer
     from singreg.training.config import parse_finetune
+    from singreg.training.study_config import parse_study
 
-    parsers = {finetune: parse_finetune, analyze: parse_analyze, steer: parse_steer, compare: parse_compare}
+    parsers = {
+        finetune: parse_finetune, analyze: parse_analyze, steer: parse_steer, compare: parse_compare, study: parse_study,
+    }  # fmt: skip
     known = {f"recipes/{module.__name__.rpartition('.')[2]}.py": parse for module, parse in parsers.items()}
     for recipe, arguments in re.findall(r"(recipes/\w+\.py)((?: --[\w.]+ \S+)*)", line):
         words = arguments.split()
