@@ -131,17 +131,7 @@ def train_arm(
         )
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.learning_rate_factor)
-    loader = make_loader(
-        part,
-        classifier.train_transform(config.data.augmentation),
-        micro_batch(config, accelerator.num_processes),
-        # A second, clean view only where the first is not already what the vision-language model saw.
-        clean_transform=classifier.transform if sing is not None and config.data.augmentation != "none" else None,
-        shuffle=True,
-        seed=config.seed,
-        workers=config.data.workers,
-        drop_last=True,
-    )
+    loader = _training_loader(classifier, part, config, accelerator.num_processes, clean=sing is not None)
     sampler = loader.sampler
     assert isinstance(sampler, EpochSampler)
     task, optimizer, loader = accelerator.prepare(task, optimizer, loader)
@@ -172,6 +162,22 @@ def train_arm(
     trained: FinetuneTask = accelerator.unwrap_model(task)
     accelerator.free_memory()
     return trained.classifier.eval()
+
+
+def _training_loader(
+    classifier: Classifier, part: ImagePart, config: FinetuneConfig, processes: int, *, clean: bool
+) -> DataLoader[tuple[Tensor, ...]]:
+    """Shuffled micro-batches; with `clean` and an augmentation a second view, the one the vision-language model saw."""
+    return make_loader(
+        part,
+        classifier.train_transform(config.data.augmentation),
+        micro_batch(config, processes),
+        clean_transform=classifier.transform if clean and config.data.augmentation != "none" else None,
+        shuffle=True,
+        seed=config.seed,
+        workers=config.data.workers,
+        drop_last=True,
+    )
 
 
 class _Arm:
