@@ -83,6 +83,12 @@ def hinge(inputs: LossInputs) -> Tensor:
     return (harmful / inputs.image_score_ref).mean()
 
 
+def attribute(inputs: LossInputs) -> Tensor:
+    """Both sides of the attribute score, mean |AS| / IS_ref: the paper's figure itself, benign cleaning pushed down too. Returns ()."""
+    score = attribute_score(inputs.z, inputs.z_eq, inputs.text)
+    return (score.abs() / inputs.image_score_ref).mean()
+
+
 def band(inputs: LossInputs) -> Tensor:
     """Keeps permitted variety: IS below 0.9 (collapse) or above 1.5 (dilution) of IS_ref, squared, over IS_ref². Returns ()."""
     relative = image_score(inputs.z, inputs.z_eq) / inputs.image_score_ref
@@ -149,13 +155,14 @@ def null_share(inputs: LossInputs) -> Tensor:
 
 TERMS: dict[str, Callable[[LossInputs], Tensor]] = {
     term.__name__: term
-    for term in (leak, hinge, band, class_share, capacity, steer, head, orthogonal, null_energy, null_share)
+    for term in (leak, hinge, attribute, band, class_share, capacity, steer, head, orthogonal, null_energy, null_share)
 }
 
 _LEAKAGE = {name: weight for name, weight in DEFAULT_TERMS.items() if name != "capacity"}
 PRESETS: dict[str, dict[str, float]] = {
     "sing": DEFAULT_TERMS,
     "leakage": _LEAKAGE,  # no term of W alone
+    "two_sided": {**{k: v for k, v in DEFAULT_TERMS.items() if k != "hinge"}, "attribute": 1.0},  # |AS|, not AS⁻ alone
     "steering": {**DEFAULT_TERMS, "steer": 100.0},  # as much as capacity: at a tenth of it, capacity alone shapes the head
     "label_only": {"class_share": 1.0},
     "null_energy": {"null_energy": 1.0},

@@ -198,7 +198,7 @@ def test_placebos_reach_the_contrasts_and_the_image_terms() -> None:
     for first, second in itertools.combinations(values, 2):
         changed = {name for name in TERMS if values[first][name] != pytest.approx(values[second][name], rel=1e-6)}
         of_the_set = set() if "random" not in (first, second) else {"capacity", "steer"}
-        assert changed == {"leak", "hinge", *of_the_set}  # what uses no text, or the set of texts, cannot notice
+        assert changed == {"leak", "hinge", "attribute", *of_the_set}  # what uses no text, or the set of texts, cannot notice
     with pytest.raises(ValueError, match=r"placebo must be.*'shufled'"):
         setup(placebo="shufled")
     with pytest.raises(ValueError, match="at least 2 classes"):

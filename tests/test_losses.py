@@ -58,7 +58,7 @@ def test_value_and_gradients_are_those_of_the_slow_formula(term: str) -> None:
         assert theirs.abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("term", ["hinge", "band", "class_share", "capacity"])
+@pytest.mark.parametrize("term", ["hinge", "attribute", "band", "class_share", "capacity"])
 def test_gradcheck_to_weight_and_features(term: str) -> None:
     """Terms without a held-fixed scale: numerical and analytic derivatives agree in float64."""
     sing, head, features, labels = setup(terms={term: 1.0})
@@ -138,7 +138,7 @@ def test_no_gradient_reaches_the_translator_and_nothing_is_registered_twice() ->
 
 def test_a_null_without_class_semantics_has_no_leak() -> None:
     """The definition's zero: when A maps the null space to nothing, leak and hinge are 0; the control is not."""
-    sing, head, features, labels = setup(terms={"leak": 1.0, "hinge": 1.0})
+    sing, head, features, labels = setup(terms={"leak": 1.0, "hinge": 1.0, "attribute": 1.0})
     assert float(sing(features, labels).detach()) > 0.01
     project = torch.linalg.pinv(head.weight.detach()) @ head.weight.detach()
     sing.matrix = sing.matrix @ project

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from singreg.analysis.arm_results import ArmFigures
+from singreg.analysis.auditors import AgreementPoint
 from singreg.analysis.bootstrap import Interval, paired_difference, paired_ratio, resampled_means
 from singreg.analysis.results import Rows, nulls_for_nan
 
@@ -23,6 +24,7 @@ class ArmRun:
     """One arm at one seed as it was measured; figures: None where there is no null space to measure, extra: notes by name.
 
     trained: False where its seed says nothing, since neither it nor the arm it took its weights from was trained.
+    validation: the few figures an arm is chosen by, on pictures that serve nothing else; empty without them.
     """
 
     arm: str
@@ -34,6 +36,7 @@ class ArmRun:
     extra: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     trained: bool = True
+    validation: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class ArmSummary:
 
     paired: against the reference, empty for itself. top1_kept: the interval of the change stays above minus the margin. targets:
     empty where nothing is compared. omitted: why there are no figures, or None. front: no arm is better in both top-1 and auditor AS⁻.
+    validation: means over seeds on the validation part.
     """
 
     arm: str
@@ -84,11 +88,15 @@ class ArmSummary:
     omitted: str | None
     extra: dict[str, Any]
     seconds: float
+    validation: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What the report says, as plain numbers and words; angles in degrees."""
+    """What the report says, as plain numbers and words; angles in degrees.
+
+    agreement: two auditors of N pictures each before training, N by N. images_needed: an auditor of fewer supports no claim.
+    """
 
     arms: list[ArmSummary]
     reference: str
@@ -99,6 +107,8 @@ class StudyReport:
     seconds: dict[str, float]
     images: int
     auditor_images: int
+    agreement: list[AgreementPoint] = field(default_factory=list)
+    images_needed: float = 0.0
 
     def by_name(self, name: str) -> ArmSummary:
         """The summary of one arm (no shapes)."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from singreg.analysis.auditors import AgreementPoint
 from singreg.analysis.comparison import MARGIN
 from singreg.analysis.results import Rows
 from singreg.analysis.study_results import (
@@ -47,6 +48,7 @@ def study_report(
     settings: dict[str, Any] | None = None,
     machine: dict[str, Any] | None = None,
     seconds: dict[str, float] | None = None,
+    agreement: Sequence[AgreementPoint] = (),
 ) -> StudyReport:
     """Everything the report says, from the measured arms (no shapes; rows of each run (N,)).
 
@@ -66,11 +68,9 @@ def study_report(
     first = next(run.figures for run in by_arm[reference] if run.figures is not None).measurement
     report = StudyReport(
         summaries, reference, [], [], settings or {}, machine or {}, seconds or {}, first.images,
-        first.translators[AUDITOR].fit_images,
+        first.translators[AUDITOR].fit_images, list(agreement), images_per_feature * first.head.features,
     )  # fmt: skip
-    return replace(
-        report, sentences=sentences(report, claim), warnings=warnings(report, first.head.features, images_per_feature)
-    )
+    return replace(report, sentences=sentences(report, claim), warnings=warnings(report, first.head.features))
 
 
 def _summary(runs: Sequence[ArmRun], reference: Sequence[ArmRun]) -> ArmSummary:
@@ -96,8 +96,13 @@ def _summary(runs: Sequence[ArmRun], reference: Sequence[ArmRun]) -> ArmSummary:
         front=False,
         omitted=None if mine else "no null space is left, so there is nothing to measure or to steer through",
         extra=first.extra,
+        validation=_validation(runs),
         seconds=sum(run.seconds for run in runs),
     )
+
+
+def _validation(runs: Sequence[ArmRun]) -> dict[str, float]:
+    return {name: float(np.mean([run.validation[name] for run in runs])) for name in runs[0].validation}
 
 
 def _rows(runs: Sequence[ArmRun]) -> dict[int, Rows]:
@@ -152,32 +157,45 @@ def words(paired: Paired) -> str:
 
 
 def best_arm(report: StudyReport) -> ArmSummary | None:
-    """The method that keeps top-1 and reaches most aims, then leaks least; of those that lose it where none keeps it (no shapes)."""
+    """The method that keeps top-1 and reaches most aims, then leaks least; of those that lose it where none keeps it (no shapes).
+
+    By the validation part where there is one, and then by plain values: intervals are for the test part.
+    """
     methods = [arm for arm in report.arms if arm.role == "method" and arm.paired and arm.arm != report.reference]
+    plain = report.by_name(report.reference).validation
 
     def order(arm: ArmSummary) -> tuple[bool, int, float]:
-        return bool(arm.top1_kept), sum(target.reached for target in arm.targets), -arm.paired["AS_neg"].value
+        if not (plain and arm.validation):
+            return bool(arm.top1_kept), sum(target.reached for target in arm.targets), -arm.paired["AS_neg"].value
+        ratios = {key: arm.validation[key] / plain[key] for key, *_ in AIMS if plain.get(key)}
+        reached = [ratios[key] <= bound if side == "at most" else ratios[key] >= bound for key, _, side, bound in AIMS if key in ratios]
+        return arm.validation["top1"] >= plain["top1"] - MARGIN, sum(reached), -ratios["AS_neg"]
 
     return max(methods, key=order, default=None)
 
 
 def sentences(report: StudyReport, claim: str | None = None) -> list[str]:
-    """What the claimed (or best) arm does, what the placebo does, what is not reached (degrees; no shapes)."""
-    best = report.by_name(claim) if claim else best_arm(report)
+    """What the claimed (or best) arm does, what the placebo does, what is not reached (degrees; no shapes).
+
+    An auditor of too few pictures supports no claim, and then there is one sentence that says so.
+    """
+    if report.auditor_images < report.images_needed:
+        return [
+            f"No claim: the auditor was fitted on {report.auditor_images} pictures and needs {report.images_needed:.0f}; the figures "
+            "below compare arms only roughly."
+        ]
+    chosen = best_arm(report)
+    best = report.by_name(claim) if claim else chosen
     if best is None or not best.paired:
         return [f"No method was compared with {report.reference!r}, so this study says nothing about one."]
-    chosen = "the arm named beforehand" if claim else "chosen afterwards on these very pictures, so it flatters itself"
-    paired, kept = best.paired, "kept" if best.top1_kept else "not shown to be kept"
-    step = f", a step {words(paired['step'])} as long to the same image score" if "step" in paired else ""
-    found = [
-        f"{best.arm} ({chosen}) leaves an auditor's AS⁻ of {best.mean[f'AS_neg/{AUDITOR}']:.2f}°, {words(paired['AS_neg'])} of "
-        f"{report.reference}'s, with |AS| {words(paired['AS_abs'])}, IS {words(paired['IS'])}{step}; top-1 {words(paired['top1'])}, "
-        f"which is {kept}."
-    ]
+    validated = bool(report.by_name(report.reference).validation)
+    how = "chosen on the validation part" if validated else "chosen afterwards on these very pictures, so it flatters itself"
+    found = [_effect(report, best, "the arm named beforehand" if claim else how)]
+    if chosen is not None and chosen is not best and validated:
+        found.append(_effect(report, chosen, how))
     placebos = [arm for arm in report.arms if arm.role == "placebo" and arm.paired]
     for arm in placebos:
-        low = arm.paired["AS_neg"].low
-        same = low <= paired["AS_neg"].high
+        same = arm.paired["AS_neg"].low <= best.paired["AS_neg"].high
         found.append(
             f"The placebo {arm.arm} leaves {words(arm.paired['AS_neg'])}: "
             + (f"no worse than {best.arm}, so the effect is not about the classes' meaning." if same else
@@ -194,13 +212,24 @@ def sentences(report: StudyReport, claim: str | None = None) -> list[str]:
     return found
 
 
-def warnings(report: StudyReport, width: int, images_per_feature: float) -> list[str]:
+def _effect(report: StudyReport, arm: ArmSummary, chosen: str) -> str:
+    """One arm's effect with its intervals, its auditor and the number of pictures."""
+    paired, kept = arm.paired, "kept" if arm.top1_kept else "not shown to be kept"
+    step = f", a step {words(paired['step'])} as long to the same image score" if "step" in paired else ""
+    return (
+        f"{arm.arm} ({chosen}) leaves an auditor's AS⁻ of {arm.mean[f'AS_neg/{AUDITOR}']:.2f}°, {words(paired['AS_neg'])} of "
+        f"{report.reference}'s, with |AS| {words(paired['AS_abs'])}, IS {words(paired['IS'])}{step}; top-1 {words(paired['top1'])}, "
+        f"which is {kept} ({report.images} test pictures, auditor of {report.auditor_images} others, {len(arm.seeds)} seed(s))."
+    )
+
+
+def warnings(report: StudyReport, width: int) -> list[str]:
     """Reasons not to believe a figure: too few auditor pictures, one seed, auditors that disagree, gamed loops (no shapes)."""
     found = []
-    if report.auditor_images < images_per_feature * width:
+    if report.auditor_images < report.images_needed:
         found.append(
-            f"Warning: the auditor was fitted on {report.auditor_images} pictures for {width} features; below {images_per_feature:g} a "
-            "feature AS⁻ reads too high and no claim should be made."
+            f"Warning: the auditor was fitted on {report.auditor_images} pictures for {width} features; below "
+            f"{report.images_needed / width:g} a feature AS⁻ reads too high."
         )
     single = [arm.arm for arm in report.arms if len(arm.seeds) == 1 and arm.trained]
     if single:

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from singreg.analysis.features import PassSettings
-from singreg.analysis.fitting import FittedTranslator, fit_on_part, reference_image_scores, refit
+from singreg.analysis.fitting import FittedTranslator, fit_on_part, reference_image_scores
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import ModelMeasurement
-from singreg.data.parts import Parts
+from singreg.data.parts import ImagePart, Parts
 from singreg.loss_terms import resolve_terms
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
@@ -28,7 +28,10 @@ from singreg.workbench.build import Bench
 
 @dataclass
 class Experiment:
-    """Parts, embeddings, texts and the starting classifier. embeddings (N, n) by part name; texts (C, n) unit rows."""
+    """Parts, embeddings, texts and the starting classifier. embeddings (N, n) by part name; texts (C, n) unit rows.
+
+    validation: pictures to choose on, of no other part (a study's; see study_validation.hold_out).
+    """
 
     config: FinetuneConfig
     accelerator: Accelerator
@@ -38,6 +41,7 @@ class Experiment:
     embeddings: dict[str, np.ndarray]
     info: TranslatorInfo
     settings: PassSettings
+    validation: ImagePart | None = None
 
     @classmethod
     def build(cls, config: FinetuneConfig, accelerator: Accelerator) -> Experiment:
@@ -88,17 +92,6 @@ class Experiment:
             settings=self.settings,
             description="fitting the auditor",
         )
-
-    def refresh(self, classifier: Classifier, sing: SingLoss, previous: LinearTranslator) -> LinearTranslator:
-        """Refit the loop's translator on today's features of the bank and hand it to the loss. Matrix (n, m)."""
-        info = replace(previous.info, head_hash=classifier.head_hash())
-        previous = LinearTranslator(previous.matrix, previous.offset, info)
-        current = refit(
-            classifier, self.parts.bank, self.embeddings["bank"], previous,
-            invariance=self.config.model.invariance, settings=self.settings,
-        )  # fmt: skip
-        sing.set_translator(current)
-        return current
 
     def loop_translator(self, first: LinearTranslator) -> LoopTranslator:
         """Keeper of the loop's translator for one arm, beginning with the one fitted before. Matrix (n, m)."""

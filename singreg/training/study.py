@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -13,13 +14,14 @@ from accelerate.logging import get_logger
 
 from singreg.analysis.arm_figures import KnownAttributes, OtherVLM, measure_arm
 from singreg.analysis.arm_results import ArmFigures
-from singreg.analysis.auditors import fit_auditors
+from singreg.analysis.auditors import AgreementPoint, fit_auditors
 from singreg.analysis.features import PassSettings, iterate_features
 from singreg.analysis.study_results import ArmRun, StudyReport
 from singreg.analysis.study_targets import study_report
-from singreg.data.parts import ImagePart, ScenePart
+from singreg.data.parts import ImagePart, ScenePart, SubsetPart
 from singreg.data.scenes import ATTRIBUTES
 from singreg.distributed import gather_rows
+from singreg.files import sha256_of_json, write_json
 from singreg.models.classifier import Classifier
 from singreg.models.head_edits import drop_null
 from singreg.reporting.study_report import write_study_report
@@ -29,6 +31,7 @@ from singreg.training.loop import Schedule, micro_batch
 from singreg.training.study_arms import ArmMaker, Made, prepare_start
 from singreg.training.study_config import ArmConfig, StudyConfig, arm_config, arm_seeds, is_trained, read_arms
 from singreg.training.study_store import ArmStore, StudyRun, arm_hash
+from singreg.training.study_validation import agreement_points, hold_out, validation_figures
 from singreg.translation.base import Translator
 from singreg.translation.mlp import MLPSettings
 from singreg.workbench.build import describe_pair, embed_parts, open_vlm
@@ -43,7 +46,8 @@ class Study:
     """Holds what the arms share: parts, embeddings, the common start, the second judge."""
 
     def __init__(self, run: StudyRun, experiment: Experiment) -> None:
-        self.run, self.config, self.experiment = run, run.config, experiment
+        self.run, self.config, self.experiment = run, run.config, hold_out(experiment, run.config.validation_per_class)
+        experiment, self.agreement = self.experiment, list[AgreementPoint]()
         self.arms = read_arms(run.config)
         self.finished: list[ArmRun] = []
         self.spent: dict[str, list[float]] = {}
@@ -73,6 +77,7 @@ class Study:
     def run_arms(self) -> None:
         """Make, measure and store every arm that is not finished; says which one of how many, and the time left (no shapes)."""
         works = list(self.stores())
+        self._read_agreement()
         loaded = [store.load() for _, store, _ in works]
         self.finished = [run for run in loaded if run is not None]
         for run in self.finished:
@@ -81,6 +86,7 @@ class Study:
             return
         features = str(self.run.folder / "features" / "start")
         start = prepare_start(self.experiment, features)
+        self._measure_agreement(features)
         maker = ArmMaker(self.experiment, start, features, self.run.folder / "tensorboard")
         other = self._second_vlm()
         for place, ((arm, store, source), done) in enumerate(zip(works, loaded, strict=True)):
@@ -122,17 +128,20 @@ class Study:
         cache = self.run.folder / "features" / ("start" if of_start else f"{arm.name}-{store.seed}")
         settings = replace(self.experiment.settings, cache=str(cache))
         figures: ArmFigures | None = None
+        validation: dict[str, float] = {}
         if arm.drop_null:
             made.notes.update(self._dropped(made.classifier, settings))
         else:
-            figures = self._measure(maker, other, made, settings)
+            figures, validation = self._measure(maker, other, made, settings)
         if main:
-            store.save(figures, made.notes, time.monotonic() - begun)
+            store.save(figures, made.notes, time.monotonic() - begun, validation)
             if not of_start:
                 shutil.rmtree(cache, ignore_errors=True)
         self.experiment.accelerator.wait_for_everyone()
 
-    def _measure(self, maker: ArmMaker, other: _SecondVLM | None, made: Made, settings: PassSettings) -> ArmFigures:
+    def _measure(
+        self, maker: ArmMaker, other: _SecondVLM | None, made: Made, settings: PassSettings
+    ) -> tuple[ArmFigures, dict[str, float]]:
         experiment, config, classifier = self.experiment, self.config, made.classifier
         invariance = config.model.invariance
         info = replace(experiment.info, head_hash=classifier.head_hash())
@@ -146,13 +155,38 @@ class Study:
         if made.loop is not None:
             translators["loop"] = made.loop
         translators |= {name: auditor.translator for name, auditor in auditors.items()}
-        return measure_arm(
+        figures = measure_arm(
             classifier, experiment.parts.test, experiment.embeddings["test"], experiment.texts, translators,
             fit=experiment.parts.audit, fit_embeddings=experiment.embeddings["audit"], mean=auditors["auditor"].mean,
             other=None if other is None else other.judge(classifier, options), ood=self._strange(),
             attributes=known_attributes(experiment.parts.audit, experiment.parts.test) if config.attributes else None,
             corruptions=config.corruptions, invariance=invariance, settings=settings, seed=config.seed,
+            transfers=[("auditor A", "auditor B")] if config.halves else [],
         )  # fmt: skip
+        return figures, validation_figures(experiment, classifier, auditors["auditor"], settings, invariance)
+
+    def _read_agreement(self) -> None:
+        """The agreement of auditors that an earlier start measured."""
+        try:
+            stored = json.loads((self.run.folder / "agreement.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        if stored["key"] == self._agreement_key():
+            self.agreement = [AgreementPoint(**point) for point in stored["points"]]
+
+    def _agreement_key(self) -> str:
+        config = self.config
+        return sha256_of_json([config.agreement_sizes, config.auditor.ridge, config.validation_per_class, asdict(config.data)])
+
+    def _measure_agreement(self, features: str) -> None:
+        config = self.config
+        if self.agreement or not config.agreement_sizes:
+            return
+        ridge = 1.0 if config.auditor.ridge is None else config.auditor.ridge
+        self.agreement = agreement_points(self.experiment, config.agreement_sizes, ridge, features)
+        if self.experiment.accelerator.is_main_process:
+            points = [asdict(point) for point in self.agreement]
+            write_json(self.run.folder / "agreement.json", {"key": self._agreement_key(), "points": points})
 
     def _strange(self) -> ImagePart | None:
         """Pictures of no class, evenly over the bank's unlabelled ones: no auditor and no cross-entropy ever saw them."""
@@ -192,6 +226,7 @@ class Study:
             settings={**asdict(config), "command": " ".join(["recipes/study.py", *sys.argv[1:]])},
             machine=describe_machine(self.experiment.accelerator),
             seconds=self.run.seconds,
+            agreement=self.agreement,
         )
         write_study_report(found, self.run.folder)
         print(study_table(found, compact=True))
@@ -228,11 +263,13 @@ def known_attributes(fit: ImagePart, test: ImagePart) -> KnownAttributes:
     Raises:
         ValueError: the pictures are no scenes.
     """
-    if not (isinstance(fit, ScenePart) and isinstance(test, ScenePart)):
-        raise ValueError(f"attributes are known of built-in scenes only, not of {fit.name!r} and {test.name!r}")
     names = tuple(f"{name}: {value}" for name, values in ATTRIBUTES.items() for value in values)
 
-    def table(part: ScenePart) -> np.ndarray:
+    def table(part: ImagePart) -> np.ndarray:
+        if isinstance(part, SubsetPart):
+            return table(part.parent)[part.indices]
+        if not isinstance(part, ScenePart):
+            raise ValueError(f"attributes are known of built-in scenes only, not of the pictures of {part.name!r}")
         return np.concatenate([np.eye(len(values))[part.table.codes[name]] for name, values in ATTRIBUTES.items()], axis=1)
 
     return KnownAttributes(names, table(fit), table(test))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from singreg.analysis.features import PassSettings, cached_features, iterate_features
 from singreg.analysis.fitting import FittedTranslator
+from singreg.loss_terms import placebo_texts
 from singreg.losses import SingLoss
 from singreg.models.aligned_head import AlignedHead, align_head_, constrain_to_rows, release_rows
 from singreg.models.classifier import Classifier
@@ -69,7 +70,8 @@ class ArmMaker:
         if source is not None:
             source.load_weights(classifier)
         if arm.aligned:
-            aligned = align_head_(classifier, self.start.loop.translator, experiment.texts, self.start.statistics)
+            texts = placebo_texts(experiment.texts, config.loss.placebo)
+            aligned = align_head_(classifier, self.start.loop.translator, texts, self.start.statistics)
             notes = _notes(aligned)
             if arm.constrain:
                 constrain_to_rows(classifier, aligned.rows)
@@ -123,8 +125,6 @@ def _callbacks(log: TensorBoardLog, keeper: LoopTranslator) -> ArmCallbacks:
             log.scalars({f"train/{name}": value for name, value in values.items()}, step)
 
     return ArmCallbacks(figures, lambda *_: None, keeper.refresh, keeper if keeper.stateful else None)
-
-
 
 
 def _notes(aligned: AlignedHead) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class ArmConfig:
         name: of the arm. note: what it is there for.
         role: method; baseline, which a method must beat; or placebo, which must not do what a method does.
         train: none (edit and measure), head (on stored features of the starting backbone), all (fine-tuning).
-        aligned: begin with the language-aligned head (METHOD section 7). constrain: keep its row space while training.
+        aligned: begin with the language-aligned head (METHOD section 7), to the placebo's prompts under loss.placebo. constrain: keep
+            its row space while training.
         drop_null: end by folding f → Π_p f into the head (METHOD section 9 f), which leaves no null space to measure.
         interpolate: share of the arm's own weights in the mean with the starting model's (WiSE-FT); 1: its own alone.
         weights_from: an earlier arm whose weights of the same seed this one begins with.
@@ -62,7 +63,11 @@ class StudyConfig(FinetuneConfig):
         seeds: an arm that trains is trained once with each.
         arms: see ArmConfig; a mapping each.
         reference: the arm that all others are compared with: plain fine-tuning with the same budget.
-        claim: the arm chosen beforehand to be judged; none takes the best one, and the report says that it was chosen afterwards.
+        claim: the arm chosen beforehand to be judged; none takes the best one on the validation part, or without one the best on
+            the test part, and the report says which.
+        validation_per_class: labelled pictures of every class that are taken from the auditor's, for choosing an arm and nothing else.
+        agreement_sizes: numbers of pictures at which two auditors on disjoint pictures are compared before anything is trained, to
+            see how many an auditor needs; sizes that the parts cannot fill are left out.
         further_vlms: at most one more vision-language model, a second judge with an auditor of its own.
         halves: two more auditors on the disjoint halves of the audit part.
         mlp_auditor: one more, non-linear auditor; minutes an arm.
@@ -76,6 +81,8 @@ class StudyConfig(FinetuneConfig):
     arms: list[dict[str, Any]] = field(default_factory=list)
     reference: str = "plain"
     claim: str | None = None
+    validation_per_class: int = 0
+    agreement_sizes: list[int] = field(default_factory=list)
     further_vlms: list[VisionLanguageConfig] = field(default_factory=list)
     halves: bool = True
     mlp_auditor: bool = False
@@ -190,6 +197,8 @@ def check_study(config: StudyConfig) -> list[str]:
         problems.append(f"corruptions: no such corruption: {kind}; known are {', '.join(KINDS)}")
     problems.need(config.auditor.standardize == "blocks", "auditor.standardize: a study's auditors go by blocks; leave it out")
     problems.positive(ood_count=config.ood_count)
+    problems.need(config.validation_per_class >= 0, f"validation_per_class: expected at least 0, got {config.validation_per_class}")
+    problems.need(min(config.agreement_sizes, default=2) >= 2, f"agreement_sizes: expected at least 2 each, got {config.agreement_sizes}")
     problems.need(config.ood == "none" or config.data.unlabeled is not None, "ood: unlabeled needs pictures in data.unlabeled")
     problems.need(not config.attributes or config.data.source == "scenes", "attributes: only built-in scenes have known ones")
     for place, arm in enumerate(arms):

@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
 
 from singreg.analysis.arm_results import ArmFigures
-from singreg.analysis.results import nulls_for_nan
+from singreg.analysis.results import nan_for_null, nulls_for_nan
 from singreg.analysis.study_results import ArmRun
 from singreg.files import atomic_write, sha256_of_json, write_json, write_text
 from singreg.models.classifier import Classifier
@@ -21,9 +21,11 @@ from singreg.training.study_config import ArmConfig, StudyConfig, arm_config
 from singreg.workbench.run import Run
 
 logger = get_logger(__name__)
-FORMAT = 1
+FORMAT = 2
 ELSEWHERE = ("name", "runs", "cache", "dry_run", "resume")
 """Where things go and how a run is started: no part of what an arm is."""
+MEASURED = ("halves", "mlp_auditor", "corruptions", "ood", "ood_count", "attributes", "validation_per_class")
+"""How every arm is measured."""
 
 
 class StudyRun(Run):
@@ -58,7 +60,7 @@ def arm_hash(config: StudyConfig, arm: ArmConfig, seed: int, source: str | None)
     """SHA-256 of all that decides an arm's figures: its resolved configuration, seed, how it is measured, and `source`, the hash of
     the arm whose weights it takes (no shapes)."""
     own = dataclasses.asdict(arm_config(config, arm, seed))
-    measured = {name: getattr(config, name) for name in ("halves", "mlp_auditor", "corruptions", "ood", "ood_count", "attributes")}
+    measured = {name: getattr(config, name) for name in MEASURED}
     value = {
         "config": {key: item for key, item in own.items() if key not in ELSEWHERE},
         "arm": {key: item for key, item in dataclasses.asdict(arm).items() if key not in ("note", "role", "seeds", "overrides")},
@@ -97,7 +99,7 @@ class ArmStore:
         with np.load(self.folder / "rows.npz", allow_pickle=False) as file:
             rows = {name: file[name] for name in file.files}
         figures = None if stored["figures"] is None else ArmFigures.from_json(stored["figures"], rows)
-        return self._run(figures, stored["extra"], stored["seconds"])
+        return self._run(figures, stored["extra"], stored["seconds"], nan_for_null(stored["validation"]))
 
     def begin(self) -> None:
         """Make room for work on this arm: what another configuration left is removed, checkpoints of this one stay (a path)."""
@@ -116,7 +118,7 @@ class ArmStore:
         """Put the stored tensors into a classifier of the same architecture, in place (any shapes)."""
         classifier.model.load_state_dict(load_file(self.weights))
 
-    def save(self, figures: ArmFigures | None, extra: dict[str, Any], seconds: float) -> None:
+    def save(self, figures: ArmFigures | None, extra: dict[str, Any], seconds: float, validation: dict[str, float]) -> None:
         """Write rows (N,), then the JSON that marks the arm as done; its checkpoints have done their work."""
         with atomic_write(self.folder / "rows.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, **({} if figures is None else figures.rows))  # type: ignore[arg-type]
@@ -126,13 +128,14 @@ class ArmStore:
             "figures": None if figures is None else figures.to_json(),
             "extra": nulls_for_nan(extra),
             "seconds": seconds,
+            "validation": nulls_for_nan(validation),
         }
         write_json(self.folder / "measurement.json", value)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def _run(self, figures: ArmFigures | None, extra: dict[str, Any], seconds: float) -> ArmRun:
+    def _run(self, figures: ArmFigures | None, extra: dict[str, Any], seconds: float, validation: dict[str, float]) -> ArmRun:
         arm = self.arm
         return ArmRun(
             arm=arm.name, role=arm.role, train=arm.train, note=arm.note, seed=self.seed, figures=figures, extra=extra, seconds=seconds,
-            trained=self.trained,
+            trained=self.trained, validation=validation,
         )

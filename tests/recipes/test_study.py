@@ -26,6 +26,8 @@ SETTINGS: dict[str, Any] = {
     "halves": False,
     "corruptions": [],
     "attributes": True,
+    "validation_per_class": 2,
+    "agreement_sizes": [6, 12, 10000],
     "seeds": [0, 1],
     "arms": [
         {"name": "plain", "train": "head", "role": "baseline", "overrides": {"loss.weight": 0}},
@@ -97,7 +99,7 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None:
-    for name in ("config.yaml", "report.json", "report.md", "report.html", "plots/study.png", "plots/pareto.png"):
+    for name in ("config.yaml", "report.json", "report.md", "report.html", "agreement.json", "plots/study.png", "plots/pareto.png"):
         assert (whole / name).is_file(), name
     for run in RUNS:
         arm, seed = run.split()
@@ -116,7 +118,11 @@ def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None
     assert arms["aligned"]["mean"]["AS_neg/frozen"] < 0.5 * arms["plain"]["mean"]["AS_neg/frozen"]
     text = (whole / "report.md").read_text()
     assert "## Known attributes" in text
-    assert "sing (chosen afterwards" in text or "aligned (chosen afterwards" in text or "mixed (chosen afterwards" in text
+    assert "No claim: the auditor was fitted on" in text
+    report = report_of(whole)
+    assert [point["images"] for point in report["agreement"]] == [6, 12]
+    assert arms["sing"]["validation"]["images"] == 20
+    assert arms["dropped"]["validation"] == {}
 
 
 @pytest.mark.parametrize(

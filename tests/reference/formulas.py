@@ -75,6 +75,7 @@ def sing_terms(
                 energy(shift), energy(total).detach(), torch.relu(eq_to_text - to_text) / reference[y],
                 torch.relu(0.9 - image / reference[y]) ** 2 + torch.relu(image / reference[y] - 1.5) ** 2,
                 null @ (anchor - anchor @ project).detach(), null @ null, centred @ centred,
+                (eq_to_text - to_text).abs() / reference[y],
             )
         )  # fmt: skip
     prompts = text @ matrix
@@ -82,6 +83,7 @@ def sing_terms(
     return {
         "leak": columns[0] / columns[1],
         "hinge": columns[2],
+        "attribute": columns[7],
         "band": columns[3],
         "class_share": columns[4] / columns[5],
         "capacity": (prompts - prompts @ project).square().sum() / prompts.square().sum(),

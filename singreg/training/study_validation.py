@@ -1,0 +1,92 @@
+"""What a study does before and beside its test pictures: a validation part to choose an arm on, and how many pictures an auditor needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from singreg.analysis.auditors import AgreementPoint, Auditor, auditor_agreement_curve
+from singreg.analysis.features import PassSettings, cached_features
+from singreg.analysis.model import analyze_model
+from singreg.data.parts import ImagePart
+from singreg.geometry.nullspace import Invariance, NullSpace
+from singreg.models.classifier import Classifier
+from singreg.training.experiment import Experiment
+
+VALIDATION = "validation"
+
+
+def hold_out(experiment: Experiment, per_class: int) -> Experiment:
+    """The experiment with a part "validation" of `per_class` labelled audit pictures of every class; the auditor loses them.
+
+    The first of each class in the part's own order, which is a seeded draw; with 0 nothing changes. Embeddings (N, n) go along.
+
+    Raises:
+        ValueError: a class has too few labelled audit pictures to leave the auditor one.
+    """
+    if not per_class:
+        return experiment
+    audit, embeddings = experiment.parts.audit, experiment.embeddings["audit"]
+    chosen = []
+    for label, name in enumerate(audit.class_names):
+        rows = np.flatnonzero(audit.labels == label)
+        if len(rows) <= per_class:
+            raise ValueError(
+                f"validation_per_class is {per_class}, but the audit part has {len(rows)} labelled pictures of {name!r} and must keep "
+                "one; lower it, or give the audit part more (data.audit_per_class, data.scenes_audit)"
+            )
+        chosen.append(rows[:per_class])
+    taken = np.sort(np.concatenate(chosen))
+    kept = np.setdiff1d(np.arange(len(audit)), taken)
+    parts = replace(experiment.parts, audit=audit.subset(kept, "audit"))
+    held = {"audit": np.asarray(embeddings[kept]), VALIDATION: np.asarray(embeddings[taken])}
+    validation = audit.subset(taken, VALIDATION)
+    return replace(experiment, parts=parts, embeddings={**experiment.embeddings, **held}, validation=validation)
+
+
+def validation_figures(
+    experiment: Experiment, classifier: Classifier, auditor: Auditor, settings: PassSettings, invariance: Invariance
+) -> dict[str, float]:
+    """The few figures an arm is chosen by, on the validation part (degrees, shares; no shapes); empty without such a part."""
+    if experiment.validation is None:
+        return {}
+    found = analyze_model(
+        classifier, experiment.validation, experiment.embeddings[VALIDATION], experiment.texts, {"auditor": auditor.translator},
+        mean=auditor.mean, invariance=invariance, settings=settings,
+    )  # fmt: skip
+    scores, steering = found.translators["auditor"].overall, found.steering["auditor"]
+    return {
+        "top1": found.top1, "images": float(found.images), "step": steering.step,
+        **{key: scores[key] for key in ("AS_neg", "AS_abs", "IS")},
+    }  # fmt: skip
+
+
+def agreement_points(experiment: Experiment, sizes: list[int], ridge: float, folder: str) -> list[AgreementPoint]:
+    """How far two auditors of N pictures agree on the starting classifier, N by N (no shapes; features stored in `folder`).
+
+    The pictures are the audit part and those of the bank that training never sees; held out are the validation pictures, or
+    without them the test ones. Every process computes the same, from stored features.
+    """
+    classifier, settings = experiment.classifier, experiment.settings
+    seen = len(experiment.parts.train)
+    held, of_held = (experiment.parts.test, "test") if experiment.validation is None else (experiment.validation, VALIDATION)
+
+    def features(part: ImagePart) -> Tensor:
+        stored = cached_features(
+            classifier, part, folder, batch_size=settings.batch_size, workers=settings.workers, progress=settings.progress
+        )
+        return torch.from_numpy(np.array(stored))
+
+    pictures = torch.cat([features(experiment.parts.audit), features(experiment.parts.bank)[seen:]])
+    embeddings = np.concatenate([experiment.embeddings["audit"], experiment.embeddings["bank"][seen:]])
+    usable = sorted({size for size in sizes if size <= len(pictures) // 2})
+    if not usable:
+        return []
+    basis = NullSpace.from_weight(classifier.weight.cpu(), invariance=experiment.config.model.invariance).basis
+    return auditor_agreement_curve(
+        pictures, torch.from_numpy(embeddings), experiment.texts.cpu(), usable, ridge=ridge, basis=basis,
+        held_out=(features(held), torch.from_numpy(np.array(experiment.embeddings[of_held])), torch.from_numpy(np.array(held.labels))),
+    )  # fmt: skip
