@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from singreg.reporting.readme import insert, summary
-from singreg.reporting.report_files import read_report
+from singreg.reporting.readme import block_of, insert
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,7 +60,7 @@ def test_the_test_command_is_what_ci_runs() -> None:
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_those_of_the_kept_report(name: str) -> None:
     report = ROOT / ".github" / f"{name}.json"
-    assert insert(TEXT, name, summary(read_report(report))) == TEXT, f"run python -m singreg.reporting.readme README.md {name}=RUN"
+    assert insert(TEXT, name, block_of(report)) == TEXT, f"run python -m singreg.reporting.readme README.md {name}=RUN"
 
 
 def test_figures_named_here_are_known_configurations_and_the_picture_is_there() -> None:

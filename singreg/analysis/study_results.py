@@ -12,9 +12,9 @@ import numpy as np
 from singreg.analysis.arm_results import ArmFigures
 from singreg.analysis.auditors import AgreementPoint
 from singreg.analysis.bootstrap import Interval, paired_difference, paired_ratio, resampled_means
-from singreg.analysis.results import Rows, nulls_for_nan
+from singreg.analysis.results import Rows, nan_for_null, nulls_for_nan
 
-FORMAT = 1
+FORMAT = 2
 AUDITOR = "auditor"
 SECOND = "auditor VLM2"
 
@@ -118,6 +118,24 @@ class StudyReport:
         """A strictly JSON-able dict: what is not defined becomes null (no shapes)."""
         value: dict[str, Any] = nulls_for_nan({"format": FORMAT, **asdict(self)})
         return value
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> StudyReport:
+        """Back from `to_json` (no shapes).
+
+        Raises:
+            ValueError: another format.
+        """
+        if value.get("format") != FORMAT:
+            raise ValueError(f"this is not a study's report of format {FORMAT}, but of {value.get('format')!r}")
+        given = {key: item for key, item in value.items() if key != "format"}
+        arms = [_summary_from_json(nan_for_null(arm) | {"top1_kept": arm["top1_kept"], "omitted": arm["omitted"]}) for arm in given["arms"]]
+        return cls(**{**given, "arms": arms, "agreement": [AgreementPoint(**point) for point in given["agreement"]]})
+
+
+def _summary_from_json(arm: dict[str, Any]) -> ArmSummary:
+    targets = [Target(**target) for target in arm["targets"]]
+    return ArmSummary(**{**arm, "paired": {name: Paired(**found) for name, found in arm["paired"].items()}, "targets": targets})
 
 
 Figure = Callable[[Rows], np.ndarray]

@@ -6,12 +6,14 @@ python -m singreg.reporting.readme README.md demo=runs/demo        # keeps the r
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from singreg.analysis.results import FinetuneReport
 from singreg.files import write_json, write_text
+from singreg.reporting.readme_study import PICTURES, is_study, read_study, rounded, study_summary
 from singreg.reporting.report_files import read_report
 from singreg.reporting.tables import escape, results_table
 
@@ -57,7 +59,18 @@ def keep(report: Path, target: Path) -> None:
     places = {place for place, word in enumerate(words) for flag in ("--cache", "--runs") if word == flag}
     kept = [word for place, word in enumerate(words) if place not in places and place - 1 not in places]
     value["settings"] = {"name": value["settings"]["name"], "command": " ".join(kept)}
+    if is_study(value):
+        value = rounded(value)
+        for picture in PICTURES:
+            shutil.copy(report / "plots" / f"{picture}.png", target.with_name(f"{target.stem}-{picture}.png"))
     write_json(target, value)
+
+
+def block_of(kept: Path) -> str:
+    """What README says about a kept report (a path), a fine-tuning run's or a study's."""
+    if is_study(json.loads(kept.read_text(encoding="utf-8"))):
+        return study_summary(read_study(kept), kept.stem)
+    return summary(read_report(kept))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name, _, path = pair.partition("=")
         kept = Path(readme).parent / ".github" / f"{name}.json"
         keep(Path(path), kept)
-        text = insert(text, name, summary(read_report(kept)))
+        text = insert(text, name, block_of(kept))
     write_text(readme, text)
 
 

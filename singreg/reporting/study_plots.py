@@ -43,7 +43,7 @@ def draw_study(report: StudyReport) -> Figure:
         if math.isfinite(plain.mean.get(key, math.nan)):
             panel.axvline(scale * plain.mean[key], color=COLOURS["reference"], linewidth=0.8, linestyle=":")
         panel.set_title(title, fontsize=9)
-        _style(panel)
+        style(panel)
     first = np.atleast_1d(axes)[0]
     first.set_yticks(places, [drawable(arm.arm, 28) for arm in arms], fontsize=8)
     first.set_ylim(len(arms) - 0.5, -0.5)
@@ -85,7 +85,7 @@ def draw_pareto(report: StudyReport) -> Figure:
     _names(axes, arms, x, y, report.reference)
     axes.set(xlabel="top-1 %", ylabel="AS⁻ ° by the auditor")
     axes.set_title("leakage against accuracy; dashed: no arm is better in both (right and low is good)", fontsize=10)
-    _style(axes)
+    style(axes)
     return figure
 
 
@@ -105,7 +105,8 @@ def _names(axes: Axes, arms: Sequence[ArmSummary], x: np.ndarray, y: np.ndarray,
     axes.set_ylim(bottom, top)
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """The look of every panel (no shapes)."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)

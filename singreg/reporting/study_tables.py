@@ -108,6 +108,17 @@ def target_table(report: StudyReport) -> str:
     return render(rows, ["arm", "reached", *(f"{name} ({wanted})".replace("|", "\\|") for name, wanted in names)])
 
 
+def validation_table(report: StudyReport) -> str:
+    """The few figures an arm is chosen by, on the validation part (Markdown; degrees, shares; means over seeds)."""
+    columns = (("AS⁻ °", "AS_neg", 2), ("\\|AS\\| °", "AS_abs", 2), ("IS °", "IS", 1), ("step to IS 40°", "step", 3))
+    rows = [
+        [_name(arm), arm.role, percent(arm.validation["top1"]), *(number(arm.validation[key], digits) for _, key, digits in columns)]
+        for arm in report.arms
+        if arm.validation
+    ]
+    return render(rows, ["arm", "role", "top-1", *(title for title, *_ in columns)])
+
+
 def side_effect_table(report: StudyReport) -> str:
     """Calibration, corrupted accuracy and OOD AUROCs of every arm (Markdown; shares, mean over seeds ± spread)."""
     known = [key for arm in report.arms for key in arm.mean]

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from singreg.analysis.auditors import AgreementPoint
 from singreg.analysis.study_results import (
     AUDITOR,
     ArmRun,
+    StudyReport,
     compare_with_reference,
     pareto_front,
     summarize,
 )
 from singreg.analysis.study_targets import attribute_groups, best_arm, study_report, targets
+from singreg.reporting.readme_study import study_summary
+from singreg.reporting.study_curves import draw_auditor_need, draw_tradeoff
 from singreg.reporting.study_plots import draw_pareto, draw_study
 from singreg.reporting.study_report import study_markdown
-from singreg.reporting.study_tables import study_table
+from singreg.reporting.study_tables import study_table, validation_table
 
 N = 200
 NAMES = np.array([f"picture {i}" for i in range(N)])
@@ -43,7 +48,10 @@ def rows(seed: int, *, harm: float = 4.0, right: float = 0.9, step: float = 0.2,
     }
 
 
-def run(arm: str, seed: int, role: str = "method", train: str = "all", trained: bool = True, probe: float = 0.8, **options: Any) -> ArmRun:
+def run(
+    arm: str, seed: int, role: str = "method", train: str = "all", trained: bool = True, probe: float = 0.8, fit_images: int = 700,
+    validation: dict[str, float] | None = None, **options: Any,
+) -> ArmRun:  # fmt: skip
     """Only what the aggregation reads of an arm's figures."""
     found = rows(seed, **options)
     top1, harm, image = (float(found[key].mean()) for key in ("correct", f"AS/{AUDITOR}", f"IS/{AUDITOR}"))
@@ -59,10 +67,10 @@ def run(arm: str, seed: int, role: str = "method", train: str = "all", trained: 
         information=SimpleNamespace(intervals={"accuracy null_space": [probe - 0.02, probe + 0.02]}),
         measurement=SimpleNamespace(
             images=N, top1_interval=[top1 - 0.02, top1 + 0.02], head=SimpleNamespace(features=100),
-            translators={AUDITOR: SimpleNamespace(intervals=intervals, fit_images=700)},
+            translators={AUDITOR: SimpleNamespace(intervals=intervals, fit_images=fit_images)},
         ),
     )  # fmt: skip
-    return ArmRun(arm, role, train, "", seed, figures, seconds=1.0, trained=trained)  # type: ignore[arg-type]
+    return ArmRun(arm, role, train, "", seed, figures, seconds=1.0, trained=trained, validation=validation or {})  # type: ignore[arg-type]
 
 
 def study(*more: ArmRun, claim: str | None = None) -> Any:
@@ -148,6 +156,50 @@ def test_the_sentences_name_the_claim_the_placebo_and_what_is_missed() -> None:
     assert not any("pictures for" in warning for warning in harmless.warnings)
 
 
+def held(top1: float, harm: float) -> dict[str, float]:
+    return {"top1": top1, "AS_neg": harm, "AS_abs": harm, "IS": 40.0, "step": 0.3, "images": 100.0}
+
+
+def test_the_validation_part_chooses_and_the_test_part_judges() -> None:
+    """The arm that is best on the test pictures is not taken when the validation pictures speak for another."""
+    plain = [run("plain", seed, "baseline", validation=held(0.9, 4.0)) for seed in (0, 1)]
+    arms = [
+        run("lucky", 0, harm=0.2, validation=held(0.9, 3.9)), run("steady", 0, harm=1.0, validation=held(0.897, 0.7)),
+        run("inaccurate", 0, harm=0.1, validation=held(0.8, 0.1)),
+    ]  # fmt: skip
+    report = study_report([*plain, *arms], reference="plain")
+    assert best_arm(report).arm == "steady"  # type: ignore[union-attr]
+    assert report.sentences[0].startswith("steady (chosen on the validation part) leaves")
+    assert "200 test pictures, auditor of 700 others, 1 seed(s)" in report.sentences[0]
+    claimed = study_report([*plain, *arms], reference="plain", claim="lucky")
+    assert [sentence.split(" leaves")[0] for sentence in claimed.sentences[:2]] == [
+        "lucky (the arm named beforehand)", "steady (chosen on the validation part)",
+    ]  # fmt: skip
+    assert "| steady" in validation_table(report)
+    without = study_report([run("plain", 0, "baseline"), *[replace(arm, validation={}) for arm in arms]], reference="plain")
+    assert best_arm(without).arm == "inaccurate"  # type: ignore[union-attr]
+
+
+def test_too_few_auditor_pictures_support_no_claim() -> None:
+    few = [run("plain", 0, "baseline", fit_images=599), run("sing", 0, harm=1.0, fit_images=599)]
+    assert study_report(few, reference="plain").sentences == [
+        "No claim: the auditor was fitted on 599 pictures and needs 600; the figures below compare arms only roughly."
+    ]
+    assert not any("No claim" in sentence for sentence in study(run("sing", 0, harm=1.0)).sentences)
+
+
+def test_the_curves_draw_every_arm_and_mark_the_auditor() -> None:
+    points = [AgreementPoint(n, 0.5, [0.6, 0.61], [5.0, 5.2]) for n in (100, 200, 400)]
+    found = study_report([run("plain", 0, "baseline"), run("sing", 0, harm=1.0)], reference="plain", agreement=points)
+    lines = draw_auditor_need(found).axes[2].lines
+    assert [list(line.get_ydata()) for line in lines] == [[5.0] * 3, [5.2] * 3, [0, 1], [0, 1]]
+    assert [line.get_xdata()[0] for line in lines[2:]] == [700, 600]
+    for arm in found.arms:
+        arm.mean.update({f"steering_step/{AUDITOR}": 0.3, f"AS_abs25/{AUDITOR}": 20.0})
+    shown = {text.get_text() for text in draw_tradeoff(found).axes[0].texts}
+    assert shown == {"plain", "sing"}
+
+
 def test_without_the_reference_nothing_is_said() -> None:
     with pytest.raises(ValueError, match="no finished run of the reference arm 'plain'"):
         study_report([run("sing", 0)], reference="plain")
@@ -160,7 +212,7 @@ def test_an_arm_without_a_null_space_is_a_row_that_says_so(tmp_path: Any) -> Non
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["arms"][-1]["mean"] == {"top1": 0.9}
     line = next(line for line in study_table(report, compact=True).splitlines() if line.startswith("dropped"))
     assert line.split()[1:4] == ["1", "90.0%", "–"]
-    text = study_markdown(report, {name: tmp_path / f"{name}.png" for name in ("study", "pareto")})
+    text = study_markdown(report, {name: tmp_path / f"{name}.png" for name in ("study", "pareto", "tradeoff")})
     assert "logit change 1e-06" in text
     assert len(draw_study(report).axes) == 7
     shown = [text.get_text().strip() for text in draw_pareto(report).axes[0].texts]
@@ -182,3 +234,22 @@ def test_attributes_are_grouped_by_what_they_are_values_of() -> None:
     mean = {"null_space_r2/color: red": 0.2, "null_space_r2/color: blue": 0.4, "features_r2/size: small": 1.0, "harmless_r2": 9.0}
     found = attribute_groups(mean)
     assert found == {"color": {"null_space": pytest.approx(0.3)}, "size": {"features": 1.0}}
+
+
+def test_a_report_goes_to_json_and_back_and_readme_says_the_same(tmp_path: Any) -> None:
+    points = [AgreementPoint(10, 0.5, [0.6, 0.61], [5.0, 5.2])]
+    runs = [run("plain", 0, "baseline"), run("sing", 0, harm=1.0), ArmRun("dropped", "baseline", "none", "", 0, None, {"top1": 0.9})]
+    report = study_report(
+        runs, reference="plain", claim="sing", agreement=points, settings={"name": "s", "command": "recipes/study.py"},
+        machine={"cores": 2, "processor": "p", "device": "cpu", "torch": "2"}, seconds={"sing": 120.0},
+    )  # fmt: skip
+    back = StudyReport.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False)))
+    assert study_markdown(back, {name: tmp_path / f"{name}.png" for name in ("study", "pareto", "tradeoff")}) == study_markdown(
+        report, {name: tmp_path / f"{name}.png" for name in ("study", "pareto", "tradeoff")}
+    )
+    text = study_summary(back, "s")
+    assert "sing (the arm named beforehand)" in text
+    assert "`recipes/study.py` on 2 cores (p), cpu, torch 2; 2 minutes" in text
+    assert "| sing | 1 " in " ".join(text.split())
+    with pytest.raises(ValueError, match="format 2, but of 7"):
+        StudyReport.from_json({"format": 7})
