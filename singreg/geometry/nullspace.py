@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from singreg.geometry.orthonormal import LARGEST_CONDITION, orthonormal_rows
 
 Invariance = Literal["logits", "softmax"]
 
@@ -36,6 +39,17 @@ def _rows_of(weight: Tensor, invariance: str) -> Tensor:
     return helmert_contrasts(weight) if invariance == "softmax" else weight
 
 
+def _left_vectors(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal directions (m, k) of the rows (C, m), any rank, and their singular values (k,), largest first; k = min(C, m)."""
+    # SVD of the small triangular factor, not of W: the QR does the long side once.
+    if len(rows) > rows.shape[1]:
+        left, sigma, _ = torch.linalg.svd(torch.linalg.qr(rows).R.T, full_matrices=False)
+        return left, sigma
+    q, r = torch.linalg.qr(rows.T)
+    u, sigma, _ = torch.linalg.svd(r, full_matrices=False)
+    return q @ u, sigma
+
+
 class NullSpace(nn.Module):
     """Row space and null space of a head W, as a thin orthonormal basis Q of the row space (paper eq. 1-3).
 
@@ -43,7 +57,7 @@ class NullSpace(nn.Module):
     projectors are never formed. The basis is a float64 buffer that moves with `.to(device)` and keeps its precision.
 
     Attributes:
-        basis: (m, r) orthonormal, float64. rank: r. nullity: m - r. singular_values: (min(C, m),) float64.
+        basis: (m, r) orthonormal, float64. rank: r. nullity: m - r. singular_values: (min(C, m),) float64, found when asked for.
 
     Example:
         >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
@@ -52,12 +66,16 @@ class NullSpace(nn.Module):
     """
 
     basis: Tensor
-    singular_values: Tensor
+    _sigma: Tensor | None
+    _factor: Tensor | None
 
-    def __init__(self, basis: Tensor, singular_values: Tensor, *, invariance: Invariance = "logits") -> None:
+    def __init__(
+        self, basis: Tensor, singular_values: Tensor | None = None, *, invariance: Invariance = "logits", factor: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.register_buffer("basis", basis, persistent=False)
-        self.register_buffer("singular_values", singular_values, persistent=False)
+        self.register_buffer("_sigma", singular_values, persistent=False)
+        self.register_buffer("_factor", factor, persistent=False)  # L (r, r) of rows = L Qᵀ, which has their singular values
         self.invariance: Invariance = invariance
 
     @classmethod
@@ -73,16 +91,16 @@ class NullSpace(nn.Module):
         Raises:
             ValueError: W is not (C, m), not finite, or has no null space and `allow_empty` is False.
         """
-        rows = _rows_of(weight.detach().to(torch.float64), invariance)
+        rows = _rows_of(weight.detach().to(torch.float64, copy=True), invariance)
         classes, width = weight.shape
-        # SVD of the small triangular factor, not of W: the QR does the long side once.
-        if classes <= width:
-            q, r = torch.linalg.qr(rows.T)
-            u, sigma, _ = torch.linalg.svd(r, full_matrices=False)
-            left = q @ u
-        else:
-            left, sigma, _ = torch.linalg.svd(torch.linalg.qr(rows).R.T, full_matrices=False)
         tolerance = rtol if rtol is not None else max(classes, width) * torch.finfo(torch.float64).eps
+        if len(rows) < width and 0 <= tolerance < 1:
+            # With a condition number far below 1/tolerance the rank is full, and nobody needs an SVD to count it.
+            found = orthonormal_rows(rows, largest_condition=min(LARGEST_CONDITION, 1e-3 / max(tolerance, 1e-300)))
+            if found is not None:
+                return cls(found[0].T, factor=found[1], invariance=invariance)
+            rows = _rows_of(weight.detach().to(torch.float64), invariance)  # they were worked on in place
+        left, sigma = _left_vectors(rows)
         rank = int((sigma > tolerance * sigma[:1]).sum()) if sigma.numel() else 0
         if rank == width and not allow_empty:
             raise ValueError(
@@ -91,6 +109,22 @@ class NullSpace(nn.Module):
                 f"than {width} classes; allow_empty=True gives the empty null space"
             )
         return cls(left[:, :rank].contiguous(), sigma, invariance=invariance)
+
+    @property
+    def singular_values(self) -> Tensor:
+        """σ of the head, largest first, (min(C, m),) float64; found on first use: that costs more than the basis, and few need it."""
+        if self._sigma is None:
+            if self._factor is None:
+                raise ValueError("this NullSpace was made from a basis alone; one made by NullSpace.from_weight has singular values")
+            self._sigma = torch.linalg.svdvals(self._factor)
+        return self._sigma
+
+    def singular_directions(self) -> tuple[Tensor, Tensor]:
+        """The row space along the head's right singular vectors, (m, r), and their σ, (r,), largest first. `basis` has no such order."""
+        if self._factor is None:
+            return self.basis, self.singular_values[: self.rank]
+        _, sigma, right = torch.linalg.svd(self._factor)
+        return self.basis @ right.T, sigma
 
     @property
     def rank(self) -> int:
@@ -102,12 +136,13 @@ class NullSpace(nn.Module):
         """Dimension m - r of the null space."""
         return self.basis.shape[0] - self.basis.shape[1]
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NullSpace:
         # `.half()` or `.to(dtype)` on a parent must not round the basis: reports promise float64 (trap 7's cousin).
-        basis, sigma = self.basis, self.singular_values
+        exact = {name: self._buffers[name] for name in ("basis", "_sigma", "_factor")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.basis = basis.to(self.basis.device)
-        self.singular_values = sigma.to(self.singular_values.device)
+        for name, value in exact.items():
+            if value is not None:
+                self._buffers[name] = value.to(self._buffers[name].device)  # type: ignore[union-attr]
         return self
 
     def _check(self, features: Tensor) -> Tensor:

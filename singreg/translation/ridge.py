@@ -12,6 +12,9 @@ from singreg.translation.scaling import FeatureScale, Standardize, feature_scale
 
 DEFAULT_RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 5))
 
+BLOCK = 256  # columns of Σ f fᵀ at a time
+MIRRORED_FROM = 512  # rows of a batch; below, mirroring costs more than half a product saves
+
 
 @dataclass(frozen=True)
 class RidgeSolution:
@@ -55,13 +58,24 @@ class RidgeStatistics:
         f, z = (x.detach().to(self.ff) for x in (features, targets))
         if not (torch.isfinite(f).all() and torch.isfinite(z).all()):
             raise ValueError("features or targets hold NaN or infinity; one such row would spoil the whole fit")
-        self.ff += f.T @ f
-        self.fz += f.T @ z
+        self._add_gram(f)
+        self.fz.addmm_(f.T, z)
         self.f += f.sum(0)
         self.z += z.sum(0)
         self.zz += (z * z).sum()
         self.count += len(f)
         return self
+
+    def _add_gram(self, f: Tensor) -> None:
+        """Add Σ f fᵀ (m, m), which is symmetric: of a large batch only blocks up to the diagonal are multiplied, then mirrored."""
+        if len(f) < MIRRORED_FROM:
+            self.ff.addmm_(f.T, f)
+            return
+        width = len(self.ff)
+        for start in range(0, width, BLOCK):
+            stop = min(start + BLOCK, width)
+            self.ff[start:stop, :stop].addmm_(f[:, start:stop].T, f[:, :stop])
+            self.ff[:start, start:stop] = self.ff[start:stop, :start].T
 
     def _sums(self) -> tuple[Tensor, ...]:
         return self.ff, self.fz, self.f, self.z, self.zz, self.count

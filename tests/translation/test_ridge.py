@@ -44,6 +44,19 @@ def test_batches_order_and_merge_do_not_matter() -> None:
     assert int(parts.count) == 300
 
 
+@pytest.mark.parametrize("width", [3, 256, 300, 515])
+def test_large_batches_are_multiplied_by_half_and_mirrored(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    f = torch.randn(1300, width, generator=generator, dtype=torch.float64)
+    z = torch.randn(1300, 2, generator=generator, dtype=torch.float64)
+    sums = RidgeStatistics(width, 2)
+    for start, stop in ((0, 600), (600, 640), (640, 1300)):  # mirrored, whole, mirrored
+        sums.update(f[start:stop], z[start:stop])
+    torch.testing.assert_close(sums.ff, f.T @ f, atol=1e-9, rtol=0)
+    torch.testing.assert_close(sums.fz, f.T @ z, atol=1e-9, rtol=0)
+    torch.testing.assert_close(sums.ff, sums.ff.T, atol=1e-11, rtol=0)
+
+
 def test_float32_batches_are_summed_in_float64() -> None:
     """Trap 9: float32 Gram sums are 2e-4 off."""
     f, z = (x.float() for x in data(4000))

@@ -1,0 +1,107 @@
+"""How time and memory grow with the number of features: a simulated stream through statistics, scores, histograms and null share.
+
+OMP_NUM_THREADS=1 python tests/benchmarks/growth.py --out growth.png
+
+10⁴, 10⁵ and 10⁶ features (m = 2048), each count in a process of its own so that its peak memory is its own; chunks are drawn,
+used and dropped. Everything runs that one pass over a million images would: ridge statistics, both translations, SemanticLeakage
+(with its histograms, read as quantiles), AttributeScore, ImageScore and the null share. Prints a line a count, and writes the figure
+and, beside it, its numbers as JSON. Aim: peak memory at 10⁶ within 10 % of that at 10⁵, and time in proportion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from paired import machine, memory_mib
+
+CHUNK, CLASSES = 4096, 100
+
+
+def stream(count: int, features: int, dim: int) -> dict[str, float]:
+    """Measure one count in this process: seconds, and memory in MiB at the peak and before it began."""
+    from singreg.geometry.nullspace import NullSpace, null_share
+    from singreg.metrics import AttributeScore, ImageScore, SemanticLeakage
+    from singreg.translation.ridge import RidgeStatistics
+
+    g = torch.Generator().manual_seed(0)
+    weight, matrix = torch.randn(CLASSES, features, generator=g), torch.randn(dim, features, generator=g) / features**0.5
+    means, texts = torch.randn(CLASSES, features, generator=g), torch.randn(CLASSES, dim, generator=g)
+    before = memory_mib(peak=False)
+    wall, work = time.perf_counter(), time.process_time()
+    space, statistics = NullSpace.from_weight(weight), RidgeStatistics(features, dim)
+    leakage, attribute, image = SemanticLeakage(texts), AttributeScore("negative"), ImageScore()
+    share = 0.0
+    for start in range(0, count, CHUNK):
+        labels = torch.arange(start, min(start + CHUNK, count)) % CLASSES
+        f = torch.randn(len(labels), features, generator=g).add_(means[labels]).relu_()
+        null = space.component(f)
+        z, z_eq = f @ matrix.T, (f - null) @ matrix.T
+        statistics.update(f, z)
+        leakage.update(z, z_eq, labels)
+        attribute.update(z, z_eq, texts[labels])
+        image.update(z, z_eq)
+        share += float(null_share(f, null).double().sum())
+    summary, quantile = leakage.compute(), leakage.quantile("IS", 0.95)
+    assert int(summary["count"]) == int(statistics.count) == count
+    seconds = {"seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - work}
+    scores = {"AS_neg": float(attribute.compute()), "IS": float(image.compute()), "IS_95": quantile, "null_share": share / count}
+    return {"count": count, **seconds, "peak_mib": memory_mib(peak=True), "before_mib": before, **scores}
+
+
+def draw(rows: list[dict[str, float]], out: Path) -> None:
+    """Time and peak memory against the count, on logarithmic axes, with the line of proportion."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    counts = [row["count"] for row in rows]
+    left.loglog(counts, [row["processor_seconds"] for row in rows], "o-", label="measured")
+    left.loglog(counts, [rows[-1]["processor_seconds"] * count / counts[-1] for count in counts], "--", label="in proportion")
+    left.set(xlabel="features", ylabel="processor seconds")
+    left.legend()
+    right.loglog(counts, [row["peak_mib"] for row in rows], "o-")
+    right.set(xlabel="features", ylabel="peak memory in MiB", ylim=(min(row["peak_mib"] for row in rows) / 3, rows[-1]["peak_mib"] * 3))
+    figure.savefig(out, dpi=150)
+
+
+def main() -> None:
+    """One process a count; the figure, the JSON and what the aims ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--largest", type=int, default=10**6, help="the last count; the ones before are a tenth and a hundredth of it")
+    parser.add_argument("--features", type=int, default=2048)
+    parser.add_argument("--dim", type=int, default=256, help="width of the vision-language model's space")
+    parser.add_argument("--out", type=Path, default=Path("growth.png"), help="the figure; its numbers go beside it as .json")
+    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        print(json.dumps(stream(arguments.alone, arguments.features, arguments.dim)))
+        return
+    print(f"growth, m = {arguments.features}, {arguments.dim}-d; {machine()}", flush=True)
+    rows: list[dict[str, Any]] = []
+    for count in (arguments.largest // 100, arguments.largest // 10, arguments.largest):
+        sizes = ["--alone", str(count), "--features", str(arguments.features), "--dim", str(arguments.dim)]
+        done = subprocess.run([sys.executable, __file__, *sizes], check=True, stdout=subprocess.PIPE, text=True)
+        row = json.loads(done.stdout)
+        rows.append(row)
+        print(
+            f"{count} features: {row['seconds']:.1f} s, {row['processor_seconds']:.1f} processor seconds, "
+            f"peak memory {row['peak_mib']:.0f} MiB (before it {row['before_mib']:.0f} MiB)",
+            flush=True,
+        )
+    memory, work = (rows[-1][key] / rows[-2][key] for key in ("peak_mib", "processor_seconds"))
+    print(f"{rows[-1]['count']} / {rows[-2]['count']} features: peak memory ratio {memory:.3f}, processor seconds ratio {work:.2f}")
+    arguments.out.with_suffix(".json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    draw(rows, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

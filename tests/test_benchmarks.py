@@ -1,0 +1,58 @@
+"""Every benchmark runs at toy size and prints its line; what it measures there means nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "benchmarks"
+TOY = {
+    "head_decomposition": (
+        ["--sizes", "20x50", "--pairs", "3"],
+        [r"20 x 50: full SVD / ours, clock: ratio median \d", r"largest principal angle \d\.\d+e-1\d rad"],
+    ),
+    "ridge": (
+        ["--rows", "600", "--features", "30", "--targets", "7"],
+        [r"scikit-learn \(float64\) / ours, clock: ratio median", r"peak memory above the imports: scikit-learn \d+ MiB, ours \d+ MiB",
+         r"matrix: relative difference \d\.\d+e-1\d"],
+    ),
+    "analysis_speed": (
+        ["--audit", "40", "--test", "20", "--batch", "20", "--dim", "12", "--pairs", "2"],
+        [r"speed of the analysis / bare forward passes, clock: ratio median \d"],
+    ),
+    "startup": (
+        ["--pairs", "1", "--only", "import singreg"],
+        [r"import singreg / import torch, timm, open_clip, clock: ratio median 0\.\d"],
+    ),
+    "growth": (
+        ["--largest", "5000", "--features", "200", "--dim", "6", "--out", "growth.png"],
+        [r"5000 / 500 features: peak memory ratio \d"],
+    ),
+    "step_time": (["--model", "test_resnet", "--pixels", "32", "--batch", "4", "--classes", "5", "--dim", "8", "--pairs", "3"],
+                  [r"ratio, pair by pair: median \d"]),
+    "concept_speed": (["--count", "500", "--alone"], [r"500 features x 1200 texts, \d+ threads: \d+\.\d s"]),
+}  # fmt: skip
+HELPERS = {"paired"}
+
+
+def test_every_benchmark_is_among_them() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} - HELPERS == set(TOY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOY)
+def test_it_runs_and_prints_its_line(name: str, tmp_path: Path) -> None:
+    arguments, lines = TOY[name]
+    done = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in lines:
+        assert re.search(line, done.stdout), done.stdout
+    if name == "growth":
+        assert (tmp_path / "growth.png").stat().st_size > 5000
+        rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
+        assert [row["count"] for row in rows] == [50, 500, 5000]
