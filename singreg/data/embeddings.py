@@ -6,16 +6,16 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from singreg.data.loading import make_loader
+from singreg.data.partial import PartialFile, RowWriter
 from singreg.data.parts import ImagePart
 from singreg.data.views import Transform
 from singreg.distributed import is_distributed
@@ -25,6 +25,8 @@ from singreg.progress import progress as with_progress
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+Value = TypeVar("Value")
+Begun = tuple[str, list[tuple[int, int]]]  # the file under way, and the stretches of rows that are finished
 
 
 class ImageEncoder(Protocol):
@@ -66,7 +68,8 @@ def encode_part(
     """Any encoder's output (N, width) for a part, from the cache or computed; `key` must name all that determines it.
 
     In a process group every process must call it, with the same arguments and a cache folder they all see: each encodes
-    its own contiguous share of the pictures into one temporary file, which the first renames when all are done.
+    its own contiguous share of the pictures into one temporary file, which the first renames when all are done. A run that was
+    killed leaves that file; the next one of the same key checks its finished rows by their hashes and computes the others only.
 
     Raises:
         ValueError: an empty part, a row that is not finite (the picture is named), or an encoder of another width.
@@ -76,30 +79,47 @@ def encode_part(
     facts = {"format": FORMAT, "part": part.fingerprint, "shape": [len(part), width], **key}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     target = Path(cache_dir).expanduser() / f"embeddings-{name}.npy"
-    temporary = _together(lambda: _prepare(target, facts))
-    if temporary is not None:
-        try:
-            _everywhere(lambda: _fill(encode, transform, part, temporary, width, batch_size, workers, description if progress else ""))
-            _together(lambda: _publish(temporary, target, facts))
-        finally:
-            if _rank() == 0:
-                Path(temporary).unlink(missing_ok=True)
-    found: np.memmap[Any, np.dtype[np.float32]] = np.load(target, mmap_mode="r")
+    partial: list[PartialFile] = []  # on the first process, and only where something must be computed
+    useless = False
+    try:
+        begun = _together(lambda: _prepare(target, facts, partial))
+        if begun is not None:
+            _everywhere(lambda: _fill(encode, transform, part, begun, width, batch_size, workers, description if progress else ""))
+            _together(lambda: _publish(partial[0], target, facts))
+    except ValueError:  # the data's or the encoder's fault: going on from here would not help
+        useless = True
+        raise
+    finally:
+        for file in partial:
+            file.close(keep=not useless)
+    found: np.memmap[Any, np.dtype[np.float32]] = np.load(target, mmap_mode="r", allow_pickle=False)
     return found
 
 
-def _prepare(target: Path, facts: dict[str, Any]) -> str | None:
-    """None when the cached file is whole; otherwise the name of a new, empty temporary file of the right size."""
-    problem = _problem(target, facts)
+def take_rows(table: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Rows (B,) of a table (N, n) as a tensor (B, n) of the same type, in memory of torch's own.
+
+    numpy's memory begins at any multiple of 16 bytes, and matrix products round by where it begins: a resumed run, whose memory
+    lies otherwise, could differ from an undisturbed one.
+    """
+    return torch.from_numpy(np.ascontiguousarray(table[rows])).clone()
+
+
+def _prepare(target: Path, facts: dict[str, Any], partial: list[PartialFile]) -> Begun | None:
+    """None when the cached file is whole; otherwise the file under way, new or left by a killed run, and its finished rows."""
+    if _problem(target, facts) is None:
+        return None
+    count, width = facts["shape"]
+    partial.append(PartialFile(target, (count, width)))
+    problem = _problem(target, facts)  # once more: another run may have finished it before this one had the lock
     if problem is None:
         return None
     if target.exists():
         logger.warning("the cached file %s is damaged (%s) and is computed anew", target, problem)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=".npy", dir=target.parent)
-    os.close(handle)
-    np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=tuple(facts["shape"])).flush()
-    return temporary
+    finished = sum(stop - start for start, stop in partial[0].done)
+    if finished:
+        logger.warning("%s: an interrupted run left %d of %d rows finished; going on from there", partial[0].path, finished, count)
+    return str(partial[0].path), partial[0].done
 
 
 def _problem(target: Path, facts: dict[str, Any]) -> str | None:
@@ -117,40 +137,54 @@ def _problem(target: Path, facts: dict[str, Any]) -> str | None:
         return f"{target.stat().st_size} bytes, expected {size}"
     if sha256_of_file(target) != digest:
         return "its content is not what was written"
+    try:
+        stored = np.load(target, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        return str(error)
+    if stored.shape != tuple(facts["shape"]) or stored.dtype != np.float32:
+        return f"it holds {stored.dtype} {stored.shape}, expected float32 {tuple(facts['shape'])}"
     return None
 
 
 def _fill(
-    encode: Callable[[Tensor], Tensor], transform: Transform, part: ImagePart, temporary: str, width: int,
+    encode: Callable[[Tensor], Tensor], transform: Transform, part: ImagePart, begun: Begun, width: int,
     batch_size: int, workers: int, description: str,
 ) -> None:  # fmt: skip
-    """Encode this process's share of the pictures into its rows of the temporary file; no description, no progress."""
+    """Encode what is not finished of this process's share of the pictures into its rows; no description, no progress."""
+    path, done = begun
+    missing = np.ones(len(part), dtype=bool)
+    for start, stop in done:
+        missing[start:stop] = False
     start, stop = (len(part) * place // _world() for place in (_rank(), _rank() + 1))
-    if start == stop:
+    mine = start + np.flatnonzero(missing[start:stop])
+    if not len(mine):
         return
-    rows = np.lib.format.open_memmap(temporary, mode="r+")
-    loader = make_loader(part.subset(np.arange(start, stop)), transform, batch_size, workers=workers)
-    for images, _, indices in with_progress(loader, f"{description} [{part.name}]", enabled=bool(description) and _rank() == 0):
+    writer = RowWriter(Path(path), _rank())
+    loader = make_loader(part.subset(mine), transform, batch_size, workers=workers)
+    for images, _, positions in with_progress(loader, f"{description} [{part.name}]", enabled=bool(description) and _rank() == 0):
         with torch.no_grad():
             encoded = encode(images).float().cpu()
+        indices = mine[positions.numpy()]
         if encoded.shape != (len(indices), width):
             raise ValueError(f"the encoder gave {tuple(encoded.shape)} for {len(indices)} pictures, expected width {width}")
         wrong = (~encoded.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if wrong:
-            names = ", ".join(part.identifier(start + int(indices[place])) for place in wrong)
+            names = ", ".join(part.identifier(int(indices[place])) for place in wrong)
             raise ValueError(f"the encoder's output is not finite for {len(wrong)} pictures: {names}")
-        rows[start + indices.numpy()] = encoded.numpy()
-    rows.flush()
+        writer.write(indices, encoded.numpy())
+    writer.commit()
 
 
-def _publish(temporary: str, target: Path, facts: dict[str, Any]) -> None:
-    path = Path(temporary)
+def _publish(partial: PartialFile, target: Path, facts: dict[str, Any]) -> None:
+    """The sidecar first: a kill before the rename leaves a finished partial file, which the next run only needs to rename."""
+    path = partial.path
     with open(path, "rb") as written:
         os.fsync(written.fileno())
-    note = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path), "key": facts}
-    path.chmod(0o644)
-    os.replace(path, target)
-    write_json(target.with_suffix(".json"), note)
+    if target.is_file() and _problem(target, facts) is None:  # another run was quicker; what it wrote stays
+        partial.forget_rows()
+        return
+    write_json(target.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": sha256_of_file(path), "key": facts})
+    partial.rename(target)
 
 
 def _rank() -> int:
@@ -161,9 +195,9 @@ def _world() -> int:
     return torch.distributed.get_world_size() if is_distributed() else 1
 
 
-def _together(work: Callable[[], str | None]) -> str | None:
+def _together(work: Callable[[], Value]) -> Value | None:
     """Run on the first process only and give its result to all; its failure becomes a failure of all."""
-    result: list[str | None] = [None]
+    result: list[Value | None] = [None]
 
     def first_only() -> None:
         if _rank() == 0:
