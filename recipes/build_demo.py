@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,9 @@ def contrastive_step(
     return loss + 0.25 * (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own))
 
 
-def train(model: nn.Module, step, count: int, *, epochs: int, batch: int, rate: float, name: str) -> None:  # type: ignore[no-untyped-def]
+def train(
+    model: nn.Module, step: Callable[[Tensor], Tensor], count: int, *, epochs: int, batch: int, rate: float, name: str
+) -> None:
     """AdamW with a one-cycle schedule; `step(index)` gives the loss of the scenes at `index` (B,)."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     flat = [p for p in model.parameters() if p.ndim <= 1]

@@ -38,6 +38,6 @@ def finetune(runs: Path, cache: Path, *more: str, keep_group: bool = False) -> N
 def report_of(folder: Path) -> dict[str, Any]:
     """report.json without what may differ between two runs of the same configuration."""
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    for name in ("seconds", "settings", "machine"):
+    for name in ("seconds", "settings", "machine", "sha256"):  # the last is the report's own
         report.pop(name)
     return report

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.data.embeddings import encode_part
+from singreg.data.embeddings import encode_part, take_rows
 from singreg.data.loading import make_loader
 from singreg.data.parts import ImagePart
 from singreg.models.classifier import Classifier
@@ -77,7 +77,7 @@ def iterate_features(
             indices = torch.from_numpy(share)[positions]
             features, logits = classifier.features_and_logits(images.to(device, non_blocking=True))
             _refuse_non_finite(classifier, part, features, indices)
-            z = torch.from_numpy(np.ascontiguousarray(embeddings[indices.numpy()])).to(device)
+            z = take_rows(embeddings, indices.numpy()).to(device)
             yield FeatureBatch(features.float(), logits.float(), z, labels.to(device), indices)
     finally:
         classifier.train(was_training)
@@ -124,7 +124,7 @@ def _stored_batches(
     device, share = classifier.weight.device, process_share(len(part))
     chunks = np.split(share, range(STORED_BATCH, len(share), STORED_BATCH)) if len(share) else []
     for rows in progress(chunks, f"{description} [{part.name}]", enabled=settings.progress):
-        features, z = (torch.from_numpy(np.ascontiguousarray(table[rows])).to(device) for table in (stored, embeddings))
+        features, z = (take_rows(table, rows).to(device) for table in (stored, embeddings))
         labels = torch.from_numpy(part.labels[rows]).to(device)
         yield FeatureBatch(features, classifier.logits(features).float(), z, labels, torch.from_numpy(rows))
 

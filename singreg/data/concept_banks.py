@@ -70,7 +70,7 @@ class ConceptBank:
         """
         if templates is None:
             return [(BANK_TEMPLATES.get(bank, DEFAULT_TEMPLATE),) for bank in self.banks]
-        wrong = [t for t in templates if "{concept}" not in t or _control(t)]
+        wrong = [t for t in templates if "{concept}" not in t or control_character(t)]
         if isinstance(templates, str) or not templates or wrong:
             raise ValueError(
                 f"expected at least one template with {{concept}} in it, as in {DEFAULT_TEMPLATE!r}, got {wrong or templates!r}"
@@ -182,14 +182,14 @@ def _refuse(where: str, entries: Sequence[tuple[str, str]]) -> None:
 
 
 def _problem(concept: str) -> str | None:
-    if control := _control(concept):
+    if control := control_character(concept):
         return f"{concept[:40]!r} has the control character {control}"
     if not any(character.isalnum() for character in concept):
         return f"{concept!r} has no text in it"
     return f"it has {len(concept)} characters, more than {LONGEST}" if len(concept) > LONGEST else None
 
 
-def _control(text: str) -> str | None:
+def control_character(text: str) -> str | None:
     """The first character that is not to be seen (control, format, surrogate, line separator), by its number."""
     found = next((c for c in text if unicodedata.category(c)[0] == "C" or unicodedata.category(c) in ("Zl", "Zp")), None)
     return None if found is None else f"U+{ord(found):04X}"

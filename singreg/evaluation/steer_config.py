@@ -89,6 +89,8 @@ def _check_pairs(config: SteerConfig, problems: Problems) -> None:
         entries = names_of(getattr(config, name))
         blank = [place for place, entry in enumerate(entries) if not entry.strip()]
         problems.need(not blank, f"{name}: blank at position {', '.join(str(place) for place in blank)} of {len(entries)}")
+        for entry in entries:
+            problems.visible(name, entry)
         twice = sorted({entry for entry in entries if entries.count(entry) > 1})
         problems.need(not twice, f"{name}: listed twice: {', '.join(twice)}")
     sources, targets = names_of(config.sources), names_of(config.targets)

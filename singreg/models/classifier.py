@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import timm
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
@@ -31,8 +34,13 @@ from singreg.models.heads import (
     find_head,
 )
 from singreg.models.tuning import BatchNormMode, Tuning, set_modes, set_trainable
+from singreg.sealed import check_folder, seal_folder
 
 Transform = Callable[[Image.Image], Tensor]
+_UNLOADABLE = (
+    SafetensorError, UnpicklingError, EOFError, AssertionError, RuntimeError, OSError, LookupError, TypeError, ValueError, MemoryError,
+    AttributeError,
+)  # fmt: skip
 
 
 class Classifier(nn.Module):
@@ -88,9 +96,9 @@ class Classifier(nn.Module):
         _check_arguments(head_mode, class_indices, class_names, num_classes)
         if head_mode == "keep" and num_classes is not None:
             model_kwargs["num_classes"] = num_classes
-        model: Any = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, **model_kwargs)
+        model = _create(name, pretrained=pretrained, cache_dir=cache_dir, **model_kwargs)
         if image_size is not None and _fixed_size(model) not in (None, image_size):
-            model = timm.create_model(name, pretrained=pretrained, cache_dir=cache_dir, img_size=image_size, **model_kwargs)
+            model = _create(name, pretrained=pretrained, cache_dir=cache_dir, img_size=image_size, **model_kwargs)
         cfg = model.pretrained_cfg
         tag = ".".join(part for part in (cfg.get("architecture", name), cfg.get("tag")) if part)
         if pretrained and head_mode == "keep" and num_classes not in (None, cfg["num_classes"]):
@@ -285,6 +293,7 @@ class Classifier(nn.Module):
             timm.models.save_for_hf(
                 plain, str(temporary), model_config=labels, safe_serialization=True, data_config=dict(self._data_config)
             )
+            seal_folder(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -292,6 +301,23 @@ class Classifier(nn.Module):
             os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _create(name: str, **arguments: Any) -> Any:
+    """timm's model; of a name it does not know, or of a folder that does not hold what was written, or no model, a ValueError names the file or the folder."""
+    if not name.startswith("local-dir:"):
+        architecture = name.partition(".")[0]
+        if ":" not in name and not timm.is_model(architecture):
+            near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3)) or "none with a name like it"
+            raise ValueError(f"timm has no model {name!r}; near are: {near}")
+        return timm.create_model(name, **arguments)
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    check_folder(folder)
+    try:
+        return timm.create_model(name, **arguments)
+    except _UNLOADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"no model could be loaded from {folder}: {reason[:400]}") from error
 
 
 def _describe_transform(transform: Transform) -> str:

@@ -16,6 +16,7 @@ from singreg.files import write_json, write_text
 from singreg.reporting.readme_study import PICTURES, is_study, read_study, rounded, study_summary
 from singreg.reporting.report_files import read_report
 from singreg.reporting.tables import escape, results_table
+from singreg.sealed import read_sealed
 
 
 def summary(report: FinetuneReport) -> str:
@@ -49,14 +50,14 @@ def insert(text: str, name: str, block: str) -> str:
 
 
 def keep(report: Path, target: Path) -> None:
-    """Copy a report.json to the path `target` without what only means something on the machine it ran on (cache and run folders).
+    """Copy a report.json to the path `target` without what only means something where it ran (cache and run folders, whether it was resumed).
 
     Raises:
         FileNotFoundError: there is no report yet.
     """
-    value = json.loads((report / "report.json" if report.is_dir() else report).read_text(encoding="utf-8"))
+    value = read_sealed(report / "report.json" if report.is_dir() else report)
     words = str(value["settings"].get("command", "")).split()
-    places = {place for place, word in enumerate(words) for flag in ("--cache", "--runs") if word == flag}
+    places = {place for place, word in enumerate(words) for flag in ("--cache", "--runs", "--resume") if word == flag}
     kept = [word for place, word in enumerate(words) if place not in places and place - 1 not in places]
     value["settings"] = {"name": value["settings"]["name"], "command": " ".join(kept)}
     if is_study(value):

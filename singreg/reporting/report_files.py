@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from singreg.analysis.results import Comparison, FinetuneReport, ModelMeasurement, nan_for_null, nulls_for_nan
-from singreg.files import atomic_write, write_json, write_text
+from singreg.files import atomic_write, write_text
 from singreg.reporting import tables
 from singreg.reporting.html import write_html
 from singreg.reporting.page import page_from_markdown
 from singreg.reporting.tables import escape
+from singreg.sealed import read_sealed, write_sealed
 
 ROWS_A_CHUNK = 65536
 FORMAT = 1
@@ -35,7 +35,7 @@ def write_report(report: FinetuneReport, folder: Path, plots: Mapping[str, Path]
     text = markdown(report, {name: path.relative_to(folder) for name, path in plots.items()})
     write_text(folder / "report.md", text)
     write_html(folder / "report.html", page_from_markdown(text, folder))
-    write_json(folder / "report.json", to_json(report))
+    write_sealed(folder / "report.json", to_json(report))
 
 
 def to_json(report: FinetuneReport) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def read_report(path: str | Path) -> FinetuneReport:
     file = file / "report.json" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"no report at {file}; a run writes it as its last step")
-    value = json.loads(file.read_text(encoding="utf-8"))
+    value = read_sealed(file)
     if value.pop("format", None) != FORMAT:
         raise ValueError(f"{file} is not a report of format {FORMAT}")
     value["measurements"] = {stage: ModelMeasurement.from_json(m) for stage, m in value["measurements"].items()}
@@ -79,7 +79,7 @@ def write_rows(measurements: Mapping[str, ModelMeasurement], path: Path) -> None
         for name in m.rows
     }
     schema = pa.schema([("model", pa.string()), *((name, kinds[name]) for name in names)])
-    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
         for stage, measured in measurements.items():
             for start in range(0, measured.images, ROWS_A_CHUNK):
                 rows = {name: column[start : start + ROWS_A_CHUNK] for name, column in measured.rows.items()}

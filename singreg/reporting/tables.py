@@ -16,9 +16,14 @@ STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "Sin
 TRANSLATORS = ("frozen", "loop", "auditor")
 
 
+OBEYED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, which terminals obey, and those that turn the direction of a text."""
+
+
 def escape(text: object) -> str:
     """Text that cannot break a Markdown table or smuggle markup into a report, whatever a folder was called (no shapes)."""
     readable = str(text).encode("utf-8", "backslashreplace").decode()  # a folder's name may hold bytes that are no UTF-8
+    readable = OBEYED.sub("\ufffd", readable)
     plain = readable.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     plain = plain.replace("](", "]&#40;").replace("*", "&#42;").replace("~", "&#126;")  # no link, picture or emphasis
     plain = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", plain)  # within a word it is itself

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from singreg.files import sha256_of_file, write_json
+from singreg.sealed import read_sealed, write_sealed
 
 logger = get_logger(__name__)
 
@@ -43,8 +44,8 @@ class Checkpoints:
         accelerator.save_state(str(temporary), safe_serialization=True)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            written = {path.name: sha256_of_file(path) for path in sorted(temporary.iterdir()) if path.is_file()}
-            write_json(temporary / "position.json", {**asdict(position), "files": written})
+            written = sorted(path.name for path in temporary.iterdir() if path.is_file())
+            write_sealed(temporary / "position.json", asdict(position), written)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
             for old in self.all()[: -self.keep]:
@@ -60,7 +61,7 @@ class Checkpoints:
         for folder in reversed(self.all()):
             try:
                 position = _whole(folder)
-            except (OSError, ValueError, TypeError, KeyError) as error:
+            except (OSError, ValueError, TypeError, RuntimeError, UnpicklingError) as error:
                 logger.warning("checkpoint %s cannot be read (%s); trying the one before", folder, error)
                 continue
             accelerator.load_state(str(folder))
@@ -70,13 +71,12 @@ class Checkpoints:
 
 
 def _whole(folder: Path) -> Position:
-    """The position of a checkpoint whose every file is what was written.
+    """The position of a checkpoint whose every file is what was written, and holds nothing but tensors and plain values.
 
     Looked at before anything is loaded: a load that fails half-way would leave its weights behind, and accelerate passes over
     random states that it cannot read.
     """
-    stored = json.loads((folder / "position.json").read_text(encoding="utf-8"))
-    changed = [name for name, digest in stored.pop("files").items() if sha256_of_file(folder / name) != digest]
-    if changed:
-        raise ValueError(f"not what was written: {', '.join(changed)}")
-    return Position(**stored)
+    position = Position(**read_sealed(folder / "position.json"))
+    for path in sorted(folder.glob("custom_checkpoint_*.pkl")):  # accelerate would unpickle these as they are
+        torch.load(path, map_location="cpu", weights_only=True)
+    return position

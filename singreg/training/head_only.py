@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from singreg.data.embeddings import take_rows
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.training.config import FinetuneConfig
@@ -48,7 +49,7 @@ def train_head(
     if sing is not None:
         sing.train()
     for step, rows in enumerate(batches(len(labels), training.batch_size, training.epochs, config.seed)):
-        f = torch.from_numpy(np.ascontiguousarray(features[rows])).to(classifier.weight)
+        f = take_rows(features, rows).to(classifier.weight)
         y = torch.from_numpy(labels[rows]).to(classifier.weight.device)
         loss = nn.functional.cross_entropy(classifier.logits(f).float(), y, label_smoothing=training.label_smoothing)
         if sing is not None:

@@ -27,6 +27,7 @@ from singreg.training.checkpoint import Checkpoints, Position
 from singreg.training.config import FinetuneConfig
 from singreg.training.streaming import LoopTranslator
 from singreg.training.task import FinetuneTask, parameter_groups, train_head_only, trained_backbone
+from singreg.workbench.stopping import StopRequest
 
 logger = get_logger(__name__)
 
@@ -143,25 +144,35 @@ def train_arm(
     start = (checkpoints.load_latest(accelerator) if resume else None) or Position(0, 0, 0)
     arm = _Arm(name, task, optimizer, scheduler, accelerator, schedule, config, part, sampler, translator)
     try:
-        steps = arm.steps(loader, start)
-        shown = accelerator.is_local_main_process
-        for position in progress(steps, f"training {name}", total=schedule.total, done=start.step, enabled=shown):
-            callbacks.log(position.step, arm.figures)
-            unwrapped = accelerator.unwrap_model(task)
-            if unwrapped.sing is not None and position.step in schedule.refresh_at:
-                callbacks.refresh(unwrapped.classifier, unwrapped.sing)
-            if unwrapped.sing is not None and translator is not None:
-                translator.step_ended(position.step, unwrapped.classifier, unwrapped.sing)
-            epoch_ended = position.step % schedule.steps_per_epoch == 0
-            if epoch_ended:
-                callbacks.epoch_end(position.step, unwrapped.classifier, unwrapped.sing)
-            if epoch_ended or position.step % training.checkpoint_every == 0:
-                checkpoints.save(accelerator, position)
+        steps = progress(
+            arm.steps(loader, start), f"training {name}", total=schedule.total, done=start.step,
+            enabled=accelerator.is_local_main_process,
+        )  # fmt: skip
+        with StopRequest(accelerator) as request:
+            for position in steps:
+                _between_steps(arm, position, callbacks)
+                stopped = request.came()
+                if stopped or position.step % schedule.steps_per_epoch == 0 or position.step % training.checkpoint_every == 0:
+                    checkpoints.save(accelerator, position)
+                if stopped:
+                    request.end()
     finally:
         accelerator._custom_objects.clear()  # the next arm registers its own schedule
     trained: FinetuneTask = accelerator.unwrap_model(task)
     accelerator.free_memory()
     return trained.classifier.eval()
+
+
+def _between_steps(arm: _Arm, position: Position, callbacks: ArmCallbacks) -> None:
+    """What happens beside the steps, before a checkpoint of this one is written."""
+    callbacks.log(position.step, arm.figures)
+    classifier, sing = arm.plain.classifier, arm.plain.sing
+    if sing is not None and position.step in arm.schedule.refresh_at:
+        callbacks.refresh(classifier, sing)
+    if sing is not None and arm.translator is not None:
+        arm.translator.step_ended(position.step, classifier, sing)
+    if position.step % arm.schedule.steps_per_epoch == 0:
+        callbacks.epoch_end(position.step, classifier, sing)
 
 
 def _training_loader(

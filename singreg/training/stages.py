@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from singreg.analysis.results import ModelMeasurement
-from singreg.files import atomic_write, write_json
+from singreg.files import atomic_write
+from singreg.sealed import DamagedFileError, read_rows, read_sealed, write_sealed
 from singreg.training.config import FinetuneConfig
 from singreg.workbench.run import Run
 
@@ -42,16 +42,24 @@ class StageStore:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         with atomic_write(folder / "rows.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, **measurement.rows)  # type: ignore[arg-type]
-        write_json(folder / "measurement.json", {"measurement": measurement.to_json(), "extra": extra or {}})
+        value = {"measurement": measurement.to_json(), "extra": extra or {}}
+        write_sealed(folder / "measurement.json", value, ["tensors.safetensors", "rows.npz"])
 
     def load(self, stage: str) -> tuple[ModelMeasurement, dict[str, Tensor], dict[str, Any]]:
-        """Read a finished stage back: measurement with rows, tensors, extra values."""
+        """Read a finished stage back: measurement with rows, tensors (any shape), extra values.
+
+        Raises:
+            DamagedFileError: one of its files is not what was written.
+        """
         folder = self.folder / stage
-        stored = json.loads((folder / "measurement.json").read_text())
-        with np.load(folder / "rows.npz", allow_pickle=False) as file:
-            rows = {name: file[name] for name in file.files}
-        measurement = ModelMeasurement.from_json(stored["measurement"], rows)
-        return measurement, load_file(folder / "tensors.safetensors"), stored["extra"]
+        try:
+            stored = read_sealed(folder / "measurement.json")
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error}; remove {folder} to have this stage done again") from error
+        measurement = ModelMeasurement.from_json(stored["measurement"], read_rows(folder / "rows.npz"))
+        tensors = load_file(folder / "tensors.safetensors")
+        # In memory of torch's own, as they were when they were computed: products round by where it begins.
+        return measurement, {name: tensor.clone() for name, tensor in tensors.items()}, stored["extra"]
 
 
 class FinetuneRun(Run):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fold_statistics, standardization
+from singreg.data.embeddings import take_rows
 from singreg.data.parts import ImagePart
 from singreg.geometry.nullspace import Invariance
 from singreg.losses import SingLoss
@@ -76,7 +77,7 @@ class LoopTranslator:
         if self.config.stream_every:
             features = self.accelerator.gather(features.detach())
             rows = self.accelerator.gather(indices.to(features.device)).cpu().numpy()
-            targets = torch.from_numpy(np.asarray(self.embeddings[rows])).to(features.device)
+            targets = take_rows(self.embeddings, rows).to(features.device)
             if self.whole.info.normalized_targets:
                 targets = torch.nn.functional.normalize(targets, dim=-1)
             self.statistics.update(features, targets)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -21,11 +20,12 @@ from singreg.analysis.study_targets import study_report
 from singreg.data.parts import ImagePart, ScenePart, SubsetPart
 from singreg.data.scenes import ATTRIBUTES
 from singreg.distributed import gather_rows
-from singreg.files import sha256_of_json, write_json
+from singreg.files import sha256_of_json
 from singreg.models.classifier import Classifier
 from singreg.models.head_edits import drop_null
 from singreg.reporting.study_report import write_study_report
 from singreg.reporting.study_tables import study_table
+from singreg.sealed import read_sealed, write_sealed
 from singreg.training.experiment import Experiment
 from singreg.training.loop import Schedule, micro_batch
 from singreg.training.study_arms import ArmMaker, Made, prepare_start
@@ -168,7 +168,7 @@ class Study:
     def _read_agreement(self) -> None:
         """The agreement of auditors that an earlier start measured."""
         try:
-            stored = json.loads((self.run.folder / "agreement.json").read_text(encoding="utf-8"))
+            stored = read_sealed(self.run.folder / "agreement.json")
         except FileNotFoundError:
             return
         if stored["key"] == self._agreement_key():
@@ -186,7 +186,7 @@ class Study:
         self.agreement = agreement_points(self.experiment, config.agreement_sizes, ridge, features)
         if self.experiment.accelerator.is_main_process:
             points = [asdict(point) for point in self.agreement]
-            write_json(self.run.folder / "agreement.json", {"key": self._agreement_key(), "points": points})
+            write_sealed(self.run.folder / "agreement.json", {"key": self._agreement_key(), "points": points})
 
     def _strange(self) -> ImagePart | None:
         """Pictures of no class, evenly over the bank's unlabelled ones: no auditor and no cross-entropy ever saw them."""

@@ -34,6 +34,7 @@ class ArmConfig:
         drop_null: end by folding f → Π_p f into the head (METHOD section 9 f), which leaves no null space to measure.
         interpolate: share of the arm's own weights in the mean with the starting model's (WiSE-FT); 1: its own alone.
         weights_from: an earlier arm whose weights of the same seed this one begins with.
+        control_of: the arm a placebo stands beside; none: the one that is claimed or chosen.
         seeds: how many of the study's seeds, from the first; none: all.
         overrides: dotted keys of the fine-tuning configuration, such as loss.weight: 0.1; loss.weight: 0 trains without the loss.
     """
@@ -47,6 +48,7 @@ class ArmConfig:
     drop_null: bool = False
     interpolate: float = 1.0
     weights_from: str | None = None
+    control_of: str | None = None
     seeds: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -130,7 +132,8 @@ def _mistyped(wrong: list[str], arm: str, key: str, value: Any) -> bool:
     elif key == "overrides":
         ok, wanted = isinstance(value, dict), "a mapping of dotted keys to values"
     else:
-        ok, wanted = isinstance(value, str) or (key == "weights_from" and value is None), "a name" if key != "note" else "words"
+        ok = isinstance(value, str) or (key in ("weights_from", "control_of") and value is None)
+        wanted = "a name" if key != "note" else "words"
     if not ok:
         wrong.append(f"arm {arm}: {'from' if key == 'weights_from' else key}: expected {wanted}, got {value!r}")
     return not ok
@@ -208,6 +211,7 @@ def check_study(config: StudyConfig) -> list[str]:
 
 def _check_arm(problems: Problems, config: StudyConfig, arm: ArmConfig, earlier: Sequence[ArmConfig]) -> None:
     problems.need(Path(arm.name).name == arm.name and arm.name not in (".", ".."), f"arm {arm.name}: its name must do for a folder")
+    problems.visible("arms: name", arm.name)
     problems.need(0 <= arm.interpolate <= 1, f"arm {arm.name}: interpolate: expected a share between 0 and 1, got {arm.interpolate}")
     problems.need(arm.seeds is None or arm.seeds > 0, f"arm {arm.name}: seeds: expected a number above 0, got {arm.seeds}")
     names = {other.name: other for other in earlier}
@@ -215,6 +219,11 @@ def _check_arm(problems: Problems, config: StudyConfig, arm: ArmConfig, earlier:
         source = names.get(arm.weights_from)
         problems.need(source is not None, f"arm {arm.name}: from: there is no arm {arm.weights_from!r} before it")
         problems.need(source is None or not source.drop_null, f"arm {arm.name}: from: {arm.weights_from} dropped its null space")
+    every = [str(given.get("name", "")).strip() for given in config.arms]
+    problems.need(
+        arm.control_of is None or arm.control_of in every, f"arm {arm.name}: control_of: there is no arm {arm.control_of!r}"
+    )
+    problems.need(arm.control_of is None or arm.role == "placebo", f"arm {arm.name}: control_of is for an arm of role placebo")
     problems.need(
         arm.train != "head" or arm.weights_from is None,
         f"arm {arm.name}: train: head works on features of the starting backbone, so it cannot begin with another arm's weights",

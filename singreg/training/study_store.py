@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from singreg.analysis.arm_results import ArmFigures
 from singreg.analysis.results import nan_for_null, nulls_for_nan
 from singreg.analysis.study_results import ArmRun
-from singreg.files import atomic_write, sha256_of_json, write_json, write_text
+from singreg.files import atomic_write, sha256_of_json, sweep, write_text
 from singreg.models.classifier import Classifier
+from singreg.sealed import DamagedFileError, read_rows, read_sealed, write_sealed, write_sealed_text
 from singreg.training.study_config import ArmConfig, StudyConfig, arm_config
 from singreg.workbench.run import Run
 
@@ -24,6 +24,8 @@ logger = get_logger(__name__)
 FORMAT = 2
 ELSEWHERE = ("name", "runs", "cache", "dry_run", "resume")
 """Where things go and how a run is started: no part of what an arm is."""
+WORDS = ("note", "role", "control_of", "seeds", "overrides")
+"""What is only said of an arm, or is in its configuration already."""
 MEASURED = ("halves", "mlp_auditor", "corruptions", "ood", "ood_count", "attributes", "validation_per_class")
 """How every arm is measured."""
 
@@ -51,7 +53,8 @@ class StudyRun(Run):
         self.check()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_text(self.folder / "config.yaml", self._resolved())
+            sweep(self.folder)
+            write_sealed_text(self.folder / "config.yaml", self._resolved())
         self.accelerator.wait_for_everyone()
         return self
 
@@ -63,7 +66,7 @@ def arm_hash(config: StudyConfig, arm: ArmConfig, seed: int, source: str | None)
     measured = {name: getattr(config, name) for name in MEASURED}
     value = {
         "config": {key: item for key, item in own.items() if key not in ELSEWHERE},
-        "arm": {key: item for key, item in dataclasses.asdict(arm).items() if key not in ("note", "role", "seeds", "overrides")},
+        "arm": {key: item for key, item in dataclasses.asdict(arm).items() if key not in WORDS},
         "measured": {**measured, "shared_seed": config.seed, "vlms": [dataclasses.asdict(vlm) for vlm in config.further_vlms]},
         "source": source,
     }
@@ -88,16 +91,21 @@ class ArmStore:
         return self.folder / "weights.safetensors"
 
     def load(self) -> ArmRun | None:
-        """The finished arm, or None when it is not done, or was done with another configuration, which is said (no shapes)."""
+        """The finished arm, or None when it is not done, or was done with another configuration, which is said (no shapes).
+
+        Raises:
+            DamagedFileError: one of its files is not what was written.
+        """
         try:
-            stored = json.loads((self.folder / "measurement.json").read_text(encoding="utf-8"))
+            stored = read_sealed(self.folder / "measurement.json")
         except FileNotFoundError:
             return None
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error}; remove {self.folder} to have this arm made again") from error
         if stored.get("format") != FORMAT or stored["hash"] != self.digest:
             logger.info("arm %s, seed %d was made with another configuration and is made again", self.arm.name, self.seed)
             return None
-        with np.load(self.folder / "rows.npz", allow_pickle=False) as file:
-            rows = {name: file[name] for name in file.files}
+        rows = read_rows(self.folder / "rows.npz")
         figures = None if stored["figures"] is None else ArmFigures.from_json(stored["figures"], rows)
         return self._run(figures, stored["extra"], stored["seconds"], nan_for_null(stored["validation"]))
 
@@ -130,12 +138,12 @@ class ArmStore:
             "seconds": seconds,
             "validation": nulls_for_nan(validation),
         }
-        write_json(self.folder / "measurement.json", value)
+        write_sealed(self.folder / "measurement.json", value, ["rows.npz", self.weights.name])
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _run(self, figures: ArmFigures | None, extra: dict[str, Any], seconds: float, validation: dict[str, float]) -> ArmRun:
         arm = self.arm
         return ArmRun(
             arm=arm.name, role=arm.role, train=arm.train, note=arm.note, seed=self.seed, figures=figures, extra=extra, seconds=seconds,
-            trained=self.trained, validation=validation,
+            trained=self.trained, control_of=arm.control_of, validation=validation,
         )

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singreg.files import atomic_write
+from singreg.sealed import seal_of_tensors
 from singreg.translation.base import Translator, TranslatorInfo
 
 FORMAT = "singreg-mlp-translator-1"
@@ -161,7 +162,7 @@ class MLPTranslator(Translator):
         tensors = {name: value.float().cpu().contiguous() for name, value in self.state_dict().items()}
         metadata = {"format": FORMAT, "settings": json.dumps(asdict(self.settings)), "info": json.dumps(asdict(self.info))}
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata=seal_of_tensors(tensors, metadata))
 
 
 def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

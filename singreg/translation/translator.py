@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singreg.files import atomic_write
+from singreg.sealed import check_tensors, seal_of_tensors
 from singreg.translation.base import Translator, TranslatorInfo, check_fit, info_from_stored
 from singreg.translation.mlp import FORMAT as MLP_FORMAT
 from singreg.translation.mlp import MLPSettings, MLPTranslator
@@ -75,7 +76,7 @@ class LinearTranslator(Translator):
         tensors = {"matrix": self.matrix.cpu().contiguous(), "offset": self.offset.cpu().contiguous()}
         metadata = {"format": FORMAT, "info": json.dumps(asdict(self.info))}
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata=seal_of_tensors(tensors, metadata))
 
 
 def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None) -> Translator:
@@ -106,6 +107,7 @@ def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None)
                 raise ValueError(f"it is not a translator file: expected format {FORMAT!r} or {MLP_FORMAT!r}, got {kind!r}")
             info = info_from_stored(json.loads(metadata["info"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        check_tensors(tensors, metadata)
         translator = _assemble(str(kind), tensors, metadata, info)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or not a translator file: {error}") from error

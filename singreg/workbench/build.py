@@ -21,6 +21,7 @@ from singreg.files import sha256_of_json
 from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
 from singreg.models.vision_language import VisionLanguageModel
+from singreg.sealed import check_folder
 from singreg.translation.translator import TranslatorInfo
 from singreg.workbench.config import JobConfig, ModelConfig, VisionLanguageConfig
 
@@ -58,6 +59,7 @@ def _head_rows(name: str, parts: Parts) -> tuple[int, ...] | None:
     """ImageNet's rows for the classes, (C,); None where the model's folder names its own rows, as a fine-tuned one's does."""
     config = Path(name.removeprefix("local-dir:")) / "config.json"
     if name.startswith("local-dir:") and config.is_file():
+        check_folder(config.parent)
         stored = json.loads(config.read_text(encoding="utf-8")).get("label_names")
         if set(parts.class_names) <= set(_stored_names(stored)):
             return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from singreg.data.concept_banks import control_character
 from singreg.data.config import DataConfig
 
 Standardization = Literal["blocks", "features", "no"]
@@ -116,6 +117,11 @@ class Problems(list[str]):
         if not ok:
             self.append(sentence)
 
+    def visible(self, key: str, text: str) -> None:
+        """A text must have no control characters, which terminals obey and reports cannot show (no shapes)."""
+        found = control_character(text)
+        self.need(found is None, f"{key}: {text[:80]!r} has the control character {found}")
+
     def positive(self, **values: float) -> None:
         """Each named value must be above 0 and finite; `__` in a name stands for a dot (no shapes)."""
         for name, value in values.items():
@@ -134,6 +140,8 @@ class Problems(list[str]):
     def job(self, config: JobConfig) -> None:
         """What is wrong with the fields that all recipes share (no shapes)."""
         self.vision_language("vlm", config.vlm)
+        for key, text in (("name", config.name), ("runs", config.runs), ("cache", config.cache), ("data.source", config.data.source)):
+            self.visible(key, text)
         plain = bool(config.name) and Path(config.name).name == config.name and config.name not in (".", "..")
         self.need(plain, f"name: expected a folder name, got {config.name!r}")
         self.need(0 <= config.seed < 2**32, f"seed: expected a whole number from 0 to {2**32 - 1}, got {config.seed}")
@@ -151,6 +159,7 @@ class Problems(list[str]):
         self.need(config.batch_size > 0, f"{key}.batch_size: expected a number above 0, got {config.batch_size}")
         self.need(bool(config.templates), f"{key}.templates: expected at least one prompt")
         for template in config.templates:
+            self.visible(f"{key}.templates", template)
             self.need("{class}" in template, f'{key}.templates: {template!r} has no "{{class}}" in it')
 
     def twice(self, key: str, names: Sequence[str], hint: str = "") -> None:

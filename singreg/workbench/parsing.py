@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import math
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,8 +14,15 @@ from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from yaml.constructor import ConstructorError
+
+from singreg.sealed import DamagedFileError, read_sealed_text
 
 Config = TypeVar("Config")
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What YAML's constructors and jsonargparse raise of values they did not expect, such as an empty !!int."""
+LARGEST = 100_000
+SHOWN = 160
 
 
 class ConfigurationError(ValueError):
@@ -61,24 +69,29 @@ def parse_config(
     parser.add_class_arguments(kind, fail_untyped=True)
     try:
         given = list(_given(arguments, kind))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigurationError) as error:
+    except (OSError, yaml.YAMLError, ConfigurationError, DamagedFileError) as error:
         _refuse(parser, str(error))
     problems = _problems(parser, given, kind)
     config: Config | None = None
-    if not problems:
-        try:
-            namespace: Namespace = parser.parse_args(arguments)
-            namespace.pop("config", None)
-            config = build(kind, {**namespace.as_dict(), **_last_lists(given, kind)}, problems)
-        except ArgumentError as error:
-            problems.append(" ".join(str(error).split()))
-    else:
-        config = _with_the_good_ones(parser, given, kind, problems)
+    try:
+        config = _parsed(parser, arguments, given, kind, problems)
+    except (ArgumentError, *MALFORMED) as error:
+        problems.append(" ".join(_what(error).split()))
     if config is not None:
         problems += check(config)
     if config is None or problems:
         _refuse(parser, str(ConfigurationError(problems)))
     return config
+
+
+def _parsed(
+    parser: ArgumentParser, arguments: list[str], given: Sequence[tuple[str, Any]], kind: type[Config], problems: list[str]
+) -> Config:
+    if problems:
+        return _with_the_good_ones(parser, given, kind, problems)
+    namespace: Namespace = parser.parse_args(arguments)
+    namespace.pop("config", None)
+    return typing.cast(Config, build(kind, {**namespace.as_dict(), **_last_lists(given, kind)}, problems))
 
 
 def _last_lists(given: Sequence[tuple[str, Any]], kind: type) -> dict[str, Any]:
@@ -94,6 +107,8 @@ def _item_kind(hint: Any) -> type | None:
 
 
 def _refuse(parser: ArgumentParser, message: str) -> typing.NoReturn:
+    # What a terminal would obey, or turn round, is shown as its number.
+    message = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
     parser.exit(2, f"{message}\nrun with --help for every key and what it means\n")
     raise SystemExit(2)
 
@@ -115,8 +130,14 @@ def _given(arguments: list[str], kind: type) -> Iterator[tuple[str, Any]]:
             raise ConfigurationError(["--config: expected a YAML file, or the name of one shipped with the package"])
         path = find_config(value if equals else following)
         arguments[position + (0 if equals else 1)] = f"--config={path}" if equals else str(path)
+        read_sealed_text(path)  # refuses a run's configuration that was damaged
         with open(path, encoding="utf-8") as file:  # not its text alone, so that YAML's complaints name the file
-            content = yaml.load(file, _OneOfEachKey)
+            try:
+                content = yaml.load(file, _StrictLoader)
+            except ConfigurationError:
+                raise
+            except MALFORMED as error:
+                raise ConfigurationError([f"{path}: {_what(error)}"]) from error
         if not isinstance(content, dict):
             got = "an empty file" if content is None else type(content).__name__
             raise ConfigurationError([f"{path}: expected a mapping of keys to values, got {got}"])
@@ -129,10 +150,14 @@ def _flag(key: str, text: str, hint: Any) -> Iterator[tuple[str, Any]]:
         yield key, text
         return
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigurationError([f"{key}: {text!r} is not valid YAML ({reason}); lists look like '[\"a\", \"b\"]'"]) from error
+        value = yaml.load(text, _StrictLoader)
+    except ConfigurationError:
+        raise
+    except (yaml.YAMLError, *MALFORMED) as error:
+        reason = _what(error).partition("\n")[0]
+        raise ConfigurationError(
+            [f"{key[:SHOWN]}: {_shown(text)} is not valid YAML ({reason}); lists look like '[\"a\", \"b\"]'"]
+        ) from error
     choice = typing.get_origin(hint) is typing.Literal and text in typing.get_args(hint)  # "no" is one, and YAML's false
     if choice or (str in typing.get_args(hint) and not isinstance(value, (list, type(None)))):
         value = text
@@ -142,8 +167,55 @@ def _flag(key: str, text: str, hint: Any) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-class _OneOfEachKey(yaml.SafeLoader):
-    """YAML's own loader keeps the last of two equal keys without a word; a section pasted twice would lose its first half."""
+def _what(error: BaseException) -> str:
+    """What is wrong, in words; YAML's own constructors fail with all sorts of errors, some without any."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    spoken = isinstance(error, (yaml.YAMLError, ArgumentError, ValueError)) and str(error)
+    return str(error) if spoken else f"{type(error).__name__}: {error}"
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, in at most a few words; neither control characters nor a book."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python will write
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many nodes a node stands for when every alias is written out; infinitely many for one within itself."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = math.inf
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    known[id(node)] = 1 + sum(_size(child, known) for child in children)
+    return known[id(node)]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's own loader keeps the last of two equal keys without a word; a section pasted twice would lose its first half.
+
+    Nor does it mind a few lines of aliases that stand for more values than memory holds, or numbers that nothing can count.
+    """
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value: int = super().construct_yaml_int(node)  # type: ignore[no-untyped-call]
+        if value.bit_length() > 63:
+            text = self.construct_scalar(node)
+            raise ConstructorError(None, None, f"a number of {len(text)} digits is not meant", node.start_mark)
+        return value
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > LARGEST:
+            raise ConfigurationError([f"{self.name}: its aliases stand for more than {LARGEST} values"])
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -151,6 +223,9 @@ class _OneOfEachKey(yaml.SafeLoader):
             mark = node.start_mark
             raise ConfigurationError([f"{mark.name}, line {mark.line + 1}: listed twice: {', '.join(twice)}"])
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
 def _leaves(values: dict[Any, Any], kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -175,19 +250,19 @@ def _problem(parser: ArgumentParser, key: str, value: Any, kind: type) -> str | 
     if key not in known and typing.get_origin(known.get(parent)) is dict:  # one entry of a mapping, as in --loss.terms.leak 2
         key, value = parent, {item: value}
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
+        near = difflib.get_close_matches(key[:SHOWN], known, n=1)
         siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-        return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(siblings or known)}")
+        return f"{key[:SHOWN]}: no such key" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(siblings or known)}")
     if dataclasses.is_dataclass(known[key]):
         return f"{key}: expected a mapping of keys to values, got {type(value).__name__}"
     try:
         parser.parse_object(_nested(key, copy.deepcopy(value)), defaults=False)  # it writes into what it is given
-    except (ArgumentError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+    except (ArgumentError, *MALFORMED) as error:
+        reason = (_what(error).strip().splitlines() or [""])[-1].strip()
         wanted = str(known[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
         bare = isinstance(value, bool) and {"yes", "no", "on", "off"} & set(typing.get_args(known[key]))
-        hint = 'YAML reads a bare yes or no as true or false; write it in quotes: "no"' if bare else reason[:160]
-        return f"{key}: expected {wanted}, got {value!r} ({hint})"
+        hint = 'YAML reads a bare yes or no as true or false; write it in quotes: "no"' if bare else reason[:SHOWN]
+        return f"{key}: expected {wanted}, got {_shown(value)} ({hint})"
     return None
 
 

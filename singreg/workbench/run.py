@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import platform
-import signal
+import re
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +19,21 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
 
-from singreg.files import write_text
+from singreg.files import sweep
+from singreg.sealed import DamagedFileError, read_sealed_text, write_sealed_text
 from singreg.workbench.config import JobConfig
 from singreg.workbench.parsing import dump_config
+from singreg.workbench.stopping import signals_end_the_run
 
 logger = get_logger(__name__)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 HOW = ("resume", "dry_run")  # how a run is started is not part of what it is
 
 
 def make_accelerator(*, seed: int, mixed_precision: str = "no", accumulation: int = 1) -> Accelerator:
     """The Accelerator of a run: global batches are split over processes, so one process and many see the same ones (no shapes)."""
+    # Left alone, MKL's products round by where memory happens to begin and by how its threads took turns.
+    os.environ.setdefault("MKL_CBWR", "AUTO")
     if not torch.cuda.is_available():
         # The launcher pins CPU runs to one thread a process; share the cores among the local processes instead.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -52,10 +57,6 @@ def make_accelerator(*, seed: int, mixed_precision: str = "no", accumulation: in
     return accelerator
 
 
-def _terminate(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
-
-
 def usable_cores() -> int:
     """Cores this process may run on: fewer than the machine has inside a container or under taskset (no shapes)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -69,7 +70,7 @@ def explained() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
@@ -94,7 +95,7 @@ class Run:
             raise FileExistsError(
                 f"{self.folder} already holds a run; use --resume true to go on with it, or another --name for a new one"
             )
-        if resolved.read_text(encoding="utf-8") != self._resolved():
+        if read_sealed_text(resolved) != self._resolved():
             raise ValueError(
                 f"{resolved} differs from the configuration given, so this would not be the same run; resume with "
                 f"--config {resolved} --resume true, or use another --name"
@@ -106,8 +107,10 @@ class Run:
         self.check()
         self.accelerator.wait_for_everyone()
         resolved = self.folder / "config.yaml"
-        if self.accelerator.is_main_process and not resolved.is_file():
-            write_text(resolved, self._resolved())
+        if self.accelerator.is_main_process:
+            sweep(self.folder)
+            if not resolved.is_file():
+                write_sealed_text(resolved, self._resolved())
         self.accelerator.wait_for_everyone()
         return self
 
@@ -123,19 +126,29 @@ class Run:
     def guarded(self) -> Iterator[None]:
         """Say, when the run is interrupted or fails, what is kept and how to go on; the error itself passes through.
 
-        SIGTERM, which schedulers send before they kill, ends the run like Ctrl-C.
+        SIGTERM and Ctrl-C end a training with a checkpoint of the step that is under way (see `stopping`). Damaged files, a full
+        disk and a folder that cannot be written are sentences, not tracebacks.
         """
-        in_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
-        try:
-            yield
-        except BaseException:
-            if self.accelerator.is_main_process and (self.folder / "config.yaml").is_file():
-                print(f"\nstopped; all finished work is kept in {self.folder}\ngo on with: {self.resume_command()}", file=sys.stderr)
-            raise
-        finally:
-            if in_main:
-                signal.signal(signal.SIGTERM, before)
+        with signals_end_the_run():
+            try:
+                yield
+            except BaseException as error:
+                if self.accelerator.is_main_process and (self.folder / "config.yaml").is_file():
+                    print(f"\nstopped; all finished work is kept in {self.folder}", file=sys.stderr)
+                    print(f"go on with: {self.resume_command()}", file=sys.stderr)
+                if isinstance(error, DamagedFileError):
+                    raise SystemExit(f"error: {error}") from error
+                if _of_the_disk(error):
+                    raise SystemExit(f"error: {error} (while writing in {self.folder})") from error
+                raise
+
+
+def _of_the_disk(error: BaseException) -> bool:
+    """A full disk, a quota, a folder that cannot be written; safetensors and torch raise errors of their own of these."""
+    if isinstance(error, OSError):
+        return error.errno in DISK
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return "PytorchStreamWriter failed" in str(error) or (found is not None and int(found[1]) in DISK)
 
 
 def describe_machine(accelerator: Accelerator) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_what_was_there(finished: Path, cache: Path, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(SystemExit, match="No space left"):
             finetune(tmp_path, cache, "--name", "whole")
     assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["name"] == "whole"
     assert json.loads((tmp_path / "whole" / "checkpoints" / "stages" / "before" / "measurement.json").read_text())

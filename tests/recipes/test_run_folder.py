@@ -57,7 +57,7 @@ def test_a_full_disk_while_reporting_keeps_every_old_file_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(SystemExit, match="No space left"):
             resume(finished, cache)
     assert refused, f"{name} is not written under a temporary name first"
     assert f"kept in {finished}" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from singreg.reporting.html import Page, Picture, Section, Table, render_html, w
 from singreg.reporting.page import Facts, Heading, page_from_markdown
 from singreg.reporting.plots import save_figure, save_plots
 from singreg.reporting.report_files import write_report
-from singreg.reporting.tables import escape
+from singreg.reporting.tables import OBEYED, escape
 from tests.reporting.small_report import finetune_report
 
 NASTY = "<script>alert(1)</script> & \"q\" 'q' </td> | `x` \\ ![a](b) *c* é"
@@ -99,7 +99,7 @@ def test_an_interval_goes_below_its_figure_and_a_sentence_may_wrap() -> None:
     assert '<td class="long">word ' in page
 
 
-@given(st.lists(st.lists(TEXTS.map(lambda text: " ".join(text.split())), min_size=2, max_size=2), max_size=3))
+@given(st.lists(st.lists(TEXTS.map(lambda text: " ".join(OBEYED.sub("", text).split())), min_size=2, max_size=2), max_size=3))
 def test_a_table_comes_back_from_the_markdown_of_the_reports(rows: list[list[str]]) -> None:
     headers = ["a|b", "\\|c\\| <&amp;>"]
     guarded = [[escape(cell) for cell in row] for row in (headers, *rows)]

@@ -123,7 +123,7 @@ def test_a_full_disk_keeps_the_one_before_and_the_next_save_clears_up(
         elif where == "replace":
             patch.setattr(checkpoint.os, "replace", full)
         else:
-            patch.setattr(checkpoint, "write_json", full)
+            patch.setattr(checkpoint, "write_sealed", full)
         with pytest.raises(OSError, match="No space left"):
             trained.save(2)
     assert [path.name for path in trained.store.all()] == ["step-00000001"]

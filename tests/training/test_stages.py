@@ -47,7 +47,7 @@ def test_a_stage_comes_back_as_it_was(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "before").iterdir()) == ["measurement.json", "rows.npz", "tensors.safetensors"]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "savez", "write_json"])
+@pytest.mark.parametrize("failing", ["save_file", "savez", "write_sealed"])
 def test_a_disk_that_fills_up_leaves_an_unfinished_stage(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -157,7 +157,7 @@ def test_a_file_whose_shapes_do_not_fit_its_settings_is_refused(tmp_path: Path) 
     small().save(path)
     tensors = load_file(path)
     with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata()
+        metadata = {key: value for key, value in file.metadata().items() if key != "sha256"}  # whoever forges a file drops its seal
 
     def refuse(words: str, changes: dict[str, torch.Tensor | None], **settings: object) -> None:
         changed = {name: value for name, value in {**tensors, **changes}.items() if value is not None}

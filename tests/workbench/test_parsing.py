@@ -13,6 +13,7 @@ import yaml
 from singreg.evaluation.analyze_config import parse_analyze
 from singreg.evaluation.compare_config import parse_compare
 from singreg.evaluation.steer_config import parse_steer
+from singreg.evaluation.steer_pixels_config import asks_for_pixels, parse_pixels
 from singreg.training.config import FinetuneConfig, parse_finetune
 from singreg.training.study_config import parse_study
 from singreg.workbench.parsing import ConfigurationError, build, dump_config, find_config, overridden
@@ -207,7 +208,7 @@ SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 def test_how_many_configurations_are_shipped() -> None:
     assert [path.stem for path in SHIPPED] == [
         "analyze_demo", "analyze_imagenet16", "compare_demo", "compare_imagenet16", "demo", "imagenet100_resnet50", "imagenet16_lite0",
-        "imagenet1k_vit", "imagenette_resnet50", "paper", "steer_demo", "steer_imagenet16", "study_imagenet16", "study_scenes",
+        "imagenet1k_vit", "imagenette_resnet50", "paper", "steer_demo", "steer_imagenet16", "steer_pixels", "steer_pixels_scenes", "study_imagenet16", "study_scenes",
     ]  # fmt: skip
 
 
@@ -217,7 +218,8 @@ def test_every_shipped_configuration_is_sound_and_says_its_command_and_hardware(
     opening = [line for line in text.splitlines() if line.startswith("#")]
     for words in ("Command   accelerate launch", "Hardware  "):
         assert any(words in line for line in opening), (path, words)
-    config = PARSERS.get(path.stem.partition("_")[0], parse_finetune)(["--config", str(path)])
+    parse = parse_pixels if asks_for_pixels(["--config", str(path)]) else PARSERS.get(path.stem.partition("_")[0], parse_finetune)
+    config = parse(["--config", str(path)])
     assert yaml.safe_load(dump_config(config))["name"] == yaml.safe_load(text)["name"]
 
 
