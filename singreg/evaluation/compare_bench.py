@@ -69,7 +69,7 @@ class CompareBench:
         Raises:
             ValueError: models that cannot be built, all of them at once; an empty audit part.
         """
-        _refuse_unknown_names(config.models)
+        refuse_unknown_names(config.models)
         pictures = load_parts(replace(config.data, cache_dir=config.data.cache_dir or config.cache))
         if not len(pictures.audit):
             raise ValueError("the audit part is empty, so no auditor could be fitted; give data.audit_per_class or unlabeled pictures")
@@ -91,7 +91,7 @@ def space_labels(vlms: Sequence[VisionLanguageConfig]) -> list[str]:
     return labels
 
 
-def _refuse_unknown_names(models: Sequence[ComparedModelConfig]) -> None:
+def refuse_unknown_names(models: Sequence[ComparedModelConfig]) -> None:
     """What can be said of the names in no time: plain ones must be timm's, folders must hold a model."""
     problems = []
     for place, model in enumerate(models):

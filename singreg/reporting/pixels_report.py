@@ -1,0 +1,102 @@
+"""A pixel attack's files and TensorBoard: takes the report, computes nothing (DESIGN: "A run's folder")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from singreg.analysis.pixel_results import ATTACK, HOLD, PixelReport
+from singreg.data.parts import ImagePart
+from singreg.files import write_json, write_text
+from singreg.reporting import pixels_tables as tables
+from singreg.reporting.html import write_html
+from singreg.reporting.page import page_from_markdown
+from singreg.reporting.pixels_plots import save_pixel_plots
+from singreg.reporting.tables import escape, facts
+from singreg.reporting.tensorboard import TensorBoardLog
+
+CAPTIONS = {
+    "rises": "rise towards the target prompt by budget and judge, with 95 % intervals; dots are random directions of the same length",
+    "attacked": "originals, attacked pictures at the largest budget, and what was moved, amplified",
+    "twins": "natural twins: pictures of two classes that the logits hardly tell apart and the image encoder does",
+    "robustness": "ordinary robustness: top-1 under PGD and under corruptions",
+}
+ROWS = "attacked.json"
+
+
+def write_pixels_report(report: PixelReport, folder: Path, part: ImagePart) -> dict[str, Path]:
+    """Write attacked.json (a row a picture), plots/, report.md, report.html and report.json to the path `folder`; the plots' paths."""
+    write_json(folder / ROWS, [asdict(row) for row in report.rows])
+    plots = save_pixel_plots(report, folder, part)
+    text = pixels_markdown(report, {name: path.relative_to(folder) for name, path in plots.items()})
+    write_text(folder / "report.md", text)
+    write_html(folder / "report.html", page_from_markdown(text, folder))
+    write_json(folder / "report.json", report.to_json())
+    return plots
+
+
+def pixels_markdown(report: PixelReport, plots: Mapping[str, Path]) -> str:
+    """report.md: what may be claimed, checks, rises, who was fooled, transfer, twins, ordinary robustness (relative paths in `plots`)."""
+    pictures = {name: f"![{CAPTIONS[name]}]({path.as_posix()})" for name, path in plots.items()}
+    blocks = [
+        f"# {escape(report.settings.get('name', 'run'))}: {len(report.models)} classifiers steered in pixels",
+        *[escape(sentence) for sentence in report.findings],
+        *[f"**{escape(sentence)}**" for sentence in report.warnings],
+        "## Sanity checks",
+        "Made in every run, from the saved 8-bit files. One that fails takes every claim with it.",
+        tables.checks_table(report),
+        "## Steering in pixels",
+        pictures["rises"],
+        tables.pixels_table(report),
+        f"Rise: angle gained towards the target class's prompt, of pictures whose logits stay within {report.tau:g}, whose decision stays "
+        "and which are within the budget, all read from the saved file (*kept*: their share; others count as 0, and a picture for which "
+        "nothing better was found is the original). *fitted* is the translator under attack, *auditor* another one from other pictures; "
+        "the rest are real image encoders, which the attack never saw. *one step*: a single gradient step at its best length. *random*: a "
+        "random direction of the whole budget, held to nothing. Intervals are 95 % bootstrap over pictures. Low is hard to steer.",
+        "## Who was fooled",
+        tables.success_table(report),
+        "Shares of pictures whose target prompt became first by each judge, and how that is read: *fooled the translator*, the attacked "
+        "one alone; *fooled the translators*, the auditor too, and no image encoder; *fooled the VLM*, an image encoder but not all; "
+        "*changed meaning*, all image encoders, of which there must be two that know these classes.",
+        pictures["attacked"],
+        *_optional("## The opposite direction", tables.hold_table(report) if any(s.arm == HOLD for s in report.summaries) else ""),
+        *_optional("## Models compared", tables.difference_table(report) if report.differences else ""),
+        *_optional("## Carried over", tables.transfer_table(report) if report.transfers else ""),
+        *_optional("## Natural twins", tables.twin_table(report) if report.twins else "", pictures.get("twins", "")),
+        "## Ordinary robustness",
+        tables.robustness_table(report),
+        f"Top-1 of the same {report.pictures} pictures: untouched, under L-infinity PGD on the margin (white box, saved to 8 bits as it "
+        "goes), and blurred, noisy or of low contrast. Upper bounds: a stronger attack finds no fewer.",
+        pictures["robustness"],
+        "## Models",
+        tables.model_table(report),
+        "## How this was made",
+        facts(
+            report.settings, report.machine, report.seconds,
+            f"every picture: {ROWS} (judged), attacked/ (PNG at the classifier's input size, to be judged again by anyone)",
+        ),
+    ]  # fmt: skip
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _optional(heading: str, *blocks: str) -> list[str]:
+    return [heading, *blocks] if any(blocks) else []
+
+
+def pixels_to_tensorboard(report: PixelReport, folder: Path, plots: Mapping[str, Path]) -> None:
+    """Rises and successes as scalars (step: the budget's place), tables as text, plots as images, below the run's folder (path)."""
+    with TensorBoardLog(folder / "tensorboard") as log:
+        for model in report.models:
+            for step, summary in enumerate(s for s in report.summaries if (s.model, s.arm) == (model.label, ATTACK)):
+                for judge in summary.rise:
+                    log.scalars({f"rise/{judge}/{model.label}": summary.rise[judge][0]}, step)
+                    log.scalars({f"success/{judge}/{model.label}": summary.success[judge][0]}, step)
+        for found in report.robustness:
+            for step, share in enumerate([found.clean, *found.adversarial.values()]):
+                log.scalars({f"top-1 under PGD/{found.model}": share}, step)
+        log.text("findings", "\n\n".join([*report.findings, *report.warnings]), 0)
+        log.text("checks", tables.checks_table(report), 0)
+        log.text("rises", tables.pixels_table(report), 0)
+        for name, path in plots.items():
+            log.image_file(f"plots/{name}", path, 0)

@@ -1,0 +1,225 @@
+"""The pixel attack's recipe on tiny scenes: whole, killed and resumed, without a null space, and on bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.transforms.functional import to_tensor
+
+from recipes.steer import main
+from singreg.data.parts import FolderPart, ImagePart
+from singreg.evaluation import steer_pixels
+from singreg.evaluation.steer_pixels_bench import choose_pictures
+from singreg.evaluation.steer_pixels_config import asks_for_pixels, parse_pixels
+from tests.demo import ASSETS
+
+TINY = [
+    "--attack", "pixels",
+    "--data.scenes_train", "90", "--data.scenes_audit", "80", "--data.scenes_test", "50", "--data.scenes_bank", "10",
+    "--translator.ridge", "1", "--auditor.ridge", "1", "--pictures", "6", "--attack_batch", "3", "--linf", "[2, 8]", "--tau", "0.5",
+    "--steps", "8", "--restarts", "2", "--hold_pictures", "2", "--robust", "[1, 4]", "--robust_steps", "3", "--twin_pictures", "40",
+    "--models", '[{"name": "demo"}]',
+]  # fmt: skip
+TWO = '[{"name": "demo"}, {"name": "demo", "drop_null": true}]'
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(runs: Path, cache: Path, *more: str) -> None:
+    AcceleratorState._reset_state(True)
+    try:
+        main(["--runs", str(runs), "--cache", str(cache), *TINY, *more])
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    for name in ("seconds", "settings", "machine"):
+        report.pop(name)
+    return report
+
+
+def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, cache, "--name", "whole", "--models", TWO)
+    folder, shown = tmp_path / "whole", capsys.readouterr().out
+    report = report_of(folder)
+    assert report["kind"] == "steer pixels"
+    assert [(m["label"], m["nullity"]) for m in report["models"]] == [("demo", 246), ("demo without null space", 0)]
+    names = [check["name"] for check in report["checks"]]
+    for rule in (
+        "no budget, no success", "a larger budget reaches", "many steps reach", "white box reaches", "a random direction is far below",
+        "logits stay within", "the decision stays", "every displacement is within", "dropping the null space changes nothing in pixels",
+    ):  # fmt: skip
+        assert any(name.startswith(rule) for name in names), rule
+    assert [c for c in report["checks"] if not c["passed"]] == []
+    assert report["findings"][0].startswith(f"All {len(names)} sanity checks passed")
+    assert "lower bounds" in shown
+    assert any("1 of 1 do" in s or "0 of 1 do" in s for s in report["findings"])  # one encoder is no witness of meaning
+    assert all(s["readings"]["changed meaning"] == 0 for s in report["summaries"])
+
+    rows = json.loads((folder / "attacked.json").read_text())
+    assert len(rows) == 2 * (6 * 2 * 3 + 3 + 2)
+    attacked = [row for row in rows if row["attacked"]["arm"] == "attack"]
+    assert all(row["kept"] for row in attacked)
+    assert all(row["attacked"]["target"] != row["attacked"]["label"] for row in rows)
+    assert list(attacked[0]["rise"]) == ["fitted", "auditor", "demo"]
+    # Anyone can judge them again: plain timm reads the very logits that were written down.
+    plain = timm.create_model(f"local-dir:{ASSETS / 'demo_classifier'}", pretrained=True).eval()
+    mean, std = (torch.tensor(plain.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    row = max(attacked, key=lambda row: row["logit_change"])
+    with torch.no_grad():
+        logits = [
+            plain((to_tensor(Image.open(folder / row["attacked"][name]))[None] - mean) / std)[0] for name in ("original", "file")
+        ]
+    assert float((logits[1] - logits[0]).abs().max()) == pytest.approx(row["logit_change"], abs=1e-3)
+
+    for name in ("rises", "attacked", "robustness"):
+        assert (folder / "plots" / f"{name}.png").is_file()
+    text = (folder / "report.md").read_text()
+    assert "## Sanity checks" in text
+    assert "## The opposite direction" in text
+    assert "fooled the VLM" in (folder / "report.html").read_text()
+    tags = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload().Tags()
+    assert "rise/fitted/demo" in tags["scalars"]
+    assert "plots/attacked" in tags["images"]
+
+
+def test_a_killed_run_goes_on_and_finds_the_same(tmp_path: Path, cache: Path) -> None:
+    run(tmp_path, cache, "--name", "whole")
+    calls = []
+    original = steer_pixels.attack_batch
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["number"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with patch.object(steer_pixels, "attack_batch", killed), pytest.raises(KeyboardInterrupt):
+        run(tmp_path, cache, "--name", "killed")
+    assert not (tmp_path / "killed" / "report.json").exists()
+    calls.clear()
+    with patch.object(steer_pixels, "attack_batch", lambda *a, **k: calls.append(k["number"]) or original(*a, **k)):
+        run(tmp_path, cache, "--name", "killed", "--resume", "true")
+    assert calls == [1]  # the first batch was there
+    whole, resumed = (report_of(tmp_path / name) for name in ("whole", "killed"))
+    assert resumed == whole
+    for path in (tmp_path / "whole" / "attacked").rglob("*.png"):
+        assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes(), path
+    with pytest.raises(SystemExit, match="already holds a run"):
+        run(tmp_path, cache, "--name", "whole")
+
+
+def test_a_dry_run_makes_nothing(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, cache, "--dry_run", "true", "--models", TWO)
+    shown = capsys.readouterr().out
+    assert "demo without null space: one picture (3, 64, 64) gives features (1, 256), logits (1, 10)" in shown
+    assert "budgets: linf 2/255, linf 8/255" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_values_are_shown_together(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = [
+        "--linf", "[0, 8]", "--robust", "[4, 1]", "--tau", "0", "--severity", "9", "--targets", '["star", "star"]', "--l2", "[-1]",
+        "--models", '[{"name": "demo"}, {"name": "demo"}]',
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, cache, *more)
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    for part in (
+        "linf: a budget of 0 allows no change at all",
+        "robust: expected different budgets in rising order",
+        "tau: expected a number above 0",
+        "severity: expected 1 to 5",
+        "targets: listed twice: star",
+        "l2: expected numbers above 0",
+        "models: listed twice: demo",
+    ):
+        assert part in shown, part
+    assert "7 problem(s)" in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--models", '[{"name": "test_resnet", "pretrained": false, "head": "new", "drop_null": true, "label": "x"}]'], None),
+        (["--models", '[{"name": "no_such_model"}]'], "neither a folder nor a model"),
+        (["--targets", "star", "--pictures", "50"], "star is the only target of its own pictures; a target must not equal the source"),
+        (["--targets", "stra"], "stra"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_attacked_is_said_before_any_work(tmp_path: Path, cache: Path, more: list[str], message: str | None) -> None:
+    if message is None:  # an untrained head of 10 rows on 96 features has a null space to drop
+        run(tmp_path, cache, *more, "--dry_run", "true")
+        return
+    with pytest.raises(SystemExit, match=message):
+        run(tmp_path, cache, *more)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_without_a_null_space_is_attacked_and_cannot_lose_what_it_lacks(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = '{"name": "test_resnet", "pretrained": false, "head": "keep", "label": "full"'
+    with pytest.raises(SystemExit, match=r"models\[0\] \(full\): .*null"):
+        run(tmp_path, cache, "--models", f'[{full}, "drop_null": true}}]')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_one_colour_are_left_out_and_named(tmp_path: Path) -> None:
+    paths = []
+    for place, colour in enumerate(["red", "blue", None, None]):
+        path = tmp_path / f"{place}.png"
+        noise = np.random.default_rng(place).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        (Image.new("RGB", (8, 8), colour) if colour else Image.fromarray(noise)).save(path)
+        paths.append(str(path))
+    part: ImagePart = FolderPart("test", paths, ["a", "b"], [0, 1, 0, 1])
+    chosen = choose_pictures(part, 4, "all", seed=0)
+    assert sorted(chosen.indices.tolist()) == [2, 3]
+    assert sorted(chosen.left_out) == paths[:2]
+    assert (chosen.targets != chosen.labels).all()
+    with pytest.raises(ValueError, match="of one colour: nothing is to be seen"):
+        choose_pictures(part.subset([0, 1]), 4, "all", seed=0)
+
+
+def test_pictures_are_chosen_evenly_and_the_same_every_time(tmp_path: Path) -> None:
+    class Noise(ImagePart):
+        def image(self, index: int) -> Image.Image:
+            return Image.fromarray(np.random.default_rng(index).integers(0, 255, (4, 4, 3), dtype=np.uint8))
+
+        def identifier(self, index: int) -> str:
+            return str(index)
+
+    labels = np.array([0] * 30 + [1] * 5 + [2] * 5 + [-1] * 5)
+    part = Noise("test", list("abc"), labels, np.zeros((45, 32), dtype=np.uint8))
+    chosen, again = (choose_pictures(part, 9, "all", seed=3) for _ in range(2))
+    assert np.bincount(chosen.labels).tolist() == [3, 3, 3]
+    assert (chosen.indices == again.indices).all()
+    assert (chosen.targets == again.targets).all()
+    assert set(choose_pictures(part, 40, ["b", "c"], seed=3).targets.tolist()) == {1, 2}
+
+
+def test_shipped_configurations_parse_and_are_told_from_those_of_features(tmp_path: Path) -> None:
+    real, scenes = (parse_pixels(["--config", name]) for name in ("steer_pixels", "steer_pixels_scenes"))
+    assert [model.known_as for model in real.models] == ["pretrained", "control", "SingLoss"]
+    assert (real.pictures, [b.label for b in real.budgets]) == (128, ["linf 2/255", "linf 8/255"])
+    assert [model.known_as for model in scenes.models] == ["demo", "demo without null space"]
+    assert asks_for_pixels(["--config", "steer_pixels"])
+    assert asks_for_pixels(["--config=steer_pixels_scenes"])
+    assert not asks_for_pixels(["--config", "steer_demo", "--name", "attack"])
+    assert not asks_for_pixels(["--config", str(tmp_path / "missing.yaml")])
