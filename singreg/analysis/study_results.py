@@ -24,6 +24,7 @@ class ArmRun:
     """One arm at one seed as it was measured; figures: None where there is no null space to measure, extra: notes by name.
 
     trained: False where its seed says nothing, since neither it nor the arm it took its weights from was trained.
+    control_of: the arm a placebo stands beside.
     validation: the few figures an arm is chosen by, on pictures that serve nothing else; empty without them.
     """
 
@@ -36,6 +37,7 @@ class ArmRun:
     extra: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     trained: bool = True
+    control_of: str | None = None
     validation: dict[str, float] = field(default_factory=dict)
 
 
@@ -88,6 +90,7 @@ class ArmSummary:
     omitted: str | None
     extra: dict[str, Any]
     seconds: float
+    control_of: str | None = None
     validation: dict[str, float] = field(default_factory=dict)
 
 
@@ -129,13 +132,14 @@ class StudyReport:
         if value.get("format") != FORMAT:
             raise ValueError(f"this is not a study's report of format {FORMAT}, but of {value.get('format')!r}")
         given = {key: item for key, item in value.items() if key != "format"}
-        arms = [_summary_from_json(nan_for_null(arm) | {"top1_kept": arm["top1_kept"], "omitted": arm["omitted"]}) for arm in given["arms"]]
+        arms = [_summary_from_json(arm) for arm in given["arms"]]
         return cls(**{**given, "arms": arms, "agreement": [AgreementPoint(**point) for point in given["agreement"]]})
 
 
 def _summary_from_json(arm: dict[str, Any]) -> ArmSummary:
     targets = [Target(**target) for target in arm["targets"]]
-    return ArmSummary(**{**arm, "paired": {name: Paired(**found) for name, found in arm["paired"].items()}, "targets": targets})
+    numbers = nan_for_null(arm) | {name: arm[name] for name in ("top1_kept", "omitted", "control_of")}  # there null is no number
+    return ArmSummary(**{**numbers, "paired": {name: Paired(**found) for name, found in numbers["paired"].items()}, "targets": targets})
 
 
 Figure = Callable[[Rows], np.ndarray]

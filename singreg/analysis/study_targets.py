@@ -96,6 +96,7 @@ def _summary(runs: Sequence[ArmRun], reference: Sequence[ArmRun]) -> ArmSummary:
         front=False,
         omitted=None if mine else "no null space is left, so there is nothing to measure or to steer through",
         extra=first.extra,
+        control_of=first.control_of,
         validation=_validation(runs),
         seconds=sum(run.seconds for run in runs),
     )
@@ -195,12 +196,15 @@ def sentences(report: StudyReport, claim: str | None = None) -> list[str]:
         found.append(_effect(report, chosen, how))
     placebos = [arm for arm in report.arms if arm.role == "placebo" and arm.paired]
     for arm in placebos:
-        same = arm.paired["AS_neg"].low <= best.paired["AS_neg"].high
+        beside = best if arm.control_of is None else report.by_name(arm.control_of)
+        if not beside.paired:
+            continue
+        same = arm.paired["AS_neg"].low <= beside.paired["AS_neg"].high
+        verdict = "no worse, so the effect does not rest" if same else "clearly more, so the effect rests"
         found.append(
-            f"The placebo {arm.arm} leaves {words(arm.paired['AS_neg'])}: "
-            + (f"no worse than {best.arm}, so the effect is not about the classes' meaning." if same else
-               f"clearly more than {best.arm}, so the classes' prompts matter.")
-        )  # fmt: skip
+            f"The placebo {arm.arm}{f' ({arm.note})' if arm.note else ''} leaves {words(arm.paired['AS_neg'])}, {beside.arm} "
+            f"{words(beside.paired['AS_neg'])}: {verdict} on what the placebo takes away."
+        )
     if not placebos:
         found.append("There was no placebo arm, so nothing here shows that the classes' prompts matter.")
     missed = [target for target in best.targets if not target.reached]

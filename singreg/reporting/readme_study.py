@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from singreg.analysis.study_results import StudyReport
 from singreg.reporting.study_tables import RATIO_TITLES, study_table
@@ -28,7 +29,7 @@ def read_study(path: str | Path) -> StudyReport:
     return StudyReport.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def rounded(value: object) -> object:
+def rounded(value: Any) -> Any:
     """Nested JSON values with numbers of six digits: enough for a table, a third of the size (no shapes).
 
     Example:
