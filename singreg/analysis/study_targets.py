@@ -202,7 +202,7 @@ def sentences(report: StudyReport, claim: str | None = None) -> list[str]:
         same = arm.paired["AS_neg"].low <= beside.paired["AS_neg"].high
         verdict = "no worse, so the effect does not rest" if same else "clearly more, so the effect rests"
         found.append(
-            f"The placebo {arm.arm}{f' ({arm.note})' if arm.note else ''} leaves {words(arm.paired['AS_neg'])}, {beside.arm} "
+            f"{arm.arm} (a placebo{f': {arm.note}' if arm.note else ''}) leaves {words(arm.paired['AS_neg'])}, {beside.arm} "
             f"{words(beside.paired['AS_neg'])}: {verdict} on what the placebo takes away."
         )
     if not placebos:
@@ -237,10 +237,10 @@ def warnings(report: StudyReport, width: int) -> list[str]:
         )
     single = [arm.arm for arm in report.arms if len(arm.seeds) == 1 and arm.trained]
     if single:
-        found.append(f"Warning: of one seed only, so without a spread over seeds: {', '.join(single)}.")
+        found.append(f"Warning: of one seed only, so without a spread over seeds: {'; '.join(single)}.")
     gamed = [arm.arm for arm in report.arms if arm.mean.get("audit_gap", math.nan) > 1.5]
     if gamed:
-        found.append(f"Warning: the loop's translator was gamed (audit gap above 1.5), do not believe its own figure: {', '.join(gamed)}.")
+        found.append(f"Warning: the loop's translator was gamed (audit gap above 1.5), do not believe its own figure: {'; '.join(gamed)}.")
     return found
 
 

@@ -304,7 +304,7 @@ class Classifier(nn.Module):
 
 
 def _create(name: str, **arguments: Any) -> Any:
-    """timm's model; of a name it does not know, or of a folder that does not hold what was written, or no model, a ValueError names the file or the folder."""
+    """timm's model; a ValueError names what timm does not know, or the file or folder that does not hold what was written."""
     if not name.startswith("local-dir:"):
         architecture = name.partition(".")[0]
         if ":" not in name and not timm.is_model(architecture):

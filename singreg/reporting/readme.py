@@ -50,7 +50,7 @@ def insert(text: str, name: str, block: str) -> str:
 
 
 def keep(report: Path, target: Path) -> None:
-    """Copy a report.json to the path `target` without what only means something where it ran (cache and run folders, whether it was resumed).
+    """Copy a report.json to the path `target` without what only means something where it ran (folders, whether it was resumed).
 
     Raises:
         FileNotFoundError: there is no report yet.

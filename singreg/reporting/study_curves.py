@@ -7,6 +7,7 @@ import math
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from singreg.analysis.study_results import AUDITOR, ArmSummary, StudyReport
 from singreg.reporting.plots import drawable
@@ -41,13 +42,16 @@ def draw_tradeoff(report: StudyReport) -> Figure:
     return figure
 
 
-def _name_extremes(axes: Axes, arms: list[ArmSummary], key: str, reference: str, count: int = 6) -> None:
-    """Names at the points far from the others, where they can be read."""
+def _name_extremes(axes: Axes, arms: list[ArmSummary], key: str, reference: str, count: int = 7) -> None:
+    """Names at points far from each other, where they can be read: the reference first, then always the one farthest from all named."""
     points = np.array([[arm.mean[f"IS/{AUDITOR}"], arm.mean[key]] for arm in arms])
     scaled = points / np.maximum(points.std(0), 1e-12)
-    apart = np.sort(np.linalg.norm(scaled[:, None] - scaled[None], axis=-1), axis=1)[:, min(1, len(arms) - 1)]
-    shown = {*np.argsort(-apart)[:count].tolist(), *(place for place, arm in enumerate(arms) if arm.arm == reference)}
-    for place in shown:
+    named = [next(place for place, arm in enumerate(arms) if arm.arm == reference)]
+    while len(named) < min(count, len(arms)):
+        distance = np.linalg.norm(scaled[:, None] - scaled[named][None], axis=-1).min(1)
+        distance[named] = -1.0
+        named.append(int(distance.argmax()))
+    for place in named:
         arm = arms[place]
         axes.annotate(
             drawable(arm.arm, 24), points[place], textcoords="offset points", xytext=(5, 5), fontsize=8, color=colour(arm, reference)
@@ -71,6 +75,8 @@ def draw_auditor_need(report: StudyReport) -> Figure:
         axes.axvline(report.auditor_images, color="#d97706", linewidth=1)
         axes.axvline(report.images_needed, color="#b91c1c", linewidth=1, linestyle="--")
         axes.set(xscale="log", xlabel="pictures behind each auditor", title=title)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=40, fontsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.title.set_fontsize(9)
         style(axes)
     figure.suptitle(

@@ -263,9 +263,9 @@ def test_chunks_and_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
     for other in (torn, *(figures.to_json() for figures in shared)):
         for a, b in zip(whole["curves"], other["curves"], strict=True):
             for name in ("success", "AS", "kept", "similarity"):
-                # Where the attacker reaches cosine 1 many displacements are best for it, and another judge tells them apart a little.
-                apart = 0.1 if name == "AS" and a["judge"] != a["crafted_on"] else 1e-6
-                assert a["figures"][name] == pytest.approx(b["figures"][name], abs=apart), (a["attack"], name)
+                # At the largest step the attacker reaches cosine 1 by many displacements alike, which another judge tells apart.
+                until = -1 if name in ("AS", "success") and a["judge"] != a["crafted_on"] else None
+                assert a["figures"][name][:until] == pytest.approx(b["figures"][name][:until], abs=1e-6), (a["attack"], name)
         for a, b in zip(whole["matrices"], other["matrices"], strict=True):
             assert a["rows"] == b["rows"]
 

@@ -163,8 +163,9 @@ def test_a_model_folder_with_absurd_weights_or_settings(tmp_path: Path) -> None:
     (tmp_path / "model" / "checksums.json").unlink()  # whoever forges a model forges these
     whole = (tmp_path / "model" / "config.json").read_text()
     settings = json.loads(whole)
-    forged = {**settings["pretrained_cfg"], "num_classes": 10**13}
-    for key, value in (("pretrained_cfg", forged), ("model_args", {"layers": "many"}), ("architecture", "../../etc/passwd")):
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**settings, "num_classes": 10**13}))
+    assert Classifier.from_timm(f"local-dir:{tmp_path / 'model'}").num_classes == 3  # what the weights have
+    for key, value in (("model_args", {"layers": "many"}), ("architecture", "../../etc/passwd")):
         (tmp_path / "model" / "config.json").write_text(json.dumps({**settings, key: value}))
         with pytest.raises(ValueError, match=str(tmp_path / "model")) as stop:
             Classifier.from_timm(f"local-dir:{tmp_path / 'model'}")

@@ -208,7 +208,8 @@ SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 def test_how_many_configurations_are_shipped() -> None:
     assert [path.stem for path in SHIPPED] == [
         "analyze_demo", "analyze_imagenet16", "compare_demo", "compare_imagenet16", "demo", "imagenet100_resnet50", "imagenet16_lite0",
-        "imagenet1k_vit", "imagenette_resnet50", "paper", "steer_demo", "steer_imagenet16", "steer_pixels", "steer_pixels_scenes", "study_imagenet16", "study_scenes",
+        "imagenet1k_vit", "imagenette_resnet50", "paper", "steer_demo", "steer_imagenet16",
+        "steer_pixels", "steer_pixels_scenes", "study_imagenet16", "study_scenes",
     ]  # fmt: skip
 
 
