@@ -255,11 +255,13 @@ def _problem(parser: ArgumentParser, key: str, value: Any, kind: type) -> str | 
         return f"{key[:SHOWN]}: no such key" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(siblings or known)}")
     if dataclasses.is_dataclass(known[key]):
         return f"{key}: expected a mapping of keys to values, got {type(value).__name__}"
+    wanted = str(known[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
+    if value is None and type(None) not in typing.get_args(known[key]):  # jsonargparse takes a null for any type
+        return f"{key}: expected {wanted}, got nothing"
     try:
         parser.parse_object(_nested(key, copy.deepcopy(value)), defaults=False)  # it writes into what it is given
     except (ArgumentError, *MALFORMED) as error:
         reason = (_what(error).strip().splitlines() or [""])[-1].strip()
-        wanted = str(known[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
         bare = isinstance(value, bool) and {"yes", "no", "on", "off"} & set(typing.get_args(known[key]))
         hint = 'YAML reads a bare yes or no as true or false; write it in quotes: "no"' if bare else reason[:SHOWN]
         return f"{key}: expected {wanted}, got {_shown(value)} ({hint})"
