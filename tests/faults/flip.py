@@ -25,7 +25,7 @@ from singreg.reporting.report_files import read_report
 from singreg.translation.translator import load_translator
 from tests.faults.damage import Outcomes, damage, files_of, fresh_copy, judge
 from tests.faults.in_process import Refused, recipe, report_of, study_report_of
-from tests.faults.processes import run, tiny
+from tests.faults.processes import one_core, run, tiny
 
 STUDY: dict[str, Any] = {
     "name": "study",
@@ -95,8 +95,9 @@ class Folders:
         return lambda: self._resumed(folder), self.report
 
     def _resumed(self, folder: Path) -> dict[str, Any]:
-        # The way a user goes on: with the command that the run itself had printed.
-        recipe("finetune", "--config", str(folder / "config.yaml"), "--resume", "true")
+        # The way a user goes on: with the command that the run itself had printed; on one core, as the run it is compared with.
+        with one_core():
+            recipe("finetune", "--config", str(folder / "config.yaml"), "--resume", "true")
         wanted = self.scratch / "whole" / "finished" / "run"
         for name in ("model", "model-control"):
             mine, theirs = (load_file(path / name / "model.safetensors") for path in (folder, wanted))

@@ -8,7 +8,8 @@ import resource
 import signal as signals
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,6 +45,21 @@ def _work(name: str, given: list[str], log: str, limit: int | None) -> None:
     sys.argv = [f"recipes/{name}.py", *given]
     module = __import__(f"recipes.{name}", fromlist=["main"])
     module.main(given)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """This process on one core for a while: recipes then take one thread, and sums round as they do in `start`'s processes."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
 
 
 def start(given: list[str], log: Path, *, limit: int | None = None, recipe: str = "finetune") -> BaseProcess:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.faults.kill import kill_at_random
-from tests.faults.processes import demo
 
 
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path: Path) -> None:
@@ -20,14 +19,6 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path: Path) ->
 @pytest.mark.slow
 def test_twenty_kills_of_the_tiny_run(tmp_path: Path) -> None:
     counts = kill_at_random(20, tmp_path, seed=1)
-    print(f"\n{counts.line()}\nthey came at: {'; '.join(counts.stopped_at)}")
-    assert counts.kills == 20
-    assert not counts.wrong
-
-
-@pytest.mark.slow
-def test_twenty_kills_of_the_demo(tmp_path: Path) -> None:
-    counts = kill_at_random(20, tmp_path, of=demo)
     print(f"\n{counts.line()}\nthey came at: {'; '.join(counts.stopped_at)}")
     assert counts.kills == 20
     assert not counts.wrong
