@@ -104,8 +104,9 @@ class Maximiser:
         return not (convex and bool((similarity > 0).all()))
 
     def _random(self, problem: Problem, limit: Tensor, turn: int) -> Tensor:
+        # one direction for all rows: what is found for a picture must not hang on which others are in its chunk
         generator = torch.Generator().manual_seed(self.seed * 1000 + turn)
-        drawn = torch.randn(len(limit), problem.size, generator=generator, dtype=torch.float64).to(limit)
+        drawn = torch.randn(problem.size, generator=generator, dtype=torch.float64).to(limit).expand(len(limit), -1)
         start: Tensor = limit[:, None] * _unit(problem.retract(drawn))
         return start
 
