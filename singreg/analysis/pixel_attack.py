@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from singreg.analysis.pixel_ascent import ascend, one_step
 from singreg.analysis.pixel_model import PixelModel, away_from_decision, save_picture, towards_prompt
 from singreg.analysis.pixel_results import ATTACK, HOLD, NO_BUDGET, ONE_STEP, RANDOM, AttackedPicture
-from singreg.analysis.pixels import Budget, ascend, one_step, random_pictures
+from singreg.analysis.pixels import Budget, random_pictures
 from singreg.translation.base import Translator
 
 

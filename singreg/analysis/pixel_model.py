@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singreg.analysis.pixels import LEVELS, Judged
+from singreg.analysis.pixels import LEVELS, Judged, Reading
 from singreg.data.parts import ImagePart
 from singreg.files import atomic_write
 from singreg.models.classifier import Classifier
@@ -94,12 +94,12 @@ def towards_prompt(model: PixelModel, translator: Translator, logits: Tensor, ta
     """
     decision = logits.argmax(1, keepdim=True)
 
-    def judged(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def judged(pictures: Tensor) -> Reading:
         features, now = model(pictures)
         gain = (normalize(translator(features), dim=-1) * target).sum(1)
         rivals = now.scatter(1, decision, -torch.inf).amax(1, keepdim=True)
         stays = 1 + (rivals - now.gather(1, decision)) / tau
-        return gain, torch.cat([(now - logits).abs() / tau, stays], dim=1)
+        return Reading(gain, (now - logits) / tau, stays)
 
     return judged
 
@@ -112,11 +112,12 @@ def away_from_decision(
     Shapes: texts (C, n) unit rows, cosines (B, C) of the untouched pictures, decision (B,).
     """
 
-    def judged(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def judged(pictures: Tensor) -> Reading:
         features, now = model(pictures)
         own = now.gather(1, decision[:, None])[:, 0]
         rivals = now.scatter(1, decision[:, None], -torch.inf).amax(1)
-        return rivals - own, (normalize(translator(features), dim=-1) @ texts.T - cosines).abs() / tolerance
+        held = (normalize(translator(features), dim=-1) @ texts.T - cosines) / tolerance
+        return Reading(rivals - own, held, held[:, :0])
 
     return judged
 
@@ -124,9 +125,9 @@ def away_from_decision(
 def away_from_label(model: PixelModel, labels: Tensor) -> Judged:
     """Ordinary adversarial pictures: the largest other logit over the label's, under no constraint. Shapes: labels (B,)."""
 
-    def judged(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def judged(pictures: Tensor) -> Reading:
         _, now = model(pictures)
         own = now.gather(1, labels[:, None])[:, 0]
-        return now.scatter(1, labels[:, None], -torch.inf).amax(1) - own, now.new_zeros(len(now), 0)
+        return Reading.free(now.scatter(1, labels[:, None], -torch.inf).amax(1) - own)
 
     return judged

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from singreg.analysis.pixel_ascent import ascend
 from singreg.analysis.pixel_model import PixelModel, away_from_label
-from singreg.analysis.pixels import Budget, ascend
+from singreg.analysis.pixels import Budget
 from singreg.data.corruption import KINDS, CorruptedPart
 from singreg.data.parts import ImagePart
 

@@ -51,9 +51,8 @@ def _known(curve: RobustnessCurve, figure: str) -> list[float]:
 def _random(plain: Mapping[tuple[str, str, str, str], RobustnessCurve], key: tuple[str, str, str, str]) -> Check:
     _, name, judge, budget = key
     areas = {attack: plain[attack, name, judge, budget].area for attack in (RANDOM, SINGLE)}
-    signed, size, gradient = (
-        float("nan") if height is None else height for height in (areas[RANDOM]["AS"][0], areas[RANDOM]["AS_abs"][0], areas[SINGLE]["AS"][0])
-    )
+    heights = (areas[RANDOM]["AS"][0], areas[RANDOM]["AS_abs"][0], areas[SINGLE]["AS"][0])
+    signed, size, gradient = (float("nan") if height is None else height for height in heights)
     # the mean of max(gain, 0): gains of random directions cancel, and an attacker would keep the helpful ones only
     return random_is_far_below(f"mean gain over the curve, {name}", (signed + size) / 2, gradient)
 

@@ -262,9 +262,6 @@ def test_chunks_and_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
     torn = robust.measure().to_json()
     for other in (torn, *(figures.to_json() for figures in shared)):
         for a, b in zip(whole["curves"], other["curves"], strict=True):
-            if a["attack"].startswith("near-null"):  # a search from random starts that are drawn chunk by chunk: alike, not the same
-                assert a["figures"]["similarity"] == pytest.approx(b["figures"]["similarity"], abs=0.05), a["attack"]
-                continue
             for name in ("success", "AS", "kept", "similarity"):
                 # At the largest step the attacker reaches cosine 1 by many displacements alike, which another judge tells apart.
                 until = -1 if name in ("AS", "success") and a["judge"] != a["crafted_on"] else None
