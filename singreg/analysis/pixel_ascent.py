@@ -17,6 +17,7 @@ from singreg.analysis.pixels import LEVELS, Ascent, Budget, Judged, on_grid
 MOMENTUM = 0.9
 GROWTH = 1.03
 PATH = 4.0  # radii that all steps of a pass make together
+TANGENT_PATH = 2.0  # shorter, for it wastes none of it on breaking and restoring
 TIGHTER = 0.1  # of the tolerance; aiming inside it leaves more of the last steps feasible
 MOST_HELD = 64  # gradients a tangent takes; 1,000 classes would take 1,000
 
@@ -34,10 +35,10 @@ def ascend(
 ) -> Ascent:
     """Maximise the objective within the budget while every constraint holds (a search: no claim of optimality).
 
-    The first pass starts from x or from `start`, each further one from random points in the budget. Where 1 to 64 things are held
-    the first pass and every third after it go along their tangent; the others, and all where more are held, are an augmented
-    Lagrangian: constraints c ≤ 1 enter as −(ρ/2) Σ relu(c − 1 + λ/ρ)², after every step λ ← relu(λ + ρ (c − 1)), and ρ grows for
-    pictures that still break one; the step shrinks along a cosine. In L-infinity these take turns: steps along the gradient itself,
+    The first pass starts from the better of the single step and `start`, each further one from random points in the budget. Where 1
+    to 64 things are held the first pass and every third after it go along their tangent; the others, and all where more are held,
+    are an augmented Lagrangian: constraints c ≤ 1 enter as −(ρ/2) Σ relu(c − 1 + λ/ρ)², after every step λ ← relu(λ + ρ (c − 1)),
+    and ρ grows for pictures that still break one; the step shrinks along a cosine. In L-infinity these take turns: steps along the gradient itself,
     which keep tight constraints, then along its sign, which fill the budget where there are none or loose ones. The best feasible
     picture of all passes is kept, to begin with x.
 
@@ -57,18 +58,19 @@ def ascend(
         raise ValueError(f"expected at least 1 step and 1 restart, got {steps} and {restarts}")
     if bool(((LEVELS * x - (LEVELS * x).round()).abs() > 1e-3).any()) or bool((x < 0).any()) or bool((x > 1).any()):
         raise ValueError("expected pictures on the 8-bit grid in [0, 1], as pixel_picture gives them")
+    best = one_step(judged, x, budget)
+    if start is not None:
+        with torch.no_grad():
+            best.offer(start, judged(start))
     with torch.no_grad():
-        reading = judged(x)
-    before = reading.value.double()
-    tangent = 0 < reading.held.shape[1] <= MOST_HELD
-    best = Ascent(x.clone(), before, before.clone())
+        tangent = 0 < judged(x).held.shape[1] <= MOST_HELD
     for restart in range(restarts):
-        moved = torch.zeros_like(x) if start is None else start - x
+        moved = best.images - x
         if restart:
             noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device) * 2 - 1
             moved = budget.steepest(noise) / 2 if budget.norm == "l2" else budget.radius * noise / 2
         if tangent and restart % 3 == 0:
-            tangent_pass(judged, x, moved, budget, best, steps=steps, size=PATH / steps)
+            tangent_pass(judged, x, moved, budget, best, steps=steps, size=TANGENT_PATH / steps)
             continue
         turn = restart - restart // 3 - 1 if tangent else restart  # among the passes of this kind
         size = PATH / steps * 0.5 ** (turn // 2)

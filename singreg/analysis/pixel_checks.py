@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from singreg.analysis import sanity
+from singreg.analysis.pixel_features import feature_sentence
 from singreg.analysis.pixel_judges import counted_rise
 from singreg.analysis.pixel_results import (
     ATTACK,
@@ -138,6 +139,8 @@ def pixel_findings(report: PixelReport) -> list[str]:
         )
     for model in report.models:
         sentences.append(_model_sentence(model, report.largest(model.label), report))
+        if model.label in report.features:
+            sentences.append(feature_sentence(model.label, report.features[model.label], dropped=model.label in report.dropped))
         sentences += [_held(summary, report) for summary in report.summaries if (summary.model, summary.arm) == (model.label, HOLD)]
     return sentences
 

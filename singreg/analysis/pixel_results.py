@@ -7,6 +7,7 @@ from typing import Any
 
 from singreg.analysis.plain_robustness import PlainRobustness
 from singreg.analysis.results import nulls_for_nan
+from singreg.analysis.robustness_results import RobustnessFigures
 from singreg.analysis.sanity import Check
 from singreg.analysis.twins import TwinReport
 
@@ -121,7 +122,10 @@ class AttackedModel:
 
 @dataclass
 class PixelReport:
-    """A whole run. zero_shot: every image encoder's own accuracy on the untouched pictures; encoders: those that count."""
+    """A whole run. zero_shot: every image encoder's own accuracy on the untouched pictures; encoders: those that count.
+
+    features: by model, how far the same pictures are steered in feature space; dropped: models whose null space was dropped there.
+    """
 
     models: list[AttackedModel]
     tau: float
@@ -140,6 +144,8 @@ class PixelReport:
     machine: dict[str, Any]
     seconds: dict[str, float]
     rows: list[JudgedPicture] = field(default_factory=list, repr=False)
+    features: dict[str, RobustnessFigures] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values without the rows, which have a file of their own (no shapes)."""
@@ -150,6 +156,7 @@ class PixelReport:
             else inner
             for name, inner in value.items()
         }
+        plain["features"] = {label: figures.to_json() for label, figures in self.features.items()}
         return {"kind": "steer pixels", **dict(nulls_for_nan(plain))}
 
     def of(self, model: str, budget: str, arm: str = ATTACK) -> PixelSummary | None:

@@ -20,10 +20,12 @@ from torch.nn.functional import cosine_similarity
 from singreg.analysis.features import cached_features
 from singreg.analysis.pixel_attack import AttackSettings, Batch, attack_batch, save_batch
 from singreg.analysis.pixel_checks import KNOWS, pixel_checks, pixel_findings, pixel_warnings, unchanged_without_null
+from singreg.analysis.pixel_features import feature_rules
 from singreg.analysis.pixel_judges import Reader, counted_rise, judge_pictures, model_differences, summarise, translator_reader
 from singreg.analysis.pixel_model import PixelModel
 from singreg.analysis.pixel_results import ATTACK, AttackedModel, AttackedPicture, JudgedPicture, PixelReport, Transfer
 from singreg.analysis.plain_robustness import PlainRobustness, corrupted_right, still_right
+from singreg.analysis.robustness_results import RobustnessFigures
 from singreg.analysis.sanity import Check
 from singreg.analysis.twins import TwinReport, natural_twins
 from singreg.data.corruption import KINDS
@@ -31,6 +33,7 @@ from singreg.evaluation.compare_bench import ModelBench
 from singreg.evaluation.fitting import fit_translators
 from singreg.evaluation.steer_pixels_bench import PixelsBench, open_attacked
 from singreg.evaluation.steer_pixels_config import AttackedModelConfig, PixelsConfig, parse_pixels
+from singreg.evaluation.steer_pixels_features import FeatureAttack
 from singreg.files import write_json
 from singreg.geometry.nullspace import NullSpace
 from singreg.progress import progress
@@ -50,6 +53,7 @@ class Attacked:
     right: dict[str, list[bool]]
     logits: Tensor
     size: tuple[int, ...]
+    features: RobustnessFigures | None
 
 
 class PixelAttack:
@@ -58,6 +62,7 @@ class PixelAttack:
     def __init__(self, run: Run, config: PixelsConfig, bench: PixelsBench) -> None:
         self.run, self.config, self.bench = run, config, bench
         self.found: dict[str, Attacked] = {}
+        self.in_features = FeatureAttack(config, bench)
         self.rows: list[JudgedPicture] = []
         self.transfers: list[Transfer] = []
         labelled = np.flatnonzero(bench.pictures.test.labels >= 0)
@@ -79,6 +84,7 @@ class PixelAttack:
         fitted = fit_translators(bench, self.config.translator, self.config.auditor, invariance=model.invariance)
         translators: dict[str, Translator] = {name: found.translator for name, found in fitted.items()}
         pixel_model, at = PixelModel.of(attacked), self._folder_of(model, place)
+        features = self.in_features.of(model, bench, fitted, self.run.folder / at)
         count = len(self.bench.chosen.indices)
         batches = [range(start, min(start + self.config.attack_batch, count)) for start in range(0, count, self.config.attack_batch)]
         accelerator = self.bench.accelerator
@@ -98,6 +104,7 @@ class PixelAttack:
             right=right,
             logits=logits[self.twin_places],
             size=tuple(pixel_model.picture(self.bench.pictures.test, int(self.bench.chosen.indices[0])).shape),
+            features=features,
         )
 
     def _folder_of(self, model: AttackedModelConfig, place: int) -> Path:
@@ -233,8 +240,10 @@ class PixelAttack:
             machine=describe_machine(self.run.accelerator),
             seconds=self.run.seconds,
             rows=self.rows,
+            features={label: found.features for label, found in self.found.items() if found.features is not None},
+            dropped=[model.known_as for model in config.models if model.drop_null],
         )
-        report.checks += self._dropped(report)
+        report.checks += [*self._dropped(report), *feature_rules(report)]
         report.findings, report.warnings = pixel_findings(report), pixel_warnings(report, self.bench.chosen.left_out)
         plots = write_pixels_report(report, self.run.folder, self.bench.pictures.test)
         pixels_to_tensorboard(report, self.run.folder, plots)

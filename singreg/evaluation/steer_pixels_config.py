@@ -57,6 +57,9 @@ class PixelsConfig(JobConfig):
         steps: gradient steps a pass. restarts: passes, the first from the picture itself, others from random points.
         hold_pictures: pictures for the opposite direction (the decision moves, translated meaning is held); 0 leaves it out.
         hold: how far a cosine to a class prompt may move there.
+        feature_steps: relative steps at which the same pictures are steered in feature space too, by the single gradient step, the
+            true maximiser and others; empty leaves that out. feature_radii: Mahalanobis radii, in natural medians.
+        feature_pairs: pairs of a source class and a target prompt there.
         robust: L-infinity budgets in 255ths of ordinary adversarial pictures (PGD); robust_steps, robust_restarts: how it is made.
         severity: of the corruptions, 1 to 5. twin_pictures: test pictures among which natural twins are sought.
         attack_batch: pictures attacked together, and between two points at which a killed run can go on.
@@ -78,6 +81,9 @@ class PixelsConfig(JobConfig):
     restarts: int = 2
     hold_pictures: int = 16
     hold: float = 0.02
+    feature_steps: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4])
+    feature_radii: list[float] = field(default_factory=lambda: [1.0, 1.5])
+    feature_pairs: int = 240
     robust: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
     robust_steps: int = 10
     robust_restarts: int = 1
@@ -104,13 +110,17 @@ def check_pixels(config: PixelsConfig) -> list[str]:
     problems.translators(config.translator, config.auditor)
     for place, vlm in enumerate(config.further_vlms):
         problems.vision_language(f"further_vlms[{place}]", vlm)
-    counts = ("pictures", "steps", "restarts", "robust_steps", "robust_restarts", "attack_batch", "batch_size", "tau", "hold")
-    problems.positive(**{name: getattr(config, name) for name in counts})
+    counts = ("pictures", "steps", "restarts", "robust_steps", "robust_restarts", "attack_batch", "feature_pairs", "batch_size")
+    problems.positive(**{name: getattr(config, name) for name in (*counts, "tau", "hold")})
     problems.at_least_0(hold_pictures=config.hold_pictures)
     problems.need(config.twin_pictures >= 2, f"twin_pictures: expected at least 2, got {config.twin_pictures}")
     problems.need(config.severity in range(1, 6), f"severity: expected 1 to 5, got {config.severity}")
     for name in ("linf", "l2", "robust"):
         _check_sizes(name, getattr(config, name), problems)
+    for name in ("feature_steps", "feature_radii"):
+        sizes = getattr(config, name)
+        rising = sizes == sorted(set(sizes)) and all(0 < size < float("inf") for size in sizes)
+        problems.need(rising, f"{name}: expected different numbers above 0 in rising order, got {sizes}")
     problems.need(bool(config.linf or config.l2), "linf: expected at least one budget, in linf (255ths) or in l2")
     problems.need(not config.hold_pictures or bool(config.linf), "hold_pictures: the opposite direction needs a budget in linf")
     problems.need(bool(config.models), "models: expected at least one")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from singreg.analysis.pixel_results import ATTACK, JudgedPicture, PixelReport
 from singreg.data.parts import ImagePart
+from singreg.reporting.pixels_features import draw_feature_curves, draw_feature_pairs
 from singreg.reporting.plots import drawable, save_figure
 
 JUDGES = ("#2563eb", "#93c5fd", "#d97706", "#059669", "#9333ea", "#dc2626")
@@ -21,6 +22,8 @@ AMPLIFIED = 20
 def save_pixel_plots(report: PixelReport, folder: Path, part: ImagePart) -> dict[str, Path]:
     """Draw every plot below the run's folder (path); returns the path by plot name."""
     figures = {"rises": draw_rises(report), "attacked": draw_attacked(report, folder), "robustness": draw_robustness(report)}
+    if set(report.features) - set(report.dropped):
+        figures |= {"features": draw_feature_curves(report), "feature_pairs": draw_feature_pairs(report)}
     if any(twins.shown for twins in report.twins):
         figures["twins"] = draw_twins(report, part)
     paths = {}

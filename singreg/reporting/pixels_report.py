@@ -7,11 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from singreg.analysis.pixel_results import ATTACK, HOLD, PixelReport
+from singreg.analysis.robustness_attacks import MAXIMISER
 from singreg.data.parts import ImagePart
 from singreg.files import write_json, write_text
 from singreg.reporting import pixels_tables as tables
 from singreg.reporting.html import write_html
 from singreg.reporting.page import page_from_markdown
+from singreg.reporting.pixels_features import feature_table as tables_of_features
 from singreg.reporting.pixels_plots import save_pixel_plots
 from singreg.reporting.tables import escape, facts
 from singreg.reporting.tensorboard import TensorBoardLog
@@ -20,6 +22,8 @@ CAPTIONS = {
     "rises": "rise towards the target prompt by budget and judge, with 95 % intervals; dots are random directions of the same length",
     "attacked": "originals, attacked pictures at the largest budget, and what was moved, amplified",
     "twins": "natural twins: pictures of two classes that the logits hardly tell apart and the image encoder does",
+    "features": "steered in feature space: success and AS over the relative step and the natural radius, by attack and judge",
+    "feature_pairs": "AS towards the target by source (down) and target (across), in feature space",
     "robustness": "ordinary robustness: top-1 under PGD and under corruptions",
 }
 ROWS = "attacked.json"
@@ -60,6 +64,10 @@ def pixels_markdown(report: PixelReport, plots: Mapping[str, Path]) -> str:
         "one alone; *fooled the translators*, the auditor too, and no image encoder; *fooled the VLM*, an image encoder but not all; "
         "*changed meaning*, all image encoders, of which there must be two that know these classes.",
         pictures["attacked"],
+        *_optional(
+            "## The same pictures in feature space", _feature_words(report), tables_of_features(report) if report.features else "",
+            pictures.get("features", ""), pictures.get("feature_pairs", ""),
+        ),
         *_optional("## The opposite direction", tables.hold_table(report) if any(s.arm == HOLD for s in report.summaries) else ""),
         *_optional("## Models compared", tables.difference_table(report) if report.differences else ""),
         *_optional("## Carried over", tables.transfer_table(report) if report.transfers else ""),
@@ -80,6 +88,18 @@ def pixels_markdown(report: PixelReport, plots: Mapping[str, Path]) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
+def _feature_words(report: PixelReport) -> str:
+    if not report.features:
+        return ""
+    steps = max(next(iter(report.features.values())).curves[0].grid)
+    return (
+        f"Displacements in the null space, of relative steps up to {steps:g} of the feature norm; *maximiser*: the best one within the "
+        "budget, in closed form where the translator is linear; *single step*: the paper's one gradient step. *near-null*: with directions "
+        "of small singular value too, within τ. *transfer from*, *null space of*: by an attacker who holds the first model. Mean success "
+        "and AS are heights over the whole curve. Of a model whose null space is dropped, what its judges read after the dropping."
+    )
+
+
 def _optional(heading: str, *blocks: str) -> list[str]:
     return [heading, *blocks] if any(blocks) else []
 
@@ -95,6 +115,13 @@ def pixels_to_tensorboard(report: PixelReport, folder: Path, plots: Mapping[str,
         for found in report.robustness:
             for step, share in enumerate([found.clean, *found.adversarial.values()]):
                 log.scalars({f"top-1 under PGD/{found.model}": share}, step)
+        for label, figures in report.features.items():
+            for curve in figures.curves:
+                if (curve.attack, curve.crafted_on, curve.budget) == (MAXIMISER, "fitted", "step"):
+                    said = f"{curve.judge}, null space dropped" if curve.defence else curve.judge
+                    for step, value in enumerate(curve.figures["success"]):
+                        if value is not None:
+                            log.scalars({f"success in feature space/{said}/{label}": value}, step)
         log.text("findings", "\n\n".join([*report.findings, *report.warnings]), 0)
         log.text("checks", tables.checks_table(report), 0)
         log.text("rises", tables.pixels_table(report), 0)

@@ -47,18 +47,18 @@ def draw_pairs(report: SteerReport) -> Figure:
         (f"success %, {at},\nthe auditor reads", read["fitted", "auditor"].matrices["success"], 100.0),
     ]
     rows, columns = min(len(report.sources), CLASSES_SHOWN), min(len(report.targets), CLASSES_SHOWN)
-    figure, axes = _panels(len(panels), rows, columns)
+    figure, axes = heat_panels(len(panels), rows, columns)
     angles = [value for _, matrix, _ in panels[:2] for row in matrix for value in row if value is not None]
     reach = (min(angles), max(angles)) if angles else (0.0, 1.0)  # the same for both, not from 0: they differ by a few degrees
     for panel, (title, matrix, factor) in zip(axes, panels, strict=True):
-        _heat_map(panel, report, matrix, factor, (0.0, 100.0) if factor > 1 else reach)
+        heat_map(panel, report.sources, report.targets, matrix, factor, (0.0, 100.0) if factor > 1 else reach)
         panel.set_title(title, fontsize=10)
     shown = "" if (rows, columns) == (len(report.sources), len(report.targets)) else f"; the first {rows} × {columns} are drawn"
     figure.suptitle(f"steered from (down) to (across); empty: not steered, or out of reach{shown}", fontsize=9)
     return figure
 
 
-def _panels(count: int, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+def heat_panels(count: int, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
     """Side by side while that is no wider than a page, else one below the other, so that numbers stay large enough to read."""
     numbered = max(rows, columns) <= NUMBERS_UP_TO
     width, height = max(3.2, (0.42 if numbered else 0.16) * columns + 1.6), max(1.8, (0.3 if numbered else 0.16) * rows) + 1.9
@@ -67,13 +67,16 @@ def _panels(count: int, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1 if beside else count, count if beside else 1, squeeze=False).flat)
 
 
-def _heat_map(axes: Axes, report: SteerReport, matrix: Matrix, factor: float, reach: tuple[float, float]) -> None:
+def heat_map(
+    axes: Axes, sources: Sequence[str], targets: Sequence[str], matrix: Matrix, factor: float, reach: tuple[float, float]
+) -> None:
+    """Draw a source x target matrix (S, K), None where nothing was steered, times a factor, coloured over `reach`."""
     values = np.array([[np.nan if v is None else factor * v for v in row] for row in matrix], dtype=float)
     values = values[:CLASSES_SHOWN, :CLASSES_SHOWN]
     image = axes.imshow(values, cmap="cividis", vmin=reach[0], vmax=max(reach[1], reach[0] + 1e-6), aspect="auto")
     dark = reach[0] + 0.6 * (reach[1] - reach[0])
     axes.set_facecolor("#f3f4f6")
-    across, down = ([drawable(name, NAME_LENGTH) for name in names[:CLASSES_SHOWN]] for names in (report.targets, report.sources))
+    across, down = ([drawable(name, NAME_LENGTH) for name in names[:CLASSES_SHOWN]] for names in (targets, sources))
     axes.set_xticks(range(values.shape[1]), across, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(values.shape[0]), down, fontsize=8)
     if max(values.shape) <= NUMBERS_UP_TO:

@@ -52,7 +52,24 @@ def build_classifier(
         image_size=image_size,
     )
     NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=allow_empty)  # no null space: say so now
+    if model.gradient_checkpointing:
+        _checkpoint_gradients(classifier, model)
     return classifier.to(memory_format=torch.channels_last) if model.channels_last else classifier
+
+
+def _checkpoint_gradients(classifier: Classifier, model: ModelConfig) -> None:
+    switch = getattr(classifier.model, "set_grad_checkpointing", None)
+    try:
+        if switch is None:
+            raise AssertionError("gradient checkpointing not supported")
+        switch(True)
+    except AssertionError as error:  # what timm's models without it raise
+        raise ValueError(f"model.gradient_checkpointing: timm's {model.name} cannot ({error}); set it to false") from error
+    if model.batch_norm == "train":
+        raise ValueError(
+            "model.gradient_checkpointing runs every layer twice, which would update batch-norm statistics twice; set model.batch_norm "
+            "to eval"
+        )
 
 
 def _head_rows(name: str, parts: Parts) -> tuple[int, ...] | None:

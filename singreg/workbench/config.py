@@ -25,6 +25,7 @@ class ModelConfig:
         tuning: train the head only, the last stage and the head, or all.
         batch_norm: keep batch-norm statistics fixed (eval) or update them (train).
         channels_last: memory format, faster for convolutions.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them; slower, less memory.
         invariance: null space of the logits, or of the softmax (one dimension more).
     """
 
@@ -34,6 +35,7 @@ class ModelConfig:
     tuning: Literal["head", "last_stage", "all"] = "all"
     batch_norm: Literal["eval", "train"] = "eval"
     channels_last: bool = True
+    gradient_checkpointing: bool = False
     invariance: Literal["logits", "softmax"] = "logits"
 
 

@@ -30,8 +30,27 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 HOW = ("resume", "dry_run")  # how a run is started is not part of what it is
 
 
+SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+
+
+def refuse_sharded_weights() -> None:
+    """The null space needs the whole head on every process, so weights are copied (DDP), never sharded (no shapes).
+
+    Raises:
+        SystemExit: `accelerate launch` was told to shard them.
+    """
+    asked = [name for key, name in SHARDING.items() if os.environ.get(key, "").lower() in ("1", "true", "yes")]
+    if asked:
+        raise SystemExit(
+            f"error: accelerate was started with {' and '.join(asked)}, which shards the weights over processes. The null space is that "
+            "of the whole head, so singreg runs on copies of the model (DDP): launch with --multi_gpu, or run `accelerate config` and "
+            f"answer no to {' and '.join(asked)}. For a model too large for one device try model.gradient_checkpointing"
+        )
+
+
 def make_accelerator(*, seed: int, mixed_precision: str = "no", accumulation: int = 1) -> Accelerator:
     """The Accelerator of a run: global batches are split over processes, so one process and many see the same ones (no shapes)."""
+    refuse_sharded_weights()
     # Left alone, MKL's products round by where memory happens to begin and by how its threads took turns.
     os.environ.setdefault("MKL_CBWR", "AUTO")
     if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,10 +18,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.transforms.functional import to_tensor
 
 from recipes.steer import main
+from singreg.analysis.pixel_features import feature_rules, gain_over_single
+from singreg.analysis.pixel_results import PixelReport
+from singreg.analysis.robustness_attacks import MAXIMISER
+from singreg.analysis.robustness_results import RobustnessFigures
 from singreg.data.parts import FolderPart, ImagePart
 from singreg.evaluation import steer_pixels
 from singreg.evaluation.steer_pixels_bench import choose_pictures
 from singreg.evaluation.steer_pixels_config import asks_for_pixels, parse_pixels
+from tests.analysis import robust
 from tests.demo import ASSETS
 
 TINY = [
@@ -71,6 +77,20 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
     assert any("1 of 1 do" in s or "0 of 1 do" in s for s in report["findings"])  # one encoder is no witness of meaning
     assert all(s["readings"]["changed meaning"] == 0 for s in report["summaries"])
 
+    # The same pictures in feature space: the maximiser at least the single step, and exactly nothing where the null space is dropped.
+    figures = {label: RobustnessFigures.from_json(value) for label, value in report["features"].items()}
+    assert list(figures) == ["demo", "demo without null space"]
+    assert all(f.images == 6 and len(f.targets) == 10 for f in figures.values())
+    factor = gain_over_single(figures["demo"])
+    assert factor is not None
+    assert factor >= 1
+    assert any(f"Many steps turn features {factor:.2f} times as far" in sentence for sentence in report["findings"])
+    (dropped,) = (s for s in report["findings"] if s.startswith("demo without null space, in feature space"))
+    assert "success is exactly 0 at every step" in dropped
+    curve = figures["demo"].curve(MAXIMISER, crafted_on="fitted", judge="fitted")
+    assert curve.at(0.4, "success") > 0.5  # the control of that 0
+    assert "success is exactly 0 (features of demo without null space)" in names
+
     rows = json.loads((folder / "attacked.json").read_text())
     assert len(rows) == 2 * (6 * 2 * 3 + 3 + 2)
     attacked = [row for row in rows if row["attacked"]["arm"] == "attack"]
@@ -87,7 +107,7 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
         ]
     assert float((logits[1] - logits[0]).abs().max()) == pytest.approx(row["logit_change"], abs=1e-3)
 
-    for name in ("rises", "attacked", "robustness"):
+    for name in ("rises", "attacked", "robustness", "features", "feature_pairs"):
         assert (folder / "plots" / f"{name}.png").is_file()
     text = (folder / "report.md").read_text()
     assert "## Sanity checks" in text
@@ -95,6 +115,7 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
     assert "fooled the VLM" in (folder / "report.html").read_text()
     tags = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload().Tags()
     assert "rise/fitted/demo" in tags["scalars"]
+    assert "success in feature space/auditor/demo" in tags["scalars"]
     assert "plots/attacked" in tags["images"]
 
 
@@ -223,3 +244,15 @@ def test_shipped_configurations_parse_and_are_told_from_those_of_features(tmp_pa
     assert asks_for_pixels(["--config=steer_pixels_scenes"])
     assert not asks_for_pixels(["--config", "steer_demo", "--name", "attack"])
     assert not asks_for_pixels(["--config", str(tmp_path / "missing.yaml")])
+
+
+def test_rules_of_feature_curves_are_gathered_and_a_failure_is_named() -> None:
+    found = robust.usual()
+    report = PixelReport([], 1.0, 1, {}, [], [], [], [], [], [], [], [], [], {}, {}, {}, features={"A": found, "B": found}, dropped=["B"])
+    rules = feature_rules(report)
+    assert all(rule.passed for rule in rules)
+    assert len([rule for rule in rules if "features of A" in rule.name]) == len({c.name.partition(" (")[0] for c in found.checks})
+    assert [rule.name for rule in rules if "features of B" in rule.name] == ["success is exactly 0 (features of B)"]
+    broken = replace(found, checks=[replace(found.checks[0], passed=False), *found.checks[1:]])
+    failed = [rule for rule in feature_rules(replace(report, features={"A": broken})) if not rule.passed]
+    assert failed == [replace(broken.checks[0], name=f"{broken.checks[0].name} (features of A)")]

@@ -90,3 +90,30 @@ def test_names_of_the_packaged_models() -> None:
     assert Path(model_name("demo", "vlm").removeprefix("local-dir:")).is_dir()
     assert Path(model_name("demo", "classifier").removeprefix("local-dir:")).is_dir()
     assert model_name("resnet50.tv_in1k", "classifier") == "resnet50.tv_in1k"
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_is_refused_where_it_cannot_be() -> None:
+    plain, checkpointed = (
+        build_classifier(ModelConfig(name="test_vit", pretrained=False, head="new", gradient_checkpointing=on), parts((0, 1, 2)))
+        for on in (False, True)
+    )
+    checkpointed.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    saved: dict[Classifier, int] = {}
+    for classifier in (plain, checkpointed):
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            features, logits = classifier.train().features_and_logits(images)
+        saved[classifier] = sum(kept)
+        (features.square().sum() + logits.square().sum()).backward()
+    assert saved[checkpointed] < 0.7 * saved[plain]
+    for (name, a), (_, b) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+        assert a.grad is not None
+        torch.testing.assert_close(b.grad, a.grad, msg=name)
+    with pytest.raises(ValueError, match=r"timm's coat_lite_tiny cannot \(gradient checkpointing not supported"):
+        build_classifier(ModelConfig(name="coat_lite_tiny", pretrained=False, head="new", gradient_checkpointing=True), parts((0, 1, 2)))
+    with pytest.raises(ValueError, match="batch-norm statistics twice"):
+        build_classifier(
+            ModelConfig(name="test_efficientnet", pretrained=False, head="new", gradient_checkpointing=True, batch_norm="train"),
+            parts((0, 1, 2)),
+        )

@@ -148,3 +148,12 @@ def test_equal_seeds_give_equal_draws(accelerator: Accelerator) -> None:
         make_accelerator(seed=seed)
         drawn.append(torch.rand(2).tolist())
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(("key", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_sharded_weights_are_refused_in_words(key: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(key, "false")
+    make_accelerator(seed=0)
+    monkeypatch.setenv(key, "true")
+    with pytest.raises(SystemExit, match=f"started with {name}, which shards the weights.*--multi_gpu"):
+        make_accelerator(seed=0)
