@@ -237,7 +237,7 @@ def test_pictures_are_chosen_evenly_and_the_same_every_time(tmp_path: Path) -> N
 
 def test_shipped_configurations_parse_and_are_told_from_those_of_features(tmp_path: Path) -> None:
     real, scenes = (parse_pixels(["--config", name]) for name in ("steer_pixels", "steer_pixels_scenes"))
-    assert [model.known_as for model in real.models] == ["pretrained", "control", "SingLoss"]
+    assert [model.known_as for model in real.models] == ["pretrained", "control", "SingLoss", "null dropped"]
     assert (real.pictures, [b.label for b in real.budgets]) == (128, ["linf 2/255", "linf 8/255"])
     assert [model.known_as for model in scenes.models] == ["demo", "demo without null space"]
     assert asks_for_pixels(["--config", "steer_pixels"])
