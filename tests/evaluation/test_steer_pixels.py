@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from singreg.evaluation.steer_pixels_config import asks_for_pixels, parse_pixels
 from tests.analysis import robust
 from tests.demo import ASSETS
 
+ROOT = Path(__file__).parents[2]
 TINY = [
     "--attack", "pixels",
     "--data.scenes_train", "90", "--data.scenes_audit", "80", "--data.scenes_test", "50", "--data.scenes_bank", "10",
@@ -256,3 +259,21 @@ def test_rules_of_feature_curves_are_gathered_and_a_failure_is_named() -> None:
     broken = replace(found, checks=[replace(found.checks[0], passed=False), *found.checks[1:]])
     failed = [rule for rule in feature_rules(replace(report, features={"A": broken})) if not rule.passed]
     assert failed == [replace(broken.checks[0], name=f"{broken.checks[0].name} (features of A)")]
+
+
+@pytest.mark.slow
+def test_two_processes_attack_as_one_does(tmp_path: Path, cache: Path) -> None:
+    """A batch a process: the same pictures, rises and checks; three batches, so that one process has none left at the end."""
+    flags = [*TINY, "--runs", str(tmp_path), "--cache", str(cache), "--attack_batch", "2"]
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        command = [sys.executable, *launch, str(ROOT / "recipes" / "steer.py"), *flags, "--name", name]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["machine"]["processes"] == 2  # it did start its second
+    one, two = (json.loads((tmp_path / name / "attacked.json").read_text()) for name in ("one", "two"))
+    assert [row["attacked"]["file"] for row in two] == [row["attacked"]["file"] for row in one]
+    assert [row["kept"] for row in two] == [row["kept"] for row in one]
+    for a, b in zip(one, two, strict=True):
+        assert b["rise"] == pytest.approx(a["rise"], abs=0.5)  # a search of float32 steps, on another number of threads
+    checks = [[(c["name"], c["passed"]) for c in report_of(tmp_path / name)["checks"]] for name in ("one", "two")]
+    assert checks[0] == checks[1]
