@@ -82,7 +82,7 @@ class PixelsConfig(JobConfig):
     hold_pictures: int = 16
     hold: float = 0.02
     feature_steps: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4])
-    feature_radii: list[float] = field(default_factory=lambda: [1.0, 1.5])
+    feature_radii: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
     feature_pairs: int = 240
     robust: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
     robust_steps: int = 10
