@@ -38,7 +38,8 @@ def ascend(
     The first pass starts from the better of the single step and `start`, each further one from random points in the budget. Where 1
     to 64 things are held the first pass and every third after it go along their tangent; the others, and all where more are held,
     are an augmented Lagrangian: constraints c ≤ 1 enter as −(ρ/2) Σ relu(c − 1 + λ/ρ)², after every step λ ← relu(λ + ρ (c − 1)),
-    and ρ grows for pictures that still break one; the step shrinks along a cosine. In L-infinity these take turns: steps along the gradient itself,
+    and ρ grows for pictures that still break one; the step shrinks along a cosine. In L-infinity these take turns: steps along the
+    gradient itself,
     which keep tight constraints, then along its sign, which fill the budget where there are none or loose ones. The best feasible
     picture of all passes is kept, to begin with x.
 
