@@ -39,9 +39,8 @@ def ascend(
     to 64 things are held the first pass and every third after it go along their tangent; the others, and all where more are held,
     are an augmented Lagrangian: constraints c ≤ 1 enter as −(ρ/2) Σ relu(c − 1 + λ/ρ)², after every step λ ← relu(λ + ρ (c − 1)),
     and ρ grows for pictures that still break one; the step shrinks along a cosine. In L-infinity these take turns: steps along the
-    gradient itself,
-    which keep tight constraints, then along its sign, which fill the budget where there are none or loose ones. The best feasible
-    picture of all passes is kept, to begin with x.
+    gradient itself, which keep tight constraints, then along its sign, which fill the budget where there are none or loose ones. The
+    best feasible picture of all passes is kept, to begin with x.
 
     Shapes: x and start (B, 3, H, W) in [0, 1] on the 8-bit grid; the gradient is taken to the pictures only.
 
