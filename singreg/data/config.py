@@ -18,6 +18,9 @@ class DataConfig:
 
     source: str = "scenes"
     """"scenes" (built in, nothing to download), a folder with SPLIT/CLASS/picture files, or a Hugging Face data set."""
+    streaming: bool = False
+    """Read a Hugging Face data set through once, and keep the pictures of the wanted classes (the first ones, where counts are given)
+    in the cache, instead of downloading it whole."""
     train_split: str = "train"
     """Subfolder (or split) that training and audit pictures are taken from."""
     test_split: str = "validation"
@@ -70,6 +73,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong with the values."""
         problems = [*self._counts(), *self._shares()]
+        if self.streaming and self.source == "scenes":
+            problems.append("streaming needs a Hugging Face data set as source, got scenes")
         choices = {"augmentation": ("none", "flip", "timm"), "unreadable": ("stop", "skip"), "duplicates": ("stop", "drop")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

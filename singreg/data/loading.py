@@ -22,6 +22,7 @@ from singreg.data.selection import (
     report_bad,
 )
 from singreg.data.sources import FolderSource, open_source
+from singreg.data.streamed import StreamSource
 from singreg.data.subsets import ClassSubset, resolve_classes
 from singreg.data.views import EpochSampler, Transform
 
@@ -88,7 +89,7 @@ def _scenes(config: DataConfig) -> Parts:
 
 def _stored(config: DataConfig) -> Parts:
     checker = PictureChecker(config.source, config.cache_dir)
-    source = open_source(config.source)
+    source = _stream(config) if config.streaming else open_source(config.source)
     subset = resolve_classes(config.classes, source.keys(config.train_split))
     try:
         test_keys = resolve_classes(subset.keys, source.keys(config.test_split)).keys
@@ -108,6 +109,17 @@ def _stored(config: DataConfig) -> Parts:
     (test_part,), audit, bank = remove_copies(groups, config.duplicates)
     _refuse_empty_classes(bank[0])
     return Parts(bank[0], ConcatPart("bank", bank), ConcatPart("audit", audit), test_part, subset.names, subset.indices)
+
+
+def _stream(config: DataConfig) -> StreamSource:
+    """The source as a stream, which ends where the counts asked for are reached; a count that is None wants all there is."""
+    if config.cache_dir is None:
+        raise ValueError("data.streaming needs data.cache_dir: the folder where the pictures read are kept")
+    counts = {config.train_split: (config.train_per_class, config.audit_per_class), config.test_split: (config.test_per_class,)}
+    if len(counts) == 1:
+        counts = {config.train_split: (None,)}
+    wanted = {split: None if None in asked else sum(count or 0 for count in asked) for split, asked in counts.items()}
+    return StreamSource(config.source, config.cache_dir, wanted)
 
 
 def _choose(

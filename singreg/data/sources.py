@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -152,7 +153,7 @@ class HubSource:
                     f"data.source {self.source!r}, split {split!r}, is neither a folder here nor a data set that could be "
                     f"loaded; datasets says: {error}"
                 ) from error
-            column, label = _columns(table, self.source)
+            column, label = columns_of(table.features, self.source)
             self._splits[split] = table.cast_column(column, datasets.Image(decode=False)), column, label
         return self._splits[split]
 
@@ -168,8 +169,12 @@ def open_source(source: str) -> FolderSource | HubSource:
     return HubSource(source)
 
 
-def _columns(table: datasets.Dataset, source: str) -> tuple[str, str]:
-    features = table.features
+def columns_of(features: Mapping[str, Any], source: str) -> tuple[str, str]:
+    """The picture column and the label column of a data set's features (no shapes).
+
+    Raises:
+        ValueError: it has none of the one or the other.
+    """
     pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     texts = [name for name in ("label", "class", "category") if getattr(features.get(name), "dtype", None) == "string"]

@@ -122,7 +122,9 @@ def train_arm(
     set_seed(config.seed)
     training = config.training
     schedule = Schedule.from_config(config, len(part))
-    task: torch.nn.Module = FinetuneTask(classifier, sing, label_smoothing=training.label_smoothing, l2_sp=training.l2_sp)
+    task: torch.nn.Module = FinetuneTask(
+        classifier, sing, label_smoothing=training.label_smoothing, l2_sp=training.l2_sp, compile=config.model.compile
+    )
     optimizer = torch.optim.AdamW(
         parameter_groups(
             classifier,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,23 +22,31 @@ class FinetuneTask(nn.Module):
     θ0 are the weights at construction. Checkpoints leave them out: every arm begins at the same classifier, so a resumed run
     builds the task before it loads one and finds the same θ0.
 
+    `compile` hands timm's `forward_features` to torch.compile. The head stays as it is: its hook reads f there, and SingLoss
+    differentiates its weight. Only `forward` runs compiled; copies of the classifier, measuring passes and files know nothing of it.
+
     Shapes: images and clean (B, 3, H, W), labels (B,); returns {"loss": (), "ce": (), "correct": (), ...terms}.
     """
 
     def __init__(
-        self, classifier: Classifier, sing: SingLoss | None = None, *, label_smoothing: float = 0.0, l2_sp: float = 0.0
-    ) -> None:
+        self, classifier: Classifier, sing: SingLoss | None = None, *, label_smoothing: float = 0.0, l2_sp: float = 0.0,
+        compile: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.classifier = classifier
         self.sing = sing
         self.label_smoothing, self.l2_sp = label_smoothing, l2_sp
         self.seen_features: Tensor | None = None  # (B, m), what the SING terms read last
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        if compile:
+            self._compiled = torch.compile(classifier.model.forward_features)  # type: ignore[arg-type]
         for number, parameter in enumerate(trained_backbone(classifier) if l2_sp else []):
             self.register_buffer(f"start_{number}", parameter.detach().clone(), persistent=False)
 
     def forward(self, images: Tensor, labels: Tensor, clean: Tensor | None = None) -> dict[str, Tensor]:
         """One step's loss and its named parts; all but "loss" detached."""
-        ce, sing, correct = self.losses(images, labels, clean)
+        with self._compiled_features():
+            ce, sing, correct = self.losses(images, labels, clean)
         loss, terms = ce if sing is None else ce + sing, {} if self.sing is None else self.sing.last_terms
         if self.l2_sp:
             penalty = self._distance_penalty()
@@ -53,6 +63,19 @@ class FinetuneTask(nn.Module):
         features = features if clean is None else self._clean_features(clean)
         self.seen_features = features.detach()
         return ce, self.sing(features, labels), correct
+
+    @contextmanager
+    def _compiled_features(self) -> Iterator[None]:
+        """The model's own `forward` finds the compiled function for as long as this lasts; a copy made later finds the plain one."""
+        if self._compiled is None:
+            yield
+            return
+        own = vars(self.classifier.model)
+        own["forward_features"] = self._compiled
+        try:
+            yield
+        finally:
+            del own["forward_features"]
 
     def _distance_penalty(self) -> Tensor:
         moved = [

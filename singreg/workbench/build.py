@@ -54,6 +54,8 @@ def build_classifier(
     NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=allow_empty)  # no null space: say so now
     if model.gradient_checkpointing:
         _checkpoint_gradients(classifier, model)
+    if model.compile and not hasattr(classifier.model, "forward_features"):
+        raise ValueError(f"model.compile: timm's {model.name} has no forward_features to compile; set it to false")
     return classifier.to(memory_format=torch.channels_last) if model.channels_last else classifier
 
 

@@ -48,9 +48,24 @@ def refuse_sharded_weights() -> None:
         )
 
 
+def refuse_foreign_compile() -> None:
+    """accelerate's own switch compiles the whole step, head and hooks included (no shapes).
+
+    Raises:
+        SystemExit: `accelerate launch` was given a dynamo backend.
+    """
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        raise SystemExit(
+            f"error: accelerate was started with the dynamo backend {backend!r}, which would compile the head too, into which singreg has "
+            "to look; leave it out and set model.compile: true, which compiles what comes before the head"
+        )
+
+
 def make_accelerator(*, seed: int, mixed_precision: str = "no", accumulation: int = 1) -> Accelerator:
     """The Accelerator of a run: global batches are split over processes, so one process and many see the same ones (no shapes)."""
     refuse_sharded_weights()
+    refuse_foreign_compile()
     # Left alone, MKL's products round by where memory happens to begin and by how its threads took turns.
     os.environ.setdefault("MKL_CBWR", "AUTO")
     if not torch.cuda.is_available():

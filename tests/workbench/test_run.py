@@ -157,3 +157,11 @@ def test_sharded_weights_are_refused_in_words(key: str, name: str, monkeypatch: 
     monkeypatch.setenv(key, "true")
     with pytest.raises(SystemExit, match=f"started with {name}, which shards the weights.*--multi_gpu"):
         make_accelerator(seed=0)
+
+
+def test_accelerates_own_compile_switch_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    make_accelerator(seed=0)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(SystemExit, match=r"dynamo backend 'inductor'.*set model\.compile: true"):
+        make_accelerator(seed=0)
