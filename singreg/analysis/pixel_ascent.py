@@ -87,10 +87,7 @@ def _one_pass(
     multipliers: Tensor | None = None
     speed = torch.zeros_like(x)
     for step in range(steps + 1):
-        rounded = on_grid(x, moved, budget)
-        free = (x + moved).detach().requires_grad_()
-        reading = judged(free + (rounded - free).detach())
-        best.offer(rounded, reading)
+        free, reading = best.look(judged, x, moved, budget)
         if step == steps:
             return
         excess = reading.constraints - (1 - TIGHTER)

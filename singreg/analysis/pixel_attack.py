@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from singreg.analysis.pixel_ascent import ascend, one_step
-from singreg.analysis.pixel_model import PixelModel, away_from_decision, save_picture, towards_prompt
-from singreg.analysis.pixel_results import ATTACK, HOLD, NO_BUDGET, ONE_STEP, RANDOM, AttackedPicture
-from singreg.analysis.pixels import Budget, random_pictures
+from singreg.analysis.pixel_model import PixelModel, away_from_decision, save_picture, towards_prompt, without_limits
+from singreg.analysis.pixel_results import ATTACK, HOLD, NO_BUDGET, NO_LIMITS, ONE_STEP, RANDOM, AttackedPicture
+from singreg.analysis.pixels import LEVELS, Budget, random_pictures
 from singreg.translation.base import Translator
+
+UNLIMITED = Budget("linf", LEVELS)
+UNLIMITED_PICTURES = 8
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class Batch:
 def attack_batch(
     model: PixelModel, translator: Translator, texts: Tensor, batch: Batch, settings: AttackSettings, *, number: int, hold: int = 0
 ) -> dict[tuple[str, str], Tensor]:
-    """Attacked pictures (B, 3, H, W) by (budget, arm); `hold` pictures of the opposite direction at the first L-infinity budget.
+    """Attacked pictures (B, 3, H, W) by (budget, arm), in the first batch the controls too.
+
+    `hold` pictures are moved the opposite way too, at the first L-infinity budget.
 
     Every random number hangs on (seed, number of the batch, place of the budget), so a batch made again is the same. A larger
     budget of one norm starts from what the smaller one found. Shapes: texts (C, n) unit rows of the class prompts.
@@ -68,6 +73,10 @@ def attack_batch(
     if number == 0:
         nothing = Budget("linf", 0)
         found[nothing.label, NO_BUDGET] = ascend(judged, x, nothing, steps=2, generator=_generator(settings.seed, 0, -1)).images
+        some = slice(UNLIMITED_PICTURES)
+        judged = without_limits(model, translator, texts, batch.targets[some])
+        freely = ascend(judged, x[some], UNLIMITED, steps=settings.steps, generator=_generator(settings.seed, 0, -3))
+        found[UNLIMITED.label, NO_LIMITS] = freely.images
     held = x[:hold]
     if len(held):
         budget = next(b for b in settings.budgets if b.norm == "linf")

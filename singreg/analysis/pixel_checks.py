@@ -14,6 +14,7 @@ from singreg.analysis.pixel_results import (
     ATTACK,
     HOLD,
     NO_BUDGET,
+    NO_LIMITS,
     ONE_STEP,
     RANDOM,
     READINGS,
@@ -44,6 +45,8 @@ def pixel_checks(
         means = {arm: [_mean(own, budget, arm) for budget in budgets] for arm in (ATTACK, ONE_STEP, RANDOM)}
         places = [float(place) for place in range(1, len(budgets) + 1)]
         found.append(_nothing(model, [row for row in own if row.attacked.arm == NO_BUDGET]))
+        freely = [row.first["fitted"] for row in own if row.attacked.arm == NO_LIMITS]
+        found.append(sanity.success_reaches_all(model, "255/255 and free logits", float(np.mean(freely)) if freely else None))
         for norm in dict.fromkeys(budget.norm for budget in budgets):
             sizes = [(budget.size, means[ATTACK][place]) for place, budget in enumerate(budgets) if budget.norm == norm]
             if len(sizes) > 1:

@@ -16,8 +16,7 @@ from singreg.analysis.bootstrap import mean_interval, paired_difference
 from singreg.analysis.pixel_model import PixelModel, load_pictures
 from singreg.analysis.pixel_results import (
     ATTACK,
-    HOLD,
-    RANDOM,
+    HELD_TO_NOTHING,
     READINGS,
     AttackedPicture,
     JudgedPicture,
@@ -150,7 +149,7 @@ def reading_of(row: JudgedPicture, encoders: Sequence[str]) -> str | None:
 
 def counted_rise(row: JudgedPicture, judge: str) -> float:
     """The rise in degrees as it counts: 0 for what was not kept; a random direction is held to nothing, which favours it."""
-    return row.rise[judge] if row.kept or row.attacked.arm in (RANDOM, HOLD) else 0.0
+    return row.rise[judge] if row.kept or row.attacked.arm in HELD_TO_NOTHING else 0.0
 
 
 def summarise(rows: Sequence[JudgedPicture], encoders: Sequence[str], *, seed: int = 0) -> PixelSummary:

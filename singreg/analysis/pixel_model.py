@@ -104,6 +104,20 @@ def towards_prompt(model: PixelModel, translator: Translator, logits: Tensor, ta
     return judged
 
 
+def without_limits(model: PixelModel, translator: Translator, texts: Tensor, targets: Sequence[int]) -> Judged:
+    """The target prompt's cosine over the best other one's, under no constraint: what no sound attack fails at.
+
+    Shapes: texts (C, n) unit rows, targets (B,) places in them.
+    """
+    wanted = torch.tensor(list(targets), device=texts.device)[:, None]
+
+    def judged(pictures: Tensor) -> Reading:
+        cosines = normalize(translator(model(pictures)[0]), dim=-1) @ texts.T
+        return Reading.free(cosines.gather(1, wanted)[:, 0] - cosines.scatter(1, wanted, -torch.inf).amax(1))
+
+    return judged
+
+
 def away_from_decision(
     model: PixelModel, translator: Translator, texts: Tensor, cosines: Tensor, decision: Tensor, tolerance: float
 ) -> Judged:

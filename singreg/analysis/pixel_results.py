@@ -11,8 +11,11 @@ from singreg.analysis.robustness_results import RobustnessFigures
 from singreg.analysis.sanity import Check
 from singreg.analysis.twins import TwinReport
 
-ATTACK, ONE_STEP, RANDOM, NO_BUDGET, HOLD = "attack", "one step", "random", "no budget", "hold"
-"""Arms: the ascent, a single step, a random direction, the ascent without a budget, and the opposite direction."""
+ATTACK, ONE_STEP, RANDOM, NO_BUDGET, NO_LIMITS, HOLD = "attack", "one step", "random", "no budget", "no limits", "hold"
+"""Arms: the ascent, a single step, a random direction, the ascent without a budget and without any limit, the opposite direction."""
+HELD_TO_NOTHING = (RANDOM, NO_LIMITS, HOLD)
+CONTROLS = (NO_BUDGET, NO_LIMITS)
+"""Arms of a few pictures, which only the sanity checks read."""
 READINGS = ("fooled the translator", "fooled the translators", "fooled the VLM", "changed meaning")
 """Who saw the target first, from the attacked translator alone to all image encoders, of which there must be two."""
 

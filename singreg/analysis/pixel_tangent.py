@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.pixels import Ascent, Budget, Judged, on_grid
+from singreg.analysis.pixels import Ascent, Budget, Judged
 
 MOMENTUM = 0.9
 RENEWED = 2  # steps that one J serves: k backward passes are the cost of it
@@ -65,10 +65,7 @@ def tangent_pass(judged: Judged, x: Tensor, moved: Tensor, budget: Budget, best:
     tangent: Tangent | None = None
     low, high = _edges(x, budget)
     for step in range(steps + 1):
-        rounded = on_grid(x, moved, budget)
-        free = (x + moved).detach().requires_grad_()
-        reading = judged(free + (rounded - free).detach())
-        best.offer(rounded, reading)
+        free, reading = best.look(judged, x, moved, budget)
         if step == steps:
             return
         if tangent is None or step % RENEWED == 0:

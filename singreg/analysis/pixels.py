@@ -136,6 +136,17 @@ class Ascent:
         """Whether anything better was found, (B,) bool."""
         return self.after > self.before
 
+    def look(self, judged: Judged, x: Tensor, moved: Tensor, budget: Budget) -> tuple[Tensor, Reading]:
+        """Offer x + moved as the 8-bit picture it would be; the leaf whose gradient passes straight through the rounding, and its reading.
+
+        Shapes: x, moved and the leaf (B, 3, H, W).
+        """
+        rounded = on_grid(x, moved, budget)
+        free = (x + moved).detach().requires_grad_()
+        reading = judged(free + (rounded - free).detach())
+        self.offer(rounded, reading)
+        return free, reading
+
     def offer(self, images: Tensor, reading: Reading) -> None:
         """Keep what is feasible and better than the best so far. Shapes: images (B, 3, H, W), their reading."""
         values = reading.value.detach().double()

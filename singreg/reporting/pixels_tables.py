@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from singreg.analysis.pixel_results import ATTACK, HOLD, NO_BUDGET, READINGS, PixelReport
+from singreg.analysis.pixel_results import ATTACK, CONTROLS, HOLD, READINGS, PixelReport
 from singreg.reporting.tables import escape, number, percent, render
 
 
@@ -22,7 +22,7 @@ def pixels_table(report: PixelReport, compact: bool = False) -> str:
             *(number(s.rise[name][0]) if compact else _interval(s.rise[name]) for name in judges),
         ]
         for s in report.summaries
-        if s.arm not in (HOLD, NO_BUDGET)
+        if s.arm not in (HOLD, *CONTROLS)
     ]  # fmt: skip
     headers = ["model", "budget", "arm", "kept", "max Δlogit", *(f"{escape(name)} °" for name in judges)]
     return render(rows, headers, compact)

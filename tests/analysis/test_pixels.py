@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_tensor
 
-from singreg.analysis import pixel_ascent, pixel_tangent
+from singreg.analysis import pixel_ascent, pixel_tangent, pixels
 from singreg.analysis.pixel_ascent import ascend, one_step
 from singreg.analysis.pixel_attack import AttackSettings, Batch, attack_batch, save_batch
 from singreg.analysis.pixel_checks import pixel_checks, unchanged_without_null
@@ -191,7 +191,7 @@ def test_all_sanity_rules_hold_of_the_real_attack(tmp_path: Path) -> None:
     summary = summarise([row for row in rows if (row.attacked.budget, row.attacked.arm) == (LARGE.label, ATTACK)], [])
     assert summary.rise["fitted"][0] > 1
     assert summary.kept == 1
-    assert len(rows) == 4 * (2 * 3 + 1)
+    assert len(rows) == 4 * (2 * 3 + 2)
 
 
 def test_an_attack_of_the_wrong_sign_is_caught(tmp_path: Path) -> None:
@@ -199,13 +199,14 @@ def test_an_attack_of_the_wrong_sign_is_caught(tmp_path: Path) -> None:
     with patch.object(torch.autograd, "grad", lambda *a, **k: tuple(-gradient for gradient in right(*a, **k))):
         rows = judged_rows(tmp_path)
     assert "a random direction is far below the gradient" in failing(rows)
+    assert "success goes to 100 %" in failing(rows)
 
 
 def test_an_attack_without_projection_is_caught(tmp_path: Path) -> None:
     def everywhere(x: Tensor, moved: Tensor, _: Budget) -> Tensor:
         return ((255 * (x + 3 * moved)).round()).clamp(0, 255) / 255
 
-    grids = [patch.object(module, "on_grid", everywhere) for module in (pixel_ascent, pixel_tangent)]
+    grids = [patch.object(module, "on_grid", everywhere) for module in (pixel_ascent, pixels)]
     with grids[0], grids[1], patch.object(Budget, "project", lambda _, moved: moved):
         rows = judged_rows(tmp_path)
     assert "every displacement is within its budget" in failing(rows)
@@ -232,6 +233,7 @@ def test_a_rule_fails_where_it_should(tmp_path: Path) -> None:
 
     assert "no budget, no success" in failing(changed("no budget", rise={"fitted": 3.0, "auditor": 0.0}))
     assert "a larger budget reaches" in failing(changed(ATTACK, LARGE.label, rise={"fitted": 0.0, "auditor": 0.0}))
+    assert "success goes to 100 %" in failing(changed("no limits", first={"fitted": False, "auditor": True}))
     assert "many steps reach at least" in failing(changed("one step", rise={"fitted": 99.0, "auditor": 0.0}, kept=True))
     assert "the decision stays" in failing(changed(ATTACK, decision=-1))
     carried = [Transfer("other", "toy", budget.label, 5.0, 2.0, 1.0) for budget in SETTINGS.budgets]
