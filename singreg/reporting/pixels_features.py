@@ -14,11 +14,11 @@ from singreg.reporting.steering_plots import CLASSES_SHOWN, heat_map, heat_panel
 from singreg.reporting.tables import escape, number, percent, render
 
 LINES = {  # (attack, judge, defence): colour, line, label
+    (MAXIMISER, "fitted", "drop_null"): ("#a7f3d0", "-", "maximiser, null space dropped"),  # broad and below: others lie on it
     (MAXIMISER, "fitted", ""): ("#2563eb", "-", "maximiser"),
     (MAXIMISER, "auditor", ""): ("#d97706", "-", "maximiser, the auditor judges"),
     (SINGLE, "fitted", ""): ("#2563eb", "--", "single gradient step"),
     (RANDOM, "fitted", ""): ("#6b7280", ":", "random direction"),
-    (MAXIMISER, "fitted", "drop_null"): ("#059669", "-.", "maximiser, null space dropped"),
 }
 PANELS = (
     ("step", "success", 100.0, "target first, %"),
@@ -56,7 +56,8 @@ def _curves(figures: RobustnessFigures, attack: str, judge: str, defence: str, b
 def _draw(axes: Axes, curve: RobustnessCurve, name: str, factor: float, colour: str, line: str, label: str | None) -> None:
     values = factor * np.array(curve.figures[name], dtype=float)
     band = factor * np.array(curve.intervals[name], dtype=float)
-    axes.plot(curve.grid, values, color=colour, linestyle=line, marker="o", markersize=3, label=label)
+    broad = 6.0 if curve.defence else 1.5
+    axes.plot(curve.grid, values, color=colour, linestyle=line, linewidth=broad, marker="o", markersize=3, label=label)
     axes.fill_between(curve.grid, band[:, 0], band[:, 1], color=colour, alpha=0.12, linewidth=0)
 
 
