@@ -97,7 +97,7 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
     assert "success is exactly 0 (features of demo without null space)" in names
 
     rows = json.loads((folder / "attacked.json").read_text())
-    assert len(rows) == 2 * (6 * 2 * 3 + 3 + 2)
+    assert len(rows) == 2 * (6 * 2 * 3 + 3 + 3 + 2)  # both budgets and three arms, the two controls, the opposite direction
     attacked = [row for row in rows if row["attacked"]["arm"] == "attack"]
     assert all(row["kept"] for row in attacked)
     assert all(row["attacked"]["target"] != row["attacked"]["label"] for row in rows)
