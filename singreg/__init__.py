@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from singreg.analysis.chance import measure_chance
-    from singreg.analysis.classes import analyze_classes
-    from singreg.analysis.comparing import model_differences, order_check, paired_figures
-    from singreg.analysis.concepts import analyze_concepts
+    from singreg.analysis.comparing.differences import model_differences, order_check, paired_figures
     from singreg.analysis.features import PassSettings, cached_features, iterate_features
     from singreg.analysis.fitting import fit_on_part
     from singreg.analysis.fitting_mlp import fit_mlp_on_part
-    from singreg.analysis.gallery import Gallery, nearest_pictures
-    from singreg.analysis.images import analyze_images
     from singreg.analysis.information import fit_blocks, measure_information
-    from singreg.analysis.joint import joint_distribution
+    from singreg.analysis.levels.classes import analyze_classes
+    from singreg.analysis.levels.concepts import analyze_concepts
+    from singreg.analysis.levels.gallery import Gallery, nearest_pictures
+    from singreg.analysis.levels.images import analyze_images
+    from singreg.analysis.levels.joint import joint_distribution
+    from singreg.analysis.levels.pairs import EquivalentPairs
     from singreg.analysis.model import analyze_model
-    from singreg.analysis.on_manifold import fit_conditional, natural_radii
-    from singreg.analysis.pairs import EquivalentPairs
     from singreg.analysis.passport import compare_passports, head_passport
     from singreg.analysis.perturbation import measure_perturbations
-    from singreg.analysis.steering import measure_steering, steer_pairs
-    from singreg.analysis.steering_curves import Budgets, steer_curves
-    from singreg.analysis.steering_plan import PairPlan, plan_pairs
+    from singreg.analysis.steering.curves import Budgets, steer_curves
+    from singreg.analysis.steering.on_manifold import fit_conditional, natural_radii
+    from singreg.analysis.steering.pairs import measure_steering, steer_pairs
+    from singreg.analysis.steering.plan import PairPlan, plan_pairs
     from singreg.data.concept_banks import ConceptBank, embed_concepts, load_concepts
     from singreg.data.config import DataConfig
     from singreg.data.embeddings import cached_embeddings
@@ -58,24 +58,24 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "singreg.analysis.chance": ("measure_chance",),
-    "singreg.analysis.classes": ("analyze_classes",),
-    "singreg.analysis.comparing": ("model_differences", "order_check", "paired_figures"),
-    "singreg.analysis.concepts": ("analyze_concepts",),
+    "singreg.analysis.levels.classes": ("analyze_classes",),
+    "singreg.analysis.comparing.differences": ("model_differences", "order_check", "paired_figures"),
+    "singreg.analysis.levels.concepts": ("analyze_concepts",),
     "singreg.analysis.features": ("PassSettings", "cached_features", "iterate_features"),
     "singreg.analysis.fitting": ("fit_on_part",),
     "singreg.analysis.fitting_mlp": ("fit_mlp_on_part",),
-    "singreg.analysis.gallery": ("Gallery", "nearest_pictures"),
-    "singreg.analysis.images": ("analyze_images",),
+    "singreg.analysis.levels.gallery": ("Gallery", "nearest_pictures"),
+    "singreg.analysis.levels.images": ("analyze_images",),
     "singreg.analysis.information": ("fit_blocks", "measure_information"),
-    "singreg.analysis.joint": ("joint_distribution",),
+    "singreg.analysis.levels.joint": ("joint_distribution",),
     "singreg.analysis.model": ("analyze_model",),
-    "singreg.analysis.on_manifold": ("fit_conditional", "natural_radii"),
-    "singreg.analysis.pairs": ("EquivalentPairs",),
+    "singreg.analysis.steering.on_manifold": ("fit_conditional", "natural_radii"),
+    "singreg.analysis.levels.pairs": ("EquivalentPairs",),
     "singreg.analysis.passport": ("compare_passports", "head_passport"),
     "singreg.analysis.perturbation": ("measure_perturbations",),
-    "singreg.analysis.steering": ("measure_steering", "steer_pairs"),
-    "singreg.analysis.steering_curves": ("Budgets", "steer_curves"),
-    "singreg.analysis.steering_plan": ("PairPlan", "plan_pairs"),
+    "singreg.analysis.steering.pairs": ("measure_steering", "steer_pairs"),
+    "singreg.analysis.steering.curves": ("Budgets", "steer_curves"),
+    "singreg.analysis.steering.plan": ("PairPlan", "plan_pairs"),
     "singreg.data.concept_banks": ("ConceptBank", "embed_concepts", "load_concepts"),
     "singreg.data.config": ("DataConfig",),
     "singreg.data.embeddings": ("cached_embeddings",),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from singreg.analysis.analysis_results import PRIMARY
 from singreg.analysis.chance_results import ChanceReport
-from singreg.analysis.class_results import ClassMeasurement
-from singreg.analysis.concept_results import ConceptMeasurement, ConceptShift
 from singreg.analysis.information_results import UniqueInformation
+from singreg.analysis.levels.class_results import ClassMeasurement
+from singreg.analysis.levels.concept_results import ConceptMeasurement, ConceptShift
 from singreg.analysis.results import ModelMeasurement
 
 AGREEMENT = 0.75

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from singreg.analysis.chance_results import ChanceReport
-from singreg.analysis.class_results import ClassMeasurement
-from singreg.analysis.concept_results import ConceptMeasurement
-from singreg.analysis.image_results import ImageMeasurement, PictureShift
 from singreg.analysis.information_results import UniqueInformation
-from singreg.analysis.joint import JointDistribution
+from singreg.analysis.levels.class_results import ClassMeasurement
+from singreg.analysis.levels.concept_results import ConceptMeasurement
+from singreg.analysis.levels.image_results import ImageMeasurement, PictureShift
+from singreg.analysis.levels.joint import JointDistribution
 from singreg.analysis.passport import HeadPassport
 from singreg.analysis.perturbation import PerturbationReport
 from singreg.analysis.results import ModelMeasurement, nulls_for_nan

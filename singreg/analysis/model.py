@@ -11,7 +11,7 @@ from torch import Tensor
 from singreg.analysis.bootstrap import mean_interval, paired_ratio
 from singreg.analysis.features import FeatureBatch, PassSettings, iterate_features
 from singreg.analysis.results import CENTRED, HeadSummary, ModelMeasurement, Rows, SteeringSummary, TranslatorScores
-from singreg.analysis.steering import measure_steering
+from singreg.analysis.steering.pairs import measure_steering
 from singreg.data.parts import ImagePart
 from singreg.distributed import all_reduce_sum, gather_rows
 from singreg.geometry.nullspace import Invariance, NullSpace, null_share

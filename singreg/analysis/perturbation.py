@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.results import Rows
-from singreg.analysis.steering_plan import in_its_own_dtype
+from singreg.analysis.steering.plan import in_its_own_dtype
 from singreg.distributed import gather_rows
 from singreg.geometry.angles import angle
 from singreg.geometry.nullspace import NullSpace

@@ -12,29 +12,29 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from singreg.analysis.agreement import translator_agreement
 from singreg.analysis.analysis_findings import analysis_findings, analysis_warnings
 from singreg.analysis.analysis_results import PRIMARY, AnalysisReport
 from singreg.analysis.chance import measure_chance
 from singreg.analysis.chance_results import ChanceReport
-from singreg.analysis.classes import analyze_classes
-from singreg.analysis.concept_results import ConceptMeasurement
-from singreg.analysis.concepts import analyze_concepts
 from singreg.analysis.features import FeatureBatch, iterate_features
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.fitting_mlp import fit_mlp_on_part
-from singreg.analysis.gallery import Gallery, nearest_pictures
-from singreg.analysis.image_results import ImageMeasurement, PictureShift
-from singreg.analysis.images import analyze_images
 from singreg.analysis.information import fit_blocks, measure_information
 from singreg.analysis.information_results import UniqueInformation
-from singreg.analysis.joint import joint_distribution
+from singreg.analysis.levels.classes import analyze_classes
+from singreg.analysis.levels.concept_results import ConceptMeasurement
+from singreg.analysis.levels.concepts import analyze_concepts
+from singreg.analysis.levels.gallery import Gallery, nearest_pictures
+from singreg.analysis.levels.image_results import ImageMeasurement, PictureShift
+from singreg.analysis.levels.images import analyze_images
+from singreg.analysis.levels.joint import joint_distribution
+from singreg.analysis.levels.pairs import EquivalentPairs
 from singreg.analysis.model import analyze_model
-from singreg.analysis.pairs import EquivalentPairs
 from singreg.analysis.passport import head_passport
 from singreg.analysis.perturbation import PerturbationReport, measure_perturbations
 from singreg.analysis.results import ModelMeasurement
-from singreg.analysis.steering import steering_targets
+from singreg.analysis.steering.pairs import steering_targets
+from singreg.analysis.study.agreement import translator_agreement
 from singreg.data.concept_banks import ConceptBank, embed_concepts, load_concepts
 from singreg.evaluation.analyze_config import AnalyzeConfig
 from singreg.evaluation.fitting import fit_translators

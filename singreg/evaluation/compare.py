@@ -9,16 +9,16 @@ from dataclasses import asdict, replace
 
 from accelerate.logging import get_logger
 
-from singreg.analysis.agreement import translator_agreement
 from singreg.analysis.chance import measure_chance
 from singreg.analysis.chance_results import ChanceReport
-from singreg.analysis.comparing import FIGURES, model_differences, order_check, paired_figures
-from singreg.analysis.comparing_findings import compare_findings, compare_warnings
-from singreg.analysis.comparing_results import CompareReport
+from singreg.analysis.comparing.differences import FIGURES, model_differences, order_check, paired_figures
+from singreg.analysis.comparing.findings import compare_findings, compare_warnings
+from singreg.analysis.comparing.results import CompareReport
 from singreg.analysis.features import iterate_features
 from singreg.analysis.fitting_mlp import fit_mlp_on_part
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import ModelMeasurement
+from singreg.analysis.study.agreement import translator_agreement
 from singreg.evaluation.compare_bench import CompareBench, ModelBench, open_model
 from singreg.evaluation.compare_config import CompareConfig, ComparedModelConfig
 from singreg.evaluation.fitting import fit_translators

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from singreg.analysis.comparing_results import ComparedHead
+from singreg.analysis.comparing.results import ComparedHead
 from singreg.analysis.features import PassSettings
 from singreg.analysis.passport import head_passport
 from singreg.data.loading import load_parts

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from singreg.analysis.features import iterate_features
-from singreg.analysis.steering_plan import PairPlan
-from singreg.analysis.steering_results import ShownSteering
+from singreg.analysis.steering.plan import PairPlan
+from singreg.analysis.steering.results import ShownSteering
 from singreg.data.parts import ImagePart
 from singreg.distributed import gather_rows
 from singreg.geometry.nullspace import NullSpace

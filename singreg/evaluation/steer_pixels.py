@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from singreg.analysis.features import cached_features
-from singreg.analysis.pixel_attack import AttackSettings, Batch, attack_batch, save_batch
-from singreg.analysis.pixel_checks import KNOWS, pixel_checks, pixel_findings, pixel_warnings, unchanged_without_null
-from singreg.analysis.pixel_features import feature_rules
-from singreg.analysis.pixel_judges import Reader, counted_rise, judge_pictures, model_differences, summarise, translator_reader
-from singreg.analysis.pixel_model import PixelModel
-from singreg.analysis.pixel_results import ATTACK, AttackedModel, AttackedPicture, JudgedPicture, PixelReport, Transfer
-from singreg.analysis.plain_robustness import PlainRobustness, corrupted_right, still_right
-from singreg.analysis.robustness_results import RobustnessFigures
-from singreg.analysis.sanity import Check
-from singreg.analysis.twins import TwinReport, natural_twins
+from singreg.analysis.pixels.attack import AttackSettings, Batch, attack_batch, save_batch
+from singreg.analysis.pixels.checks import KNOWS, pixel_checks, pixel_findings, pixel_warnings, unchanged_without_null
+from singreg.analysis.pixels.features import feature_rules
+from singreg.analysis.pixels.judges import Reader, counted_rise, judge_pictures, model_differences, summarise, translator_reader
+from singreg.analysis.pixels.model import PixelModel
+from singreg.analysis.pixels.plain_robustness import PlainRobustness, corrupted_right, still_right
+from singreg.analysis.pixels.results import ATTACK, AttackedModel, AttackedPicture, JudgedPicture, PixelReport, Transfer
+from singreg.analysis.pixels.twins import TwinReport, natural_twins
+from singreg.analysis.robustness.results import RobustnessFigures
+from singreg.analysis.robustness.sanity import Check
 from singreg.data.corruption import KINDS
 from singreg.evaluation.compare_bench import ModelBench
 from singreg.evaluation.fitting import fit_translators

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from singreg.analysis.features import PassSettings
-from singreg.analysis.pixel_judges import Reader, encoder_reader
-from singreg.analysis.pixel_model import PixelModel
+from singreg.analysis.pixels.judges import Reader, encoder_reader
+from singreg.analysis.pixels.model import PixelModel
 from singreg.data.loading import load_parts
 from singreg.data.parts import ImagePart, Parts
 from singreg.data.subsets import resolve_classes

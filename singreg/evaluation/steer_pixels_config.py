@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from singreg.analysis.pixels import Budget
+from singreg.analysis.pixels.budgets import Budget
 from singreg.evaluation.compare_config import ComparedModelConfig
 from singreg.evaluation.steer_config import ALL, names_of
 from singreg.workbench.config import AuditorConfig, JobConfig, Problems, TranslatorConfig, VisionLanguageConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from singreg.analysis.analysis_results import PRIMARY, AnalysisReport
-from singreg.analysis.concept_results import ConceptShift
+from singreg.analysis.levels.concept_results import ConceptShift
 from singreg.data.parts import Parts
 from singreg.files import write_json, write_text
 from singreg.reporting import tables, validation_tables

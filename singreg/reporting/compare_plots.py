@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from singreg.analysis.analysis_results import PRIMARY
-from singreg.analysis.comparing_results import CompareReport, OrderCheck
+from singreg.analysis.comparing.results import CompareReport, OrderCheck
 from singreg.reporting.plots import drawable
 
 WIDTH = 4.6

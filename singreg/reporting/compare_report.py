@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from singreg.analysis.analysis_results import PRIMARY
-from singreg.analysis.comparing_results import CompareReport
+from singreg.analysis.comparing.results import CompareReport
 from singreg.files import write_json, write_text
 from singreg.reporting import compare_tables as tables
 from singreg.reporting.compare_plots import draw_comparison

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse
 
-from singreg.analysis.class_results import ClassMeasurement, ClassScore
-from singreg.analysis.concept_results import ConceptMeasurement, ConceptShift
-from singreg.analysis.image_results import ImageMeasurement, Neighbour, PictureShift, WorstImage
-from singreg.analysis.joint import JointDistribution
+from singreg.analysis.levels.class_results import ClassMeasurement, ClassScore
+from singreg.analysis.levels.concept_results import ConceptMeasurement, ConceptShift
+from singreg.analysis.levels.image_results import ImageMeasurement, Neighbour, PictureShift, WorstImage
+from singreg.analysis.levels.joint import JointDistribution
 from singreg.data.parts import ImagePart
 from singreg.reporting.plots import _axes, _styled, drawable
 

@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from singreg.analysis.pixel_results import PixelReport
-from singreg.analysis.robustness_attacks import MAXIMISER, RANDOM, SINGLE
-from singreg.analysis.robustness_results import RobustnessCurve, RobustnessFigures
+from singreg.analysis.pixels.results import PixelReport
+from singreg.analysis.robustness.attacks import MAXIMISER, RANDOM, SINGLE
+from singreg.analysis.robustness.results import RobustnessCurve, RobustnessFigures
 from singreg.reporting.plots import drawable
 from singreg.reporting.steering_plots import CLASSES_SHOWN, heat_map, heat_panels
 from singreg.reporting.tables import escape, number, percent, render

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from singreg.analysis.pixel_results import ATTACK, JudgedPicture, PixelReport
+from singreg.analysis.pixels.results import ATTACK, JudgedPicture, PixelReport
 from singreg.data.parts import ImagePart
 from singreg.reporting.pixels_features import draw_feature_curves, draw_feature_pairs
 from singreg.reporting.plots import drawable, save_figure

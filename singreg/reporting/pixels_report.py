@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from singreg.analysis.pixel_results import ATTACK, HOLD, PixelReport
-from singreg.analysis.robustness_attacks import MAXIMISER
+from singreg.analysis.pixels.results import ATTACK, HOLD, PixelReport
+from singreg.analysis.robustness.attacks import MAXIMISER
 from singreg.data.parts import ImagePart
 from singreg.files import write_json, write_text
 from singreg.reporting import pixels_tables as tables

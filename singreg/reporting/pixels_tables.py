@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from singreg.analysis.pixel_results import ATTACK, CONTROLS, HOLD, READINGS, PixelReport
+from singreg.analysis.pixels.results import ATTACK, CONTROLS, HOLD, READINGS, PixelReport
 from singreg.reporting.tables import escape, number, percent, render
 
 

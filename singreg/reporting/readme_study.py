@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from singreg.analysis.study_results import StudyReport
+from singreg.analysis.study.results import StudyReport
 from singreg.reporting.study_tables import RATIO_TITLES, study_table
 from singreg.reporting.tables import escape, render
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from singreg.analysis.steering_findings import LINEAR
-from singreg.analysis.steering_results import SteerReport
+from singreg.analysis.steering.findings import LINEAR
+from singreg.analysis.steering.results import SteerReport
 from singreg.files import write_json, write_text
 from singreg.reporting import steering_tables as tables
 from singreg.reporting.html import write_html

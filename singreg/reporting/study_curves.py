@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from singreg.analysis.study_results import AUDITOR, ArmSummary, StudyReport
+from singreg.analysis.study.results import AUDITOR, ArmSummary, StudyReport
 from singreg.reporting.plots import drawable
 from singreg.reporting.study_plots import colour, style
 

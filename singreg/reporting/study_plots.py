@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from singreg.analysis.study_results import AUDITOR, ArmSummary, StudyReport
+from singreg.analysis.study.results import AUDITOR, ArmSummary, StudyReport
 from singreg.reporting.plots import drawable
 
 COLOURS = {"reference": "#d97706", "method": "#2563eb", "baseline": "#6b7280", "placebo": "#b91c1c"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from singreg.analysis.study_results import StudyReport
+from singreg.analysis.study.results import StudyReport
 from singreg.files import write_json, write_text
 from singreg.reporting import study_tables as tables
 from singreg.reporting.html import write_html

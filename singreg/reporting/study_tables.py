@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from singreg.analysis.study_results import AUDITOR, SECOND, ArmSummary, Paired, StudyReport
-from singreg.analysis.study_targets import attribute_groups
+from singreg.analysis.study.results import AUDITOR, SECOND, ArmSummary, Paired, StudyReport
+from singreg.analysis.study.targets import attribute_groups
 from singreg.reporting.tables import escape, number, percent, render
 
 RATIO_TITLES = {

@@ -11,12 +11,12 @@ from dataclasses import asdict, replace
 import numpy as np
 from accelerate.logging import get_logger
 
-from singreg.analysis.arm_figures import KnownAttributes, OtherVLM, measure_arm
-from singreg.analysis.arm_results import ArmFigures
-from singreg.analysis.auditors import AgreementPoint, fit_auditors
 from singreg.analysis.features import PassSettings, iterate_features
-from singreg.analysis.study_results import ArmRun, StudyReport
-from singreg.analysis.study_targets import study_report
+from singreg.analysis.study.arm_figures import KnownAttributes, OtherVLM, measure_arm
+from singreg.analysis.study.arm_results import ArmFigures
+from singreg.analysis.study.auditors import AgreementPoint, fit_auditors
+from singreg.analysis.study.results import ArmRun, StudyReport
+from singreg.analysis.study.targets import study_report
 from singreg.data.parts import ImagePart, ScenePart, SubsetPart
 from singreg.data.scenes import ATTRIBUTES
 from singreg.distributed import gather_rows

@@ -11,9 +11,9 @@ import numpy as np
 from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
 
-from singreg.analysis.arm_results import ArmFigures
 from singreg.analysis.results import nan_for_null, nulls_for_nan
-from singreg.analysis.study_results import ArmRun
+from singreg.analysis.study.arm_results import ArmFigures
+from singreg.analysis.study.results import ArmRun
 from singreg.files import atomic_write, sha256_of_json, sweep, write_text
 from singreg.models.classifier import Classifier
 from singreg.sealed import DamagedFileError, read_rows, read_sealed, write_sealed, write_sealed_text

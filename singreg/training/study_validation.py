@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.auditors import AgreementPoint, Auditor, auditor_agreement_curve
 from singreg.analysis.features import PassSettings, cached_features
 from singreg.analysis.model import analyze_model
+from singreg.analysis.study.auditors import AgreementPoint, Auditor, auditor_agreement_curve
 from singreg.data.parts import ImagePart
 from singreg.geometry.nullspace import Invariance, NullSpace
 from singreg.models.classifier import Classifier

@@ -15,7 +15,7 @@ from singreg.analysis.chance_results import FIGURES, KINDS, ChanceReport
 from singreg.geometry.nullspace import NullSpace
 from singreg.geometry.random_subspace import RandomSubspace, matched_coefficients
 from singreg.translation.translator import LinearTranslator
-from tests.analysis.level_data import World
+from tests.analysis.levels.level_data import World
 from tests.processes import run_processes
 from tests.reference import formulas
 

@@ -8,7 +8,7 @@ import pytest
 from singreg.analysis.bootstrap import paired_difference, paired_ratio
 from singreg.analysis.comparison import compare_arms, report_warnings, verdict
 from singreg.analysis.results import ModelMeasurement
-from tests.analysis.arms import COUNT, arm, arms, pictures
+from tests.analysis.study.arms import COUNT, arm, arms, pictures
 
 
 def jitter(size: float) -> np.ndarray:

@@ -16,7 +16,7 @@ from singreg.analysis import model as room
 from singreg.analysis.bootstrap import mean_interval, paired_ratio
 from singreg.analysis.model import analyze_model, summarize_head
 from singreg.analysis.results import CENTRED, ModelMeasurement
-from singreg.analysis.steering import measure_steering
+from singreg.analysis.steering.pairs import measure_steering
 from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
 from singreg.translation.translator import LinearTranslator

@@ -16,7 +16,7 @@ from torch import Tensor
 from singreg.analysis.fitting import fit_on_part
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import CENTRED, ModelMeasurement
-from singreg.analysis.steering import steering_targets
+from singreg.analysis.steering.pairs import steering_targets
 from singreg.geometry.nullspace import NullSpace
 from singreg.geometry.steering import steer
 from singreg.models.classifier import Classifier

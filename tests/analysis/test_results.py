@@ -12,7 +12,7 @@ import pytest
 
 from singreg.analysis.results import ModelMeasurement, nan_for_null, nulls_for_nan
 from tests.analysis import in_processes
-from tests.analysis.arms import arm
+from tests.analysis.study.arms import arm
 
 
 def through_disk(measurement: ModelMeasurement) -> ModelMeasurement:

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 
 import torch
 
-from singreg.analysis.concepts import analyze_concepts
 from singreg.analysis.features import STORED_BATCH, FeatureBatch
+from singreg.analysis.levels.concepts import analyze_concepts
 from singreg.geometry.nullspace import NullSpace
 from singreg.translation.translator import LinearTranslator
 

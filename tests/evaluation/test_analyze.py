@@ -12,8 +12,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from recipes.analyze import main
-from singreg.analysis.agreement import translator_agreement
 from singreg.analysis.analysis_findings import analysis_warnings
+from singreg.analysis.study.agreement import translator_agreement
 from singreg.evaluation.analyze import Analysis, AnalysisBench
 from singreg.evaluation.analyze_config import parse_analyze
 from singreg.translation.translator import LinearTranslator

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recipes.compare import main
-from singreg.analysis.comparing_results import CompareReport
+from singreg.analysis.comparing.results import CompareReport
 from singreg.evaluation import compare
 from singreg.evaluation.compare import Comparing
 from singreg.evaluation.compare_bench import CompareBench, space_labels

@@ -20,15 +20,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.transforms.functional import to_tensor
 
 from recipes.steer import main
-from singreg.analysis.pixel_features import feature_rules, gain_over_single
-from singreg.analysis.pixel_results import PixelReport
-from singreg.analysis.robustness_attacks import MAXIMISER
-from singreg.analysis.robustness_results import RobustnessFigures
+from singreg.analysis.pixels.features import feature_rules, gain_over_single
+from singreg.analysis.pixels.results import PixelReport
+from singreg.analysis.robustness.attacks import MAXIMISER
+from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.data.parts import FolderPart, ImagePart
 from singreg.evaluation import steer_pixels
 from singreg.evaluation.steer_pixels_bench import choose_pictures
 from singreg.evaluation.steer_pixels_config import asks_for_pixels, parse_pixels
-from tests.analysis import robust
+from tests.analysis.robustness import robust
 from tests.demo import ASSETS
 
 ROOT = Path(__file__).parents[2]

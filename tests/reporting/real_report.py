@@ -8,7 +8,7 @@ from typing import Any
 from singreg.analysis.comparison import compare_arms, report_warnings, verdict
 from singreg.analysis.results import FinetuneReport
 from tests.analysis import toy
-from tests.analysis.arms import arms, pictures
+from tests.analysis.study.arms import arms, pictures
 
 HOSTILE = (
     "<script>alert(1)</script>", "a|b | c", "[click](http://evil.example)", "![x](http://evil.example/t.png)", "`code` & <b>*bold*</b>",

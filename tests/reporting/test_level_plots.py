@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from PIL import Image
 
-from singreg.analysis.classes import analyze_classes
-from singreg.analysis.concept_results import ConceptShift
-from singreg.analysis.image_results import ImageMeasurement, Neighbour, PictureShift, WorstImage
-from singreg.analysis.joint import joint_distribution
+from singreg.analysis.levels.classes import analyze_classes
+from singreg.analysis.levels.concept_results import ConceptShift
+from singreg.analysis.levels.image_results import ImageMeasurement, Neighbour, PictureShift, WorstImage
+from singreg.analysis.levels.joint import joint_distribution
 from singreg.analysis.results import Rows
 from singreg.reporting.level_plots import (
     GOOD,
@@ -27,7 +27,7 @@ from singreg.reporting.level_plots import (
     draw_worst_images,
 )
 from singreg.reporting.plots import save_figure
-from tests.analysis.level_data import NumberedPart, World
+from tests.analysis.levels.level_data import NumberedPart, World
 
 
 class ColouredPart(NumberedPart):

@@ -18,7 +18,7 @@ from singreg.analysis.results import FinetuneReport
 from singreg.reporting import report_files
 from singreg.reporting.report_files import markdown, read_report, write_report, write_scores
 from tests.analysis import toy
-from tests.analysis.arms import COUNT
+from tests.analysis.study.arms import COUNT
 from tests.reporting.real_report import HOSTILE, real_report
 
 

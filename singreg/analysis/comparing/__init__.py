@@ -1,0 +1,1 @@
+"""Several classifiers in several vision-language spaces: differences and whether their order holds (METHOD section 8)."""

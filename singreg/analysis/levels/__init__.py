@@ -1,0 +1,1 @@
+"""Class, concept and image level of an analysis (METHOD section 3)."""

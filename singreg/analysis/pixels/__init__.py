@@ -1,0 +1,1 @@
+"""Steering in pixels: attack, judges, checks (METHOD section 9)."""

@@ -1,0 +1,220 @@
+"""How easily features are steered through the null space towards another class's prompt (METHOD sections 4 and 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from singreg.analysis.bootstrap import paired_ratio
+from singreg.analysis.features import FeatureBatch
+from singreg.analysis.results import Rows, SteeringSummary
+from singreg.analysis.steering.plan import PairPlan, SteeringRows, in_its_own_dtype, outranks, own_prompt, steering_arguments
+from singreg.analysis.steering.results import Matrix, SteeringPairs
+from singreg.distributed import all_reduce_sum, gather_rows
+from singreg.geometry.angles import angle
+from singreg.geometry.nullspace import NullSpace
+from singreg.geometry.steering import AnyTranslator, Steered, steer
+
+SUMS = ("rows", "reachable", "AS", "AS²", "AS_abs", "success", "step")
+
+
+def steering_targets(labels: Tensor, indices: Tensor, classes: int, *, seed: int = 0) -> Tensor:
+    """A target class other than its own for every picture, fixed by seed and picture. Shapes: (B,), (B,) to (B,) int64."""
+    # A hash of the index, not a generator: the same on any number of processes and for every model compared.
+    mixed = (indices.to(torch.int64) + 1 + seed * 7919) * 2654435761 % (2**32)
+    return (labels + 1 + mixed.to(labels.device) % (classes - 1)) % classes
+
+
+def measure_steering(
+    features: Tensor,
+    labels: Tensor,
+    indices: Tensor,
+    *,
+    texts: Tensor,
+    null_space: NullSpace,
+    attacker: AnyTranslator,
+    judge: AnyTranslator | None = None,
+    image_score: float = 40.0,
+    seed: int = 0,
+) -> SteeringSummary:
+    """Steer every picture to a fixed image score towards another class's prompt and read what the judge sees.
+
+    `attacker` finds direction and step; `judge` (default: the attacker) reads AS towards the target and whether its prompt
+    outranks all classes. Logits do not change by construction. One gradient step: a lower bound of what an attacker can do.
+
+    Shapes: features (N, m), labels and indices (N,), texts (C, n). Angles in degrees, steps relative to |f|.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    if len(texts) < 2:
+        raise ValueError(f"steering needs at least 2 classes to choose a target from, got texts {tuple(texts.shape)}")
+    judge = judge or attacker
+    targets = steering_targets(labels, indices, len(texts), seed=seed)
+    steered = steer(
+        features,
+        texts[targets],
+        null_space=null_space,
+        image_score=image_score,
+        **steering_arguments(attacker, features),
+    )
+    ok = steered.reachable
+    if not bool(ok.any()):
+        nan = float("nan")
+        return SteeringSummary(image_score, nan, nan, nan, 0.0, 0.0, len(features))
+    before, after = judge(features[ok]), judge(steered.features[ok])
+    moved = angle(before, texts[targets[ok]]) - angle(after, texts[targets[ok]])
+    ranked = torch.nn.functional.normalize(after, dim=-1) @ texts.T
+    step = steered.step[ok] / torch.linalg.vector_norm(features[ok], dim=-1)
+    return SteeringSummary(
+        image_score=image_score,
+        attribute_score=float(moved.mean()),
+        attribute_score_std=float(moved.std(correction=0)),
+        step=float(step.mean()),
+        reachable=float(ok.float().mean()),
+        success=float((ranked.argmax(1) == targets[ok]).float().sum() / len(features)),
+        images=len(features),
+    )
+
+
+@dataclass
+class _PairSums:
+    """Running sums of one attacker and judge: table (7, S, K) by pair, extremes (2,): calibration error and |Δlogit|."""
+
+    table: Tensor
+    extremes: Tensor
+    by_image: list[Rows]
+
+    def add(self, rows: SteeringRows, values: Tensor, images: Tensor) -> None:
+        """values (7, R); images (7, b) is added to."""
+        pair = rows.source * self.table.shape[2] + rows.target
+        self.table.flatten(1).index_add_(1, pair, values)
+        images.index_add_(1, rows.image, values)
+
+
+def steer_pairs(
+    batches: Iterable[FeatureBatch],
+    plan: PairPlan,
+    *,
+    texts: Tensor,
+    weight: Tensor,
+    null_space: NullSpace,
+    attackers: Mapping[str, AnyTranslator],
+    judges: Mapping[str, AnyTranslator] | None = None,
+    image_score: float = 40.0,
+) -> list[SteeringPairs]:
+    """Paper table 1 for every planned (source, target): steer to a fixed image score, read AS towards the target.
+
+    Every attacker is read by every judge (default: the attackers), in float64. One gradient step each, so all figures are lower
+    bounds of what an attacker can do. Exact over processes; memory does not grow with pictures but for one row each.
+
+    Shapes: texts (C, n) unit rows of all class prompts, weight (C, m). image_score in degrees; steps relative to |f|.
+    """
+    judges = judges or attackers
+    exact = texts.double()
+    shape = (len(SUMS), len(plan.sources), len(plan.targets))
+    sums = {
+        (attacker, judge): _PairSums(torch.zeros(shape).to(exact), torch.zeros(2).to(exact), [])
+        for attacker in attackers
+        for judge in judges
+    }
+    for batch in batches:
+        pictures = plan.select(batch)
+        images = {key: exact.new_zeros(len(SUMS), len(pictures.indices)) for key in sums}
+        for rows in pictures.rows(plan, len(texts)):
+            for attacker, translator in attackers.items():
+                steered = _attack(rows, translator, null_space, image_score)
+                extremes = _extremes(rows, steered, translator, weight, null_space, image_score)
+                for judge, reader in judges.items():
+                    found = sums[attacker, judge]
+                    found.add(rows, _judged(rows, steered, reader, exact), images[attacker, judge])
+                    found.extremes = torch.maximum(found.extremes, extremes)
+        for key, found in sums.items():
+            found.by_image.append({"index": pictures.indices.numpy(), "sums": images[key].T.cpu().numpy()})
+    return [_pairs(attacker, judge, found) for (attacker, judge), found in sums.items()]
+
+
+def _attack(rows: SteeringRows, attacker: AnyTranslator, null_space: NullSpace, image_score: float) -> Steered:
+    arguments = steering_arguments(attacker, rows.features)
+    return steer(rows.features, rows.text, null_space=null_space, image_score=image_score, **arguments)
+
+
+def _extremes(
+    rows: SteeringRows, steered: Steered, attacker: AnyTranslator, weight: Tensor, null_space: NullSpace, degrees: float
+) -> Tensor:
+    """(2,): largest |IS - wanted| of the reachable by the attacker, largest |Δlogit|, both 0 where nothing was steered."""
+    translate = in_its_own_dtype(attacker)
+    with torch.no_grad():
+        error = (angle(translate(rows.features), translate(steered.features)) - degrees).abs()
+    change = (steered.features - rows.features) @ weight.detach().to(rows.features).T
+    if null_space.invariance == "softmax":
+        change = change - change.mean(1, keepdim=True)
+    zero = error.new_zeros(1)
+    return torch.stack([torch.cat([error[steered.reachable], zero]).max(), torch.cat([change.abs().flatten(), zero]).max()])
+
+
+@torch.no_grad()
+def _judged(rows: SteeringRows, steered: Steered, judge: AnyTranslator, texts: Tensor) -> Tensor:
+    """The seven summable figures of every row, (7, R) in the order of `SUMS`; 0 where the angle is out of reach."""
+    translate = in_its_own_dtype(judge)
+    before, after = translate(rows.features), translate(steered.features)
+    moved = angle(before, rows.text) - angle(after, rows.text)
+    unit = torch.nn.functional.normalize(after, dim=-1)
+    won = outranks((unit * rows.text).sum(-1), unit @ texts.T, own_prompt(rows.text, texts))
+    step = torch.nan_to_num(steered.step) / torch.linalg.vector_norm(rows.features, dim=-1)
+    ok = steered.reachable.to(moved)
+    values = torch.stack([torch.ones_like(moved), ok, moved, moved**2, moved.abs(), won.to(moved), step])
+    return torch.where(torch.tensor([name == "rows" for name in SUMS]).to(ok.device)[:, None], values, values * ok)
+
+
+def _pairs(attacker: str, judge: str, found: _PairSums) -> SteeringPairs:
+    """The sums of all processes as figures."""
+    table = all_reduce_sum(found.table)
+    extremes = gather_rows([{"value": found.extremes.cpu().numpy()[None]}])["value"].max(0)
+    by_image = gather_rows(found.by_image, sort_by="index")["sums"]
+    matrices = _figures(table)
+    overall = {name: _plain(value) for name, value in _figures(table.sum((1, 2))).items()}
+    overall |= {"images": float((by_image[:, 0] > 0).sum()), "rows": float(table[0].sum()), "pairs": float((table[0] > 0).sum())}
+    any_reached = bool(table[1].sum() > 0)
+    return SteeringPairs(
+        attacker=attacker,
+        judge=judge,
+        overall=overall,
+        intervals=_intervals(by_image),
+        matrices={name: _matrix(value) for name, value in matrices.items()},
+        calibration_error=float(extremes[0]) if any_reached else None,
+        logit_change=float(extremes[1]),
+    )
+
+
+def _figures(sums: Tensor) -> dict[str, Tensor]:
+    """Means from sums (7, ...), each (...); NaN where nothing was steered or reached."""
+    table = dict(zip(SUMS, sums.double(), strict=True))
+    rows, reached = table["rows"], table["reachable"]
+    figures = {name: table[name] / reached for name in ("AS", "AS_abs", "step")}
+    for name in ("AS", "AS_abs"):  # (|AS|)² is AS²
+        figures[f"{name}_std"] = (table["AS²"] / reached - figures[name] ** 2).clamp_min(0).sqrt()
+    return {**figures, "success": table["success"] / rows, "reachable": reached / rows, "images": rows}
+
+
+def _intervals(by_image: np.ndarray) -> dict[str, list[float | None]]:
+    """95 % bootstrap intervals over pictures (N, 7) of the overall figures: ratios of sums, the picture being the unit."""
+    column = {name: by_image[:, place] for place, name in enumerate(SUMS)}
+    intervals: dict[str, list[float | None]] = {}
+    for name in ("AS", "AS_abs", "step", "success", "reachable"):
+        below = "rows" if name in ("success", "reachable") else "reachable"
+        defined = bool(column[below].sum() > 0)
+        intervals[name] = list(paired_ratio(column[name], column[below])[1:]) if defined else [None, None]
+    return intervals
+
+
+def _plain(value: Tensor) -> float | None:
+    return float(value) if bool(torch.isfinite(value)) else None
+
+
+def _matrix(values: Tensor) -> Matrix:
+    return [[_plain(value) for value in row] for row in values.cpu()]
