@@ -13,7 +13,10 @@ from pathlib import Path
 
 from singreg.analysis.results import FinetuneReport
 from singreg.files import write_json, write_text
-from singreg.reporting.readme_study import PICTURES, is_study, read_study, rounded, study_summary
+from singreg.reporting.readme_pixels import PICTURES as PIXEL_PICTURES
+from singreg.reporting.readme_pixels import is_pixels, kept_pixels, pixels_summary
+from singreg.reporting.readme_study import PICTURES as STUDY_PICTURES
+from singreg.reporting.readme_study import is_study, read_study, rounded, study_summary
 from singreg.reporting.report_files import read_report
 from singreg.reporting.tables import escape, results_table
 from singreg.sealed import read_sealed
@@ -60,16 +63,22 @@ def keep(report: Path, target: Path) -> None:
     places = {place for place, word in enumerate(words) for flag in ("--cache", "--runs", "--resume") if word == flag}
     kept = [word for place, word in enumerate(words) if place not in places and place - 1 not in places]
     value["settings"] = {"name": value["settings"]["name"], "command": " ".join(kept)}
+    pictures: tuple[str, ...] = ()
     if is_study(value):
-        value = rounded(value)
-        for picture in PICTURES:
-            shutil.copy(report / "plots" / f"{picture}.png", target.with_name(f"{target.stem}-{picture}.png"))
+        value, pictures = rounded(value), STUDY_PICTURES
+    elif is_pixels(value):
+        value, pictures = kept_pixels(value), PIXEL_PICTURES
+    for picture in pictures:
+        shutil.copy(report / "plots" / f"{picture}.png", target.with_name(f"{target.stem}-{picture}.png"))
     write_json(target, value)
 
 
 def block_of(kept: Path) -> str:
-    """What README says about a kept report (a path), a fine-tuning run's or a study's."""
-    if is_study(json.loads(kept.read_text(encoding="utf-8"))):
+    """What README says about a kept report (a path), a fine-tuning run's, a study's or a pixel attack's."""
+    value = json.loads(kept.read_text(encoding="utf-8"))
+    if is_pixels(value):
+        return pixels_summary(value, kept.stem)
+    if is_study(value):
         return study_summary(read_study(kept), kept.stem)
     return summary(read_report(kept))
 

@@ -28,6 +28,7 @@ from singreg.data.parts import FolderPart, ImagePart
 from singreg.evaluation import steer_pixels
 from singreg.evaluation.steer_pixels_bench import choose_pictures
 from singreg.evaluation.steer_pixels_config import asks_for_pixels, parse_pixels
+from singreg.reporting.readme import main as write_readme
 from tests.analysis.robustness import robust
 from tests.demo import ASSETS
 
@@ -122,6 +123,18 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
     assert "rise/fitted/demo" in tags["scalars"]
     assert "success in feature space/auditor/demo" in tags["scalars"]
     assert "plots/attacked" in tags["images"]
+
+    readme = tmp_path / "README.md"
+    readme.write_text("before <!-- begin generated: p --><!-- end generated: p --> after")
+    write_readme([str(readme), f"p={folder}"])
+    said, kept = readme.read_text(), json.loads((tmp_path / ".github" / "p.json").read_text())
+    assert kept["findings"] == report["findings"]
+    assert "rows" not in kept
+    rise = report["summaries"][0]["rise"]["auditor"]
+    assert f"{rise[0]:.1f} [{rise[1]:.1f}, {rise[2]:.1f}]" in said
+    success = 100 * curve.area["success"][0]
+    assert f"{success:.0f} [" in said
+    assert (tmp_path / ".github" / "p-rises.png").is_file()
 
 
 def test_a_killed_run_goes_on_and_finds_the_same(tmp_path: Path, cache: Path) -> None:
