@@ -31,8 +31,8 @@ def escape(text: object) -> str:
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
-    """A figure with its unit, or a dash when there is none (None, NaN; no shapes)."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}{unit}".replace("inf", "∞")
+    """A figure with its unit, or a dash when there is none (None, NaN; no shapes); what rounds to nothing has no sign."""
+    return "–" if value is None or math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}{unit}".replace("inf", "∞")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
