@@ -12,8 +12,7 @@ from singreg.translation.scaling import FeatureScale, Standardize, feature_scale
 
 DEFAULT_RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 5))
 
-BLOCK = 256  # columns of Σ f fᵀ at a time
-MIRRORED_FROM = 512  # rows of a batch; below, mirroring costs more than half a product saves
+LEAF = 128  # columns of Σ f fᵀ that are multiplied whole
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,18 @@ class RidgeStatistics:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.ff, self.fz = zeros(feature_dim, feature_dim), zeros(feature_dim, target_dim)
+        self._ff, self.fz = zeros(feature_dim, feature_dim), zeros(feature_dim, target_dim)
+        self._lower_only = False  # True while what is above the diagonal of _ff is behind
         self.f, self.z = zeros(feature_dim), zeros(target_dim)
         self.zz, self.count = zeros(), zeros()
+
+    @property
+    def ff(self) -> Tensor:
+        """Σ f fᵀ, (m, m), symmetric; only what is below the diagonal is summed, and mirrored when somebody looks."""
+        if self._lower_only:
+            self._ff.copy_(self._ff.tril() + self._ff.tril(-1).T)
+            self._lower_only = False
+        return self._ff
 
     def update(self, features: Tensor, targets: Tensor) -> RidgeStatistics:
         """Add a batch: features (B, m), targets (B, n). Raises ValueError on other shapes or non-finite values."""
@@ -55,35 +63,27 @@ class RidgeStatistics:
             raise ValueError(
                 f"expected features (B, {m}) and targets (B, {n}), got {tuple(features.shape)} and {tuple(targets.shape)}"
             )
-        f, z = (x.detach().to(self.ff) for x in (features, targets))
-        if not (torch.isfinite(f).all() and torch.isfinite(z).all()):
+        f, z = (x.detach().to(self._ff) for x in (features, targets))
+        of_f, of_z = f.sum(0), z.sum(0)
+        if not (torch.isfinite(of_f).all() and torch.isfinite(of_z).all()):  # a NaN or infinity is in its column's sum
             raise ValueError("features or targets hold NaN or infinity; one such row would spoil the whole fit")
-        self._add_gram(f)
+        _add_gram(self._ff, f)
+        self._lower_only = True
         self.fz.addmm_(f.T, z)
-        self.f += f.sum(0)
-        self.z += z.sum(0)
+        self.f += of_f
+        self.z += of_z
         self.zz += (z * z).sum()
         self.count += len(f)
         return self
 
-    def _add_gram(self, f: Tensor) -> None:
-        """Add Σ f fᵀ (m, m), which is symmetric: of a large batch only blocks up to the diagonal are multiplied, then mirrored."""
-        if len(f) < MIRRORED_FROM:
-            self.ff.addmm_(f.T, f)
-            return
-        width = len(self.ff)
-        for start in range(0, width, BLOCK):
-            stop = min(start + BLOCK, width)
-            self.ff[start:stop, :stop].addmm_(f[:, start:stop].T, f[:, :stop])
-            self.ff[:start, start:stop] = self.ff[start:stop, :start].T
-
     def _sums(self) -> tuple[Tensor, ...]:
-        return self.ff, self.fz, self.f, self.z, self.zz, self.count
+        return self._ff, self.fz, self.f, self.z, self.zz, self.count  # whose first may be right below its diagonal only
 
     def merge(self, other: RidgeStatistics) -> RidgeStatistics:
         """Add another's sums (same shapes) to this one; exact, in any order."""
         for mine, theirs in zip(self._sums(), other._sums(), strict=True):
             mine += theirs.to(mine)
+        self._lower_only |= other._lower_only
         return self
 
     def decay(self, factor: float) -> RidgeStatistics:
@@ -96,7 +96,7 @@ class RidgeStatistics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums by name, shapes (m, m), (m, n), (m,), (n,), () and ()."""
-        return dict(zip(("ff", "fz", "f", "z", "zz", "count"), self._sums(), strict=True))
+        return dict(zip(("ff", "fz", "f", "z", "zz", "count"), (self.ff, *self._sums()[1:]), strict=True))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over stored sums of the same shapes, bit by bit."""
@@ -108,13 +108,14 @@ class RidgeStatistics:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for mine in self._sums():
                 torch.distributed.all_reduce(mine)
+            self._lower_only = True  # on some process it was
         return self
 
     def mapped(self, basis: Tensor) -> RidgeStatistics:
         """The statistics of (f B, z) for a map B (m, k), exactly, from these sums alone: no image is read again."""
         basis = basis.to(self.ff)
         found = RidgeStatistics(basis.shape[1], self.fz.shape[1], device=self.ff.device)
-        found.ff, found.fz, found.f = basis.T @ self.ff @ basis, basis.T @ self.fz, basis.T @ self.f
+        found._ff, found.fz, found.f = basis.T @ self.ff @ basis, basis.T @ self.fz, basis.T @ self.f
         found.z, found.zz, found.count = self.z.clone(), self.zz.clone(), self.count.clone()
         return found
 
@@ -182,6 +183,18 @@ class RidgeStatistics:
         scores = {ridge: 1 - held_out.residual(path.solve(ridge)) for ridge in ridges}
         best = max(scores, key=lambda ridge: scores[ridge])
         return path.solve(best), scores
+
+
+def _add_gram(whole: Tensor, f: Tensor) -> None:
+    """Add f fᵀ of rows f (B, m) to (m, m), on and below the diagonal: halving leaves little above it, and the products large."""
+    width = f.shape[1]
+    if width <= LEAF:
+        whole.addmm_(f.T, f)
+        return
+    half = width // 2
+    whole[half:, :half].addmm_(f[:, half:].T, f[:, :half])
+    _add_gram(whole[:half, :half], f[:, :half])
+    _add_gram(whole[half:, half:], f[:, half:])
 
 
 @dataclass(frozen=True)

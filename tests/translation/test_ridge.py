@@ -45,13 +45,21 @@ def test_batches_order_and_merge_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("width", [3, 256, 300, 515])
-def test_large_batches_are_multiplied_by_half_and_mirrored(width: int) -> None:
+def test_half_of_the_gram_matrix_is_summed_and_mirrored_when_looked_at(width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     f = torch.randn(1300, width, generator=generator, dtype=torch.float64)
     z = torch.randn(1300, 2, generator=generator, dtype=torch.float64)
     sums = RidgeStatistics(width, 2)
-    for start, stop in ((0, 600), (600, 640), (640, 1300)):  # mirrored, whole, mirrored
+    other = RidgeStatistics(width, 2).update(f[1200:], z[1200:])
+    for start, stop in ((0, 600), (600, 640), (640, 1200)):
         sums.update(f[start:stop], z[start:stop])
+        if stop == 640:
+            torch.testing.assert_close(sums.ff, f[:640].T @ f[:640], atol=1e-9, rtol=0)  # looked at in between
+    sums.merge(other).decay(0.5).decay(0.5).merge(RidgeStatistics(width, 2))
+    kept = RidgeStatistics(width, 2)
+    kept.load_state_dict(sums.state_dict())
+    assert torch.equal(kept.ff, sums.ff)
+    f, z = f / 2, z / 2
     torch.testing.assert_close(sums.ff, f.T @ f, atol=1e-9, rtol=0)
     torch.testing.assert_close(sums.fz, f.T @ z, atol=1e-9, rtol=0)
     torch.testing.assert_close(sums.ff, sums.ff.T, atol=1e-11, rtol=0)
