@@ -118,8 +118,9 @@ def is_exactly_zero(who: str, values: Mapping[str, float | None]) -> Check:
         >>> print(is_exactly_zero("drop_null", {"maximiser": 0.0}))
         pass  success is exactly 0 (drop_null): maximiser 0.0 %
     """
-    found = ", ".join(f"{name} {_share(value)}" for name, value in values.items())
     passed = bool(values) and all(value == 0 for value in values.values())
+    some = values if len(values) == 1 or not passed else {f"by all {len(values)} attacks": 0.0}
+    found = ", ".join(f"{name} {_share(value)}" for name, value in some.items())
     return Check(f"success is exactly 0 ({who})", passed, found or "nothing measured")
 
 
