@@ -68,6 +68,7 @@ def keep(report: Path, target: Path) -> None:
         value, pictures = rounded(value), STUDY_PICTURES
     elif is_pixels(value):
         value, pictures = kept_pixels(value), PIXEL_PICTURES
+    target.parent.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         shutil.copy(report / "plots" / f"{picture}.png", target.with_name(f"{target.stem}-{picture}.png"))
     write_json(target, value)
