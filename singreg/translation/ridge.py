@@ -13,6 +13,7 @@ from singreg.translation.scaling import FeatureScale, Standardize, feature_scale
 DEFAULT_RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 5))
 
 LEAF = 128  # columns of Σ f fᵀ that are multiplied whole
+ROWS = 512  # pictures at a time, in float64: what a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,17 @@ class RidgeStatistics:
             raise ValueError(
                 f"expected features (B, {m}) and targets (B, {n}), got {tuple(features.shape)} and {tuple(targets.shape)}"
             )
-        f, z = (x.detach().to(self._ff) for x in (features, targets))
-        of_f, of_z = f.sum(0), z.sum(0)
-        if not (torch.isfinite(of_f).all() and torch.isfinite(of_z).all()):  # a NaN or infinity is in its column's sum
+        if not all(bool(torch.isfinite(x.detach().sum(dtype=torch.float64))) for x in (features, targets)):
             raise ValueError("features or targets hold NaN or infinity; one such row would spoil the whole fit")
-        _add_gram(self._ff, f)
+        for chunk, wanted in zip(torch.split(features.detach(), ROWS), torch.split(targets.detach(), ROWS), strict=True):
+            f, z = chunk.to(self._ff), wanted.to(self._ff)
+            _add_gram(self._ff, f)
+            self.fz.addmm_(f.T, z)
+            self.f += f.sum(0)
+            self.z += z.sum(0)
+            self.zz += (z * z).sum()
         self._lower_only = True
-        self.fz.addmm_(f.T, z)
-        self.f += of_f
-        self.z += of_z
-        self.zz += (z * z).sum()
-        self.count += len(f)
+        self.count += len(features)
         return self
 
     def _sums(self) -> tuple[Tensor, ...]:
