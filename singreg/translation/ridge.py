@@ -181,7 +181,7 @@ class RidgeStatistics:
         One eigendecomposition serves all of them; no image is read again (METHOD section 2).
         """
         path = self.path(standardize=standardize)
-        scores = {ridge: 1 - held_out.residual(path.solve(ridge)) for ridge in ridges}
+        scores = {ridge: 1 - residual for ridge, residual in zip(ridges, path.residuals(held_out, ridges), strict=True)}
         best = max(scores, key=lambda ridge: scores[ridge])
         return path.solve(best), scores
 
@@ -214,8 +214,27 @@ class RidgePath:
 
     def solve(self, ridge: float) -> RidgeSolution:
         """Solution at one relative ridge >= 0; directions of zero variance get coefficient 0 (minimum norm)."""
+        matrix = (self.vectors @ (self._inverse(ridge)[:, None] * self.loadings)).T
+        return RidgeSolution(matrix, self.target_mean - matrix @ self.feature_mean, ridge, self.count)
+
+    def _inverse(self, ridge: float) -> Tensor:
         shifted = self.eigenvalues + ridge * self.eigenvalues.mean()
         floor = len(shifted) * torch.finfo(shifted.dtype).eps * shifted.max()
-        inverse = torch.where(shifted > floor, 1 / shifted.clamp_min(floor), torch.zeros_like(shifted))
-        matrix = (self.vectors @ (inverse[:, None] * self.loadings)).T
-        return RidgeSolution(matrix, self.target_mean - matrix @ self.feature_mean, ridge, self.count)
+        return torch.where(shifted > floor, 1 / shifted.clamp_min(floor), torch.zeros_like(shifted))
+
+    def residuals(self, held_out: RidgeStatistics, ridges: Sequence[float]) -> list[float]:
+        """`held_out.residual(self.solve(ridge))` for every ridge, (m, n) once and not once a ridge (no unit).
+
+        In the eigenbasis a solution is D L with D diagonal, so what it makes of the held-out sums is a quadratic form in D's diagonal.
+        """
+        _, _, s_zz = held_out.centred()
+        own = self.vectors.T @ held_out.ff @ self.vectors * (self.loadings @ self.loadings.T)
+        cross = (self.loadings * (self.vectors.T @ held_out.fz)).sum(1)
+        seen, fitted = self.vectors.T @ held_out.f, self.vectors.T @ self.feature_mean
+        found = []
+        for ridge in ridges:
+            inverse = self._inverse(ridge)
+            offset = self.target_mean - self.loadings.T @ (inverse * fitted)
+            fit = inverse @ own @ inverse + 2 * offset @ (self.loadings.T @ (inverse * seen)) + held_out.count * (offset @ offset)
+            found.append(float((held_out.zz + fit - 2 * (inverse @ cross + offset @ held_out.z)) / s_zz))
+        return found

@@ -74,6 +74,17 @@ def test_float32_batches_are_summed_in_float64() -> None:
     assert (gram - f.double().T @ f.double()).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("standardize", [False, True])
+def test_residuals_of_the_whole_path_are_those_of_its_solutions(standardize: bool) -> None:
+    (f, z), (held_f, held_z) = data(), data(seed=1)
+    f, held_f = torch.cat([f, f[:, :1]], 1), torch.cat([held_f, held_f[:, :1]], 1)  # one direction has no variance of its own
+    path, held_out = statistics(f, z).path(standardize=standardize), statistics(held_f, held_z)
+    ridges = [0.0, 1e-6, 0.1, 10.0]
+    expected = [held_out.residual(path.solve(ridge)) for ridge in ridges]
+    assert path.residuals(held_out, ridges) == pytest.approx(expected, rel=1e-8)
+    assert max(expected) > 1.01 * min(expected)
+
+
 def test_residual_from_sums_is_the_residual_of_the_images() -> None:
     f, z = data()
     held_f, held_z = data(seed=1)
