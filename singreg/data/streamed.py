@@ -70,7 +70,7 @@ class StreamSource:
             if not kept.finished:
                 kept.fill(stream, columns_of(stream.features, self.source), keys, f"{self.source}/{split}")
         table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / name)) for name in kept.shards])
-        labels = np.asarray(table.with_format(None)[:]["label"], dtype=np.int64) if len(table) else np.zeros(0, np.int64)
+        labels = np.asarray(table.select_columns(["label"]).with_format(None)[:]["label"], dtype=np.int64)
         return HubSplit(f"{self.source}/{split} (streamed)", table.cast_column("image", datasets.Image(decode=False)), "image", labels)
 
     def _stream(self, split: str) -> Any:
