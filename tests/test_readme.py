@@ -66,7 +66,7 @@ def test_figures_are_those_of_the_kept_report(name: str) -> None:
 
 
 def test_figures_named_here_are_known_configurations_and_the_picture_is_there() -> None:
-    assert FIGURES == ["demo", "imagenet16_lite0", "study_imagenet16", "study_scenes"]
+    assert FIGURES == ["demo", "imagenet16_lite0", "steer_pixels", "study_imagenet16", "study_scenes"]
     for name in FIGURES:
         assert yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):

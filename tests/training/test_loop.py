@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
     with caplog.at_level("WARNING"):
         assert store.load_latest(accelerator) == Position(2, 0, 2)
     assert "step-00000003 cannot be read" in caplog.text
-    assert float(model.weight.mean()) == 2
+    assert float(model.weight.detach().mean()) == 2
     (tmp_path / "step-00000002" / "position.json").write_text("{")
     assert store.load_latest(accelerator) is None
     AcceleratorState._reset_state(True)
