@@ -68,8 +68,10 @@ def draw(rows: list[dict[str, float]], out: Path) -> None:
     left.loglog(counts, [rows[-1]["processor_seconds"] * count / counts[-1] for count in counts], "--", label="in proportion")
     left.set(xlabel="features", ylabel="processor seconds")
     left.legend()
-    right.loglog(counts, [row["peak_mib"] for row in rows], "o-")
-    right.set(xlabel="features", ylabel="peak memory in MiB", ylim=(min(row["peak_mib"] for row in rows) / 3, rows[-1]["peak_mib"] * 3))
+    right.semilogx(counts, [row["peak_mib"] for row in rows], "o-", label="at the peak")
+    right.semilogx(counts, [row["before_mib"] for row in rows], "--", label="before the first feature")
+    right.set(xlabel="features", ylabel="memory in MiB", ylim=(0, 1.3 * max(row["peak_mib"] for row in rows)))
+    right.legend()
     figure.savefig(out, dpi=150)
 
 
