@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from singreg.models.vision_language import hash_of_state
 from singreg.progress import progress
 
 STORED_BATCH = 2048
+GATHERED_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,27 @@ def iterate_features(
             yield FeatureBatch(features.float(), logits.float(), z, labels.to(device), indices)
     finally:
         classifier.train(was_training)
+
+
+def gathered(batches: Iterable[FeatureBatch], rows: int = GATHERED_ROWS) -> Iterator[FeatureBatch]:
+    """The same pictures in the same order, in batches of at least `rows` (the last: what is left).
+
+    For sums of size (m, m): adding to them costs a walk through the whole matrix, however few the pictures.
+    """
+    waiting: list[FeatureBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(held.indices) for held in waiting) >= rows:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(batches: list[FeatureBatch]) -> FeatureBatch:
+    if len(batches) == 1:
+        return batches[0]
+    return FeatureBatch(*(torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(FeatureBatch)))
 
 
 def cached_features(

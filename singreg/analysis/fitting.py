@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.features import PassSettings, iterate_features
+from singreg.analysis.features import PassSettings, gathered, iterate_features
 from singreg.data.parts import ImagePart
 from singreg.distributed import all_reduce_sum
 from singreg.geometry.angles import image_score
@@ -60,7 +60,7 @@ def fit_on_part(
     fit, validation = (RidgeStatistics(width, dim, device=device) for _ in range(2))
     sums = torch.zeros(classifier.num_classes, width, dtype=torch.float64, device=device)
     counts = torch.zeros(classifier.num_classes, dtype=torch.float64, device=device)
-    for batch in iterate_features(classifier, part, embeddings, settings or PassSettings(), description):
+    for batch in gathered(iterate_features(classifier, part, embeddings, settings or PassSettings(), description)):
         targets = torch.nn.functional.normalize(batch.embeddings, dim=-1) if normalize_targets else batch.embeddings
         # By position in the part, so that the split is the same on any number of processes.
         held_out = (batch.indices % VALIDATION_EVERY == 0).to(device)
@@ -95,7 +95,7 @@ def fold_statistics(
     fold = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed)) % folds
     width, dim, device = classifier.feature_dim, embeddings.shape[1], classifier.weight.device
     found = [RidgeStatistics(width, dim, device=device) for _ in range(folds)]
-    for batch in iterate_features(classifier, part, embeddings, settings or PassSettings(), description):
+    for batch in gathered(iterate_features(classifier, part, embeddings, settings or PassSettings(), description)):
         targets = torch.nn.functional.normalize(batch.embeddings, dim=-1) if normalize_targets else batch.embeddings
         for number, statistics in enumerate(found):
             mine = (fold[batch.indices] == number).to(device)

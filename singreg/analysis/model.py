@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.bootstrap import mean_interval, paired_ratio
-from singreg.analysis.features import FeatureBatch, PassSettings, iterate_features
+from singreg.analysis.features import FeatureBatch, PassSettings, gathered, iterate_features
 from singreg.analysis.results import CENTRED, HeadSummary, ModelMeasurement, Rows, SteeringSummary, TranslatorScores
 from singreg.analysis.steering.pairs import measure_steering
 from singreg.data.parts import ImagePart
@@ -148,7 +148,7 @@ def analyze_model(
     columns: list[dict[str, np.ndarray]] = []
     kept: list[FeatureBatch] = []
     changes = [0.0, 0.0]
-    for batch in iterate_features(classifier, part, embeddings, settings or PassSettings(), "measuring"):
+    for batch in gathered(iterate_features(classifier, part, embeddings, settings or PassSettings(), "measuring")):
         figures, equivalent, centred = _model_figures(batch, space, texts, mean)
         for index, change in enumerate(_logit_change(classifier, batch.features, space)):
             changes[index] = max(changes[index], change)

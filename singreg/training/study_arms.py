@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from singreg.analysis.features import PassSettings, cached_features, iterate_features
+from singreg.analysis.features import PassSettings, cached_features, gathered, iterate_features
 from singreg.analysis.fitting import FittedTranslator
 from singreg.loss_terms import placebo_texts
 from singreg.losses import SingLoss
@@ -52,7 +52,7 @@ def prepare_start(experiment: Experiment, features: str) -> Start:
     loop = stored.fit_loop_translator(classifier)
     embeddings = experiment.embeddings["bank"]
     statistics = RidgeStatistics(classifier.feature_dim, embeddings.shape[1], device=classifier.weight.device)
-    for batch in iterate_features(classifier, experiment.parts.bank, embeddings, stored.settings, "statistics"):
+    for batch in gathered(iterate_features(classifier, experiment.parts.bank, embeddings, stored.settings, "statistics")):
         statistics.update(batch.features, batch.embeddings)
     return Start(loop, stored.reference_image_scores(classifier, loop), statistics.reduce())
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singreg.analysis.features import FeatureBatch, PassSettings, cached_features, iterate_features
+from singreg.analysis.features import FeatureBatch, PassSettings, cached_features, gathered, iterate_features
 from singreg.data.parts import ImagePart
 from singreg.models.classifier import Classifier
 from tests.analysis import in_processes, toy
@@ -40,6 +40,16 @@ def test_batches_hold_the_models_features_and_the_pictures_own_rows(batch_size: 
     assert joined(batches, "labels").tolist() == part.labels.tolist()
     np.testing.assert_array_equal(joined(batches, "embeddings").numpy(), toy.embeddings(11))
     assert not joined(batches, "features").requires_grad
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(1, [4, 4, 3]), (5, [8, 3]), (8, [8, 3]), (9, [11]), (512, [11])])
+def test_gathered_batches_hold_the_same_pictures_in_order(rows: int, sizes: list[int]) -> None:
+    model, part = toy.classifier(), toy.ToyPart(11, unlabelled=(3,))
+    small, large = walk(model, part), list(gathered(walk(model, part), rows))
+    assert [len(batch.indices) for batch in large] == sizes
+    for name in ("features", "logits", "embeddings", "labels", "indices"):
+        assert torch.equal(joined(small, name), joined(large, name))
+    assert list(gathered([], rows)) == []
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -26,9 +26,11 @@ from singreg.training.streaming import LoopTranslator
 from singreg.training.task import FinetuneTask
 from singreg.translation.translator import LinearTranslator, TranslatorInfo
 
+Arm = tuple[FinetuneTask, torch.optim.Optimizer]
 
-def main() -> None:
-    """Build two equal tasks, one with the loss; time their steps in turn; print milliseconds and ratios (no shapes)."""
+
+def parse() -> argparse.Namespace:
+    """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="efficientnet_lite0")
     parser.add_argument("--classes", type=int, default=16)
@@ -37,56 +39,66 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=384, help="width of the vision-language model's space")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--stream-every", type=int, default=0, help="steps between two solutions of a streamed translator; 0: fixed")
-    options = parser.parse_args()
-    torch.manual_seed(0)
+    return parser.parse_args()
 
-    def task(with_loss: bool) -> tuple[FinetuneTask, torch.optim.Optimizer]:
-        classifier = Classifier.from_timm(
-            options.model, pretrained=options.model.startswith("local-dir:"), head_mode="slice", class_indices=range(options.classes)
-        )
-        classifier = classifier.to(memory_format=torch.channels_last).tune("all")
-        sing = None
-        if with_loss:
-            translator = LinearTranslator(torch.randn(options.dim, classifier.feature_dim), torch.zeros(options.dim))
-            sing = SingLoss(classifier, translator, torch.nn.functional.normalize(torch.randn(options.classes, options.dim)))
-        return FinetuneTask(classifier, sing).train(), torch.optim.AdamW(classifier.parameters(), lr=1e-4)
 
-    images = torch.randn(options.batch, 3, options.pixels, options.pixels).to(memory_format=torch.channels_last)
-    labels = torch.arange(options.batch) % options.classes
+def arm(options: argparse.Namespace, with_loss: bool) -> Arm:
+    """A classifier to train, with SingLoss or without."""
+    pretrained = options.model.startswith("local-dir:")
+    classifier = Classifier.from_timm(options.model, pretrained=pretrained, head_mode="slice", class_indices=range(options.classes))
+    classifier = classifier.to(memory_format=torch.channels_last).tune("all")
+    sing = None
+    if with_loss:
+        translator = LinearTranslator(torch.randn(options.dim, classifier.feature_dim), torch.zeros(options.dim))
+        sing = SingLoss(classifier, translator, torch.nn.functional.normalize(torch.randn(options.classes, options.dim)))
+    return FinetuneTask(classifier, sing).train(), torch.optim.AdamW(classifier.parameters(), lr=1e-4)
 
-    embeddings = torch.randn(options.batch, options.dim).numpy()
-    kept: dict[FinetuneTask, LoopTranslator] = {}
 
-    def keeper(model: FinetuneTask) -> LoopTranslator:
-        """A streamed translator whose sums hold enough pictures to be solved."""
-        config = LoopTranslatorConfig(ridge=0.1, stream_every=options.stream_every)
-        bank = ScenePart("bank", sample_scenes(options.batch, seed=0))
-        first = LinearTranslator(model.sing.matrix, model.sing.offset, TranslatorInfo(ridge=0.1, by_block=True))
-        found = LoopTranslator(first, bank, embeddings, config, Accelerator())
-        width = model.classifier.feature_dim
-        found.statistics.update(torch.randn(2 * width, width).relu(), torch.randn(2 * width, options.dim))
-        return found
+def streamed(model: FinetuneTask, options: argparse.Namespace) -> LoopTranslator:
+    """A streamed translator whose sums hold enough pictures to be solved."""
+    assert model.sing is not None
+    config = LoopTranslatorConfig(ridge=0.1, stream_every=options.stream_every)
+    bank = ScenePart("bank", sample_scenes(options.batch, seed=0))
+    first = LinearTranslator(model.sing.matrix, model.sing.offset, TranslatorInfo(ridge=0.1, by_block=True))
+    found = LoopTranslator(first, bank, torch.randn(options.batch, options.dim).numpy(), config, Accelerator())
+    width = model.classifier.feature_dim
+    found.statistics.update(torch.randn(2 * width, width).relu(), torch.randn(2 * width, options.dim))
+    return found
 
-    def step(model: FinetuneTask, optimizer: torch.optim.Optimizer, number: int) -> float:
+
+class Stepper:
+    """Trains one arm a step at a time on the same random batch; returns seconds."""
+
+    def __init__(self, built: Arm, options: argparse.Namespace) -> None:
+        self.model, self.optimizer = built
+        self.translator = streamed(self.model, options) if options.stream_every and self.model.sing is not None else None
+        images = torch.randn(options.batch, 3, options.pixels, options.pixels, generator=torch.Generator().manual_seed(0))
+        self.images = images.to(memory_format=torch.channels_last)
+        self.labels = torch.arange(options.batch) % options.classes
+
+    def __call__(self, number: int) -> float:
         start = time.perf_counter()
-        model(images, labels)["loss"].backward()
-        if model in kept:
-            kept[model].observe(model.seen_features, torch.arange(options.batch))
-        optimizer.step()
-        optimizer.zero_grad()
-        if model in kept:
-            kept[model].step_ended(number, model.classifier, model.sing)
+        self.model(self.images, self.labels)["loss"].backward()
+        if self.translator is not None:
+            self.translator.observe(self.model.seen_features, torch.arange(len(self.labels)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.translator is not None:
+            self.translator.step_ended(number, self.model.classifier, self.model.sing)
         return time.perf_counter() - start
 
-    plain, regularised = task(False), task(True)
+
+def main() -> None:
+    """Build two equal tasks, one with the loss; time their steps in turn; print milliseconds and ratios."""
+    options = parse()
+    torch.manual_seed(0)
+    plain, regularised = (Stepper(arm(options, with_loss), options) for with_loss in (False, True))
     block = options.stream_every or 1
-    if options.stream_every:
-        kept[regularised[0]] = keeper(regularised[0])
     for _ in range(3):
-        step(*plain, 1), step(*regularised, 1)
+        plain(1), regularised(1)
     times = []
     for _ in range(options.pairs):
-        singles = [(step(*plain, number), step(*regularised, number)) for number in range(1, block + 1)]
+        singles = [(plain(number), regularised(number)) for number in range(1, block + 1)]
         times.append(tuple(sum(column) / block for column in zip(*singles, strict=True)))
     ratios = sorted(after / before for before, after in times)
     without, with_loss = (statistics.median(column) * 1000 for column in zip(*times, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from singreg.analysis.features import PassSettings, iterate_features
+from singreg.analysis.features import PassSettings, gathered, iterate_features
 from singreg.analysis.steering.results import NaturalRadii
 from singreg.data.parts import ImagePart
 from singreg.distributed import gather_rows
@@ -32,7 +32,7 @@ def fit_conditional(
     """
     # The ridge's own sums, without a target.
     moments = RidgeStatistics(classifier.feature_dim, 0, device=classifier.weight.device)
-    for batch in iterate_features(classifier, part, embeddings, settings or PassSettings(), "second moments"):
+    for batch in gathered(iterate_features(classifier, part, embeddings, settings or PassSettings(), "second moments")):
         moments.update(batch.features, batch.features.new_zeros(len(batch.features), 0))
     scatter, _, _ = moments.reduce().centred()
     return ConditionalGaussian.from_moments(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from singreg.analysis.features import PassSettings, iterate_features
+from singreg.analysis.features import PassSettings, gathered, iterate_features
 from singreg.analysis.fitting import VALIDATION_EVERY
 from singreg.analysis.fitting_mlp import fit_mlp_on_part
 from singreg.analysis.study.agreement import translator_agreement
@@ -69,7 +69,7 @@ def fit_auditors(
         return RidgeStatistics(classifier.feature_dim, embeddings.shape[1], device=device)
 
     pairs: dict[str, Pair] = {half: (sums(), sums()) for half in "AB"}
-    for batch in iterate_features(classifier, part, embeddings, settings, f"fitting the {name}"):
+    for batch in gathered(iterate_features(classifier, part, embeddings, settings, f"fitting the {name}")):
         targets = normalize(batch.embeddings, dim=-1) if normalize_targets else batch.embeddings
         # Whole blocks of five go to one half, so that each half has its own every fifth picture and together they are the part's.
         held_out, first = batch.indices % VALIDATION_EVERY == 0, batch.indices // VALIDATION_EVERY % 2 == 0
