@@ -18,6 +18,7 @@ from singreg.geometry.nullspace import helmert_contrasts
 DEFAULT_TERMS: dict[str, float] = {"leak": 0.3, "hinge": 1.0, "band": 0.3, "class_share": 0.1, "capacity": 100.0}
 
 HEAD_FLOOR = 0.3  # σ_min/σ_max below which `head` pushes
+SMALLEST_SCATTER = 1e-20  # below it a share is of rounding noise; its square root is far below any feature's last bit
 TARGET_SEED, PLACEBO_SEED = 20260, 20261  # fixed, so that every process and every resumed run draws the same
 
 Placebo = Literal["none", "shuffled", "random"]
@@ -65,9 +66,9 @@ def _ratio_of_means(numerator: Tensor, denominator: Tensor) -> Tensor:
 
     Quotient rule with the global means held fixed: averaged over processes (as DDP does) the gradient is exact.
     """
-    top, bottom = all_reduce_mean(numerator), all_reduce_mean(denominator)
-    bottom = bottom.clamp_min(torch.finfo(bottom.dtype).tiny)
-    return numerator.mean() / bottom - (denominator.mean() - bottom) * (top / bottom**2)
+    top, bottom = all_reduce_mean(numerator), all_reduce_mean(denominator).clamp_min(SMALLEST_SCATTER)
+    # Divided twice: the square of a small scatter would round to 0, and a share of nothing is 0, not NaN.
+    return numerator.mean() / bottom - (denominator.mean() - bottom) * (top / bottom / bottom)
 
 
 def leak(inputs: LossInputs) -> Tensor:
@@ -96,8 +97,12 @@ def band(inputs: LossInputs) -> Tensor:
 
 
 def class_share(inputs: LossInputs) -> Tensor:
-    """Between-class share of the scatter of f_n, <f_n, class mean> over |f_n|²; needs no VLM. Returns (), 1 = all class."""
-    between = (inputs.null * inputs.class_null).sum(-1)
+    """Between-class share of the scatter of f_n, mean |class mean|² over mean |f_n|²; needs no VLM. Returns (), 1 = all class.
+
+    2 <f_n, m_y> - |m_y|² with the running mean m_y held fixed has the value of |m_y|² and, unlike <f_n, m_y>, its whole gradient:
+    with half of it, descent would raise a share above one half, since the scatter below has all of its own.
+    """
+    between = 2 * (inputs.null * inputs.class_null).sum(-1) - inputs.class_null.square().sum(-1)
     return _ratio_of_means(between, inputs.null.square().sum(-1))
 
 
@@ -199,7 +204,8 @@ def resolve_terms(preset: str, overrides: Mapping[str, float] | None = None) -> 
 def contrast_directions(texts: Tensor, confusable: int = 16) -> Tensor:
     """Orthonormal bases of the contrasts t_y - t_j for the most confusable classes j of every class y (METHOD section 6).
 
-    Shapes: texts (C, n) unit rows; returns (C, n, K) with K = min(confusable, C - 1, n), float64-orthonormalised.
+    Shapes: texts (C, n) unit rows; returns (C, n, K) with K = min(confusable, C - 1, n), float64-orthonormalised; a column is 0
+    where contrasts are dependent (two classes with the same prompt).
 
     Raises:
         ValueError: fewer than two classes.
@@ -215,8 +221,10 @@ def contrast_directions(texts: Tensor, confusable: int = 16) -> Tensor:
     similarity = (exact @ exact.T).fill_diagonal_(-math.inf)
     nearest = similarity.topk(min(confusable, classes - 1, width), dim=1).indices
     contrasts = exact[:, None, :] - exact[nearest]
-    directions: Tensor = torch.linalg.svd(contrasts.mT, full_matrices=False).U
-    return directions.to(texts.dtype)
+    directions, sizes, _ = torch.linalg.svd(contrasts.mT, full_matrices=False)
+    # Two classes with one prompt have no contrast; what the decomposition fills its column with means nothing.
+    real = sizes > 1e-6 * sizes[:, :1].clamp_min(1e-6)
+    return (directions * real[:, None, :]).to(texts.dtype)
 
 
 def random_directions(count: int, width: int, seed: int) -> Tensor:

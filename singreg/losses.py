@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from singreg.distributed import all_reduce_sum
 from singreg.geometry.angles import image_score
-from singreg.geometry.nullspace import Invariance, row_space_projection
+from singreg.geometry.nullspace import Invariance, NullSpace, row_space_projection
 from singreg.loss_terms import (
     DEFAULT_TERMS,
     PRESETS,
@@ -25,6 +25,8 @@ from singreg.loss_terms import (
     resolve_terms,
 )
 from singreg.translation.translator import LinearTranslator
+
+SMALLEST_REFERENCE = 0.1  # degrees
 
 __all__ = ["DEFAULT_TERMS", "PRESETS", "TERMS", "LossInputs", "Placebo", "SingLoss", "contrast_directions", "resolve_terms"]
 
@@ -43,14 +45,14 @@ class SingLoss(nn.Module):
         warmup_steps: steps with λ = 0. ramp_steps: steps of the cosine ramp from 0 to λ that follow.
         accumulation: forwards in one step, all with the same λ, for loops that accumulate gradients.
         confusable: K, how many nearest classes make a class's contrast directions.
-        momentum: of the running feature mean and class means.
+        momentum: of the running feature mean. class_momentum: of the class means, each of which moves only with its own pictures.
         placebo: "shuffled" or "random" replaces the prompts, contrasts included (see `loss_terms.placebo_texts`).
 
     Shapes: forward(features (B, m), labels (B,)) -> () in float32 or wider, outside autocast. Detached terms by name in
     `.last_terms`, with "sing" (their sum) and "sing_weight" (λ).
 
     Raises:
-        ValueError: unknown terms or placebo, shapes that do not fit, labels outside 0..C-1.
+        ValueError: unknown terms or placebo, shapes that do not fit, labels outside 0..C-1, a head without a null space.
 
     Example:
         >>> head = nn.Linear(8, 3)
@@ -88,6 +90,7 @@ class SingLoss(nn.Module):
         accumulation: int = 1,
         confusable: int = 16,
         momentum: float = 0.99,
+        class_momentum: float = 0.9,
         invariance: Invariance = "logits",
         placebo: Placebo = "none",
     ) -> None:
@@ -103,7 +106,8 @@ class SingLoss(nn.Module):
                 f"the translator's space; got {tuple(texts.shape)}"
             )
         self.weight, self.warmup_steps, self.ramp_steps, self.accumulation = weight, warmup_steps, ramp_steps, accumulation
-        self.momentum, self.invariance = momentum, invariance
+        self.momentum, self.class_momentum, self.invariance = momentum, class_momentum, invariance
+        NullSpace.from_weight(self.head_weight, invariance=invariance)  # says so where there is no null space
         texts = placebo_texts(texts.detach(), placebo)
         self.register_buffer("texts", texts.float(), persistent=False)
         random = random_directions(classes if "steer" in self.terms else 0, texts.shape[1], TARGET_SEED)
@@ -184,18 +188,26 @@ class SingLoss(nn.Module):
     def calibrate(self, mean: Tensor, class_means: Tensor, image_score_ref: Tensor) -> SingLoss:
         """Fix the references from the model before: μ (m,), class means (C, m), mean IS of each class (C,) in degrees.
 
-        Without this they are taken from the first batches seen. A class without a reference (NaN) takes the mean IS of the others.
+        Without this they are taken from the first batches seen. A class without a reference (NaN) takes the mean IS of the others;
+        one without a mean (NaN, as `fit_on_part` leaves it) begins with its first batch.
+
+        Raises:
+            ValueError: other shapes, a mean that is not finite, or no finite reference image score.
         """
         for name, value in (("mean", mean), ("class_means", class_means), ("image_score_ref", image_score_ref)):
             buffer = getattr(self, name)
             if value.shape != buffer.shape:
                 raise ValueError(f"calibrate: expected {name} {tuple(buffer.shape)}, got {tuple(value.shape)}")
             buffer.copy_(value)
+        if not bool(torch.isfinite(self.mean).all()):
+            raise ValueError("calibrate: the mean feature holds NaN or infinity")
+        met = torch.isfinite(self.class_means).all(1)
+        self.class_means.copy_(torch.where(met[:, None], self.class_means, self.mean))
         known = torch.isfinite(self.image_score_ref)
         if not known.any():
             raise ValueError("calibrate: no class has a finite reference image score")
         self.image_score_ref[~known] = self.image_score_ref[known].mean()
-        self.seen.fill_(1)
+        self.seen.copy_(met)
         return self
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -235,7 +247,7 @@ class SingLoss(nn.Module):
         batch_mean = sums.sum(0) / counts.sum()
         self.mean.copy_(batch_mean if bool(first.all()) else torch.lerp(batch_mean, self.mean, self.momentum))
         class_mean = sums / counts.clamp_min(1)[:, None]
-        moved = torch.where(first[:, None], class_mean, torch.lerp(class_mean, self.class_means, self.momentum))
+        moved = torch.where(first[:, None], class_mean, torch.lerp(class_mean, self.class_means, self.class_momentum))
         self.class_means.copy_(torch.where(present[:, None], moved, self.class_means))
         self.seen.copy_(torch.maximum(self.seen, present.to(self.seen)))
 
@@ -279,12 +291,17 @@ class SingLoss(nn.Module):
 
     @torch.no_grad()
     def _reference(self, z: Tensor, z_eq: Tensor, labels: Tensor) -> Tensor:
-        """IS_ref of each image's class; a class without one takes its first batch's (over all processes)."""
-        if bool(torch.isnan(self.image_score_ref).any()):
-            scores = image_score(z, z_eq).float()
-            sums = all_reduce_sum(torch.zeros_like(self.image_score_ref).index_add_(0, labels, scores))
+        """IS_ref of each image's class; a class without one takes its first training batch's (over all processes)."""
+        reference = self.image_score_ref
+        if bool(torch.isnan(reference).any()):
+            scores = image_score(z, z_eq).to(reference.dtype)
+            sums = all_reduce_sum(torch.zeros_like(reference).index_add_(0, labels, scores))
             counts = all_reduce_sum(torch.bincount(labels, minlength=len(sums)).to(sums))
-            new = torch.isnan(self.image_score_ref) & (counts > 0)
-            self.image_score_ref[new] = (sums / counts.clamp_min(1))[new]
+            found = (sums / counts.clamp_min(1)).clamp_min(SMALLEST_REFERENCE)
+            # A first batch of one is its own mean, so nothing moves: such a score serves this batch and is not kept.
+            if self.training:
+                kept = torch.isnan(reference) & (found > SMALLEST_REFERENCE)
+                reference[kept] = found[kept]
+            reference = torch.where(torch.isnan(reference), found, reference)
         # A class whose null moves nothing would divide by 0; a hundredth of a degree is far below what can be seen.
-        return self.image_score_ref[labels].to(z.dtype).clamp_min(0.01)
+        return reference[labels].to(z.dtype).clamp_min(0.01)

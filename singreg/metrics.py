@@ -41,25 +41,29 @@ def summarize_columns(sums: Tensor) -> dict[str, Tensor]:
 
 
 class _MeanScore(Metric):
-    """Mean of one score over images: a sum and a count in float64."""
+    """Mean of one score over images: a sum and a count in float64, the sum under the score's own name.
+
+    A MetricCollection merges metrics whose states agree on the first batch; states of different names it never compares.
+    """
 
     is_differentiable = False
     full_state_update = False
-    total: Tensor
     count: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, name: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self._sum = f"{name}_sum"
+        self.add_state(self._sum, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, scores: Tensor) -> None:
-        self.total += scores.detach().double().sum()
+        setattr(self, self._sum, getattr(self, self._sum) + scores.detach().double().sum())
         self.count += scores.numel()
 
     def compute(self) -> Tensor:
         """Mean in degrees, shape ()."""
-        return self.total / self.count
+        total: Tensor = getattr(self, self._sum)
+        return total / self.count
 
     def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
         """Draw the value as torchmetrics does; returns (figure, axes)."""
@@ -82,9 +86,9 @@ class AttributeScore(_MeanScore):
     """
 
     def __init__(self, part: Literal["signed", "negative", "positive", "absolute"] = "signed", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         if part not in ("signed", "negative", "positive", "absolute"):
             raise ValueError(f'part must be "signed", "negative", "positive" or "absolute", got {part!r}')
+        super().__init__(f"attribute_{part}", **kwargs)
         self.part = part
 
     def update(self, z: Tensor, z_eq: Tensor, text: Tensor) -> None:
@@ -104,6 +108,9 @@ class ImageScore(_MeanScore):
         90.0
     """
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("image", **kwargs)
+
     def update(self, z: Tensor, z_eq: Tensor) -> None:
         """Add a batch; both (B, n)."""
         self._add(image_score(z, z_eq))
@@ -115,8 +122,10 @@ class SemanticLeakage(Metric):
     Args:
         texts: (C, n) text embedding of each class's prompt, in the translator's target space.
 
-    Shapes: update(z (B, n), z_eq (B, n), labels (B,)); compute a dict of () tensors; `per_class()` a dict of (C,) tensors.
-    One state for all figures, so that no two of them can be merged by a MetricCollection (trap 6).
+    Shapes: update(z (B, n), z_eq (B, n), labels (B,)); compute a dict of () tensors: AS, AS_neg, AS_pos, AS_abs, IS, AS_std, IS_std in
+    degrees, kappa, kappa_std, ratio (mean IS / mean |AS|), count; `per_class()` the same of (C,) tensors; `quantile("AS", 0.95)`.
+    On several processes read `per_class` and `quantile` inside `with metric.sync_context():`.
+    One state for all figures, so that no two of them can be merged by a MetricCollection.
 
     Raises:
         ValueError: labels outside 0..C-1, or shapes that do not fit.

@@ -58,6 +58,79 @@ def test_value_and_gradients_are_those_of_the_slow_formula(term: str) -> None:
         assert theirs.abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_class_share_is_the_between_class_share_with_its_whole_gradient(share: float) -> None:
+    """Its running class means carry no gradient, yet descent must lower the true share, also where class is most of the null."""
+    sing, head, _, _ = setup(terms={"class_share": 1.0}, momentum=0.0, class_momentum=0.0)
+    labels = torch.arange(20) % C
+    noise = torch.randn(20, M, dtype=torch.float64)
+    for _ in range(20):  # classes of equal size whose noise has mean 0, so that `share` is what it says
+        noise -= torch.stack([noise[labels == y].mean(0) for y in labels.tolist()])
+    anchors = torch.randn(C, M, dtype=torch.float64)[labels]
+    features = (anchors * math.sqrt(share) + noise * math.sqrt(1 - share)).requires_grad_()
+    value = sing.train()(features, labels)
+    true = formulas.between_class_share(features, labels, head.weight.detach())
+    torch.testing.assert_close(value, true, atol=1e-6, rtol=1e-6)
+    (got,), (expected,) = torch.autograd.grad(value, features), torch.autograd.grad(true, features)
+    torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-4)
+    with torch.no_grad():
+        stepped = formulas.between_class_share(features - 1e-2 * got / got.norm(), labels, head.weight)
+    assert stepped < true
+
+
+@pytest.mark.parametrize("width", [C, C - 2])
+def test_a_head_without_a_null_space_is_refused(width: int) -> None:
+    with pytest.raises(ValueError, match="no null space"):
+        SingLoss(nn.Linear(width, C), LinearTranslator(torch.randn(N, width), torch.zeros(N)), torch.randn(C, N))
+
+
+def test_shares_of_an_empty_null_space_are_zero_and_have_finite_gradients() -> None:
+    sing, head, _, labels = setup(terms={"class_share": 1.0, "null_share": 1.0, "leak": 1.0, "null_energy": 1.0})
+    for scale in (0.0, 1e-13, 1e-7):
+        features = (torch.randn(B, C, dtype=torch.float64) @ head.weight.detach() + scale * torch.randn(B, M)).float()
+        sing.calibrate(features.mean(0), features.mean(0).expand(C, M), torch.ones(C))
+        features.requires_grad_()
+        loss = sing.float()(features, labels)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert torch.isfinite(features.grad).all()
+
+
+def test_references_are_kept_only_from_training_batches_in_which_something_moves() -> None:
+    sing, _, features, labels = setup(terms={"band": 1.0, "hinge": 1.0})
+    sing.image_score_ref.fill_(math.nan), sing.mean.zero_(), sing.seen.zero_()
+    assert torch.isfinite(sing.eval()(features, labels))
+    assert torch.isnan(sing.image_score_ref).all()  # looking does not set a reference
+    single = sing.train()(features[:1], labels[:1])  # its own mean: nothing moves
+    assert torch.isfinite(single)
+    assert torch.isnan(sing.image_score_ref).all()
+    assert float(sing(features, labels)) < 100
+    assert (sing.image_score_ref > 0.1).all()
+
+
+def test_a_class_without_a_mean_begins_with_its_first_batch() -> None:
+    sing, _, features, labels = setup(terms={"class_share": 1.0})
+    means = torch.randn(C, M)
+    means[2] = math.nan
+    sing.calibrate(features.detach().mean(0), means, torch.ones(C))
+    assert torch.isfinite(sing(features, labels))
+    sing.train()(features, labels)
+    torch.testing.assert_close(sing.class_means[2].double(), features.detach()[labels == 2].mean(0), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="mean feature holds NaN"):
+        sing.calibrate(torch.full((M,), math.nan), means, torch.ones(C))
+
+
+def test_two_classes_with_one_prompt_add_no_direction_of_their_own() -> None:
+    texts = nn.functional.normalize(torch.randn(4, 9, dtype=torch.float64), dim=1)
+    texts[1] = texts[0]
+    for count in (1, 2, 3):
+        found = contrast_directions(texts, count)[0]
+        contrasts = torch.stack([texts[0] - texts[j] for j in (2, 3)], dim=1)
+        basis = torch.linalg.qr(contrasts).Q
+        torch.testing.assert_close(basis @ (basis.T @ found), found, atol=1e-9, rtol=0)  # nothing outside the contrasts' span
+        assert int((found.norm(dim=0) > 0.5).sum()) == min(count - 1, 2)
+
+
 @pytest.mark.parametrize("term", ["leak", "hinge", "attribute", "band", "class_share", "capacity"])
 def test_gradcheck_to_weight_and_features(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numerical and analytic derivatives agree in float64; the scale that leak holds fixed is a constant for both."""
@@ -127,7 +200,8 @@ def test_rank_deficient_head_still_gives_gradients_to_features(deficient: bool) 
         with torch.no_grad():
             head.weight[3:] = head.weight[:2]
     sing(features, labels).backward()
-    assert (head.weight.grad is None) == deficient
+    assert torch.isfinite(head.weight.grad).all()
+    assert head.weight.grad.abs().max() > 0
     assert torch.isfinite(features.grad).all()
     assert features.grad.abs().max() > 0
 

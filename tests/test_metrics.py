@@ -56,14 +56,20 @@ def test_simple_metrics_and_collections() -> None:
     assert float(image.compute()) == pytest.approx(float(image_score(z, z_eq).mean()), rel=1e-6)
     with pytest.raises(ValueError, match="sideways"):
         AttributeScore("sideways")  # type: ignore[arg-type]
-    # Trap 6: two that agree on the first batch (AS = 0 there) must not be merged.
-    group = MetricCollection(
-        {"abs": AttributeScore("absolute"), "signed": AttributeScore("signed")}, compute_groups=False
-    )
-    group.update(z[:1], z[:1], texts[labels[:1]])
-    group.update(z, z_eq, texts[labels])
-    values = group.compute()
-    assert values["abs"] > values["signed"]
+
+
+def test_a_collection_never_merges_scores_that_agree_on_the_first_batch() -> None:
+    texts, z, z_eq, labels = data()
+    parts = ("signed", "negative", "positive", "absolute")
+    score = attribute_score(z, z_eq, texts[labels])
+    harmful = score < 0  # of these alone |AS| and AS⁻ are the same number
+    pair = MetricCollection({part: AttributeScore(part) for part in parts})
+    pair.update(z[harmful], z_eq[harmful], texts[labels[harmful]])
+    pair.update(z, z_eq, texts[labels])
+    assert sorted(map(len, pair.compute_groups.values())) == [1, 1, 1, 1]
+    both = torch.cat([score[harmful], score])
+    for part, value in {"signed": both, "negative": torch.relu(-both), "positive": torch.relu(both), "absolute": both.abs()}.items():
+        assert float(pair[part].compute()) == pytest.approx(float(value.mean()), rel=1e-6)
 
 
 def test_states_are_tensors_in_float64_and_nothing_is_saved_or_trained() -> None:

@@ -160,7 +160,8 @@ class NullSpace(nn.Module):
     def component(self, features: Tensor) -> Tensor:
         """The null component Π_n f = f - Q Qᵀ f. Shapes: (..., m) to (..., m), dtype kept, computed in float64."""
         exact = self._check(features)
-        return (exact - (exact @ self.basis) @ self.basis.T).to(features.dtype)
+        with torch.autocast(exact.device.type, enabled=False):
+            return (exact - (exact @ self.basis) @ self.basis.T).to(features.dtype)
 
     def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(Π_p f, Π_n f): row-space and null parts that sum to f. Shapes: (..., m) to two (..., m)."""
@@ -196,11 +197,12 @@ class _RowSpaceProjection(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, factor, coefficients, null = ctx.saved_tensors
         gradient = gradients[0]
-        gradient_coefficients = _least_squares(weight, gradient, factor)
-        projected = gradient_coefficients @ weight
-        to_weight = None
-        if ctx.needs_input_grad[0]:
-            to_weight = gradient_coefficients.T @ null + coefficients.T @ (gradient - projected)
+        with torch.autocast(weight.device.type, enabled=False):  # for those who call backward inside one
+            gradient_coefficients = _least_squares(weight, gradient, factor)
+            projected = gradient_coefficients @ weight
+            to_weight = None
+            if ctx.needs_input_grad[0]:
+                to_weight = gradient_coefficients.T @ null + coefficients.T @ (gradient - projected)
         return to_weight, projected, None
 
 
@@ -214,9 +216,9 @@ def _least_squares(weight: Tensor, x: Tensor, factor: Tensor) -> Tensor:
 def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invariance = "logits") -> Tensor:
     """Π_p f = Wᵀ (W Wᵀ)⁻¹ W f, differentiable in W and in f, without an m x m matrix (METHOD section 6).
 
-    One C x C Cholesky factor and thin products; the gradient is closed-form. An ill-conditioned head (estimated cond(W) above
-    300 in float32) is factored by a QR of Wᵀ in float64 instead. A numerically rank-deficient head, or one with C >= m, has no
-    derivative of its projector: there W's basis is held fixed and only f gets a gradient.
+    One C x C Cholesky factor and thin products; the gradient is closed-form. An ill-conditioned head (its cheap lower bound of
+    cond(W) above 30 in float32) is factored by a QR of Wᵀ in float64 instead. In a numerically rank-deficient head the singular
+    directions that are kept carry the gradient; those of rounding noise, along which the projector has no derivative, carry none.
 
     Shapes: weight (C, m), features (..., m); returns (..., m) in the dtype of `features` (at least float32).
 
@@ -230,6 +232,11 @@ def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invari
     """
     if features.shape[-1] != weight.shape[-1]:
         raise ValueError(f"features {tuple(features.shape)} do not fit the head weight {tuple(weight.shape)}")
+    with torch.autocast(features.device.type, enabled=False):  # in bfloat16 an "equivalent" feature moves the logits
+        return _projected(weight, features, invariance)
+
+
+def _projected(weight: Tensor, features: Tensor, invariance: Invariance) -> Tensor:
     dtype = torch.promote_types(features.dtype, torch.float32)
     rows = _rows_of(weight.to(dtype), invariance)
     flat = features.to(dtype).reshape(-1, features.shape[-1])
@@ -238,7 +245,7 @@ def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invari
             factor, failed = torch.linalg.cholesky_ex(rows @ rows.T)
             diagonal = torch.diagonal(factor)
         # max/min of the factor's diagonal is a lower bound of cond(W) that comes free.
-        limit = 300.0 if dtype == torch.float32 else 1e6
+        limit = 30.0 if dtype == torch.float32 else 1e6
         if not bool(failed) and bool(diagonal.max() <= limit * diagonal.min()):
             return _project(rows, flat, factor).reshape(features.shape)
     return _project_ill_conditioned(rows, flat).reshape(features.shape)
@@ -250,7 +257,7 @@ def _project(rows: Tensor, flat: Tensor, factor: Tensor) -> Tensor:
 
 
 def _project_ill_conditioned(rows: Tensor, flat: Tensor) -> Tensor:
-    """Through a QR of Wᵀ in float64; with W's basis held fixed where its rank is not full."""
+    """Through a QR of Wᵀ in float64; through the singular directions above the tolerance where its rank is not full."""
     exact, wide = rows.to(torch.float64), flat.to(torch.float64)
     tolerance = max(exact.shape) * torch.finfo(rows.dtype).eps
     with torch.no_grad():
@@ -261,8 +268,15 @@ def _project_ill_conditioned(rows: Tensor, flat: Tensor) -> Tensor:
         factor = (torch.sign(torch.diagonal(triangle))[:, None] * triangle).T
     if full_rank:
         return _project(exact, wide, factor).to(flat.dtype)
-    basis = NullSpace.from_weight(exact, rtol=tolerance, allow_empty=True).basis
-    return ((wide @ basis) @ basis.T).to(flat.dtype)
+    with torch.no_grad():
+        left, sigma, _ = torch.linalg.svd(exact, full_matrices=False)
+        rank = int((sigma > tolerance * sigma[:1]).sum())
+    if not rank:
+        return torch.zeros_like(flat)
+    kept = left[:, :rank].T @ exact  # (r, m), of full rank; what is left out of W's rows is rounding noise
+    with torch.no_grad():
+        factor = torch.diag(sigma[:rank])
+    return _project(kept, wide, factor).to(flat.dtype)
 
 
 def null_share(features: Tensor, null: Tensor) -> Tensor:

@@ -30,8 +30,13 @@ def feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, standardize: Stan
     Shapes: scatter about the mean (m, m), raw second moments Σ f fᵀ (m, m), count ().
 
     Raises:
-        ValueError: a basis that is not (m, r).
+        ValueError: a basis that is not (m, r), or something else than a boolean and a basis.
     """
+    if not isinstance(standardize, bool | Tensor):
+        raise ValueError(
+            "standardize: expected False, True or a row-space basis (m, r) such as NullSpace.from_weight(W).basis, got "
+            f"{standardize!r}; names are what fit_on_part takes"
+        )
     if isinstance(standardize, Tensor):
         return _by_block(scatter, raw, count, standardize)
     variance = torch.diagonal(scatter) / count

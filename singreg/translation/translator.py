@@ -67,9 +67,10 @@ class LinearTranslator(Translator):
         return self.matrix.shape[0]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Translated features. Shapes: (..., m) to (..., n)."""
+        """Translated features, outside autocast: angles of a degree are lost in bfloat16. Shapes: (..., m) to (..., n)."""
         self.check_width(features)
-        return nn.functional.linear(features, self.matrix.to(features), self.offset.to(features))
+        with torch.autocast(features.device.type, enabled=False):
+            return nn.functional.linear(features, self.matrix.to(features), self.offset.to(features))
 
     def save(self, path: str | Path) -> None:
         """Write A, a (float32) and the info to a safetensors file at the path, atomically."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -122,14 +124,58 @@ def test_projection_in_float32_is_accurate_at_every_conditioning(spread: float) 
     assert torch.isfinite(leaf.grad).all()
 
 
-def test_rank_deficient_head_gets_a_detached_basis() -> None:
-    weight, features = random_weight(6, 10, rank=4).requires_grad_(), torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
+def test_rank_deficient_head_keeps_the_gradient_of_every_change_that_keeps_its_rank() -> None:
+    left, right = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
+    projected = row_space_projection(left @ right, features)
+    torch.testing.assert_close(features - projected, features @ formulas.null_projector((left @ right).detach(), 1e-9), atol=1e-9, rtol=0)
+    assert torch.autograd.gradcheck(lambda r, f: row_space_projection(left @ r, f), (right, features))
+    # The full-rank factor has the same row space, so the same derivative.
+    wanted = torch.autograd.grad(row_space_projection(right, features).square().sum(), right)
+    found = torch.autograd.grad(row_space_projection(left @ right, features).square().sum(), right)
+    torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-7)
+    nothing = torch.zeros(3, 10, dtype=torch.float64, requires_grad=True)
+    assert not row_space_projection(nothing, features).any()
+
+
+def test_a_head_whose_mean_row_is_rounding_noise_has_the_gradient_of_its_contrasts() -> None:
+    """Cross-entropy keeps the mean row of a head that began at 0 there, which is most heads trained from scratch."""
+    weight = random_weight(6, 20).float()
+    weight -= weight.mean(0)
+    weight += 1e-8 * torch.randn(6, 20)
+    weight.requires_grad_()
+    features = torch.randn(5, 20)
+    found = torch.autograd.grad(row_space_projection(weight, features).square().sum(), weight)[0]
+    wanted = torch.autograd.grad(row_space_projection(weight, features, invariance="softmax").square().sum(), weight)[0]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+    assert wanted.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("condition", [10.0, 100.0, 1e3, 3e3])
+def test_float32_projection_and_gradient_are_right_at_every_condition(condition: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    left = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(60, 40, generator=generator, dtype=torch.float64)).Q.T
+    exact = (left * torch.logspace(0, -math.log10(condition), 40, dtype=torch.float64)) @ right
+    weight = exact.float().requires_grad_()
+    features = torch.randn(9, 60, generator=generator)
     projected = row_space_projection(weight, features)
-    torch.testing.assert_close(features - projected, features @ formulas.null_projector(weight, 1e-9), atol=1e-9, rtol=0)
-    projected.sum().backward()
-    assert weight.grad is None
-    torch.testing.assert_close(features.grad, row_space_projection(weight, torch.ones_like(features)))
-    assert torch.autograd.gradcheck(lambda f: row_space_projection(weight.detach(), f), (features,))
+    wide = weight.detach().double().requires_grad_()
+    wanted = row_space_projection(wide, features.double())
+    assert float(((projected - wanted).norm() / wanted.norm()).detach()) < 1e-5 * condition**0.5
+    target = torch.randn(9, 60, generator=generator)
+    found = torch.autograd.grad((projected * target).sum(), weight)[0]
+    expected = torch.autograd.grad((wanted * target).sum(), wide)[0]
+    assert float((found - expected).norm() / expected.norm()) < 1e-4 * condition**0.5
+
+
+def test_autocast_does_not_round_the_projection() -> None:
+    weight, features = random_weight(6, 20).float(), torch.randn(5, 20)
+    space = NullSpace.from_weight(weight)
+    wanted, component = row_space_projection(weight, features), space.component(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(row_space_projection(weight, features), wanted)
+        assert torch.equal(space.component(features), component)
 
 
 def test_more_classes_than_features_projects_to_everything() -> None:

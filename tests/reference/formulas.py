@@ -36,6 +36,14 @@ def projection(weight: Tensor, features: Tensor) -> Tensor:
     return features @ (torch.linalg.pinv(weight) @ weight)
 
 
+def between_class_share(features: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Between-class over total scatter of the centred null components, from the definition: class means of these very rows."""
+    null = features - features.mean(0)
+    null = null - null @ torch.linalg.pinv(weight) @ weight
+    means = torch.stack([null[labels == y].mean(0) for y in labels.tolist()])
+    return means.square().sum() / null.square().sum()
+
+
 def sing_terms(
     features: Tensor,
     labels: Tensor,
@@ -53,6 +61,10 @@ def sing_terms(
     project = torch.linalg.pinv(weight) @ weight
     text = texts / texts.norm(dim=1, keepdim=True)
     rows = []
+
+    def shared(null: Tensor, anchor: Tensor) -> Tensor:
+        return 2 * null @ anchor - anchor @ anchor
+
     for f, y in zip(features, labels.tolist(), strict=True):
         centred = f - mean
         null = centred - centred @ project
@@ -74,7 +86,7 @@ def sing_terms(
             (
                 energy(shift), energy(total).detach(), torch.relu(eq_to_text - to_text) / reference[y],
                 torch.relu(0.9 - image / reference[y]) ** 2 + torch.relu(image / reference[y] - 1.5) ** 2,
-                null @ (anchor - anchor @ project).detach(), null @ null, centred @ centred,
+                shared(null, (anchor - anchor @ project).detach()), null @ null, centred @ centred,
                 (eq_to_text - to_text).abs() / reference[y],
             )
         )  # fmt: skip
