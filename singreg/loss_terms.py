@@ -224,7 +224,8 @@ def contrast_directions(texts: Tensor, confusable: int = 16) -> Tensor:
     directions, sizes, _ = torch.linalg.svd(contrasts.mT, full_matrices=False)
     # Two classes with one prompt have no contrast; what the decomposition fills its column with means nothing.
     real = sizes > 1e-6 * sizes[:, :1].clamp_min(1e-6)
-    return (directions * real[:, None, :]).to(texts.dtype)
+    found: Tensor = directions * real[:, None, :]
+    return found.to(texts.dtype)
 
 
 def random_directions(count: int, width: int, seed: int) -> Tensor:

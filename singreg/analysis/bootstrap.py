@@ -1,4 +1,4 @@
-"""Bootstrap intervals over images: of means and of paired differences and ratios of means (METHOD section 8.7)."""
+"""Bootstrap intervals over images clustered in classes: of means, of paired differences and of ratios of means (METHOD section 8.7)."""
 
 from __future__ import annotations
 
@@ -8,45 +8,90 @@ Interval = tuple[float, float, float]
 DRAWN_TOGETHER = 2**16
 
 
-def resampled_means(columns: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+def resampled_means(
+    columns: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
+) -> np.ndarray:
     """Means of each column over images drawn with replacement, the same draw for every column (paired).
 
+    With `groups` (N,), the images' classes: classes are drawn first, then images within each. Images of one class resemble each
+    other, so an interval that draws them as if they did not is too narrow for any statement about other classes than these.
+
     Shapes: columns (N, k) to (resamples, k), float64. Memory O(N), however many draws there are.
+
+    Raises:
+        ValueError: groups of another length than the columns.
     """
     rng = np.random.default_rng(seed)
     count = len(columns)
+    if groups is not None and len(groups) != count:
+        raise ValueError(f"expected a group for each of {count} images, got {len(groups)}")
+    clusters = None if groups is None or not count else _Clusters(groups)
     means = np.empty((resamples, columns.shape[1]))
     together = max(1, DRAWN_TOGETHER // max(count, 1))  # the draws are the same however many are taken at a time
     for start in range(0, resamples, together):
-        draws = rng.integers(0, count, (min(together, resamples - start), count))
-        places = draws + count * np.arange(len(draws))[:, None]
-        weights = np.bincount(places.ravel(), minlength=draws.size).reshape(draws.shape)
-        means[start : start + len(draws)] = weights @ columns / count
+        size = min(together, resamples - start)
+        if clusters is None:
+            draws = rng.integers(0, count, (size, count))
+            places = draws + count * np.arange(size)[:, None]
+            weights = np.bincount(places.ravel(), minlength=size * count).reshape(size, count)
+            means[start : start + size] = weights @ columns / count
+        else:
+            for row in range(start, start + size):
+                weights = clusters.weights(rng)
+                means[row] = weights @ columns / weights.sum()
     return means
 
 
-def mean_interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Interval:
-    """(mean, low, high) of values (N,) with the 95 % percentile interval, in the unit of `values`."""
-    low, high = np.quantile(resampled_means(values[:, None], resamples=resamples, seed=seed), [0.025, 0.975])
+class _Clusters:
+    """Images (N,) sorted by group, to draw groups and then images within them."""
+
+    def __init__(self, groups: np.ndarray) -> None:
+        _, self.sizes = np.unique(groups, return_counts=True)
+        self.order = np.argsort(groups, kind="stable")
+        self.starts = np.cumsum(self.sizes) - self.sizes
+
+    def weights(self, rng: np.random.Generator) -> np.ndarray:
+        """How often each image is drawn, (N,)."""
+        drawn = rng.integers(0, len(self.sizes), len(self.sizes))
+        size = np.repeat(self.sizes[drawn], self.sizes[drawn])
+        places = np.repeat(self.starts[drawn], self.sizes[drawn]) + (rng.random(len(size)) * size).astype(np.int64)
+        return np.bincount(self.order[places], minlength=len(self.order))
+
+
+def mean_interval(
+    values: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """(mean, low, high) of values (N,) with the 95 % percentile interval, in the unit of `values`; groups as `resampled_means`."""
+    drawn = resampled_means(values[:, None], groups=groups, resamples=resamples, seed=seed)
+    low, high = np.quantile(drawn, [0.025, 0.975])
     return float(values.mean()), float(low), float(high)
 
 
-def paired_difference(after: np.ndarray, before: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Interval:
+def paired_difference(
+    after: np.ndarray, before: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
+) -> Interval:
     """(mean(after) - mean(before), low, high), paired by image; both (N,) in the same order and unit."""
-    return mean_interval(np.asarray(after, np.float64) - before, resamples=resamples, seed=seed)
+    return mean_interval(np.asarray(after, np.float64) - before, groups=groups, resamples=resamples, seed=seed)
 
 
-def paired_ratio(after: np.ndarray, before: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Interval:
+def paired_ratio(
+    after: np.ndarray, before: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
+) -> Interval:
     """(mean(after) / mean(before), low, high): a ratio of means, never a mean of ratios; both (N,), no unit.
 
     `before` is not negative. NaN where it is 0 everywhere; infinite at an end that the pictures do not bound.
     """
     columns = np.stack([after, before], axis=1).astype(np.float64)
-    means = np.concatenate([columns.mean(0, keepdims=True), resampled_means(columns, resamples=resamples, seed=seed)])
+    drawn = resampled_means(columns, groups=groups, resamples=resamples, seed=seed)
+    return ratio_interval(columns.mean(0), drawn) if columns[:, 1].any() else (np.nan, np.nan, np.nan)
+
+
+def ratio_interval(means: np.ndarray, drawn: np.ndarray) -> Interval:
+    """(first / second, low, high) of two means (2,) and their resampled ones (resamples, 2)."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        value, *ratios = means[:, 0] / means[:, 1]
-        defined = np.array(ratios)[~np.isnan(ratios)]
-        if not columns[:, 1].any() or not len(defined):
+        value, ratios = means[0] / means[1], drawn[:, 0] / drawn[:, 1]
+        defined = ratios[~np.isnan(ratios)]
+        if not len(defined):
             return np.nan, np.nan, np.nan
         ends = np.quantile(defined, [0.025, 0.975])
     low, high = np.where(np.isnan(ends), np.inf, ends)  # between two infinite draws numpy interpolates to NaN

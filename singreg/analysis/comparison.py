@@ -31,21 +31,40 @@ def compare_arms(measurements: Mapping[str, ModelMeasurement]) -> list[Compariso
             "IS ratio": (after.rows[f"IS/{translator}"], reference.rows[f"IS/{translator}"]),
             "IS centred ratio": (after.rows[f"{CENTRED}IS/{translator}"], reference.rows[f"{CENTRED}IS/{translator}"]),
         }
-        found += [Comparison(name, translator, *paired_ratio(*pair), unit="×") for name, pair in pairs.items()]
-        difference = paired_difference(*pairs["AS⁻ ratio"])
+        classes = reference.rows["label"]
+        found += [Comparison(name, translator, *paired_ratio(*pair, groups=classes), unit="×") for name, pair in pairs.items()]
+        difference = paired_difference(*pairs["AS⁻ ratio"], groups=classes)
         found.append(Comparison("AS⁻ difference", translator, *difference, unit="°"))
     return found
 
 
 def _points(after: ModelMeasurement, reference: ModelMeasurement) -> tuple[float, float, float]:
-    value, low, high = paired_difference(100 * after.rows["correct"], 100 * reference.rows["correct"])
+    hits = (100 * after.rows["correct"], 100 * reference.rows["correct"])
+    value, low, high = paired_difference(*hits, groups=reference.rows["label"])
     return value, low, high
 
 
-def verdict(measurements: Mapping[str, ModelMeasurement], *, trained: bool = True) -> list[str]:
+def no_claim(pictures: int, features: int, images_per_feature: float) -> str | None:
+    """Why an auditor fitted on that many pictures supports no claim; None where it does (no shapes).
+
+    Example:
+        >>> no_claim(500, 100, 6.0)
+        'No claim: the auditor has 500 pictures, 600 are needed (data.audit_per_class, data.unlabeled; of scenes data.scenes_audit).'
+    """
+    needed = math.ceil(images_per_feature * features)
+    if pictures >= needed:
+        return None
+    where = "data.audit_per_class, data.unlabeled; of scenes data.scenes_audit"
+    return f"No claim: the auditor has {pictures} pictures, {needed} are needed ({where})."
+
+
+def verdict(
+    measurements: Mapping[str, ModelMeasurement], *, images_per_feature: float = 0.0, trained: bool = True
+) -> list[str]:
     """Three or four sentences: what leaks, what the loss changed by the auditor's reading, at what price (degrees, points).
 
-    Without training (`trained=False`) there is nothing to compare, and it says so in place of the other sentences.
+    Without training (`trained=False`) there is nothing to compare, and it says so in place of the other sentences. An auditor of
+    fewer than `images_per_feature` pictures a feature supports no claim, which then stands in place of the effect.
     """
     before, after = measurements["before"], measurements["sing"]
     auditor = before.translators["auditor"].overall
@@ -63,8 +82,10 @@ def verdict(measurements: Mapping[str, ModelMeasurement], *, trained: bool = Tru
     if math.isnan(harm.value):  # nothing to divide by: the other arm leaks nowhere
         harm, neutral = found["AS⁻ difference", "auditor"], 0
     direction = "lower" if harm.high < neutral else "higher" if harm.low > neutral else "not distinguishable"
+    refused = [no_claim(m.translators["auditor"].fit_images, m.head.features, images_per_feature) for m in (before, after)]
     sentences.append(
-        f"Against {against}, SingLoss leaves an AS⁻ that is {direction}: {harm.value:.2f}{harm.unit} [{harm.low:.2f}, {harm.high:.2f}] "
+        next(filter(None, refused), None)
+        or f"Against {against}, SingLoss leaves an AS⁻ that is {direction}: {harm.value:.2f}{harm.unit} [{harm.low:.2f}, {harm.high:.2f}] "
         f"by the auditor ({after.translators['auditor'].overall['AS_neg']:.2f}°), with IS {image.value:.2f}× "
         f"[{image.low:.2f}, {image.high:.2f}]."
     )

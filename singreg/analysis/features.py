@@ -52,6 +52,12 @@ def process_share(count: int) -> np.ndarray:
     return np.arange(rank, count, world)
 
 
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` indices, evenly from first to last: parts are sorted by class, so the first ones are of few. (n,) int64."""
+    spread: np.ndarray = np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
+    return spread
+
+
 @torch.no_grad()
 def iterate_features(
     classifier: Classifier, part: ImagePart, embeddings: np.ndarray, settings: PassSettings, description: str

@@ -143,16 +143,17 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits, *, res
 
 def _information(table: Rows, labelled: np.ndarray, shift: float, fits: BlockFits, resamples: int) -> UniqueInformation:
     residuals = np.stack([table[f"r2 {name}"] for name in BLOCKS] + [table["spread"]], axis=1)
-    drawn = np.concatenate([residuals.mean(0)[None], resampled_means(residuals, resamples=resamples)])
+    drawn = np.concatenate([residuals.mean(0)[None], resampled_means(residuals, groups=table["label"], resamples=resamples)])
     r2 = 1 - drawn[:, :3] / (drawn[:, 3:] - shift)
     values = {**{f"r2 {name}": r2[:, place] for place, name in enumerate(BLOCKS)}, "unique": r2[:, 0] - r2[:, 1]}
     intervals = {name: np.quantile(value[1:], [0.025, 0.975]).tolist() for name, value in values.items()}
     hits = {name: table[f"accuracy {name}"][labelled] for name in BLOCKS}
+    classes = table["label"][labelled]
     majority = fits.probes["features"].majority
     hits["chance"] = (table["label"][labelled] == majority).astype(np.float64)
     for name, hit in hits.items():
-        intervals["chance" if name == "chance" else f"accuracy {name}"] = list(mean_interval(hit, resamples=resamples)[1:])
-    gain = paired_difference(hits["features"], hits["row_space"], resamples=resamples)
+        intervals["chance" if name == "chance" else f"accuracy {name}"] = list(mean_interval(hit, groups=classes, resamples=resamples)[1:])
+    gain = paired_difference(hits["features"], hits["row_space"], groups=classes, resamples=resamples)
     intervals["unique_accuracy"] = list(gain[1:])
     return UniqueInformation(
         r2={name: float(values[f"r2 {name}"][0]) for name in BLOCKS},

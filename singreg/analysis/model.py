@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.bootstrap import mean_interval, paired_ratio
-from singreg.analysis.features import FeatureBatch, PassSettings, gathered, iterate_features
+from singreg.analysis.bootstrap import mean_interval, ratio_interval, resampled_means
+from singreg.analysis.features import FeatureBatch, PassSettings, evenly, gathered, iterate_features
 from singreg.analysis.results import CENTRED, HeadSummary, ModelMeasurement, Rows, SteeringSummary, TranslatorScores
 from singreg.analysis.steering.pairs import measure_steering
 from singreg.data.parts import ImagePart
@@ -101,20 +101,24 @@ class _TranslatorPass:
 
 
 def _intervals(rows: Rows, name: str) -> dict[str, list[float]]:
-    """95 % bootstrap intervals over images of each overall figure, of the paper's removal and of the centred one."""
-    intervals: dict[str, list[float]] = {}
+    """95 % bootstrap intervals of each overall figure, of the paper's removal and of the centred one: images clustered in classes."""
+    columns: dict[str, np.ndarray] = {}
     for kind in ("", CENTRED):
         attribute, image, kappa = (rows[f"{kind}{figure}/{name}"] for figure in ROW_FIGURES)
-        columns = {
-            "AS": attribute,
-            "AS_neg": np.maximum(-attribute, 0),
-            "AS_pos": np.maximum(attribute, 0),
-            "AS_abs": np.abs(attribute),
-            "IS": image,
-            "kappa": kappa,
+        columns |= {
+            f"{kind}AS": attribute,
+            f"{kind}AS_neg": np.maximum(-attribute, 0),
+            f"{kind}AS_pos": np.maximum(attribute, 0),
+            f"{kind}AS_abs": np.abs(attribute),
+            f"{kind}IS": image,
+            f"{kind}kappa": kappa,
         }
-        intervals |= {f"{kind}{key}": list(mean_interval(values)[1:]) for key, values in columns.items()}
-        intervals[f"{kind}ratio"] = list(paired_ratio(image, np.abs(attribute))[1:])
+    table = np.stack(list(columns.values()), axis=1).astype(np.float64)
+    drawn = resampled_means(table, groups=rows["label"])  # one draw for all of them
+    intervals = {key: np.quantile(drawn[:, place], [0.025, 0.975]).tolist() for place, key in enumerate(columns)}
+    for kind in ("", CENTRED):
+        pair = [list(columns).index(f"{kind}{figure}") for figure in ("IS", "AS_abs")]
+        intervals[f"{kind}ratio"] = list(ratio_interval(table[:, pair].mean(0), drawn[:, pair])[1:])
     return intervals
 
 
@@ -146,7 +150,8 @@ def analyze_model(
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
     passes = {name: _TranslatorPass(translator, texts) for name, translator in translators.items()}
     columns: list[dict[str, np.ndarray]] = []
-    kept: list[FeatureBatch] = []
+    kept: list[Rows] = []
+    steered = evenly(len(part), STEERING_IMAGES)
     changes = [0.0, 0.0]
     for batch in gathered(iterate_features(classifier, part, embeddings, settings or PassSettings(), "measuring")):
         figures, equivalent, centred = _model_figures(batch, space, texts, mean)
@@ -155,11 +160,10 @@ def analyze_model(
         for name, running in passes.items():
             figures.update({f"{f}/{name}": v for f, v in running.update(batch, equivalent, centred).items()})
         columns.append({name: value.cpu().numpy() for name, value in figures.items()})
-        if int(batch.indices[0]) < STEERING_IMAGES:
-            kept.append(batch)
+        kept.append(_steered(batch, steered))
     rows = gather_rows(columns, sort_by="index")
     rows["image"] = np.array([part.identifier(int(i)) for i in rows["index"]])
-    accuracy = mean_interval(rows["correct"])
+    accuracy = mean_interval(rows["correct"], groups=rows["label"])
     return ModelMeasurement(
         images=len(rows["index"]),
         top1=accuracy[0],
@@ -209,28 +213,26 @@ def _logit_change(classifier: Classifier, features: Tensor, space: NullSpace) ->
     return float(wide.abs().max()), float(narrow.abs().max())
 
 
+def _steered(batch: FeatureBatch, chosen: np.ndarray) -> Rows:
+    """What steering needs of those pictures of a batch that are among the chosen indices."""
+    mine = np.isin(batch.indices.numpy(), chosen)
+    kept = torch.from_numpy(mine).to(batch.features.device)
+    features, labels = batch.features[kept].cpu().numpy(), batch.labels[kept].cpu().numpy()
+    return {"features": features, "labels": labels, "indices": batch.indices.numpy()[mine]}
+
+
 def _steering(
-    kept: list[FeatureBatch],
-    texts: Tensor,
-    space: NullSpace,
-    translators: Mapping[str, Translator],
-    degrees: float,
+    kept: list[Rows], texts: Tensor, space: NullSpace, translators: Mapping[str, Translator], degrees: float
 ) -> dict[str, SteeringSummary]:
-    """Table-1 steering for each translator as its own attacker and judge, on the first pictures of the part."""
+    """Table-1 steering for each translator as its own attacker and judge, on pictures from all over the part."""
     width = space.basis.shape[0]
     empty: Rows = {
         "features": np.zeros((0, width), np.float32),
         "labels": np.zeros(0, np.int64),
         "indices": np.zeros(0, np.int64),
     }
-    mine = [
-        {"features": b.features.cpu().numpy(), "labels": b.labels.cpu().numpy(), "indices": b.indices.numpy()} for b in kept
-    ]
-    rows = gather_rows(mine or [empty], sort_by="indices")
-    inside = rows["indices"] < STEERING_IMAGES
-    features, labels, indices = (
-        torch.from_numpy(rows[name][inside]).to(texts.device) for name in ("features", "labels", "indices")
-    )
+    rows = gather_rows(kept or [empty], sort_by="indices")
+    features, labels, indices = (torch.from_numpy(rows[name]).to(texts.device) for name in ("features", "labels", "indices"))
     return {
         name: measure_steering(
             features, labels, indices, texts=texts, null_space=space, attacker=translator, image_score=degrees

@@ -67,17 +67,17 @@ def measure_perturbations(
     null_space: NullSpace,
     translators: Mapping[str, AnyTranslator],
     sizes: Sequence[float] = SIZES,
-    images: int | None = IMAGES,
+    chosen: np.ndarray | None = None,
     seed: int = 0,
 ) -> PerturbationReport:
     """Move every picture by δ of norm ρ|f| in a null, a random and a row-space direction; read logits and translated angle.
 
     Each picture has one Gaussian vector of its own, fixed by seed and index: "random" is its direction, "null" and "principal"
     those of its two parts. Logits are those of f + δ and of f, both computed, so the null's change is what rounding leaves.
-    With the softmax's null space, changes are about their mean over classes. Exact over processes; the first `images` pictures
-    by index are used (None: all).
+    With the softmax's null space, changes are about their mean over classes. Exact over processes. Indices `chosen` limit the
+    pictures (None: all); `evenly(len(part), IMAGES)` are enough.
 
-    Shapes: weight (C, m). Angles in degrees.
+    Shapes: weight (C, m), chosen (n,). Angles in degrees.
 
     Raises:
         ValueError: sizes that are not above 0, or no pictures.
@@ -95,8 +95,10 @@ def measure_perturbations(
     rows = []
     with torch.no_grad():
         for batch in batches:
-            chosen = batch.indices < (images if images is not None else torch.iinfo(torch.int64).max)
-            features, indices = batch.features[chosen.to(batch.features.device)].double(), batch.indices[chosen]
+            mine = torch.ones(len(batch.indices), dtype=torch.bool)
+            if chosen is not None:
+                mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
+            features, indices = batch.features[mine.to(batch.features.device)].double(), batch.indices[mine]
             if not len(indices):
                 continue
             found = _picture_figures(features, indices, weight.detach().double(), null_space, translators, sizes, seed)

@@ -16,7 +16,7 @@ from singreg.analysis.analysis_findings import analysis_findings, analysis_warni
 from singreg.analysis.analysis_results import PRIMARY, AnalysisReport
 from singreg.analysis.chance import measure_chance
 from singreg.analysis.chance_results import ChanceReport
-from singreg.analysis.features import FeatureBatch, iterate_features
+from singreg.analysis.features import FeatureBatch, evenly, iterate_features
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.fitting_mlp import fit_mlp_on_part
 from singreg.analysis.information import fit_blocks, measure_information
@@ -31,6 +31,7 @@ from singreg.analysis.levels.joint import joint_distribution
 from singreg.analysis.levels.pairs import EquivalentPairs
 from singreg.analysis.model import analyze_model
 from singreg.analysis.passport import head_passport
+from singreg.analysis.perturbation import IMAGES as PERTURBED_IMAGES
 from singreg.analysis.perturbation import PerturbationReport, measure_perturbations
 from singreg.analysis.results import ModelMeasurement
 from singreg.analysis.steering.pairs import steering_targets
@@ -159,7 +160,7 @@ class Analysis:
             "perturbations",
             lambda: measure_perturbations(
                 self._batches("perturbing"), weight=bench.classifier.weight, null_space=space, translators=self.translators,
-                seed=self.config.seed,
+                chosen=evenly(len(bench.parts.test), PERTURBED_IMAGES), seed=self.config.seed,
             ),
         )  # fmt: skip
 

@@ -35,6 +35,45 @@ def test_means_are_those_of_the_plain_loop_however_many_draws_are_taken_at_once(
     assert not np.array_equal(resampled_means(columns, resamples=40, seed=4), resampled_means(columns, resamples=40, seed=3))
 
 
+def slow_clustered(columns: np.ndarray, groups: np.ndarray, resamples: int) -> np.ndarray:
+    """Draw classes, then pictures within each class drawn, in plain loops with numbers of their own."""
+    rng = np.random.default_rng(99)
+    names = np.unique(groups)
+    means = []
+    for _ in range(resamples):
+        drawn = [rng.choice(np.flatnonzero(groups == name), (groups == name).sum()) for name in rng.choice(names, len(names))]
+        means.append(columns[np.concatenate(drawn)].mean(0))
+    return np.stack(means)
+
+
+def test_pictures_are_clustered_in_their_classes() -> None:
+    rng = np.random.default_rng(4)
+    groups = rng.permutation(np.repeat(np.arange(12), rng.integers(3, 40, 12)))
+    columns = rng.normal(0, 3, 12)[groups][:, None] + rng.normal(0, 1, (len(groups), 2))
+    found, slow = resampled_means(columns, groups=groups, resamples=4000, seed=1), slow_clustered(columns, groups, 4000)
+    np.testing.assert_allclose(found.mean(0), slow.mean(0), atol=0.1)
+    np.testing.assert_allclose(found.std(0), slow.std(0), rtol=0.08)
+    assert found.std(0).min() > 3 * resampled_means(columns).std(0).max()  # the control: what drawing pictures alone would say
+    alone = resampled_means(columns, groups=np.arange(len(groups)), resamples=4000)  # every picture a class of its own
+    np.testing.assert_allclose(alone.std(0), resampled_means(columns, resamples=4000).std(0), rtol=0.08)
+    one = resampled_means(columns, groups=np.zeros(len(groups)), resamples=4000)  # one class for all
+    np.testing.assert_allclose(one.std(0), resampled_means(columns, resamples=4000).std(0), rtol=0.08)
+    with pytest.raises(ValueError, match=f"a group for each of {len(groups)} images, got 3"):
+        resampled_means(columns, groups=groups[:3])
+
+
+def test_a_clustered_interval_covers_the_mean_over_classes() -> None:
+    rng, covered = np.random.default_rng(5), {"clustered": 0, "pictures": 0}
+    groups = np.repeat(np.arange(30), 8)
+    for _ in range(200):
+        values = rng.normal(10, 2, 30)[groups] + rng.normal(0, 1, len(groups))
+        for name, given in (("clustered", groups), ("pictures", None)):
+            _, low, high = mean_interval(values, groups=given, resamples=300)
+            covered[name] += low <= 10 <= high
+    assert covered["clustered"] >= 0.9 * 200
+    assert covered["pictures"] < 0.7 * 200  # the control
+
+
 def test_one_draw_serves_all_columns() -> None:
     columns = values()
     both = resampled_means(np.stack([columns[:, 0], 2 * columns[:, 0] + 1], axis=1), resamples=50)

@@ -24,17 +24,18 @@ def test_figures_are_the_paired_ones_against_the_control_or_else_the_model_befor
     if control:
         measurements["before"] = arm("before", attribute=7 * pictures())  # not what sing is compared with
     found = {(c.name, c.translator): c for c in compare_arms(measurements)}
-    was = np.maximum(-2 * pictures(), 0)
+    was, classes = np.maximum(-2 * pictures(), 0), measurements["sing"].rows["label"]
     for translator in ("frozen", "auditor"):
         for name, kind in (("AS⁻ ratio", "harm"), ("AS⁻ centred ratio", "harm"), ("|AS| ratio", "abs")):
             pair = (np.maximum(-after, 0), was) if kind == "harm" else (np.abs(after), np.abs(2 * pictures()))
             got = found[name, translator]
-            assert (got.value, got.low, got.high) == pytest.approx(paired_ratio(*pair))
+            assert (got.value, got.low, got.high) == pytest.approx(paired_ratio(*pair, groups=classes))
             assert got.unit == "×"
         assert found["IS ratio", translator].value == pytest.approx(0.9)
         assert found["IS centred ratio", translator].value == pytest.approx(0.9)
         difference = found["AS⁻ difference", translator]
-        assert (difference.value, difference.low, difference.high) == pytest.approx(paired_difference(np.maximum(-after, 0), was))
+        expected = paired_difference(np.maximum(-after, 0), was, groups=classes)
+        assert (difference.value, difference.low, difference.high) == pytest.approx(expected)
         assert difference.unit == "°"
     top1 = found["top-1", "-"]
     assert top1.value == pytest.approx(100 * (3 / 4 - 4 / 5))
@@ -61,7 +62,7 @@ def test_leakage_is_called_lower_higher_or_not_distinguishable(factor: float, no
     [
         (np.zeros(COUNT), "kept"),
         (np.where(np.arange(COUNT) % 5 == 0, 1.0, 0.0), "kept"),  # better is kept too
-        (np.where(np.arange(COUNT) % 10 == 1, -1.0, 0.0), "lost"),
+        (np.where(np.arange(COUNT) % 20 < 4, -1.0, 0.0) * (np.arange(COUNT) % 5 > 0), "lost"),
         (np.where(np.arange(COUNT) < 30, np.array([1.0, -1.0, 0, 0, 0] * 40), 0.0), "not shown to be kept"),  # six won, six lost
     ],
     ids=["same", "better", "worse", "unclear"],
@@ -130,3 +131,15 @@ def test_a_good_instrument_gives_no_warning_and_each_fault_its_own() -> None:
     (blind,) = warned(vlm_zero_shot=0.4, zero_shot=0.35)
     assert "itself names only 40%" in blind
     assert len(warned(fit_images=1, zero_shot=0.1, vlm_zero_shot=0.3)) == 3
+
+
+def test_an_auditor_of_too_few_pictures_supports_no_claim() -> None:
+    measurements = arms(attribute=0.3 * pictures())
+    before = measurements["before"]
+    have, width = before.translators["auditor"].fit_images, before.head.features
+    enough = " ".join(verdict(measurements, images_per_feature=have / width))
+    assert "SingLoss leaves an AS⁻ that is lower" in enough
+    assert "No claim" not in enough
+    few = " ".join(verdict(measurements, images_per_feature=(have + 1) / width))
+    assert f"No claim: the auditor has {have} pictures, {have + 1} are needed (data.audit_per_class, data.unlabeled" in few
+    assert "SingLoss leaves" not in few

@@ -68,11 +68,11 @@ def test_every_score_is_that_of_the_slow_loops(name: str, centred: bool) -> None
         "AS_abs": np.abs(attribute).mean(), "IS": image.mean(), "kappa": slow["kappa"].mean(), "AS_std": attribute.std(),
         "IS_std": image.std(), "kappa_std": slow["kappa"].std(), "ratio": image.mean() / np.abs(attribute).mean(), "count": COUNT,
     }  # fmt: skip
-    scores = measured().translators[name]
+    scores, classes = measured().translators[name], measured().rows["label"]
     assert (scores.centred if centred else scores.overall) == pytest.approx(expected, abs=1e-4)
     for figure, values in (("AS", attribute), ("AS_neg", np.maximum(-attribute, 0)), ("IS", image)):
-        assert scores.intervals[f"{kind}{figure}"] == pytest.approx(mean_interval(values)[1:], abs=1e-3)
-    assert scores.intervals[f"{kind}ratio"] == pytest.approx(paired_ratio(image, np.abs(attribute))[1:], abs=1e-3)
+        assert scores.intervals[f"{kind}{figure}"] == pytest.approx(mean_interval(values, groups=classes)[1:], abs=1e-3)
+    assert scores.intervals[f"{kind}ratio"] == pytest.approx(paired_ratio(image, np.abs(attribute), groups=classes)[1:], abs=1e-3)
     if not centred:
         labels = toy.ToyPart(COUNT, seed=1).labels
         for label in range(toy.CLASSES):
@@ -107,7 +107,7 @@ def test_figures_of_the_model_itself() -> None:
     right = (f @ model.weight.double().T + model.bias).argmax(1).numpy() == part.labels
     got = measured()
     assert got.images == COUNT
-    assert (got.top1, *got.top1_interval) == pytest.approx(mean_interval(right.astype(float)))
+    assert (got.top1, *got.top1_interval) == pytest.approx(mean_interval(right.astype(float), groups=part.labels))
     assert got.null_share == pytest.approx(float((null.norm(dim=1) / f.norm(dim=1)).mean()), abs=1e-6)
     assert got.null_energy == pytest.approx(float((null**2).sum() / (f**2).sum()), abs=1e-6)
     z = torch.from_numpy(toy.embeddings(COUNT, seed=1))
@@ -121,7 +121,7 @@ def test_figures_of_the_model_itself() -> None:
     assert 0 < got.logit_change_float32 <= 1e-4
 
 
-def test_steering_is_that_of_the_parts_first_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steering_is_that_of_pictures_from_all_over_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
     model = toy.classifier()
     f = toy.features(model, toy.ToyPart(COUNT, seed=1)).float()
     space = NullSpace.from_weight(model.weight)
@@ -129,9 +129,10 @@ def test_steering_is_that_of_the_parts_first_pictures(monkeypatch: pytest.Monkey
     for limit in (1024, 6):  # 6 lies inside a batch of 4
         monkeypatch.setattr(room, "STEERING_IMAGES", limit)
         got = in_processes.measure(0, 1, COUNT).steering["frozen"]
-        used = slice(0, min(limit, COUNT))
+        used = np.linspace(0, COUNT - 1, min(limit, COUNT)).round().astype(int)
+        assert used[-1] == COUNT - 1
         expected = measure_steering(
-            f[used], labels[used], torch.arange(COUNT)[used], texts=toy.texts(), null_space=space, attacker=toy.translator()
+            f[used], labels[used], torch.from_numpy(used), texts=toy.texts(), null_space=space, attacker=toy.translator()
         )
         assert asdict(got) == pytest.approx(asdict(expected), abs=1e-4)
         assert got.images == min(limit, COUNT)
@@ -210,5 +211,5 @@ def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match=r"30 classes, 24 features.*no null space"):
         run(toy.ToyPart(9), toy.classifier(classes=30), toy.embeddings(9))
     wide = Classifier.from_module(nn.Sequential(nn.Flatten(), nn.Linear(108, toy.CLASSES)), "1", transform=toy.to_tensor)
-    with pytest.raises(ValueError, match=r"takes features \(\.\.\., 24\), got \(4, 108\)"):
+    with pytest.raises(ValueError, match=r"takes features \(\.\.\., 24\), got \(9, 108\)"):
         run(toy.ToyPart(9), wide, toy.embeddings(9))

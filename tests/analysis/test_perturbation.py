@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from singreg.analysis.features import evenly
 from singreg.analysis.passport import head_passport
 from singreg.analysis.perturbation import KINDS, PerturbationReport, measure_perturbations
 from singreg.geometry.nullspace import NullSpace
@@ -106,12 +107,14 @@ def test_softmax_invariance_reads_changes_about_their_mean() -> None:
     assert max(measure(w, null_space=plain).curves["null"].mean["logit_change"]) > 0.1
 
 
-def test_only_the_first_pictures_are_used_and_the_seed_decides() -> None:
+def test_only_the_chosen_pictures_are_used_and_the_seed_decides() -> None:
     w = World.make(31)
-    few = measure(w, images=7)
+    few = measure(w, chosen=np.arange(7))
     assert few.images == 7
     cut = replace(w, features=w.features[:7], labels=w.labels[:7])
-    assert few == measure(cut, images=None)
+    assert few == measure(cut)
+    assert measure(w, chosen=evenly(31, 7)).images == 7
+    assert measure(w, chosen=evenly(31, 7)) != few
     assert measure(w, seed=1) == measure(w, seed=1) != measure(w, seed=2)
 
 
@@ -140,4 +143,4 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"above 0, got \[0\.1, 0\.0\]"):
         measure(World.make(5), sizes=[0.1, 0.0])
     with pytest.raises(ValueError, match="no process has any row"):
-        measure(World.make(5), images=0)
+        measure(World.make(5), chosen=np.arange(0))

@@ -65,7 +65,8 @@ def paired_figures(measured: Measured, *, resamples: int = 1000, seed: int = 0) 
             attribute = np.asarray(rows[f"AS/{translator}"], np.float64)
             columns += [np.maximum(-attribute, 0), np.abs(attribute), np.asarray(rows[f"IS/{translator}"], np.float64)]
     table = np.stack(columns, axis=1)
-    means = np.concatenate([table.mean(0, keepdims=True), resampled_means(table, resamples=resamples, seed=seed)])
+    drawn = resampled_means(table, groups=first[models[0]].rows.get("label"), resamples=resamples, seed=seed)
+    means = np.concatenate([table.mean(0, keepdims=True), drawn])
     top1, scores = means[:, : len(models)], means[:, len(models) :].reshape(1 + resamples, len(views), len(models), 3)
     with np.errstate(divide="ignore", invalid="ignore"):
         every = dict(zip(FIGURES, (*np.moveaxis(scores, 3, 0), scores[..., 2] / scores[..., 1]), strict=True))

@@ -102,7 +102,7 @@ def steer_curves(
                             _add(sums, f"{attacker}|{judge}|{budget}|{name}", _sum_by_image(values, rows, len(targets)))
         if sums:
             means = {key: (value / targets[:, None]).float().cpu().numpy() for key, value in sums.items()}
-            columns.append({"index": pictures.indices.numpy(), **means})
+            columns.append({"index": pictures.indices.numpy(), "class": pictures.source.cpu().numpy(), **means})
     rows_of_all = gather_rows(columns, sort_by="index")
     return [
         _curve(rows_of_all, attacker, judge, budget, budgets.grid(budget))
@@ -140,7 +140,8 @@ def read_along(rows: SteeringRows, direction: Tensor, steps: Tensor, judge: AnyT
 def _curve(rows: Rows, attacker: str, judge: str, budget: str, grid: list[float]) -> SteeringCurve:
     """Means, intervals and area over pictures of one curve; rows hold (N, G) by name."""
     values = np.stack([rows[f"{attacker}|{judge}|{budget}|{name}"] for name in FIGURES], axis=1).astype(np.float64)
-    mean, resampled = values.mean(0), resampled_means(values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
+    drawn = resampled_means(values.reshape(len(values), -1), groups=rows["class"])
+    mean, resampled = values.mean(0), drawn.reshape(-1, *values.shape[1:])
     # The area is linear in the curve, so the same draws give its interval.
     area, areas = mean_height(mean, grid), mean_height(resampled, grid)
     bands, area_bands = np.quantile(resampled, INTERVAL, axis=0), np.quantile(areas, INTERVAL, axis=0)

@@ -134,7 +134,9 @@ def steer_pairs(
                     found.add(rows, _judged(rows, steered, reader, exact), images[attacker, judge])
                     found.extremes = torch.maximum(found.extremes, extremes)
         for key, found in sums.items():
-            found.by_image.append({"index": pictures.indices.numpy(), "sums": images[key].T.cpu().numpy()})
+            found.by_image.append(
+                {"index": pictures.indices.numpy(), "sums": images[key].T.cpu().numpy(), "class": pictures.source.cpu().numpy()}
+            )
     return [_pairs(attacker, judge, found) for (attacker, judge), found in sums.items()]
 
 
@@ -175,7 +177,8 @@ def _pairs(attacker: str, judge: str, found: _PairSums) -> SteeringPairs:
     """The sums of all processes as figures."""
     table = all_reduce_sum(found.table)
     extremes = gather_rows([{"value": found.extremes.cpu().numpy()[None]}])["value"].max(0)
-    by_image = gather_rows(found.by_image, sort_by="index")["sums"]
+    rows = gather_rows(found.by_image, sort_by="index")
+    by_image = rows["sums"]
     matrices = _figures(table)
     overall = {name: _plain(value) for name, value in _figures(table.sum((1, 2))).items()}
     overall |= {"images": float((by_image[:, 0] > 0).sum()), "rows": float(table[0].sum()), "pairs": float((table[0] > 0).sum())}
@@ -184,7 +187,7 @@ def _pairs(attacker: str, judge: str, found: _PairSums) -> SteeringPairs:
         attacker=attacker,
         judge=judge,
         overall=overall,
-        intervals=_intervals(by_image),
+        intervals=_intervals(by_image, rows["class"]),
         matrices={name: _matrix(value) for name, value in matrices.items()},
         calibration_error=float(extremes[0]) if any_reached else None,
         logit_change=float(extremes[1]),
@@ -201,14 +204,14 @@ def _figures(sums: Tensor) -> dict[str, Tensor]:
     return {**figures, "success": table["success"] / rows, "reachable": reached / rows, "images": rows}
 
 
-def _intervals(by_image: np.ndarray) -> dict[str, list[float | None]]:
-    """95 % bootstrap intervals over pictures (N, 7) of the overall figures: ratios of sums, the picture being the unit."""
+def _intervals(by_image: np.ndarray, classes: np.ndarray) -> dict[str, list[float | None]]:
+    """95 % bootstrap intervals over pictures (N, 7), clustered in source classes (N,), of the overall figures: ratios of sums."""
     column = {name: by_image[:, place] for place, name in enumerate(SUMS)}
     intervals: dict[str, list[float | None]] = {}
     for name in ("AS", "AS_abs", "step", "success", "reachable"):
         below = "rows" if name in ("success", "reachable") else "reachable"
         defined = bool(column[below].sum() > 0)
-        intervals[name] = list(paired_ratio(column[name], column[below])[1:]) if defined else [None, None]
+        intervals[name] = list(paired_ratio(column[name], column[below], groups=classes)[1:]) if defined else [None, None]
     return intervals
 
 

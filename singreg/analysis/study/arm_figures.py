@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.bootstrap import paired_ratio
-from singreg.analysis.features import FeatureBatch, PassSettings, iterate_features
+from singreg.analysis.features import FeatureBatch, PassSettings, evenly, iterate_features
 from singreg.analysis.information import fit_blocks, measure_information
 from singreg.analysis.information_results import UniqueInformation
 from singreg.analysis.model import STEERING_IMAGES, analyze_model
@@ -107,7 +107,7 @@ def measure_arm(
     return ArmFigures(
         measurement=replace(measurement, rows=rows),
         information=information,
-        harmless_r2=_r2(harmless["harmless_residual"], harmless["harmless_spread"]),
+        harmless_r2=_r2(harmless["harmless_residual"], harmless["harmless_spread"], rows["label"]),
         attributes={} if attributes is None else work.attributes(attributes),
         steering={name: equal_effort(rows, name, image_score) for name in attacks},
         agreement={pair: value for prompts, _, found in judges for pair, value in _agreement(found, prompts).items()},
@@ -116,9 +116,9 @@ def measure_arm(
     )
 
 
-def _r2(residual: np.ndarray, spread: np.ndarray) -> list[float]:
-    """[R², low, high] from residual and spread of every picture (N,)."""
-    value, low, high = paired_ratio(residual, spread)
+def _r2(residual: np.ndarray, spread: np.ndarray, labels: np.ndarray) -> list[float]:
+    """[R², low, high] from residual, spread and class of every picture (N,)."""
+    value, low, high = paired_ratio(residual, spread, groups=labels)
     return [1 - value, 1 - high, 1 - low]
 
 
@@ -216,7 +216,7 @@ class _Arm:
         """Columns "FIGURE/NAME" (N,), NaN for pictures that are not steered: at most 1024, evenly over the part."""
         count = len(self.test)
         chosen = np.zeros(count, dtype=bool)
-        chosen[np.linspace(0, count - 1, min(count, STEERING_IMAGES)).round().astype(int)] = True
+        chosen[evenly(count, STEERING_IMAGES)] = True
         columns: list[Rows] = []
         for batch in self.pictures(self.test, self.settings):
             mine = torch.from_numpy(chosen[batch.indices.numpy()])

@@ -185,13 +185,14 @@ def compare_with_reference(arm: Mapping[int, Rows], reference: Mapping[int, Rows
     pairs = [(arm[seed], reference[seed]) for seed in common]
     if any(list(one["image"]) != list(other["image"]) for one, other in pairs):
         raise ValueError("the arms were measured on other pictures, so they cannot be paired")
+    groups = pairs[0][1].get("label")
     found = {
-        name: _over_seeds([(figure(one), figure(other)) for one, other in pairs], paired_ratio, "×")
+        name: _over_seeds([(figure(one), figure(other)) for one, other in pairs], paired_ratio, "×", groups)
         for name, figure in RATIOS.items()
         if all(_has(figure, rows) for pair in pairs for rows in pair)
     }
     hits = [(100 * one["correct"], 100 * other["correct"]) for one, other in pairs]
-    found["top1"] = _over_seeds(hits, paired_difference, "points")
+    found["top1"] = _over_seeds(hits, paired_difference, "points", groups)
     found["harmless_r2"] = _r2_ratio(pairs)
     return found
 
@@ -204,9 +205,9 @@ def _has(figure: Figure, rows: Rows) -> bool:
 
 
 def _over_seeds(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], statistic: Callable[[np.ndarray, np.ndarray], Interval], unit: str
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], statistic: Callable[..., Interval], unit: str, groups: np.ndarray | None
 ) -> Paired:
-    """Pictures that are defined in both arms at every seed, averaged over seeds; unit × or points."""
+    """Pictures that are defined in both arms at every seed, averaged over seeds; unit × or points, groups the classes (N,)."""
     both = np.stack([np.stack(pair) for pair in pairs])  # seeds, arm and reference, pictures
     defined = np.isfinite(both).all((0, 1))
     if not defined.any():
@@ -214,7 +215,8 @@ def _over_seeds(
     both = both[:, :, defined]
     means = both.mean(0)
     by_seed = [_plain(one, other, unit) for one, other in both]
-    return Paired(*statistic(means[0], means[1]), unit=unit, by_seed=by_seed)
+    clusters = None if groups is None else groups[defined]
+    return Paired(*statistic(means[0], means[1], groups=clusters), unit=unit, by_seed=by_seed)
 
 
 def _plain(one: np.ndarray, other: np.ndarray, unit: str) -> float:
@@ -236,7 +238,7 @@ def _r2_ratio(pairs: Sequence[tuple[Rows, Rows]]) -> Paired:
         [[one["harmless_residual"], one["harmless_spread"], other["harmless_residual"]] for one, other in pairs]
     ).transpose(0, 2, 1)
     means = columns.mean(0)
-    drawn = ratio(resampled_means(means))
+    drawn = ratio(resampled_means(means, groups=pairs[0][1].get("label")))
     low, high = np.quantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).all() else (math.nan, math.nan)
     return Paired(float(ratio(means.mean(0))), float(low), float(high), "×", [float(ratio(c.mean(0))) for c in columns])
 

@@ -199,8 +199,9 @@ def sentences(report: StudyReport, claim: str | None = None) -> list[str]:
         beside = best if arm.control_of is None else report.by_name(arm.control_of)
         if not beside.paired:
             continue
-        same = arm.paired["AS_neg"].low <= beside.paired["AS_neg"].high
-        verdict = "no worse, so the effect does not rest" if same else "clearly more, so the effect rests"
+        more = arm.paired["AS_neg"].low > beside.paired["AS_neg"].high
+        # Overlapping intervals are no proof of equality: then this study has not shown what the effect rests on.
+        verdict = "clearly more, so the effect rests" if more else "not clearly more, so it is not shown that the effect rests"
         found.append(
             f"{arm.arm} (a placebo{f': {arm.note}' if arm.note else ''}) leaves {words(arm.paired['AS_neg'])}, {beside.arm} "
             f"{words(beside.paired['AS_neg'])}: {verdict} on what the placebo takes away."

@@ -91,7 +91,7 @@ def test_information_and_harmless_r2_are_held_out() -> None:
     tested = iterate_features(toy.classifier(), test, toy.embeddings(COUNT, seed=1), toy.QUIET, "test")
     assert measured().information == measure_information(tested, fits)
     rows = measured().rows
-    value, low, high = paired_ratio(rows["harmless_residual"], rows["harmless_spread"])
+    value, low, high = paired_ratio(rows["harmless_residual"], rows["harmless_spread"], groups=rows["label"])
     assert measured().harmless_r2 == pytest.approx([1 - value, 1 - high, 1 - low])
     assert 0.5 < measured().harmless_r2[1] < measured().harmless_r2[0] < measured().harmless_r2[2] < 1
     assert list(measured().attributes) == list(NAMES)

@@ -150,7 +150,7 @@ def test_the_sentences_name_the_claim_the_placebo_and_what_is_missed() -> None:
     harmless, same = (study(*arms, run("shuffled", 0, "placebo", harm=harm), claim="sing") for harm in (4.0, 0.9))
     assert harmless.sentences[0].startswith("sing (the arm named beforehand) leaves an auditor's AS⁻ of 0.97°, 0.25×")
     assert "sing 0.25× [0.25, 0.25]: clearly more, so the effect rests on what the placebo takes away" in harmless.sentences[1]
-    assert "no worse, so the effect does not rest" in same.sentences[1]
+    assert "not clearly more, so it is not shown that the effect rests" in same.sentences[1]
     assert "not reached: auditor AS⁻ 0.25×" in harmless.sentences[2]
     assert any("one seed only" in warning and "other" in warning for warning in harmless.warnings)
     assert not any("pictures for" in warning for warning in harmless.warnings)
