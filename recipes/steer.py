@@ -2,6 +2,8 @@
 
 accelerate launch recipes/steer.py --config configs/steer_demo.yaml
 accelerate launch recipes/steer.py --config configs/steer_pixels_scenes.yaml      (several classifiers, attacked in pixels)
+
+pixel options: --attack pixels --help
 """
 
 from __future__ import annotations

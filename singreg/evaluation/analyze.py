@@ -237,17 +237,15 @@ class Analysis:
 
 
 def dry_run(config: AnalyzeConfig, analysis_bench: AnalysisBench) -> None:
-    """Run one batch through the classifier and say what would be measured; nothing is written (no shapes)."""
+    """Run one batch and say what would be measured, after the head and parts that `Bench.build` told; no run folder (no shapes)."""
     bench = analysis_bench.bench
     classifier, test = bench.classifier, bench.parts.test
-    space = NullSpace.from_weight(classifier.weight, invariance=config.model.invariance)
     some = test.subset(range(min(config.batch_size, len(test))))
     settings = replace(bench.settings, cache=None, progress=False)
     batch = next(iterate_features(classifier, some, bench.embeddings["test"][: len(some)], settings, "dry run"))
     if not bench.accelerator.is_main_process:
         return
     print(f"classifier {classifier.tag}: {classifier.num_classes} classes, {classifier.feature_dim} features")
-    print(f"head: rank {space.rank}, nullity {space.nullity} ({space.nullity / classifier.feature_dim:.1%} of the dimensions)")
     print(f"one batch: features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}, embeddings {bench.texts.shape[1]}-d")
-    print(f"pictures: {', '.join(f'{part.name} {len(part)}' for part in bench.parts)}; concepts: {len(analysis_bench.bank)}")
+    print(f"concepts: {len(analysis_bench.bank)}")
     print("dry run: nothing was measured, no run folder was made")

@@ -15,14 +15,17 @@ class AnalyzeConfig(JobConfig):
     """A whole run of recipes/analyze.py; every field is a key of the YAML and a flag of the command line.
 
     Args:
-        name: of the run's folder. runs: where run folders go. seed: every random choice hangs on it.
+        name: of the run's folder.
+        runs: where run folders go.
         cache: embeddings and features, reused by all runs.
-        dry_run: build everything, run one batch, say what would happen, stop.
+        seed: every random choice hangs on it.
+        dry_run: build everything, embed all pictures (once; they are cached), run one batch, say what would happen, stop.
         resume: go on in the folder of an interrupted run of the same configuration; cached features make it quick.
         concepts: banks (colours, textures, materials, scenes, parts, imagenet), text files, or concepts in words.
-        concept_templates: prompts with "{concept}" for all of them; none takes each bank's own.
+        concept_templates: prompts with "{concept}" for all of them; null takes each bank's own.
         concepts_shown: strongest concepts in each direction that are drawn and listed.
-        worst: pictures shown at image level. neighbours: of each in the gallery (the bank).
+        worst: pictures shown at image level.
+        neighbours: of each in the gallery (the bank).
         chance_draws: random subspaces of each kind behind the chance level.
         mlp: non-linear translators compared with the linear one. Training one takes minutes.
         batch_size: pictures a batch of the classifier.

@@ -17,7 +17,7 @@ class ComparedModelConfig:
 
     Args:
         name: a timm name, `local-dir:FOLDER`, `hf-hub:USER/MODEL`, the folder of a finished fine-tuning run, or "demo".
-        label: how it is called in the report; none takes the last part of the name.
+        label: how it is called in the report; null takes the last part of the name.
         pretrained: load its weights; False gives an untrained network, a control.
         head: keep all rows of the head, slice it to the data's classes, or make a new, untrained one.
         invariance: null space of the logits, or of the softmax (one dimension more).
@@ -62,9 +62,11 @@ class CompareConfig(JobConfig):
     """A whole run of recipes/compare.py; every field is a key of the YAML and a flag of the command line.
 
     Args:
-        name: of the run's folder. runs: where run folders go. seed: every random choice hangs on it.
+        name: of the run's folder.
+        runs: where run folders go.
         cache: embeddings and features, reused by all runs.
-        dry_run: build everything, run one batch of every model, say what would happen, stop.
+        seed: every random choice hangs on it.
+        dry_run: build everything, embed all pictures (once; they are cached), run one batch of every model, stop.
         resume: go on in the folder of an interrupted run of the same configuration; cached features make it quick.
         models: the classifiers, all measured on the same pictures.
         further_vlms: more vision-language models after `vlm`; each is a space in which all models are read.
@@ -103,7 +105,7 @@ def check_compare(config: CompareConfig) -> list[str]:
     problems.need(len(config.models) >= 2, f"models: expected at least two to compare, got {len(config.models)}")
     for place, model in enumerate(config.models):
         problems.need(bool(model.name.strip()), f"models[{place}].name: expected a name, got {model.name!r}")
-        problems.need(model.label is None or bool(model.label.strip()), f"models[{place}].label: expected words or none, got a blank")
+        problems.need(model.label is None or bool(model.label.strip()), f"models[{place}].label: expected words or null, got a blank")
     problems.twice("models", [model.known_as for model in config.models], "; give each a label of its own")
     problems.twice("mlp", list(config.mlp))
     return problems

@@ -234,10 +234,9 @@ class Steering:
 
 
 def dry_run(config: SteerConfig, steering_bench: SteeringBench) -> None:
-    """Run one batch through the classifier and say what would be steered and what it takes; nothing is written (no shapes)."""
+    """Run one batch and say what would be steered, after the head and parts that `Bench.build` told; no run folder (no shapes)."""
     bench, plan = steering_bench.bench, steering_bench.plan
     classifier, test = bench.classifier, bench.parts.test
-    space = NullSpace.from_weight(classifier.weight, invariance=config.model.invariance)
     some = test.subset(range(min(config.batch_size, len(test))))
     settings = replace(bench.settings, cache=None, progress=False)
     batch = next(iterate_features(classifier, some, bench.embeddings["test"][: len(some)], settings, "dry run"))
@@ -245,9 +244,7 @@ def dry_run(config: SteerConfig, steering_bench: SteeringBench) -> None:
         return
     rows = _rows_planned(plan, torch.from_numpy(np.asarray(test.labels)))
     print(f"classifier {classifier.tag}: {classifier.num_classes} classes, {classifier.feature_dim} features")
-    print(f"head: rank {space.rank}, nullity {space.nullity} ({space.nullity / classifier.feature_dim:.1%} of the dimensions)")
     print(f"one batch: features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}, embeddings {bench.texts.shape[1]}-d")
-    print(f"pictures: {', '.join(f'{part.name} {len(part)}' for part in bench.parts)}")
     print(
         f"steering: {int(plan.wanted.sum())} pairs of {len(plan.sources)} sources and {len(plan.targets)} targets, "
         f"{int(plan.chosen.sum())} pictures, {rows} steerings"

@@ -20,9 +20,11 @@ class SteerConfig(JobConfig):
     """A whole run of recipes/steer.py; every field is a key of the YAML and a flag of the command line.
 
     Args:
-        name: of the run's folder. runs: where run folders go. seed: every random choice hangs on it.
+        name: of the run's folder.
+        runs: where run folders go.
         cache: embeddings and features, reused by all runs.
-        dry_run: build everything, run one batch, say what would happen, stop.
+        seed: every random choice hangs on it.
+        dry_run: build everything, embed all pictures (once; they are cached), run one batch, say what would happen, stop.
         resume: go on in the folder of an interrupted run of the same configuration; cached features make it quick.
         sources: classes whose test pictures are steered: names, a named set, or "all" that have test pictures.
         targets: classes whose prompts they are steered towards: names, a named set, or "all" that have test pictures.
@@ -31,11 +33,11 @@ class SteerConfig(JobConfig):
         steps: grid of relative steps, shares of the feature norm.
         radii: grid of Mahalanobis radii, multiples of the natural median; the natural percentiles are added.
         radius_floor: null directions with less than this share of the mean variance count as having that.
-        images_per_class: test pictures of each source class; none takes all.
-        max_pairs: source-target pairs, drawn evenly over sources; none takes all.
+        images_per_class: test pictures of each source class; null takes all.
+        max_pairs: source-target pairs, drawn evenly over sources; null takes all.
         mlp: non-linear translators that attack and judge too; their steps are found by bisection. Training one takes minutes.
         unclip: an UnCLIP image-variation pipeline (hub name or folder) that draws a few steered pictures; needs the extra
-            singreg[unclip] and the CLIP that the pipeline was trained with. none draws nothing.
+            singreg[unclip] and the CLIP that the pipeline was trained with. null draws nothing.
         unclip_pictures: how many pictures it draws, one a source class.
         batch_size: pictures a batch of the classifier.
     """
@@ -69,14 +71,14 @@ def check_steer(config: SteerConfig) -> list[str]:
     problems.need(0 < config.image_score < 180, f"image_score: expected degrees between 0 and 180, got {config.image_score}")
     for name in ("images_per_class", "max_pairs"):
         value = getattr(config, name)
-        problems.need(value is None or value >= 1, f"{name}: expected a number of at least 1, or none for all, got {value}")
+        problems.need(value is None or value >= 1, f"{name}: expected a number of at least 1, or null for all, got {value}")
     for name in ("steps", "radii"):
         grid = getattr(config, name)
         rising = len(grid) >= 2 and grid[0] >= 0 and all(low < high for low, high in itertools.pairwise(grid))
         problems.need(rising, f"{name}: expected at least two numbers from 0 upwards in rising order, got {grid}")
     twice = sorted({kind for kind in config.mlp if config.mlp.count(kind) > 1})
     problems.need(not twice, f"mlp: listed twice: {', '.join(twice)}")
-    problems.need(config.unclip is None or bool(config.unclip.strip()), "unclip: expected a pipeline's name or folder, or none")
+    problems.need(config.unclip is None or bool(config.unclip.strip()), "unclip: expected a pipeline's name or folder, or null")
     _check_pairs(config, problems)
     return problems
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from singreg.analysis.pixels.budgets import Budget
+from singreg.analysis.robustness.measure import RobustnessSettings
 from singreg.evaluation.compare_config import ComparedModelConfig
 from singreg.evaluation.steer_config import ALL, names_of
 from singreg.workbench.config import AuditorConfig, JobConfig, Problems, TranslatorConfig, VisionLanguageConfig
 from singreg.workbench.parsing import find_config, parse_config
+
+TRANSLATORS = ("fitted", "auditor")
 
 
 @dataclass
@@ -22,7 +25,7 @@ class AttackedModelConfig(ComparedModelConfig):
     Args:
         name: a timm name, `local-dir:FOLDER`, `hf-hub:USER/MODEL`, the folder of a finished fine-tuning run, or "demo". Such a
             run's control is local-dir:FOLDER/model-control.
-        label: how it is called in the report; none takes the last part of the name.
+        label: how it is called in the report; null takes the last part of the name.
         pretrained: load its weights; False gives an untrained network, a control.
         head: keep all rows of the head, slice it to the data's classes, or make a new, untrained one.
         invariance: null space of the logits, or of the softmax (one dimension more).
@@ -43,25 +46,34 @@ class PixelsConfig(JobConfig):
     """A whole run of recipes/steer.py on pixels; every field is a key of the YAML and a flag of the command line.
 
     Args:
-        name: of the run's folder. runs: where run folders go. seed: every random choice hangs on it.
+        name: of the run's folder.
+        runs: where run folders go.
         cache: embeddings and features, reused by all runs.
-        dry_run: build everything, attack one picture for one step, say what would happen, stop.
+        seed: every random choice hangs on it.
+        dry_run: build everything, embed all pictures (once; they are cached), attack one picture for one step, stop.
         attack: "pixels" is what tells this configuration from one that steers features.
         resume: go on in the folder of an interrupted run of the same configuration, batch by batch.
         models: the classifiers, all attacked on the same pictures.
         further_vlms: more image encoders beside `vlm` that judge the attacked pictures. Meaning is said to change only where all of
             at least two see it.
-        pictures: test pictures, evenly over classes. targets: classes whose prompts they are steered towards, one each, never its own.
-        linf: L-infinity budgets in 255ths. l2: L2 budgets in pixel values of [0, 1] over the whole picture.
+        pictures: test pictures, evenly over classes.
+        targets: classes whose prompts they are steered towards, one each, never its own.
+        linf: L-infinity budgets in 255ths.
+        l2: L2 budgets in pixel values of [0, 1] over the whole picture.
         tau: how far any logit may move.
-        steps: gradient steps a pass. restarts: passes, the first from the picture itself, others from random points.
+        steps: gradient steps a pass.
+        restarts: passes, the first from the picture itself, others from random points.
         hold_pictures: pictures for the opposite direction (the decision moves, translated meaning is held); 0 leaves it out.
         hold: how far a cosine to a class prompt may move there.
         feature_steps: relative steps at which the same pictures are steered in feature space too, by the single gradient step, the
-            true maximiser and others; empty leaves that out. feature_radii: Mahalanobis radii, in natural medians.
+            true maximiser and others; empty leaves that out.
+        feature_radii: Mahalanobis radii, in natural medians.
         feature_pairs: pairs of a source class and a target prompt there.
-        robust: L-infinity budgets in 255ths of ordinary adversarial pictures (PGD); robust_steps, robust_restarts: how it is made.
-        severity: of the corruptions, 1 to 5. twin_pictures: test pictures among which natural twins are sought.
+        robust: L-infinity budgets in 255ths of ordinary adversarial pictures (PGD).
+        robust_steps: gradient steps that make them.
+        robust_restarts: from how many random points.
+        severity: of the corruptions, 1 to 5.
+        twin_pictures: test pictures among which natural twins are sought.
         attack_batch: pictures attacked together, and between two points at which a killed run can go on.
         batch_size: pictures a batch of everything else.
     """
@@ -121,12 +133,21 @@ def check_pixels(config: PixelsConfig) -> list[str]:
         sizes = getattr(config, name)
         rising = sizes == sorted(set(sizes)) and all(0 < size < float("inf") for size in sizes)
         problems.need(rising, f"{name}: expected different numbers above 0 in rising order, got {sizes}")
+    most = RobustnessSettings().limit
+    problems.need(
+        all(size < most for size in config.feature_steps),
+        f"feature_steps: expected shares of the feature norm below {most:g}, which stands for no budget at all, got {config.feature_steps}",
+    )
     problems.need(bool(config.linf or config.l2), "linf: expected at least one budget, in linf (255ths) or in l2")
     problems.need(not config.hold_pictures or bool(config.linf), "hold_pictures: the opposite direction needs a budget in linf")
     problems.need(bool(config.models), "models: expected at least one")
     for place, model in enumerate(config.models):
         problems.need(bool(model.name.strip()), f"models[{place}].name: expected a name, got {model.name!r}")
-        problems.need(model.label is None or bool(model.label.strip()), f"models[{place}].label: expected words or none, got a blank")
+        problems.need(model.label is None or bool(model.label.strip()), f"models[{place}].label: expected words or null, got a blank")
+        problems.need(
+            model.known_as not in TRANSLATORS,
+            f"models[{place}].label: {model.known_as!r} is what a translator is called in the report; give the model another label",
+        )
     problems.twice("models", [model.known_as for model in config.models], "; give each a label of its own")
     targets = names_of(config.targets)
     problems.need(bool(targets) and all(name.strip() for name in targets), 'targets: expected class names or "all", none blank')

@@ -36,6 +36,7 @@ from singreg.models.heads import (
 from singreg.models.tuning import BatchNormMode, Tuning, set_modes, set_trainable
 from singreg.sealed import check_folder, seal_folder
 
+IMAGENET_CLASSES = 1000
 Transform = Callable[[Image.Image], Tensor]
 _UNLOADABLE = (
     SafetensorError, UnpicklingError, EOFError, AssertionError, RuntimeError, OSError, LookupError, TypeError, ValueError, MemoryError,
@@ -77,6 +78,7 @@ class Classifier(nn.Module):
         head_mode: Literal["keep", "slice", "new"] = "keep",
         class_indices: Sequence[int] | None = None,
         class_names: Sequence[str] | None = None,
+        imagenet_rows: bool = False,
         num_classes: int | None = None,
         image_size: int | None = None,
         cache_dir: str | None = None,
@@ -88,6 +90,8 @@ class Classifier(nn.Module):
             head_mode: "keep" all C rows; "slice": only the rows `class_indices` of the pretrained head, in that order (without
                 indices, the rows of `class_names` among the label names stored with the weights); "new": a freshly
                 initialised head of `num_classes` rows.
+            imagenet_rows: `class_indices` are places among ImageNet-1k's classes. Label names stored with the weights go first;
+                without them the head must have 1000 rows.
             image_size: side in pixels of the input, if not the pretrained model's own.
 
         Raises:
@@ -116,7 +120,7 @@ class Classifier(nn.Module):
         classifier = cls(model, head_name, tag=tag, data_config=config)
         if head_mode == "slice":
             labels = _label_names(cfg)
-            rows = _rows_by_name(labels, class_names or (), tag) if class_indices is None else list(class_indices)
+            rows = _rows_to_keep(labels, class_indices, class_names or (), imagenet_rows, classifier)
             classifier._slice_head(rows)
             if class_names is None and all(row in labels for row in rows):
                 class_names = [labels[row] for row in rows]
@@ -353,6 +357,21 @@ def _label_names(cfg: Mapping[str, Any]) -> dict[int, str]:
     """Label names stored with the weights, by row of the head: timm keeps a list, or a mapping where rows have gaps."""
     names = cfg.get("label_names") or ()
     return {int(row): name for row, name in (names.items() if isinstance(names, Mapping) else enumerate(names))}
+
+
+def _rows_to_keep(
+    labels: Mapping[int, str], indices: Sequence[int] | None, class_names: Sequence[str], imagenet_rows: bool, classifier: Classifier
+) -> list[int]:
+    """Rows of a head that is sliced: those given, or those whose stored label names are the classes'."""
+    if indices is None or (imagenet_rows and class_names and set(class_names) <= set(labels.values())):
+        return _rows_by_name(labels, class_names, classifier.tag)
+    if imagenet_rows and classifier.num_classes != IMAGENET_CLASSES:
+        known = f"other class names ({', '.join(list(labels.values())[:4])}, ...)" if labels else "no class names"
+        raise ValueError(
+            f"the head of {classifier.tag} has {classifier.num_classes} rows and {known}, so ImageNet rows cannot be taken from it: set "
+            "model.head: keep (rows in the data's class order), store label_names, or model.head: new"
+        )
+    return list(indices)
 
 
 def _rows_by_name(labels: Mapping[int, str], class_names: Sequence[str], tag: str) -> list[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from singreg.files import sha256_of_json
 from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
 from singreg.models.vision_language import VisionLanguageModel
-from singreg.sealed import check_folder
 from singreg.translation.translator import TranslatorInfo
 from singreg.workbench.config import JobConfig, ModelConfig, VisionLanguageConfig
 
+logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
@@ -46,8 +46,9 @@ def build_classifier(
         model_name(model.name, "classifier"),
         pretrained=model.pretrained,
         head_mode=model.head,
-        class_indices=_head_rows(model.name, parts) if model.head == "slice" else None,
+        class_indices=parts.class_indices if model.head == "slice" else None,
         class_names=parts.class_names,
+        imagenet_rows=model.head == "slice",
         num_classes=len(parts.class_names) if model.head == "new" else None,
         image_size=image_size,
     )
@@ -74,24 +75,13 @@ def _checkpoint_gradients(classifier: Classifier, model: ModelConfig) -> None:
         )
 
 
-def _head_rows(name: str, parts: Parts) -> tuple[int, ...] | None:
-    """ImageNet's rows for the classes, (C,); None where the model's folder names its own rows, as a fine-tuned one's does."""
-    config = Path(name.removeprefix("local-dir:")) / "config.json"
-    if name.startswith("local-dir:") and config.is_file():
-        check_folder(config.parent)
-        stored = json.loads(config.read_text(encoding="utf-8")).get("label_names")
-        if set(parts.class_names) <= set(_stored_names(stored)):
-            return None
-    return parts.class_indices
-
-
 def _stored_names(stored: Any) -> tuple[str, ...]:
     """timm's label names in the order of the rows: it keeps a list, or a mapping by row, or none."""
     return tuple(stored[row] for row in sorted(stored, key=int)) if isinstance(stored, dict) else tuple(stored or ())
 
 
 def labels_for_head(parts: Parts, classifier: Classifier, model: ModelConfig) -> Parts:
-    """With a kept head, labels and names become those of all its C rows.
+    """With a kept head, labels and names become those of all its C rows; rows without names are trusted to be in the data's order.
 
     Raises:
         ValueError: it is not known what the head's rows mean, or the weights name them in another order than the data.
@@ -103,7 +93,14 @@ def labels_for_head(parts: Parts, classifier: Classifier, model: ModelConfig) ->
             f"the head of {classifier.tag} has the data's classes in another order ({', '.join(own[:4])}, ...), so its rows would be "
             "taken for other classes; use model.head: slice, which goes by name"
         )
-    if model.head != "keep" or classifier.num_classes == len(parts.class_names):
+    if model.head != "keep":
+        return parts
+    if classifier.num_classes == len(parts.class_names):
+        if not own and parts.class_indices != tuple(range(classifier.num_classes)):
+            logger.warning(
+                "model.head: keep: no class names are stored with %s, so its %d rows are taken in the data's order (%s, ...)",
+                classifier.tag, classifier.num_classes, ", ".join(parts.class_names[:4]),
+            )  # fmt: skip
         return parts
     among = parts.among_imagenet()
     if len(among.class_names) != classifier.num_classes:
@@ -143,6 +140,23 @@ def describe_pair(classifier: Classifier, vlm: VisionLanguageModel, *, normalize
     )
 
 
+def describe_head(classifier: Classifier, model: ModelConfig) -> str:
+    """Rank and nullity of W (C, m) in words, for a dry run."""
+    space = NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=True)
+    share = space.nullity / classifier.feature_dim
+    return f"head: rank {space.rank}, nullity {space.nullity} ({share:.1%} of the dimensions)"
+
+
+def describe_parts(parts: Parts, cache: str) -> str:
+    """How many pictures there are in each part, and what is about to be done to them, for a dry run (no shapes)."""
+    counts = {part.name: len(part) for part in (parts.train, parts.bank, parts.audit, parts.test)}
+    embedded = counts["bank"] + counts["audit"] + counts["test"]
+    return (
+        f"pictures: {', '.join(f'{name} {count}' for name, count in counts.items())}\n"
+        f"embedding the {embedded} pictures of bank, audit and test once; {cache} keeps them, so the real run will not do it again"
+    )
+
+
 @dataclass
 class Bench:
     """One classifier and one VLM set up on the parts of a data set.
@@ -161,9 +175,18 @@ class Bench:
 
     @classmethod
     def build(
-        cls, config: JobConfig, model: ModelConfig, accelerator: Accelerator, *, batch_size: int = 64, normalize_targets: bool = False
+        cls,
+        config: JobConfig,
+        model: ModelConfig,
+        accelerator: Accelerator,
+        *,
+        batch_size: int = 64,
+        normalize_targets: bool = False,
+        before_embedding: Callable[[Parts, Classifier], None] | None = None,
     ) -> Bench:
         """Load data and models and compute (or read back) the embeddings (N, n) of bank, audit and test.
+
+        `before_embedding` is called when parts and classifier are there and the long work is not begun, to complain or to tell.
 
         Raises:
             ValueError: an empty audit part, a head without a null space, classes or pictures that are not there.
@@ -175,6 +198,10 @@ class Bench:
         parts = labels_for_head(pictures, classifier, model)
         vlm = open_vlm(config.vlm, accelerator)
         shown = accelerator.is_local_main_process
+        if config.dry_run and accelerator.is_main_process:
+            print(f"{describe_head(classifier, model)}\n{describe_parts(parts, config.cache)}", flush=True)
+        if before_embedding is not None:
+            before_embedding(parts, classifier)
         embeddings = embed_parts(
             vlm, (pictures.bank, pictures.audit, pictures.test), config.cache,  # the cache need not know about relabelling
             batch_size=config.vlm.batch_size, workers=config.data.workers, progress=shown,

@@ -47,7 +47,7 @@ class VisionLanguageConfig:
 
     Args:
         name: an open_clip name or `local-dir:FOLDER`; "demo" is the small one inside the package.
-        pretrained: open_clip tag or weights file; none for folders.
+        pretrained: open_clip tag or weights file; null for folders.
         templates: prompts, each with "{class}"; several make an ensemble. The paper's default is one.
         batch_size: pictures a batch when embeddings are computed (once; they are cached).
     """
@@ -63,7 +63,7 @@ class TranslatorConfig:
     """The translator, fitted on the bank (training pictures and the unlabelled ones not given to the auditor).
 
     Args:
-        ridge: relative penalty; none chooses it by validation.
+        ridge: relative penalty; null chooses it by validation.
         standardize: scale the features for the fit by the head's row-space and null block (blocks), one by one (features), or not
             at all (no).
         normalize_targets: translate to unit image embeddings instead of the paper's raw ones (the auditor too).
@@ -79,7 +79,7 @@ class AuditorConfig:
     """The auditor: an independent translator, standardised, fitted on other pictures with its own λ (METHOD section 8.6).
 
     Args:
-        ridge: relative penalty; none chooses it by its own validation.
+        ridge: relative penalty; null chooses it by its own validation.
         standardize: blocks, which neither turning nor shrinking the null block moves; or features, one by one, as others do it.
         images_per_feature: fewer pictures than this times the feature width, and the report makes no claim.
     """
@@ -94,9 +94,11 @@ class JobConfig:
     """What every recipe has; every field is a key of the YAML and a flag of the command line.
 
     Args:
-        name: of the run's folder. runs: where run folders go. seed: every random choice hangs on it.
+        name: of the run's folder.
+        runs: where run folders go.
         cache: embeddings and features, reused by all runs.
-        dry_run: build everything, run one batch, say what would happen, stop.
+        seed: every random choice hangs on it.
+        dry_run: build everything, embed all pictures (once; they are cached), run one batch, say what would happen, stop.
     """
 
     name: str = "demo"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from yaml.constructor import ConstructorError
 
 from singreg.sealed import DamagedFileError, read_sealed_text
@@ -23,6 +23,8 @@ MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError
 """What YAML's constructors and jsonargparse raise of values they did not expect, such as an empty !!int."""
 LARGEST = 100_000
 SHOWN = 160
+NOTHING = ("none", "None")
+"""What people write for YAML's null; where null is allowed it is meant, and a folder of that name is ./none."""
 
 
 class ConfigurationError(ValueError):
@@ -64,9 +66,8 @@ def parse_config(
     work starts; the process then exits with status 2.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = _parser(kind, description)
     parser.add_argument("--config", action="config", help="YAML file, or the name of one shipped with the package")
-    parser.add_class_arguments(kind, fail_untyped=True)
     try:
         given = list(_given(arguments, kind))
     except (OSError, yaml.YAMLError, ConfigurationError, DamagedFileError) as error:
@@ -82,6 +83,14 @@ def parse_config(
     if config is None or problems:
         _refuse(parser, str(ConfigurationError(problems)))
     return config
+
+
+def _parser(kind: type, description: str = "") -> ArgumentParser:
+    """One option for every field, explained by the dataclass's Args or by the text that stands under the field."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_class_arguments(kind, fail_untyped=True)
+    return parser
 
 
 def _parsed(
@@ -123,8 +132,12 @@ def _given(arguments: list[str], kind: type) -> Iterator[tuple[str, Any]]:
         following = arguments[position + 1] if position + 1 < len(arguments) else ""
         if name != "--config":
             key = name[2:]
-            if key not in ("help", "print_config") and not key.startswith("print_"):
-                yield from _flag(key, value if equals else following, known.get(key))
+            if key in ("help", "print_config") or key.startswith("print_") or _asks_for_help(key, known):
+                continue
+            if (value if equals else following) in NOTHING and _may_be_null(known.get(key)):
+                arguments[position + (0 if equals else 1)] = f"{name}=null" if equals else "null"
+                value, following = "null", "null"
+            yield from _flag(key, value if equals else following, known.get(key))
             continue
         if not (value or following):
             raise ConfigurationError(["--config: expected a YAML file, or the name of one shipped with the package"])
@@ -142,6 +155,15 @@ def _given(arguments: list[str], kind: type) -> Iterator[tuple[str, Any]]:
             got = "an empty file" if content is None else type(content).__name__
             raise ConfigurationError([f"{path}: expected a mapping of keys to values, got {got}"])
         yield from _leaves(content, kind)
+
+
+def _asks_for_help(key: str, known: Mapping[str, Any]) -> bool:
+    """jsonargparse's own `--models.help`, which explains the items of a list of dataclasses."""
+    return key.endswith(".help") and _item_kind(known.get(key.removesuffix(".help"))) is not None
+
+
+def _may_be_null(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
 
 
 def _flag(key: str, text: str, hint: Any) -> Iterator[tuple[str, Any]]:
@@ -255,8 +277,8 @@ def _problem(parser: ArgumentParser, key: str, value: Any, kind: type) -> str | 
         return f"{key[:SHOWN]}: no such key" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(siblings or known)}")
     if dataclasses.is_dataclass(known[key]):
         return f"{key}: expected a mapping of keys to values, got {type(value).__name__}"
-    wanted = str(known[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
-    if value is None and type(None) not in typing.get_args(known[key]):  # jsonargparse takes a null for any type
+    wanted = str(known[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>").replace(" | None", " | null")
+    if value is None and not _may_be_null(known[key]):  # jsonargparse takes a null for any type
         return f"{key}: expected {wanted}, got nothing"
     try:
         parser.parse_object(_nested(key, copy.deepcopy(value)), defaults=False)  # it writes into what it is given
@@ -264,6 +286,8 @@ def _problem(parser: ArgumentParser, key: str, value: Any, kind: type) -> str | 
         reason = (_what(error).strip().splitlines() or [""])[-1].strip()
         bare = isinstance(value, bool) and {"yes", "no", "on", "off"} & set(typing.get_args(known[key]))
         hint = 'YAML reads a bare yes or no as true or false; write it in quotes: "no"' if bare else reason[:SHOWN]
+        if value in NOTHING and _may_be_null(known[key]):
+            hint = 'write null for "not set"'
         return f"{key}: expected {wanted}, got {_shown(value)} ({hint})"
     return None
 
@@ -300,8 +324,7 @@ def overridden(config: Config, values: Mapping[str, Any], problems: list[str]) -
     Unknown keys and wrong types go to `problems`; the good ones are set all the same.
     """
     kind = type(config)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, fail_untyped=True)
+    parser = _parser(kind)
     known, nested = dict(_fields(kind)), dataclasses.asdict(config)  # type: ignore[call-overload]
     for key, value in values.items():
         problem = _problem(parser, str(key), value, kind)
@@ -337,6 +360,8 @@ def build(kind: type, values: dict[str, Any], problems: list[str] | None = None)
 
 def _built(hint: Any, value: Any, problems: list[str] | None) -> Any:
     """One field's value: a dataclass from a mapping, a list of them from a list of mappings, anything else as it is."""
+    if isinstance(value, str) and value in NOTHING and _may_be_null(hint):
+        return None
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return build(typing.cast(type, hint), value, problems)
     item_kind = _item_kind(hint)

@@ -14,6 +14,7 @@ from PIL import Image
 from recipes import analyze, compare, finetune, steer
 from singreg.data.subsets import expand_classes
 from singreg.training.config import parse_finetune
+from singreg.workbench.build import model_name
 
 FEW = ["--data.scenes_train", "48", "--data.scenes_audit", "32", "--data.scenes_test", "30", "--data.scenes_bank", "8", "--dry_run", "true"]
 RECIPES: dict[str, Callable[[list[str]], None]] = {
@@ -52,6 +53,46 @@ def test_a_dry_run_tells_rank_nullity_memory_and_steps(tmp_path: Path, cache: Pa
         "train 48, bank 56, audit 32, test 30", "steps: 12 (3 an epoch), translator refreshed after [4, 8]", "MiB",
     ):  # fmt: skip
         assert words in shown, words
+
+
+def test_a_dry_run_tells_its_numbers_before_it_embeds(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("singreg.workbench.build.embed_parts", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(finetune.main, ["--config", "demo", "--runs", str(tmp_path), "--cache", str(cache), *FEW])
+    shown = capsys.readouterr().out
+    for words in (
+        "nullity 246", "audit 32, test 30", "steps: ", f"embedding the 118 pictures of bank, audit and test once; {cache}",
+        "No claim: the auditor has 32 pictures, 1536 are needed",
+    ):  # fmt: skip
+        assert words in shown, words
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+def test_readmes_command_for_ones_own_folder_needs_nothing_but_the_folder(
+    some: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The packaged models in the places of ResNet50 and CLIP; a folder of JPEGs and nothing else."""
+    source, rng = tmp_path / "FOLDER", np.random.default_rng(0)
+    for split, count in {"train": 4, "val": 1}.items():
+        for name in ("circle", "square", "star"):
+            (source / split / name).mkdir(parents=True)
+            for place in range(count):
+                Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(source / split / name / f"{place}.jpg")
+    chosen = ["--data.classes", '["circle", "star"]'] if some else []
+    run(finetune.main, ["--config", "own", "--data.source", str(source), "--data.test_split", "val", *chosen,
+                        "--model.name", model_name("demo", "classifier"), "--vlm.name", model_name("demo", "vlm"), "--vlm.pretrained",
+                        "null", "--data.workers", "0", "--training.batch_size", "4", "--name", "mine", "--runs", str(tmp_path / "runs"),
+                        "--cache", str(tmp_path / "cache"), "--dry_run", "true"])  # fmt: skip
+    shown, classes = capsys.readouterr().out, 2 if some else 3
+    assert f"nullity {256 - classes}" in shown
+    assert f"train {2 * classes}, bank {2 * classes}, audit {2 * classes}, test {classes}" in shown
+    assert f"No claim: the auditor has {2 * classes} pictures, 1536 are needed" in shown
+    assert not (tmp_path / "runs").exists()
 
 
 def folder_like(source: Path, classes: tuple[str, ...], splits: dict[str, int]) -> Path:

@@ -197,6 +197,14 @@ def test_all_that_is_wrong_with_a_configuration_is_said_at_once(
     assert not (tmp_path / "tiny").exists()
 
 
+def test_an_aligned_head_is_refused_where_it_cannot_empty_the_null_space(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        study(tmp_path, cache, "--model.invariance", "softmax", arms=[{"name": "aligned", "aligned": True}])
+    assert "arm aligned: aligned empties the logits' null space" in capsys.readouterr().err
+
+
 def test_a_dry_run_lists_the_arms_and_writes_nothing(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study(tmp_path, cache, "--dry_run", "true")
     said = capsys.readouterr().out

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from singreg.data.parts import ImagePart, Parts
@@ -57,6 +58,40 @@ def test_a_kept_head_in_another_order_is_refused(finetuned: tuple[str, torch.Ten
     assert labels_for_head(parts((0, 1, 2)), kept, model).class_names == NAMES
     with pytest.raises(ValueError, match=r"another order \(goldfish, Persian cat, lion, \.\.\.\).*slice"):
         labels_for_head(parts((1, 0, 2)), kept, model)
+
+
+@pytest.fixture
+def nameless(tmp_path: Path) -> str:
+    """Somebody's own checkpoint: three rows, and nothing that says of what."""
+    timm.models.save_for_hf(timm.create_model("test_efficientnet", num_classes=3), str(tmp_path / "own"), safe_serialization=True)
+    return f"local-dir:{tmp_path / 'own'}"
+
+
+def test_imagenets_rows_are_not_taken_from_a_small_head_without_names(nameless: str) -> None:
+    """Rows 0 and 1 exist in a head of three, so that only its size tells that they are not the tench and the goldfish."""
+    part = ImagePart("test", ("tench", "goldfish"), np.zeros(1), np.zeros((1, 32), np.uint8))
+    first_two = Parts(part, part, part, part, ("tench", "goldfish"), (0, 1))
+    for wanted in (first_two, parts((0, 1, 2))):
+        with pytest.raises(ValueError, match=r"has 3 rows and no class names, so ImageNet rows .*model.head: keep .*label_names"):
+            build_classifier(ModelConfig(name=nameless), wanted)
+
+
+def test_other_names_than_the_datas_are_shown_when_imagenets_rows_are_asked_of_them(finetuned: tuple[str, torch.Tensor]) -> None:
+    other = parts((0, 1, 2))
+    other = Parts(other.train, other.bank, other.audit, other.test, ("goldfish", "tench"), (1, 0))
+    with pytest.raises(ValueError, match=r"has 3 rows and other class names \(goldfish, Persian cat, lion, \.\.\.\)"):
+        build_classifier(ModelConfig(name=finetuned[0]), other)
+
+
+def test_a_kept_head_without_names_is_trusted_with_a_warning(
+    nameless: str, finetuned: tuple[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = ModelConfig(name=finetuned[0], head="keep")
+    labels_for_head(parts((0, 1, 2)), build_classifier(kept, parts((0, 1, 2))), kept)
+    assert not caplog.records, "the control: a head with names"
+    own = ModelConfig(name=nameless, head="keep")
+    labels_for_head(parts((0, 1, 2)), build_classifier(own, parts((0, 1, 2))), own)
+    assert "its 3 rows are taken in the data's order (goldfish, Persian cat, lion, ...)" in caplog.text
 
 
 def many(count: int) -> Parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from singreg.evaluation.analyze_config import parse_analyze
 from singreg.evaluation.compare_config import parse_compare
 from singreg.evaluation.steer_config import parse_steer
 from singreg.evaluation.steer_pixels_config import asks_for_pixels, parse_pixels
+from singreg.loss_terms import PRESETS, TERMS
 from singreg.training.config import FinetuneConfig, parse_finetune
 from singreg.training.study_config import parse_study
 from singreg.workbench.parsing import ConfigurationError, build, dump_config, find_config, overridden
@@ -192,6 +194,62 @@ def test_build_is_the_inverse_of_asdict_and_raises_without_a_list_for_problems()
     assert "2 problem" in str(ConfigurationError(["a", "b"]))
 
 
+def option_texts(shown: str) -> dict[str, str]:
+    """What --help says of every option, by its first name, without type and default."""
+    found: dict[str, str] = {}
+    body = shown[shown.index("\noptions:") :] if "\noptions:" in shown else shown
+    for block in re.split(r"\n(?=  -)", body)[1:]:
+        block = re.split(r"\n(?=\S)", block)[0]  # the next section's title is no text of this option
+        head, _, rest = " ".join(block.split("\n\n")[0].split("\n")).strip().partition("  ")
+        found[head.split()[0].rstrip(",")] = " ".join(rest.split()).partition("(type:")[0].strip()
+    return found
+
+
+RECIPES = [parse_finetune, parse_analyze, parse_steer, parse_compare, parse_study, parse_pixels]
+
+
+@pytest.mark.parametrize("parse", RECIPES)
+def test_every_option_of_every_recipe_has_a_text(parse: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    texts = option_texts(capsys.readouterr().out)
+    assert {"--data.source", "--name", "--runs", "--vlm.pretrained"} <= texts.keys()
+    assert len(texts) > 40
+    assert not [name for name, text in texts.items() if not text]
+
+
+def test_an_option_without_a_text_is_noticed() -> None:
+    """The control of the test above."""
+    shown = "usage\n\noptions:\n  --a A        of the run. (type: str)\n  --b B        (type: int)\n\nA part:\n  --c C\n"
+    assert option_texts(shown) == {"--a": "of the run.", "--b": "", "--c": ""}
+
+
+@pytest.mark.parametrize(("parse", "key"), [(parse_compare, "models"), (parse_compare, "further_vlms"), (parse_pixels, "models")])
+def test_items_of_lists_have_a_help_of_their_own(parse: Callable[..., Any], key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse([f"--{key}.help"])
+    assert stop.value.code == 0
+    assert f"--{key}.name NAME" in capsys.readouterr().out
+    assert "runs.help: no such key" in refused(capsys, ["--runs.help"], parse)
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null"])
+def test_none_means_null_where_null_is_allowed(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = ["--translator.ridge", "1", "--data.unlabeled", "folder"]
+    config = parse_finetune([*before, "--translator.ridge", word, f"--data.unlabeled={word}", "--loss.placebo", "none"])
+    assert (config.translator.ridge, config.data.unlabeled, config.loss.placebo) == (None, None, "none")
+    assert parse_finetune(["--name", "none"]).name == "none"
+    (tmp_path / "a.yaml").write_text(f"data: {{unlabeled: {word}}}\n")
+    assert parse_finetune(["--config", str(tmp_path / "a.yaml")]).data.unlabeled is None
+
+
+def test_a_file_with_none_for_a_number_is_told_to_write_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("translator: {ridge: none}\n")
+    said = refused(capsys, ["--config", str(tmp_path / "a.yaml")])
+    assert "translator.ridge: expected float | null, got 'none' (write null for \"not set\")" in said
+
+
 def test_every_key_is_explained_by_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_finetune(["--help"])
@@ -199,6 +257,8 @@ def test_every_key_is_explained_by_help(capsys: pytest.CaptureFixture[str]) -> N
     for key in ("--training.learning_rate", "--data.unlabeled_to_audit", "--loss.terms", "--auditor.images_per_feature", "--resume"):
         assert key in text
     assert "λ after the ramp" in text
+    for name in [*PRESETS, *TERMS]:
+        assert re.search(rf"\b{name}\b", text[text.index("--loss.preset") :]), name
 
 
 PARSERS = {"analyze": parse_analyze, "steer": parse_steer, "compare": parse_compare, "paper": parse_compare, "study": parse_study}
@@ -208,7 +268,7 @@ SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 def test_how_many_configurations_are_shipped() -> None:
     assert [path.stem for path in SHIPPED] == [
         "analyze_demo", "analyze_imagenet16", "compare_demo", "compare_imagenet16", "demo", "imagenet100_resnet50", "imagenet16_lite0",
-        "imagenet1k_vit", "imagenette_resnet50", "paper", "steer_demo", "steer_imagenet16",
+        "imagenet1k_vit", "imagenette_resnet50", "own", "paper", "steer_demo", "steer_imagenet16",
         "steer_pixels", "steer_pixels_scenes", "study_imagenet16", "study_scenes",
     ]  # fmt: skip
 
@@ -217,7 +277,8 @@ def test_how_many_configurations_are_shipped() -> None:
 def test_every_shipped_configuration_is_sound_and_says_its_command_and_hardware(path: Path) -> None:
     text = path.read_text()
     opening = [line for line in text.splitlines() if line.startswith("#")]
-    for words in ("Command   accelerate launch", "Hardware  "):
+    expected = () if path.stem.startswith("steer_pixels") else ("Expected  ",)
+    for words in ("Command   accelerate launch", "Hardware  ", *expected):
         assert any(words in line for line in opening), (path, words)
     parse = parse_pixels if asks_for_pixels(["--config", str(path)]) else PARSERS.get(path.stem.partition("_")[0], parse_finetune)
     config = parse(["--config", str(path)])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from singreg.training.config import FinetuneConfig, parse_finetune
-from singreg.workbench.run import Run, describe_machine, explained, make_accelerator, usable_cores
+from singreg.workbench.run import OtherRunError, Run, describe_machine, explained, make_accelerator, usable_cores
 
 
 @pytest.fixture
@@ -165,3 +167,76 @@ def test_accelerates_own_compile_switch_is_refused_in_words(monkeypatch: pytest.
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(SystemExit, match=r"dynamo backend 'inductor'.*set model\.compile: true"):
         make_accelerator(seed=0)
+
+
+def test_fp16_without_a_gpu_is_refused_where_accelerate_would_train_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"mixed_precision: fp16 needs a GPU.*set training\.mixed_precision to bf16 or no"):
+        make_accelerator(seed=0, mixed_precision="fp16")
+    AcceleratorState._reset_state(True)
+    assert make_accelerator(seed=0, mixed_precision="bf16").mixed_precision == "bf16"
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize(
+    ("launched", "wanted", "said"),
+    [
+        ("bf16", "no", "launched with bf16, the run uses training.mixed_precision: no; set --training.mixed_precision bf16\n"),
+        ("fp16", "bf16", "launched with fp16, the run uses training.mixed_precision: bf16; set --training.mixed_precision fp16\n"),
+        ("bf16", None, "launched with bf16, this job trains nothing and runs in float32\n"),
+        ("bf16", "bf16", ""),
+        ("no", "bf16", ""),  # what the launcher says when it was told nothing
+    ],
+)
+def test_the_launchers_precision_gives_way_in_one_line(
+    launched: str, wanted: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    AcceleratorState._reset_state(True)
+    assert make_accelerator(seed=0, mixed_precision=wanted).mixed_precision == (wanted or "no")
+    AcceleratorState._reset_state(True)
+    assert capsys.readouterr().err == (f"accelerate was {said}" if said else "")
+
+
+def test_apples_gpu_is_passed_over_with_a_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given: dict[str, Any] = {}
+    original = Accelerator.__init__
+
+    def noted(self: Accelerator, **options: Any) -> None:
+        given.update(options)
+        original(self, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(Accelerator, "__init__", noted)
+    AcceleratorState._reset_state(True)
+    assert make_accelerator(seed=0).device.type == "cpu"
+    AcceleratorState._reset_state(True)
+    assert given["cpu"] is True
+    assert "has no float64" in capsys.readouterr().err
+    timeouts = [handler.timeout for handler in given["kwargs_handlers"] if hasattr(handler, "timeout")]
+    assert timeouts == [timedelta(hours=3)]
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Failure, True), (SystemExit, False), (KeyboardInterrupt, False)])
+def test_a_process_that_fails_alone_says_how_to_go_on(
+    kind: type[BaseException], said: bool, accelerator: Accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first may be ended by the launcher before it can; what was asked of all is said by the first alone."""
+    run = open_run(tmp_path, accelerator)
+    other: Any = SimpleNamespace(is_main_process=False, process_index=3)
+    run.accelerator = other
+    with pytest.raises(kind), run.guarded():
+        raise kind
+    found = capsys.readouterr().err
+    assert ("process 3: stopped; all finished work" in found and f"go on with: {run.resume_command()}" in found) is said
+    assert bool(found) is said
+
+
+def test_another_run_is_a_sentence_without_a_command_to_go_on(
+    accelerator: Accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(tmp_path, accelerator)
+    with pytest.raises(SystemExit, match="error: other pictures"), run.guarded():
+        raise OtherRunError("other pictures")
+    assert capsys.readouterr().err == ""
