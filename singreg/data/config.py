@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass
 class DataConfig:
-    """Which pictures a run uses. Counts are per class; None means all there are.
+    """Which pictures a run uses. Counts are per class; null (None in Python) means all there are.
 
     Example:
         >>> DataConfig(train_per_class=0, workers=-1)
@@ -17,58 +17,55 @@ class DataConfig:
     """
 
     source: str = "scenes"
-    """"scenes" (built in, nothing to download), a folder with SPLIT/CLASS/picture files, or a Hugging Face data set."""
+    """The built-in scenes, a folder of SPLIT/CLASS/picture or Parquet files (links out of it are not followed), or a Hugging Face name."""
     streaming: bool = False
-    """Read a Hugging Face data set through once, and keep the pictures of the wanted classes (the first ones, where counts are given)
-    in the cache, instead of downloading it whole."""
+    """Read a Hugging Face data set through once and keep what is wanted (the first of each class, up to the counts) in the cache."""
     train_split: str = "train"
-    """Subfolder (or split) that training and audit pictures are taken from."""
+    """Subfolder of the source, or its split, that training and audit pictures are taken from."""
     test_split: str = "validation"
-    """Subfolder (or split) of the test pictures."""
+    """Subfolder of the source, or its split, that the test pictures are taken from."""
     classes: list[str] | str | None = None
-    """Wnids or class names, a named set (imagenet16, imagenette, imagewoof, imagenet100) or a list file; None is all."""
+    """Wnids or class names, a named set (imagenet16, imagenette, imagewoof, imagenet100) or a list file; null: all there are."""
     train_per_class: int | None = None
-    """Training pictures per class; None: all that the audit part does not take."""
+    """Training pictures per class, at least 1; null: all that the audit part does not take."""
     audit_per_class: int | None = None
-    """Pictures per class from the training split that training never sees, for the auditor. None: all that
-    train_per_class leaves, or half of each class (rounded down) when that is None too. 0: none."""
+    """Pictures per class for the auditor, never trained on; null: what train_per_class leaves, or half if that is null too; 0: none."""
     test_per_class: int | None = None
-    """Test pictures per class; None: all."""
+    """Test pictures per class, at least 1; null: all there are."""
     unlabeled: str | None = None
-    """Folder of further pictures without labels, for the bank and the auditor (translators need many pictures)."""
+    """Folder of further pictures, any depth, for bank and auditor (links leading out are not followed); null: none."""
     unlabeled_count: int | None = None
-    """How many of them to use, drawn with the seed; None: all."""
+    """How many of the unlabelled pictures to use, drawn with the seed, at least 1; null: all there are."""
     unlabeled_to_audit: float = 0.5
-    """Share of the unlabelled pictures given to the auditor, the rest goes to the bank; 0 to 1."""
+    """Share of the unlabelled pictures that the auditor gets, from 0 to 1; the rest goes to the bank."""
     scenes_train: int = 2000
-    """Training scenes (all classes together; only with source: scenes)."""
+    """Number of training scenes, all classes together; this and the next six only with source: scenes."""
     scenes_audit: int = 1600
-    """Scenes for the auditor."""
+    """Number of scenes for the auditor, which are never trained on."""
     scenes_test: int = 1000
-    """Test scenes."""
+    """Number of test scenes."""
     scenes_bank: int = 0
-    """Scenes in the bank beside the training ones."""
+    """Number of scenes in the bank beside the training ones."""
     scene_background_bias: float = 0.6
-    """How often the background follows the class in the training, bank and audit scenes (0: never more than by chance)."""
+    """How often the background follows the class in training, bank and audit scenes, from 0 (no more than by chance) to 1."""
     scene_test_background_bias: float = 0.0
-    """The same for the test scenes."""
+    """How often the background follows the class in the test scenes, from 0 (no more than by chance) to 1."""
     scene_pixels: int = 64
-    """Side of a rendered scene in pixels."""
+    """Side of a rendered scene in pixels, at least 8."""
     image_size: int | None = None
-    """Side in pixels of the classifier's input; None: the pretrained model's own."""
+    """Side of the classifier's input in pixels; null: the pretrained model's own."""
     augmentation: Literal["none", "flip", "timm"] = "flip"
-    """What training pictures go through: nothing, a random mirroring, or timm's standard training transform."""
+    """What training pictures go through: none, flip (a random mirroring) or timm (its standard training transform)."""
     workers: int = 0
-    """Loader processes per training process."""
+    """Loader processes per training process; 0: pictures are read in the training process itself."""
     unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about pictures that cannot be decoded: stop before training and name them all, or leave them out."""
+    """Pictures that cannot be decoded, or are links that are not followed: stop and name them before anything long, or skip them."""
     duplicates: Literal["stop", "drop"] = "stop"
-    """What to do when one picture (same bytes) is in two of train, audit and test: stop and name the files, or keep it
-    in the first of test, audit, train, bank only."""
+    """A picture (same bytes) in two of train, audit and test: stop and name both, or drop all but the first of test, audit, bank."""
     cache_dir: str | None = None
-    """Where checked pictures are remembered (by path, size, time of change), so that a second start is quick; None: nowhere."""
+    """Folder where checked pictures are remembered (by path, size, time of change), so that a second start is quick; null: nowhere."""
     seed: int = 0
-    """Which pictures go to which part, and which scenes are drawn."""
+    """Seed of the draw of pictures for the parts, and of the scenes; at least 0."""
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong with the values."""

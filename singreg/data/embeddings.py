@@ -8,24 +8,24 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from singreg.data.collective import everywhere, first_for_all, rank, world
 from singreg.data.loading import make_loader
 from singreg.data.partial import PartialFile, RowWriter
 from singreg.data.parts import ImagePart
+from singreg.data.verified import hashes_to
 from singreg.data.views import Transform
-from singreg.distributed import is_distributed
 from singreg.files import sha256_of_file, write_json
 from singreg.progress import progress as with_progress
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-Value = TypeVar("Value")
 Begun = tuple[str, list[tuple[int, int]]]  # the file under way, and the stretches of rows that are finished
 
 
@@ -68,7 +68,7 @@ def encode_part(
     """Any encoder's output (N, width) for a part, from the cache or computed; `key` must name all that determines it.
 
     In a process group every process must call it, with the same arguments and a cache folder they all see: each encodes
-    its own contiguous share of the pictures into one temporary file, which the first renames when all are done. A run that was
+    an equal share of what is missing into one temporary file, which the first renames when all are done. A run that was
     killed leaves that file; the next one of the same key checks its finished rows by their hashes and computes the others only.
 
     Raises:
@@ -82,10 +82,11 @@ def encode_part(
     partial: list[PartialFile] = []  # on the first process, and only where something must be computed
     useless = False
     try:
-        begun = _together(lambda: _prepare(target, facts, partial))
+        begun = first_for_all(lambda: _prepare(target, facts, partial), "encoding")
         if begun is not None:
-            _everywhere(lambda: _fill(encode, transform, part, begun, width, batch_size, workers, description if progress else ""))
-            _together(lambda: _publish(partial[0], target, facts))
+            shown = description if progress else ""
+            everywhere(lambda: _fill(encode, transform, part, begun, width, batch_size, workers, shown), "encoding")
+            first_for_all(lambda: _publish(partial[0], target, facts), "encoding")
     except ValueError:  # the data's or the encoder's fault: going on from here would not help
         useless = True
         raise
@@ -135,7 +136,7 @@ def _problem(target: Path, facts: dict[str, Any]) -> str | None:
         return f"{sidecar.name} describes something else"
     if target.stat().st_size != size:
         return f"{target.stat().st_size} bytes, expected {size}"
-    if sha256_of_file(target) != digest:
+    if not hashes_to(target, digest):
         return "its content is not what was written"
     try:
         stored = np.load(target, mmap_mode="r", allow_pickle=False)
@@ -155,13 +156,12 @@ def _fill(
     missing = np.ones(len(part), dtype=bool)
     for start, stop in done:
         missing[start:stop] = False
-    start, stop = (len(part) * place // _world() for place in (_rank(), _rank() + 1))
-    mine = start + np.flatnonzero(missing[start:stop])
+    mine = np.array_split(np.flatnonzero(missing), world())[rank()]  # of what is missing: fixed ranges would leave processes idle
     if not len(mine):
         return
-    writer = RowWriter(Path(path), _rank())
+    writer = RowWriter(Path(path), rank())
     loader = make_loader(part.subset(mine), transform, batch_size, workers=workers)
-    for images, _, positions in with_progress(loader, f"{description} [{part.name}]", enabled=bool(description) and _rank() == 0):
+    for images, _, positions in with_progress(loader, f"{description} [{part.name}]", enabled=bool(description) and rank() == 0):
         with torch.no_grad():
             encoded = encode(images).float().cpu()
         indices = mine[positions.numpy()]
@@ -185,42 +185,3 @@ def _publish(partial: PartialFile, target: Path, facts: dict[str, Any]) -> None:
         return
     write_json(target.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": sha256_of_file(path), "key": facts})
     partial.rename(target)
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if is_distributed() else 0
-
-
-def _world() -> int:
-    return torch.distributed.get_world_size() if is_distributed() else 1
-
-
-def _together(work: Callable[[], Value]) -> Value | None:
-    """Run on the first process only and give its result to all; its failure becomes a failure of all."""
-    result: list[Value | None] = [None]
-
-    def first_only() -> None:
-        if _rank() == 0:
-            result[0] = work()
-
-    _everywhere(first_only)
-    if is_distributed():
-        torch.distributed.broadcast_object_list(result, src=0)
-    return result[0]
-
-
-def _everywhere(work: Callable[[], None]) -> None:
-    """Run on every process and wait for all; one that fails raises its own error, the others say which one did."""
-    failure: Exception | None = None
-    try:
-        work()
-    except Exception as error:  # handed on below, once the others know: they would wait for ever otherwise
-        failure = error
-    texts: list[str | None] = [None] * _world()
-    if is_distributed():
-        torch.distributed.all_gather_object(texts, None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    failed = [f"process {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
-    if failed:
-        raise RuntimeError(f"encoding failed elsewhere: {'; '.join(failed)}")

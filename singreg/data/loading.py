@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from singreg.data.collective import ElsewhereError, everywhere, first_for_all, rank
 from singreg.data.config import DataConfig
 from singreg.data.parts import ConcatPart, ImagePart, Parts, ScenePart
 from singreg.data.pictures import PictureChecker
+from singreg.data.remembered import Remembered
 from singreg.data.selection import (
     Candidates,
     Chosen,
@@ -24,6 +26,7 @@ from singreg.data.selection import (
 from singreg.data.sources import FolderSource, open_source
 from singreg.data.streamed import StreamSource
 from singreg.data.subsets import ClassSubset, resolve_classes
+from singreg.data.verified import Stamp, known_whole, trust
 from singreg.data.views import EpochSampler, Transform
 
 logger = logging.getLogger(__name__)
@@ -88,13 +91,33 @@ def _scenes(config: DataConfig) -> Parts:
 
 
 def _stored(config: DataConfig) -> Parts:
-    checker = PictureChecker(config.source, config.cache_dir)
-    source = _stream(config) if config.streaming else open_source(config.source)
-    subset = resolve_classes(config.classes, source.keys(config.train_split))
+    """The first process looks at the pictures (and reads a stream); the others then take over what it found, and only draw."""
+    checker = PictureChecker(config.source, config.cache_dir if rank() == 0 else None)
+    parts: list[Parts] = []
+
+    def look() -> tuple[Remembered, frozenset[Stamp]]:
+        parts.append(_drawn(config, checker))
+        return checker.known, known_whole()
+
     try:
-        test_keys = resolve_classes(subset.keys, source.keys(config.test_split)).keys
+        known, whole = first_for_all(look, "reading the data")
+    except ElsewhereError as error:  # a user's mistake as a rule: told like one on every process
+        raise ValueError(str(error)) from None
+    if not parts:
+        checker.known = known
+        trust(whole)
+    everywhere(lambda: None if parts else parts.append(_drawn(config, checker)), "reading the data")
+    return parts[0]
+
+
+def _drawn(config: DataConfig, checker: PictureChecker) -> Parts:
+    source = _stream(config) if config.streaming else open_source(config.source)
+    subset = resolve_classes(config.classes, source.keys(config.train_split, "data.train_split"))
+    there = source.keys(config.test_split, "data.test_split")
+    try:
+        test_keys = resolve_classes(subset.keys, there).keys
     except ValueError as error:
-        raise ValueError(f"split {config.test_split!r} of {config.source}: {error}") from error
+        raise ValueError(f"split {config.test_split!r} of {config.source} (data.test_split): {error}") from error
     train = Candidates(source.read(config.train_split, subset.keys), checker)
     test = Candidates(source.read(config.test_split, test_keys), checker)
     extra = Candidates(FolderSource.read_unlabelled(config.unlabeled), checker) if config.unlabeled else None

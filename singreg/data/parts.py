@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from singreg.data.pictures import PictureChecker, UnreadableImageError, open_rgb, picture_bytes
+from singreg.data.pictures import PictureChecker, UnreadableImageError, open_rgb
+from singreg.data.reading import FAILURES, Origin, cell_bytes, reason
 from singreg.data.subsets import imagenet_names
 from singreg.data.views import TensorView, Transform
 
@@ -136,24 +137,25 @@ class ConcatPart(ImagePart):
 class TablePart(ImagePart):
     """Pictures in a `datasets` table, read and decoded one at a time, only when asked for.
 
-    `table` has its picture column undecoded: `table.cast_column(column, datasets.Image(decode=False))`.
+    `table` has its picture column undecoded: `table.cast_column(column, datasets.Image(decode=False))`. Without an `origin` every path
+    in it is read, so it must be one that was listed here and not one that somebody wrote into a file.
     """
 
     def __init__(
         self, name: str, table: datasets.Dataset, class_names: Sequence[str], labels: Sequence[int] | np.ndarray,
-        digests: np.ndarray, *, column: str = "image",
+        digests: np.ndarray, *, column: str = "image", origin: Origin | None = None,
     ) -> None:  # fmt: skip
         super().__init__(name, class_names, np.asarray(labels), digests)
         if len(table) != len(self.labels):
             raise ValueError(f"part {name!r}: {len(table)} pictures and {len(self.labels)} labels must agree")
-        self.table, self.column = table, column
+        self.table, self.column, self.origin = table, column, origin
 
     def image(self, index: int) -> Image.Image:
-        name = self.identifier(index)
+        name, cell = self.identifier(index), self.table[int(index)][self.column]
         try:
-            content = picture_bytes(self.table[int(index)][self.column])
-        except OSError as error:
-            raise UnreadableImageError(f"cannot read the picture {name}: {error}") from error
+            content = cell_bytes(cell, self.origin)
+        except FAILURES as error:
+            raise UnreadableImageError(f"cannot read the picture {name}: {reason(error)}") from error
         return open_rgb(content, name)
 
 
@@ -182,20 +184,23 @@ class FolderPart(TablePart):
         features = datasets.Features({"image": datasets.Value("string")})
         table = datasets.Dataset.from_dict({"image": list(paths)}, features=features)
         super().__init__(name, table.cast_column("image", datasets.Image(decode=False)), class_names, labels, digests)
-        self.paths = tuple(paths)
 
     def identifier(self, index: int) -> str:
-        return self.paths[int(index)]
+        # from the table itself: a tuple of a million strings would double what a process holds
+        return str(self.table.data.column("image")[range(len(self))[index]]["path"])
 
 
 class HubPart(TablePart):
-    """Rows of a data set from the Hugging Face hub (or of Parquet files); identifiers are "SOURCE/SPLIT#ROW"."""
+    """Rows of a data set from the Hugging Face hub (or of Parquet files); identifiers are "SOURCE/SPLIT#ROW".
+
+    A row without bytes is read only from where `origin` allows it, by default from nowhere.
+    """
 
     def __init__(
         self, name: str, table: datasets.Dataset, class_names: Sequence[str], labels: Sequence[int] | np.ndarray,
-        digests: np.ndarray, *, column: str, where: str, rows: np.ndarray,
+        digests: np.ndarray, *, column: str, where: str, rows: np.ndarray, origin: Origin | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(name, table.select(rows), class_names, labels, digests, column=column)
+        super().__init__(name, table.select(rows), class_names, labels, digests, column=column, origin=origin or Origin(where))
         self.where, self.rows = where, rows
 
     def identifier(self, index: int) -> str:

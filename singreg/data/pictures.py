@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from singreg.files import write_text
-
-logger = logging.getLogger(__name__)
+from singreg.data.reading import FAILURES, Origin, cell_bytes, read_file, reason
+from singreg.data.remembered import Remembered, keys_of
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"})
-_FAILURES = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, Image.DecompressionBombError)
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_CHUNK = 4096  # pictures handed to the threads at once: a million waiting ones would take a gigabyte
 
 
 class UnreadableImageError(ValueError):
@@ -35,10 +34,11 @@ def open_rgb(source: bytes | str | Path, identifier: str) -> Image.Image:
         UnreadableImageError: truncated, not an image, missing, or larger than PIL's decompression-bomb limit.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        content = source if isinstance(source, bytes) else read_file(source)
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except _FAILURES as error:
-        raise UnreadableImageError(f"cannot read the picture {identifier}: {_reason(error)}") from error
+    except FAILURES as error:
+        raise UnreadableImageError(f"cannot read the picture {identifier}: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -59,91 +59,80 @@ class PictureChecker:
 
     def __init__(self, name: str = "", cache_dir: str | Path | None = None) -> None:
         key = hashlib.sha256(name.encode()).hexdigest()[:16]
-        self._file = None if cache_dir is None else Path(cache_dir).expanduser() / f"pictures-{key}.json"
-        self._known: dict[str, list[Any]] = self._read()
-        self._new = False
+        self._file = None if cache_dir is None else Path(cache_dir).expanduser() / f"pictures-{key}.npz"
+        self.known, self._new = Remembered.read(self._file), False
 
     def check_files(self, paths: Sequence[str]) -> Checked:
         """Check N files by path."""
-        return self._collect(map(self._stamp, paths), paths, _bytes_of_file)
+        stamps = np.zeros((len(paths), 2), dtype=np.int64)
+        for place, path in enumerate(paths):
+            stamps[place] = _stamp(path)
+        return self._collect(keys_of(paths, len(paths)), stamps, paths, read_file)
 
-    def check_rows(self, table: Any, rows: Sequence[int], column: str = "image") -> Checked:
-        """Check rows of a `datasets` table whose picture column is not decoded ({"bytes", "path"} a row)."""
-        stamps = (f"{table._fingerprint}:{row}" for row in rows)
-        return self._collect(((stamp, [0, 0]) for stamp in stamps), rows, lambda row: picture_bytes(table[int(row)][column]))
+    def check_rows(self, table: Any, rows: Sequence[int] | np.ndarray, column: str = "image", origin: Origin | None = None) -> Checked:
+        """Check N rows of a `datasets` table whose picture column is not decoded ({"bytes", "path"} a row)."""
+        keys = keys_of((f"{table._fingerprint}:{row}" for row in rows), len(rows))
+        stamps = np.zeros((len(rows), 2), dtype=np.int64)
+        return self._collect(keys, stamps, rows, lambda row: cell_bytes(table[int(row)][column], origin))
 
     def save(self) -> None:
         """Write what was learnt to the cache file (atomically); nothing to do without one."""
         if self._file is not None and self._new:
-            write_text(self._file, json.dumps(self._known))
+            self.known.write(self._file)
             self._new = False
 
-    def _read(self) -> dict[str, list[Any]]:
-        if self._file is None or not self._file.is_file():
-            return {}
-        try:
-            return dict(json.loads(self._file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            logger.warning("the picture cache %s is damaged and is made anew", self._file)
-            return {}
-
-    @staticmethod
-    def _stamp(path: str) -> tuple[str, list[int]]:
-        try:
-            status = os.stat(path)
-        except OSError:
-            return path, [-1, -1]  # never equal to a kept stamp: the reading below then tells why
-        return path, [status.st_size, status.st_mtime_ns]
-
-    def _collect(self, stamps: Iterable[tuple[str, list[int]]], items: Sequence[Any], read: Any) -> Checked:
-        stamped = list(stamps)
-        digests, bad = np.zeros((len(stamped), 32), dtype=np.uint8), {}
-        missing = []
-        for place, (key, stamp) in enumerate(stamped):
-            known = self._known.get(key)
-            if known is not None and known[:2] == stamp:
-                digests[place] = np.frombuffer(bytes.fromhex(known[2]), dtype=np.uint8)
-            else:
-                missing.append(place)
+    def _collect(self, keys: np.ndarray, stamps: np.ndarray, items: Sequence[Any] | np.ndarray, read: Callable[[Any], bytes]) -> Checked:
+        places = self.known.find(keys, stamps)
+        digests, bad = np.zeros((len(keys), 32), dtype=np.uint8), {}
+        digests[places >= 0] = self.known.digests[places[places >= 0]]
+        missing = np.flatnonzero(places < 0)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
-            for place, (digest, reason) in zip(missing, pool.map(lambda i: _examine(items[i], read), missing), strict=True):
-                if reason is None:
-                    digests[place] = np.frombuffer(digest, dtype=np.uint8)
-                    self._known[stamped[place][0]] = [*stamped[place][1], digest.hex()]
-                    self._new = True
-                else:
-                    bad[place] = reason
+            for start in range(0, len(missing), _CHUNK):
+                chunk = missing[start : start + _CHUNK].tolist()
+                for place, (digest, why) in zip(chunk, pool.map(lambda i: _examine(items[i], read), chunk), strict=True):
+                    if why is None:
+                        digests[place] = np.frombuffer(digest, dtype=np.uint8)
+                    else:
+                        bad[place] = why
+        learnt = np.setdiff1d(missing, np.fromiter(bad, dtype=np.int64, count=len(bad)))
+        if len(learnt):
+            self.known.add(keys[learnt], stamps[learnt], digests[learnt])
+            self._new = True
         return Checked(digests, bad)
 
 
-def picture_bytes(cell: dict[str, Any]) -> bytes:
-    """The encoded bytes of an undecoded `datasets` picture cell."""
-    return bytes(cell["bytes"]) if cell["bytes"] is not None else _bytes_of_file(cell["path"])
+@cache
+def _formats() -> tuple[str, ...]:
+    """The kinds of SUFFIXES that PIL was built with: it knows stranger ones too, one of which starts another program."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _bytes_of_file(path: str) -> bytes:
-    return Path(path).read_bytes()
+def _stamp(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1  # never equal to a kept stamp: the reading that follows tells why
+    return status.st_size, status.st_mtime_ns
 
 
-def _examine(item: Any, read: Any) -> tuple[bytes, str | None]:
+def _examine(item: Any, read: Callable[[Any], bytes]) -> tuple[bytes, str | None]:
     try:
         content = read(item)
-    except _FAILURES as error:
-        return b"", _reason(error)
+    except FAILURES as error:
+        return b"", reason(error)
     problem = trial(content)
     return (hashlib.sha256(content).digest(), None) if problem is None else (b"", problem)
 
 
 def trial(content: bytes) -> str | None:
-    """Why a picture's bytes cannot be decoded, or None; JPEG at 1/8 scale (no shapes)."""
+    """Why a picture's bytes cannot be decoded as `open_rgb` does it, or None; JPEG at 1/8 scale (no shapes)."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
             image.draft("RGB", (1, 1))
-            image.load()
-    except _FAILURES as error:
-        return _reason(error)
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode != "RGB":
+                image.convert("RGB")
+    except FAILURES as error:
+        return reason(error)
     return None
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).split(' <_io')[0]}"

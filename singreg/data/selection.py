@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from singreg.data.config import DataConfig
 from singreg.data.parts import ImagePart
 from singreg.data.pictures import PictureChecker, UnreadableImageError
-from singreg.data.sources import Split
+from singreg.data.sources import NAMED, Split
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ def choose_train_audit(found: Candidates, keys: Sequence[str], config: DataConfi
             continue
         train.append(np.sort(rows[:for_train]))
         audit.append(np.sort(rows[for_train : for_train + for_audit]))
-    return {"train": _joined(train), "audit": _joined(audit)}, _headed(short, found)
+    remedy = "lower data.train_per_class / data.audit_per_class, or set them to null"
+    return {"train": _joined(train), "audit": _joined(audit)}, _headed(short, found, remedy)
 
 
 def choose_test(found: Candidates, keys: Sequence[str], config: DataConfig) -> tuple[Chosen, list[str]]:
@@ -79,7 +80,7 @@ def choose_test(found: Candidates, keys: Sequence[str], config: DataConfig) -> t
         if not 1 <= wanted <= len(rows):
             short.append(f"{key} has {len(rows)} for test {_asked(config.test_per_class)}")
         test.append(np.sort(rows[:wanted]))
-    return {"test": _joined(test)}, _headed(short, found)
+    return {"test": _joined(test)}, _headed(short, found, "lower data.test_per_class, or set it to null")
 
 
 def choose_unlabelled(found: Candidates, config: DataConfig) -> tuple[Chosen, list[str]]:
@@ -87,7 +88,11 @@ def choose_unlabelled(found: Candidates, config: DataConfig) -> tuple[Chosen, li
     rows = found.shuffled(-1, config.seed, "unlabelled")
     wanted = len(rows) if config.unlabeled_count is None else config.unlabeled_count
     short = (
-        [f"{found.split.where}: {len(rows)} unlabelled pictures, asked for {wanted}"] if not 1 <= wanted <= len(rows) else []
+        [
+            f"{found.split.where} (data.unlabeled): {len(rows)} unlabelled pictures, asked for {wanted}; lower data.unlabeled_count, "
+            "or set it to null"
+        ]
+        if not 1 <= wanted <= len(rows) else []
     )
     cut = round(config.unlabeled_to_audit * wanted)
     return {"audit": np.sort(rows[:cut]), "bank": np.sort(rows[cut:wanted])}, short
@@ -95,6 +100,7 @@ def choose_unlabelled(found: Candidates, config: DataConfig) -> tuple[Chosen, li
 
 def report_bad(found: Sequence[Candidates], unreadable: str) -> None:
     """Stop over unreadable pictures ("stop"), naming them all, or warn that they are left out ("skip")."""
+    _report_links([link for one in found for link in one.split.links], unreadable)
     bad = [f"{one.split.identifier(row)} ({why})" for one in found for row, why in sorted(one.bad.items())]
     if not bad:
         return
@@ -106,11 +112,24 @@ def report_bad(found: Sequence[Candidates], unreadable: str) -> None:
     logger.warning("%d unreadable pictures are left out:\n  %s", len(bad), "\n  ".join(bad))
 
 
+def _report_links(links: list[str], unreadable: str) -> None:
+    """Links that are not followed are pictures that cannot be read: the same choice, and named in the same way."""
+    if not links:
+        return
+    more = f"\n  and {len(links) - NAMED} more" if len(links) > NAMED else ""
+    text = f"{len(links)} links lead out of the data folder, or to another folder, and are not followed"
+    names = "\n  ".join(links[:NAMED]) + more
+    if unreadable == "stop":
+        raise UnreadableImageError(f"{text}; copy what they lead to, or set data.unreadable: skip to leave it out:\n  {names}")
+    logger.warning("%s:\n  %s", text, names)
+
+
 def remove_copies(groups: Sequence[tuple[str, list[ImagePart]]], duplicates: str) -> list[list[ImagePart]]:
     """Deal with pictures of equal bytes in two groups: an error ("stop"), or kept in the first group only ("drop").
 
     A picture may be twice in one group: that is no leak.
     """
+    repeated = _repeated([part for _, parts in groups for part in parts])
     owner: dict[bytes, tuple[str, ImagePart, int]] = {}
     copies: list[str] = []
     kept: list[list[ImagePart]] = []
@@ -118,19 +137,30 @@ def remove_copies(groups: Sequence[tuple[str, list[ImagePart]]], duplicates: str
         mine: dict[bytes, tuple[str, ImagePart, int]] = {}
         kept.append([])
         for part in parts:
-            stay = []
-            for index, digest in enumerate(map(bytes, part.digests)):
+            stay = np.ones(len(part), dtype=bool)
+            for index in next(repeated).tolist():
+                digest = bytes(part.digests[index])
                 if digest in owner:
                     other, first, place = owner[digest]
                     copies.append(f"{part.identifier(index)} ({name}) = {first.identifier(place)} ({other})")
+                    stay[index] = False
                 else:
-                    stay.append(index)
                     mine.setdefault(digest, (name, part, index))
-            kept[-1].append(part if len(stay) == len(part) else part.subset(stay))
+            kept[-1].append(part if stay.all() else part.subset(np.flatnonzero(stay)))
         owner |= mine
     if copies:
         _report_copies(copies, duplicates)
     return kept
+
+
+def _repeated(parts: Sequence[ImagePart]) -> Iterator[np.ndarray]:
+    """Per part, the places (M,) of pictures whose digest occurs more than once in all of them: few, where a table of all would be large."""
+    digests = np.concatenate([np.ascontiguousarray(part.digests).view(np.uint64) for part in parts])
+    order = np.lexsort(digests.T)
+    equal = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
+    several = np.zeros(len(digests), dtype=bool)
+    several[order[1:][equal]] = several[order[:-1][equal]] = True
+    yield from (np.flatnonzero(share) for share in np.split(several, np.cumsum([len(part) for part in parts])[:-1]))
 
 
 def _report_copies(copies: list[str], duplicates: str) -> None:
@@ -160,6 +190,10 @@ def _asked(count: int | None) -> str:
     return "(the rest, at least 1)" if count is None else str(count)
 
 
-def _headed(short: list[str], found: Candidates) -> list[str]:
-    skipped = f" ({len(found.bad)} unreadable ones not counted)" if found.bad else ""
-    return [f"{found.split.where}: too few pictures{skipped}: {', '.join(short)}"] if short else []
+def _headed(short: list[str], found: Candidates, remedy: str) -> list[str]:
+    left_out = {"unreadable ones": len(found.bad), "links out of the folder": len(found.split.links)}
+    skipped = "".join(f" ({count} {what} not counted)" for what, count in left_out.items() if count)
+    if not short:
+        return []
+    more = f", and {len(short) - NAMED} more classes" if len(short) > NAMED else ""
+    return [f"{found.split.where}: too few pictures{skipped}: {', '.join(short[:NAMED])}{more}; {remedy}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,21 @@ import numpy as np
 
 from singreg.data.parts import UNLABELLED, FolderPart, HubPart, ImagePart
 from singreg.data.pictures import SUFFIXES, Checked, PictureChecker
+from singreg.data.reading import Origin
 
 logger = logging.getLogger(__name__)
 
+NAMED = 10  # a message that lists more than this is read by nobody
+
 
 class Split(ABC):
-    """All rows of one split before any is chosen: `where` (for messages) and `labels` (N,), -1 where not wanted."""
+    """All rows of one split before any is chosen: `where` (for messages) and `labels` (N,), -1 where not wanted.
 
-    def __init__(self, where: str, labels: np.ndarray) -> None:
-        self.where, self.labels = where, labels
+    `links`: those found in a folder that are not followed, because they lead out of the data source or to a folder.
+    """
+
+    def __init__(self, where: str, labels: np.ndarray, links: Sequence[str] = ()) -> None:
+        self.where, self.labels, self.links = where, labels, tuple(links)
 
     @abstractmethod
     def identifier(self, row: int) -> str:
@@ -43,11 +49,12 @@ class FolderSplit(Split):
     def __init__(self, root: Path, folder: Path, keys: Sequence[str] | None) -> None:
         self.paths: list[str] = []
         labels: list[int] = []
+        links: list[str] = []
         for label, top in [(UNLABELLED, folder)] if keys is None else enumerate(folder / key for key in keys):
-            found = list(_pictures(top, root))
+            found = list(_pictures(top, root, links))
             self.paths += found
             labels += [label] * len(found)
-        super().__init__(str(folder), np.asarray(labels, dtype=np.int64))
+        super().__init__(str(folder), np.asarray(labels, dtype=np.int64), links)
 
     def identifier(self, row: int) -> str:
         return self.paths[row]
@@ -60,30 +67,40 @@ class FolderSplit(Split):
 
 
 class FolderSource:
-    """A folder with SPLIT/CLASS/... picture files; a class folder may hold subfolders."""
+    """A folder with SPLIT/CLASS/... picture files; a class folder may hold subfolders. `key`: the option that named it."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, key: str = "data.source") -> None:
         self.root = Path(source).expanduser().resolve()
         if not self.root.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.root} (data.source)")
+            raise FileNotFoundError(f"there is no folder {self.root} ({key}); expected one with pictures")
 
-    def keys(self, split: str) -> tuple[str, ...]:
-        """The class folders of a split, sorted (no shapes).
+    def keys(self, split: str, option: str = "data.train_split") -> tuple[str, ...]:
+        """The class folders of a split, sorted (no shapes); `option` is the one that named the split.
 
         Raises:
             FileNotFoundError: the split is not there; those that are, are named.
-            ValueError: it holds no class folder.
+            ValueError: it holds no class folder, or it or a class folder is a link that leads out of the data source.
         """
         folder = self.root / split
         if not folder.is_dir():
-            there = ", ".join(_subfolders(self.root, self.root)) or "none"
+            there = ", ".join(_subfolders(self.root, self.root)[0]) or "none"
             raise FileNotFoundError(
-                f"no split {split!r} in {self.root}: expected {folder}/CLASS/PICTURE; subfolders there: {there}"
+                f"no split {split!r} in {self.root}: expected {folder}/CLASS/PICTURE; folders there: {there}; set {option} to one of them"
             )
-        keys = tuple(_subfolders(folder, self.root))
+        if not _inside(folder, self.root):
+            raise ValueError(
+                f"{folder} leads to {folder.resolve()}, out of {self.root}, and is not followed; copy it, or make the folder that holds "
+                f"the splits data.source and set {option}"
+            )
+        keys, links = _subfolders(folder, self.root)
+        if links:
+            raise ValueError(
+                f"{len(links)} class folders in {folder} are links that lead out of {self.root} or nowhere ({_first(links)}) and are not "
+                "followed; copy them, or make the target folder data.source and pick classes with data.classes"
+            )
         if not keys:
-            raise ValueError(f"{folder} holds no class folder: expected {folder}/CLASS/PICTURE")
-        return keys
+            raise ValueError(f"{folder} ({option}) holds no class folder: expected {folder}/CLASS/PICTURE")
+        return tuple(keys)
 
     def read(self, split: str, keys: Sequence[str]) -> Split:
         """All pictures of the classes `keys`, labelled by their place in it."""
@@ -92,29 +109,32 @@ class FolderSource:
     @staticmethod
     def read_unlabelled(folder: str) -> Split:
         """Every picture under a folder, at any depth, without labels."""
-        root = FolderSource(folder).root
+        root = FolderSource(folder, "data.unlabeled").root
         split = FolderSplit(root, root, None)
         if not split.paths:
-            raise ValueError(f"no picture in {root} (data.unlabeled); the endings known are {', '.join(sorted(SUFFIXES))}")
+            links = f"; {len(split.links)} links are not followed ({_first(split.links)})" if split.links else ""
+            endings = ", ".join(sorted(SUFFIXES))
+            raise ValueError(f"no picture in {root} (data.unlabeled); the endings known are {endings}{links}")
         return split
 
 
 class HubSplit(Split):
-    """Rows of a `datasets` split; labels are places in `keys`, -1 for rows of other classes."""
+    """Rows of a `datasets` split; labels are places in `keys`, -1 for rows of other classes; `origin`: what rows may point to."""
 
-    def __init__(self, where: str, table: datasets.Dataset, column: str, labels: np.ndarray) -> None:
+    def __init__(self, where: str, table: datasets.Dataset, column: str, labels: np.ndarray, origin: Origin) -> None:
         super().__init__(where, labels)
-        self.table, self.column = table, column
+        self.table, self.column, self.origin = table, column, origin
 
     def identifier(self, row: int) -> str:
         return f"{self.where}#{row}"
 
     def check(self, rows: np.ndarray, checker: PictureChecker) -> Checked:
-        return checker.check_rows(self.table, [int(row) for row in rows], self.column)
+        return checker.check_rows(self.table, rows, self.column, self.origin)
 
     def part(self, name: str, rows: np.ndarray, class_names: Sequence[str], digests: np.ndarray) -> ImagePart:
         return HubPart(
-            name, self.table, class_names, self.labels[rows], digests, column=self.column, where=self.where, rows=rows
+            name, self.table, class_names, self.labels[rows], digests, column=self.column, where=self.where, rows=rows,
+            origin=self.origin,
         )  # fmt: skip
 
 
@@ -125,37 +145,74 @@ class HubSource:
         self.source = source
         self._splits: dict[str, tuple[datasets.Dataset, str, str]] = {}
 
-    def keys(self, split: str) -> tuple[str, ...]:
-        """The class names of a split, in the data set's own label order (no shapes)."""
-        table, _, label = self._load(split)
+    def keys(self, split: str, option: str = "data.train_split") -> tuple[str, ...]:
+        """The class names of a split, in the data set's own label order (no shapes); `option` is the one that named the split.
+
+        Raises:
+            ValueError: the split cannot be loaded, or has no label.
+        """
+        table, _, label = self._load(split, option)
         feature = table.features[label]
         if isinstance(feature, datasets.ClassLabel):
             return tuple(feature.names)
-        return tuple(sorted(table.unique(label)))
+        return text_labels(table.unique(label), label, f"{self.source}/{split}")
 
     def read(self, split: str, keys: Sequence[str]) -> Split:
         """All rows of the split, those of classes `keys` labelled by their place in it."""
         table, column, label = self._load(split)
         own = table.select_columns([label]).with_format(None)[:][label]
-        if isinstance(table.features[label], datasets.ClassLabel):
-            names = table.features[label].names
-            own = [names[value] if value is not None and value >= 0 else None for value in own]
+        own = [label_name(value, table.features[label]) for value in own]
+        warn_unlabelled(own.count(None), f"{self.source}/{split}", label)
         place = {key: index for index, key in enumerate(keys)}
         labels = np.asarray([place.get(value, UNLABELLED) for value in own], dtype=np.int64)
-        return HubSplit(f"{self.source}/{split}", table, column, labels)
+        return HubSplit(f"{self.source}/{split}", table, column, labels, self._origin(table))
 
-    def _load(self, split: str) -> tuple[datasets.Dataset, str, str]:
+    def _load(self, split: str, option: str = "data.train_split") -> tuple[datasets.Dataset, str, str]:
         if split not in self._splits:
             try:
                 table = datasets.load_dataset(self.source, split=split)
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"data.source {self.source!r}, split {split!r}, is neither a folder here nor a data set that could be "
+                    f"data.source {self.source!r}, split {split!r} ({option}), is neither a folder here nor a data set that could be "
                     f"loaded; datasets says: {error}"
                 ) from error
             column, label = columns_of(table.features, self.source)
             self._splits[split] = table.cast_column(column, datasets.Image(decode=False)), column, label
         return self._splits[split]
+
+    def _origin(self, table: datasets.Dataset) -> Origin:
+        """Rows may point into the folder itself, or into what was downloaded of this very data set."""
+        if Path(self.source).is_dir():
+            return Origin(self.source, [self.source])
+        folders = [Path(datasets.config.HF_HUB_CACHE) / f"datasets--{self.source.replace('/', '--')}"]
+        if table.info.builder_name == "imagefolder":  # its paths are those that `datasets` itself unpacked, not somebody's text
+            folders += [Path(datasets.config.DOWNLOADED_DATASETS_PATH), Path(datasets.config.EXTRACTED_DATASETS_PATH)]
+        return Origin(self.source, folders)
+
+
+def label_name(value: Any, feature: Any) -> str | None:
+    """A row's label as text; None where it has none (null, or -1 as in published test splits) (no shapes)."""
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.names[value] if value is not None and value >= 0 else None
+    return None if value is None else str(value)
+
+
+def text_labels(values: Iterable[str | None], label: str, where: str) -> tuple[str, ...]:
+    """The class names among the values of a text column, sorted (no shapes); a null is no class.
+
+    Raises:
+        ValueError: all are null.
+    """
+    names = {str(value) for value in values if value is not None}
+    if not names:
+        raise ValueError(f"{where}: the column {label!r} holds no label, only nulls; expected a class name in each row")
+    return tuple(sorted(names))
+
+
+def warn_unlabelled(count: int, where: str, label: str) -> None:
+    """Say how many rows are left out because they have no label (no shapes)."""
+    if count:
+        logger.warning("%s: %d rows are unlabelled (no value in the column %r) and are left out", where, count, label)
 
 
 def open_source(source: str) -> FolderSource | HubSource:
@@ -165,7 +222,7 @@ def open_source(source: str) -> FolderSource | HubSource:
         parquet = [*path.glob("*.parquet"), *path.glob("*/*.parquet")]
         return HubSource(str(path)) if parquet else FolderSource(source)
     if source.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"there is no folder {path} (data.source)")
+        raise FileNotFoundError(f"there is no folder {path} (data.source); expected one with SPLIT/CLASS/PICTURE or Parquet files")
     return HubSource(source)
 
 
@@ -186,29 +243,39 @@ def columns_of(features: Mapping[str, Any], source: str) -> tuple[str, str]:
     return pictures[0], (labels + texts)[0]
 
 
-def _subfolders(folder: Path, root: Path) -> list[str]:
-    return sorted(
-        entry.name for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith(".") and _inside(entry.path, entry.is_symlink(), root)
-    )  # fmt: skip
+def _subfolders(folder: Path, root: Path) -> tuple[list[str], list[str]]:
+    """The folders in a folder, and the links in it that lead to a folder outside the root, or nowhere; both sorted."""
+    names, links = [], []
+    for entry in os.scandir(folder):
+        if entry.name.startswith(".") or entry.is_file():
+            continue
+        if not entry.is_symlink():
+            names += [entry.name] if entry.is_dir() else []
+        elif entry.is_dir() and _inside(entry.path, root):
+            names.append(entry.name)
+        else:  # nowhere may be a disk that is not mounted: a class all the same
+            links.append(entry.name)
+    return sorted(names), sorted(links)
 
 
-def _inside(path: str, is_link: bool, root: Path) -> bool:
-    return not is_link or Path(path).resolve().is_relative_to(root)
+def _inside(path: str | Path, root: Path) -> bool:
+    return Path(path).resolve().is_relative_to(root)
 
 
-def _pictures(top: Path, root: Path) -> Iterator[str]:
-    """Picture files under a folder in sorted order; links that lead out of the root are left out and counted."""
-    outside = 0
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def _pictures(top: Path, root: Path, links: list[str]) -> Iterator[str]:
+    """Picture files under a folder in sorted order; links out of the root, or to folders (they may go round), are added to `links`."""
     for folder, subfolders, files in os.walk(top):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        links += [path for name in subfolders if os.path.islink(path := os.path.join(folder, name))]
         for name in sorted(files):
             if name.startswith(".") or os.path.splitext(name)[1].lower() not in SUFFIXES:
                 continue
             path = os.path.join(folder, name)
-            if _inside(path, os.path.islink(path), root):
-                yield path
+            if os.path.islink(path) and not _inside(path, root):
+                links.append(path)
             else:
-                outside += 1
-    if outside:
-        logger.warning("%d links in %s lead out of %s and were left out", outside, top, root)
+                yield path

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from singreg.data import DataConfig, ImagePart, Parts
+from singreg.files import atomic_write
 
 
 def write_picture(path: Path, seed: int | None = None, size: tuple[int, int] = (9, 7)) -> Path:
@@ -17,7 +22,8 @@ def write_picture(path: Path, seed: int | None = None, size: tuple[int, int] = (
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = zlib.crc32("/".join(path.parts[-3:]).encode()) if seed is None else seed
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    with atomic_write(path) as whole:  # another process of a test may be reading the one that is there
+        Image.fromarray(pixels).save(whole)
     return path
 
 
@@ -29,6 +35,18 @@ def write_tree(root: Path, counts: dict[str, dict[str, int]], suffix: str = ".pn
             for index in range(count):
                 write_picture(root / split / name / f"{index}{suffix}")
     return root
+
+
+def write_parquet(file: Path, pictures: Sequence[Any], labels: Sequence[Any], kind: Any = None) -> Path:
+    """A Parquet file of picture cells (paths are put in with their bytes) and a column "label" of `kind`, or "class" of text."""
+    cells = [{"bytes": cell.read_bytes(), "path": cell.name} if isinstance(cell, Path) else cell for cell in pictures]
+    name = "class" if kind is None else "label"
+    features = datasets.Features({"image": datasets.Image(), name: kind or datasets.Value("string")})
+    schema = features.arrow_schema
+    columns = [pa.array(cells, type=schema.field("image").type), pa.array(labels, type=schema.field(name).type)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns, schema=schema), file)
+    return file
 
 
 def config(source: Path, **changes: Any) -> DataConfig:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from torchvision.transforms import ToTensor
 
-from singreg.data import UnreadableImageError, load_parts, make_loader
+from singreg.data import ImagePart, ScenePart, UnreadableImageError, load_parts, make_loader
 from singreg.data.pictures import open_rgb
+from singreg.data.scenes import sample_scenes
+from singreg.data.selection import remove_copies
 from tests.data.pictures_for_tests import check_disjoint, config, names, per_class, write_picture, write_tree
 
 
@@ -93,6 +96,47 @@ def test_equal_pictures_in_two_parts(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert per_class(parts.test) == [2, 3]
     assert len(parts.train) + len(parts.audit) == 12
     check_disjoint(parts)
+
+
+def test_copies_are_found_as_by_a_table_of_all(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def part(name: str, count: int) -> ImagePart:
+        digests = np.zeros((count, 32), np.uint8)
+        digests[:, [0, 31]] = rng.integers(0, 8, (count, 2))  # many equal, many that differ in the last byte only
+        made = ScenePart(name, sample_scenes(count, seed=1))
+        made.digests = digests
+        return made
+
+    groups = [("test", [part("test", 20)]), ("audit", [part("audit", 15), part("more", 0)]), ("bank", [part("train", 30), part("bank", 9)])]
+    kept = remove_copies(groups, "drop")
+    seen: set[bytes] = set()
+    for (_, parts), left in zip(groups, kept, strict=True):
+        for before, after in zip(parts, left, strict=True):
+            expected = [bytes(digest) for digest in before.digests if bytes(digest) not in seen]
+            assert [bytes(digest) for digest in after.digests] == expected
+        seen |= {bytes(digest) for before in parts for digest in before.digests}
+    assert sum(len(one) for left in kept for one in left) < 74
+
+
+def test_errors_name_the_option_and_what_to_do(tmp_path: Path) -> None:
+    counts = {f"c{number:02}": 1 for number in range(14)}
+    root = write_tree(tmp_path, {"train": counts, "val": counts})
+    with pytest.raises(FileNotFoundError, match=r"no split 'validation' in .*; folders there: train, val; set data\.test_split to one of"):
+        load_parts(config(root))
+    with pytest.raises(FileNotFoundError, match=r"no split 'training' in .*; set data\.train_split to one of them"):
+        load_parts(config(root, train_split="training"))
+    with pytest.raises(ValueError, match="too few pictures") as stop:
+        load_parts(config(root, test_split="val", train_per_class=5))
+    assert "c09 has 1" in str(stop.value)
+    assert "c10" not in str(stop.value)
+    assert str(stop.value).endswith(
+        "and 4 more classes; lower data.train_per_class / data.audit_per_class, or set them to null"
+    )
+    with pytest.raises(ValueError, match=r"lower data\.test_per_class, or set it to null$"):
+        load_parts(config(root, test_split="val", audit_per_class=0, test_per_class=3))
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/pool \(data\.unlabeled\)"):
+        load_parts(config(root, test_split="val", audit_per_class=0, unlabeled=str(root / "pool")))
 
 
 def test_equal_pictures_within_one_side_are_no_leak(tmp_path: Path) -> None:

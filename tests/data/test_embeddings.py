@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from singreg.data import FolderPart, cached_embeddings, encode_part
+from singreg.data import FolderPart, cached_embeddings, encode_part, verified
+from singreg.files import sha256_of_file
 from tests.data.encoding import Encoder, encode_in_process, make_part, one_by_one
 
 
@@ -96,6 +97,20 @@ def test_a_damaged_cache_is_named_and_made_anew(
     assert encoder.seen == 11
 
 
+def test_a_second_pass_does_not_hash_the_file_again(part: FolderPart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr(verified, "SETTLED_NS", 0)
+    monkeypatch.setattr(verified, "sha256_of_file", lambda path: (hashed.append(path), sha256_of_file(path))[1])
+    for _ in range(4):
+        cached_embeddings(Encoder(), part, tmp_path / "cache", progress=False)
+    (data,) = (tmp_path / "cache").glob("*.npy")
+    assert hashed == [data]
+    flip_a_byte(data)
+    encoder = Encoder()
+    cached_embeddings(encoder, part, tmp_path / "cache", progress=False)
+    assert encoder.seen == 11
+
+
 def test_a_reader_keeps_its_rows_while_another_run_replaces_the_file(part: FolderPart, tmp_path: Path) -> None:
     rows = cached_embeddings(Encoder(), part, tmp_path / "cache", progress=False)
     expected = np.array(rows)
@@ -152,8 +167,8 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     assert first["rows"] == second["rows"]
     assert np.allclose(second["alone"], expected[3:4], rtol=1e-5)
     assert first["alone"] == second["alone"]
-    assert first["seen"] == 2
-    assert second["seen"] == 3 + 1 + 3
-    assert "not finite for 2 pictures" in first["failure"]
+    assert first["seen"] == 3 + 1
+    assert second["seen"] == 2 + 0 + 2
+    assert "not finite for 3 pictures" in first["failure"]
     assert "encoding failed elsewhere: process 0: ValueError" in second["failure"]
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".json", ".npy", ".npy"]

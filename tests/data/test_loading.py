@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, ToTensor
 
-from singreg.data import load_parts, make_loader
+from singreg.data import load_parts, make_loader, pictures
 from tests.data.pictures_for_tests import config
+from tests.processes import run_processes
 
 
 def noisy(image: Image.Image) -> Tensor:
@@ -38,6 +39,35 @@ def test_loader_gives_every_picture_once_with_its_index(tree: Path) -> None:
     assert batches(make_loader(test.subset([]), ToTensor(), 4)) == []
     shuffled = torch.cat([batch[2] for batch in batches(make_loader(test, ToTensor(), 4, shuffle=True))]).tolist()
     assert sorted(shuffled) == list(range(9)) != shuffled
+
+
+def _load_in_a_group(rank: int, world: int, source: str, options: dict[str, Any]) -> tuple[int, list[str], str]:
+    read: list[str] = []
+    real = pictures._examine
+    pictures._examine = lambda item, reader: (read.append(item), real(item, reader))[1]  # type: ignore[assignment]
+    try:
+        parts = load_parts(config(Path(source), **options))
+        return len(read), [part.fingerprint for part in parts], ""
+    except (ValueError, RuntimeError) as error:
+        return len(read), [], f"{type(error).__name__}: {error}"
+    finally:
+        pictures._examine = real
+
+
+def test_one_process_looks_at_the_pictures_for_all(tree: Path, tmp_path: Path) -> None:
+    expected = [part.fingerprint for part in load_parts(config(tree))]
+    for options in ({}, {"cache_dir": str(tmp_path)}):  # with and without a folder that all see
+        first, second, third = run_processes(3, _load_in_a_group, str(tree), options)
+        assert first == (7 + 5 + 9 + 9, expected, "")
+        assert second == third == (0, expected, "")
+    assert run_processes(2, _load_in_a_group, str(tree), {"cache_dir": str(tmp_path)}) == [(0, expected, "")] * 2
+
+
+def test_what_fails_in_the_first_process_reaches_the_others(tree: Path) -> None:
+    first, second = run_processes(2, _load_in_a_group, str(tree), {"train_per_class": 100})
+    assert first[2].startswith("ValueError: ")
+    assert "too few pictures" in first[2]
+    assert second[2].startswith("ValueError: reading the data failed elsewhere: process 0: ValueError: ")
 
 
 def test_order_and_augmentation_depend_on_seed_and_epoch_only(tree: Path) -> None:

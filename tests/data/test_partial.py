@@ -17,7 +17,9 @@ from torch import Tensor
 
 from singreg.data import cached_embeddings, partial
 from singreg.data.partial import stretches
+from singreg.files import sha256_of_file
 from tests.data.encoding import Encoder, make_part, one_by_one
+from tests.processes import run_processes
 
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -184,6 +186,47 @@ def test_a_second_run_that_waits_long_enough_computes_nothing(tmp_path: Path, mo
     assert encoder.seen == 0
     assert np.allclose(rows, one_by_one(Encoder(), make_part(tmp_path / "pictures")), rtol=1e-5)
     assert_only_the_cache_is_left(tmp_path)
+
+
+def _half_then_all(rank: int, world: int, folder: str, *, failing: bool) -> tuple[int, str, list[list[float]]]:
+    partial.COMMIT_SECONDS = 0.0
+    encoder, rows, failure = Encoder(), np.zeros((0, 4), np.float32), ""
+    fine = encoder.embed_images
+
+    def broken(images: Tensor) -> Tensor:
+        if rank == 1 and encoder.seen >= 2:
+            raise OSError("the device is gone")
+        return fine(images)
+
+    if failing:
+        encoder.embed_images = broken  # type: ignore[method-assign]
+    try:
+        part = make_part(Path(folder) / "pictures")
+        rows = np.asarray(cached_embeddings(encoder, part, Path(folder) / "cache", batch_size=1, progress=False))
+    except (OSError, RuntimeError) as error:
+        failure = str(error)
+    return encoder.seen, failure, rows.tolist()
+
+
+def _half(rank: int, world: int, folder: str) -> tuple[int, str, list[list[float]]]:
+    return _half_then_all(rank, world, folder, failing=True)
+
+
+def _all(rank: int, world: int, folder: str) -> tuple[int, str, list[list[float]]]:
+    return _half_then_all(rank, world, folder, failing=False)
+
+
+def test_what_is_missing_is_shared_by_however_many_processes_come_next(tmp_path: Path) -> None:
+    expected = one_by_one(Encoder(), make_part(tmp_path / "pictures"))
+    first, second = run_processes(2, _half, str(tmp_path))
+    assert (first[0], second[0]) == (6, 2)
+    assert "encoding failed elsewhere: process 1: OSError: the device is gone" in first[1]
+    found = run_processes(3, _all, str(tmp_path))  # rows 8 to 10, which were all the second process's
+    assert [seen for seen, _, _ in found] == [1, 1, 1]
+    assert all(np.allclose(rows, expected, rtol=1e-5) for _, _, rows in found)
+    assert_only_the_cache_is_left(tmp_path)
+    for file in (tmp_path / "cache").glob("*.npy"):
+        assert json.loads(file.with_suffix(".json").read_text())["sha256"] == sha256_of_file(file)
 
 
 def test_no_room_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

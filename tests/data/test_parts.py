@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from singreg.data import ConcatPart, DataConfig, FolderPart, load_parts
+from singreg.data import ConcatPart, DataConfig, FolderPart, UnreadableImageError, load_parts
 from singreg.data.pictures import PictureChecker, open_rgb
-from tests.data.pictures_for_tests import check_disjoint, config, names, per_class, write_picture, write_tree
+from tests.data.pictures_for_tests import check_disjoint, config, names, per_class, write_parquet, write_picture, write_tree
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_classes_without_pictures_or_missing_in_a_split(tmp_path: Path) -> None:
 
 
 def test_missing_folders_and_splits(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no split 'val'.*subfolders there: train, validation"):
+    with pytest.raises(FileNotFoundError, match=r"no split 'val'.*folders there: train, validation; set data.test_split to one of them"):
         load_parts(config(tree, test_split="val"))
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         load_parts(config(tmp_path / "nowhere"))
@@ -140,11 +140,32 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, caplog: pytest
     (root / "train" / "a" / "sub").symlink_to(outside.parent)
     (root / "train" / "a" / "notes.txt").write_text("no picture")
     (root / "train" / "a" / "._0.png").write_text("left by another system")
+    told = rf"1 class folders in {root}/train are links that lead out of {root} or nowhere \(linked\) .* data\.classes"
+    with pytest.raises(ValueError, match=told):
+        load_parts(config(root, audit_per_class=1))
+    (root / "train" / "linked").unlink()
+    with pytest.raises(UnreadableImageError, match=r"2 links lead out .* data\.unreadable: skip(?s:.)*/sub(?s:.)*/out\.png"):
+        load_parts(config(root, audit_per_class=1))
+    with pytest.raises(ValueError, match=r"\(2 links out of the folder not counted\): a has 4 for train 5"):
+        load_parts(config(root, train_per_class=5, audit_per_class=1))
     with caplog.at_level(logging.WARNING):
-        parts = load_parts(config(root, audit_per_class=1))
+        parts = load_parts(config(root, audit_per_class=1, unreadable="skip"))
     assert len(parts.train) == 3
     assert parts.class_names == ("a",)
-    assert "1 links" in caplog.text
+    assert "2 links lead out" in caplog.text
+
+
+def test_links_to_nowhere_and_split_folders_that_lead_out_are_told_and_links_within_are_followed(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "data", {"train": {"a": 4}, "validation": {"a": 2, "c": 2}, "store": {"b": 4}})
+    (root / "train" / "c").symlink_to(root / "store" / "b")
+    assert per_class(load_parts(config(root)).train) == [2, 2]
+    (root / "train" / "lost").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(ValueError, match=r"or nowhere \(lost\)"):
+        load_parts(config(root))
+    (root / "train").rename(tmp_path / "outside")
+    (root / "train").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=f"{root}/train leads to {tmp_path}/outside, out of {root}, and is not followed"):
+        load_parts(config(root))
 
 
 def test_checked_pictures_are_remembered_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +173,7 @@ def test_checked_pictures_are_remembered_until_they_change(tmp_path: Path, monke
     settings = config(root, cache_dir=str(tmp_path / "cache"))
     first = load_parts(settings)
     read: list[str] = []
-    original = Path.read_bytes
-    monkeypatch.setattr("singreg.data.pictures._bytes_of_file", lambda path: (read.append(path), original(Path(path)))[1])
+    monkeypatch.setattr("singreg.data.pictures.read_file", lambda path: (read.append(path), Path(path).read_bytes())[1])
     assert load_parts(settings).train.fingerprint == first.train.fingerprint
     assert read == []
     changed = write_picture(Path(first.train.identifier(0)), 4711)
@@ -175,12 +195,10 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 
 def test_parquet_folder_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["lion", "goldfish"])})
     for split, count in (("train", 9), ("validation", 5)):
-        paths = [str(write_picture(tmp_path / "raw" / split / f"{i}.png")) for i in range(count)]
-        table = datasets.Dataset.from_dict({"image": paths, "label": [i % 2 for i in range(count)]}, features=features)
-        (tmp_path / "set").mkdir(exist_ok=True)
-        table.map(lambda row: row).to_parquet(tmp_path / "set" / f"{split}-00000.parquet")
+        paths = [write_picture(tmp_path / "raw" / split / f"{i}.png") for i in range(count)]
+        kind = datasets.ClassLabel(names=["lion", "goldfish"])
+        write_parquet(tmp_path / "set" / f"{split}-00000.parquet", paths, [i % 2 for i in range(count)], kind)
     parts = load_parts(config(tmp_path / "set", classes=["goldfish", "lion"], cache_dir=str(tmp_path / "cache")))
     assert parts.class_names == ("goldfish", "lion")
     assert parts.class_indices == (1, 291)
@@ -198,7 +216,7 @@ def test_an_unknown_hub_name_says_what_was_tried(monkeypatch: pytest.MonkeyPatch
         raise ConnectionError("couldn't reach the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match=r"'someone/things', split 'train', is neither a folder .*couldn't reach the hub"):
+    with pytest.raises(ValueError, match=r"'someone/things', split 'train' \(data\.train_split\), is neither .*couldn't reach the hub"):
         load_parts(DataConfig(source="someone/things"))
 
 

@@ -11,10 +11,10 @@ import datasets
 import numpy as np
 import pytest
 
-from singreg.data import load_parts, streamed
+from singreg.data import UnreadableImageError, load_parts, streamed, verified
 from singreg.data.config import DataConfig
 from singreg.data.parts import Parts
-from tests.data.pictures_for_tests import check_disjoint, config, per_class, write_picture
+from tests.data.pictures_for_tests import check_disjoint, config, per_class, write_parquet, write_picture
 from tests.processes import run_processes
 
 CLASSES = ["lion", "goldfish", "teapot"]
@@ -25,14 +25,12 @@ WANTED = ["goldfish", "lion"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 training and 15 validation pictures of three classes in Parquet files, of which one is not wanted."""
     base = tmp_path_factory.mktemp("streamed")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
-    (base / "set").mkdir()
     for split, count in (("train", 60), ("validation", 15)):
-        paths = [str(write_picture(base / "raw" / split / f"{i}.png")) for i in range(count)]
+        paths = [write_picture(base / "raw" / split / f"{i}.png") for i in range(count)]
         for half in range(2):
             rows = range(half * count // 2, (half + 1) * count // 2)
-            table = datasets.Dataset.from_dict({"image": [paths[i] for i in rows], "label": [i % 3 for i in rows]}, features=features)
-            table.map(lambda row: row).to_parquet(base / "set" / f"{split}-0000{half}.parquet")
+            file, kind = base / "set" / f"{split}-0000{half}.parquet", datasets.ClassLabel(names=CLASSES)
+            write_parquet(file, [paths[i] for i in rows], [i % 3 for i in rows], kind)
     return base / "set"
 
 
@@ -134,12 +132,9 @@ def test_another_content_is_another_stream(folder: Path, tmp_path: Path) -> None
 
 
 def test_labels_of_text_and_folders_of_files(tmp_path: Path) -> None:
-    rows: dict[str, list[Any]] = {"image": [str(write_picture(tmp_path / f"{i}.png")) for i in range(24)], "class": WANTED * 12}
-    features = datasets.Features({"image": datasets.Image(), "class": datasets.Value("string")})
-    (tmp_path / "set").mkdir()
-    for split in ("train", "validation"):
-        half = {name: values[:12] if split == "train" else values[12:] for name, values in rows.items()}
-        datasets.Dataset.from_dict(half, features=features).map(lambda row: row).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    paths = [write_picture(tmp_path / f"{i}.png") for i in range(24)]
+    for split, half in (("train", paths[:12]), ("validation", paths[12:])):
+        write_parquet(tmp_path / "set" / f"{split}.parquet", half, WANTED * 6)
     parts = load(tmp_path / "set", tmp_path / "cache")
     assert [per_class(part) for part in (parts.train, parts.audit, parts.test)] == [[3, 3], [3, 3], [6, 6]]
     for split in ("train", "validation"):
@@ -165,11 +160,60 @@ def test_two_processes_read_one_stream_once(folder: Path, tmp_path: Path) -> Non
     assert one == two == content(load(folder, tmp_path / "alone"))
 
 
+def _hashes(rank: int, world: int, folder: str, cache: str) -> tuple[int, Any]:
+    real, read = verified.sha256_of_file, []
+    verified.sha256_of_file = lambda path: (read.append(path), real(path))[1]  # type: ignore[assignment]
+    verified.SETTLED_NS = 0
+    try:
+        found = content(load(Path(folder), Path(cache)))
+    finally:
+        verified.sha256_of_file, verified.SETTLED_NS = real, 2_000_000_000
+    return len(read), found
+
+
+def test_at_a_second_start_one_process_verifies_for_all(folder: Path, tmp_path: Path) -> None:
+    expected = content(load(folder, tmp_path / "cache"))
+    files = len(list((tmp_path / "cache").rglob("*.arrow")))
+    found = run_processes(2, _hashes, str(folder), str(tmp_path / "cache"))
+    assert files > 2
+    assert found == [(files, expected), (0, expected)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_a_picture_or_a_label_are_counted_and_named(
+    streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [write_picture(tmp_path / f"{i}.png") for i in range(24)]
+    broken: list[Any] = [None, {"bytes": None, "path": None}, {"bytes": b"no picture", "path": "x"}]
+    labels = [*WANTED * 6, None, None, *WANTED, WANTED[0]]
+    write_parquet(tmp_path / "set" / "train.parquet", [*paths[:14], *broken], labels)
+    write_parquet(tmp_path / "set" / "validation.parquet", paths[14:], WANTED * 5)
+    options = {"streaming": streaming, "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(UnreadableImageError, match="3 unreadable pictures") as stop:
+        load_parts(config(tmp_path / "set", **options))
+    assert str(stop.value).count("the row holds no picture (null)") == 2
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "singreg"):
+        fresh = {**options, "cache_dir": str(tmp_path / "other"), "unreadable": "skip"}
+        parts = load_parts(config(tmp_path / "set", **fresh))
+    assert parts.class_names == tuple(sorted(WANTED))
+    assert len(parts.train) + len(parts.audit) == 12
+    assert "set/train: 2 rows are unlabelled (no value in the column 'class') and are left out" in caplog.text
+
+
+def test_a_column_of_nulls_is_no_column_of_labels(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_parquet(tmp_path / "set" / f"{split}.parquet", [write_picture(tmp_path / f"{split}.png")], [None])
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="the column 'class' holds no label, only nulls"):
+            load_parts(config(tmp_path / "set", streaming=streaming, cache_dir=str(tmp_path / "cache")))
+
+
 def test_what_cannot_be_streamed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="streaming needs a Hugging Face data set as source, got scenes"):
         DataConfig(streaming=True)
     with pytest.raises(ValueError, match=r"data\.streaming needs data\.cache_dir"):
         load_parts(DataConfig(source="someone/things", streaming=True))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: (_ for _ in ()).throw(ConnectionError("couldn't reach the hub")))
-    with pytest.raises(ValueError, match=r"'someone/things', split 'train', cannot be streamed; .*couldn't reach the hub"):
+    with pytest.raises(ValueError, match=r"split 'train' \(data\.train_split\), cannot be streamed; .*couldn't reach the hub"):
         load_parts(DataConfig(source="someone/things", streaming=True, cache_dir=str(tmp_path)))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from tabulate import tabulate
 
-from singreg.data import UnreadableImageError, load_parts
+from singreg.data import UnreadableImageError, load_parts, reading
 from singreg.data.embeddings import encode_part
 from singreg.evaluation.analyze_config import parse_analyze
 from singreg.models.classifier import Classifier
@@ -23,7 +26,7 @@ from singreg.sealed import DamagedFileError, read_rows, read_sealed
 from singreg.training.checkpoint import _whole
 from singreg.training.config import parse_finetune
 from singreg.translation.translator import FORMAT, load_translator
-from tests.data.pictures_for_tests import config, names, write_tree
+from tests.data.pictures_for_tests import config, names, write_parquet, write_picture, write_tree
 from tests.faults import untrusted
 from tests.reporting.small_report import finetune_report
 
@@ -59,6 +62,10 @@ BAD_PICTURES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "PNG of 100,000 × 100,000 pixels": (lambda folder: untrusted.huge_png(folder / "huge.png"), "DecompressionBombError"),
     "BMP of 100,000 × 100,000 pixels": (lambda folder: untrusted.huge_bmp(folder / "huge.bmp"), "DecompressionBombError"),
     "truncated JPEG": (lambda folder: untrusted.truncated_jpeg(folder / "cut.jpg"), "truncated"),
+    "JPEG whose EXIF block cannot be written again": (lambda folder: untrusted.damaged_exif(folder / "exif.jpg"), "struct.error"),
+    "PNG of 1 TiB (sparse)": (lambda folder: untrusted.sparse_png(folder / "sparse.png"), "at most 256 MiB are read"),
+    "pipe named .png": (lambda folder: untrusted.pipe(folder / "pipe.png"), "not a regular file"),
+    "PostScript named .png": (lambda folder: untrusted.postscript(folder / "program.png"), "cannot identify image file"),
     "text named .png": (lambda folder: untrusted.text_as_picture(folder / "text.png"), "cannot identify image file"),
 }
 
@@ -99,12 +106,53 @@ def test_a_link_out_of_the_folder_is_not_followed(pictures: Path, tmp_path: Path
     secret = write_tree(tmp_path / "elsewhere", {"train": {"a": 1}}) / "train" / "a" / "0.png"
     untrusted.link_outside(pictures / "train" / "a" / "link.png", secret)
     (pictures / "train" / "c").symlink_to(tmp_path / "elsewhere" / "train" / "a")
+    with pytest.raises(ValueError, match=r"1 class folders in .*/train are links that lead out of") as stop:
+        load_parts(config(pictures))
+    note("class folder that is a link out of the data folder", stop.value, pictures)
+    (pictures / "train" / "c").unlink()
+    with pytest.raises(UnreadableImageError, match=r"1 links lead out .* not followed; .*\n.*/link\.png") as stop:
+        load_parts(config(pictures))
+    note("link out of the data folder", stop.value, pictures)
     with caplog.at_level(logging.WARNING):
-        parts = load_parts(config(pictures))
-    assert "1 links in" in note("link out of the data folder", caplog.messages[-1], pictures)
+        parts = load_parts(config(pictures, unreadable="skip"))
+    assert "1 links lead out" in caplog.text
     assert parts.class_names == ("a", "b")
     used = names(parts.train) + names(parts.audit) + names(parts.test)
     assert not any("link.png" in name or "elsewhere" in name for name in used)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_file_does_not_choose_what_is_read(
+    streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    opened: list[str] = []
+    real = reading.xopen
+    monkeypatch.setattr(reading, "xopen", lambda path, *rest: (opened.append(path), real(path, *rest))[1])
+    root, secret = tmp_path / "set", write_picture(tmp_path / "elsewhere" / "secret.png")
+    untrusted.link_outside(write_picture(root / "own.png").with_name("link.png"), secret)
+    untrusted.pipe(root / "pipe.png")
+    bad = [str(secret), str(root / "link.png"), str(root / ".." / "elsewhere" / "secret.png"), "/dev/zero", str(root / "pipe.png"),
+           "http://127.0.0.1:9/x.png", "hf://datasets/some/one/x.png", f"zip://x.png::{secret}", "file:///etc/hostname",
+           "simplecache::http://127.0.0.1:9/x.png", "a\0b"]  # fmt: skip
+    cells = [{"bytes": None, "path": path} for path in bad] + [None, {"bytes": None, "path": None}]
+    good = [write_picture(tmp_path / "raw" / f"{number}.png") for number in range(6)]
+    own = {"bytes": None, "path": str(root / "own.png")}
+    rows = [*cells, *good, own]
+    write_parquet(root / "train.parquet", rows, ["a"] * len(rows))
+    write_parquet(root / "validation.parquet", [write_picture(tmp_path / "raw" / "test.png")], ["a"])
+    options: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), "streaming": streaming}
+    with pytest.raises(UnreadableImageError, match=f"{len(cells)} unreadable pictures") as stop:
+        load_parts(config(root, **options))
+    said = str(stop.value)
+    assert all(repr(path) in said or path == str(root / "pipe.png") for path in bad)
+    assert said.count("the row holds no picture (null)") == 2
+    note(f"Parquet rows that name files elsewhere (streaming: {streaming})", said, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        parts = load_parts(config(root, **options, unreadable="skip"))
+    assert len(parts.train) + len(parts.audit) == len(good) + 1, "the data set's own file is read"
+    assert hashlib.sha256(secret.read_bytes()).digest() not in {bytes(digest) for part in parts for digest in part.digests}
+    assert not opened
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -10,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from tests.data.pictures_for_tests import write_picture
 
@@ -42,6 +44,32 @@ def truncated_jpeg(path: Path) -> Path:
 def text_as_picture(path: Path) -> Path:
     """A text with a picture's name."""
     path.write_text("this is no picture\n" * 20)
+    return path
+
+
+def damaged_exif(path: Path) -> Path:
+    """A JPEG that decodes, with an orientation to be undone beside a number stored as text, at which PIL raises struct.error."""
+    entries = struct.pack(">HHIHH", 0x112, 3, 1, 6, 0) + struct.pack(">HHIHH", 0x103, 2, 2, 6, 0)
+    Image.new("RGB", (64, 48)).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entries + bytes(4))
+    return path
+
+
+def sparse_png(path: Path, size: int = 2**40) -> Path:
+    """A PNG that takes no room on the disk and 1 TiB in memory."""
+    write_picture(path)
+    os.truncate(path, size)
+    return path
+
+
+def pipe(path: Path) -> Path:
+    """A pipe that nobody writes to: whoever opens it to read waits for ever."""
+    os.mkfifo(path)
+    return path
+
+
+def postscript(path: Path) -> Path:
+    """A program in PostScript, which PIL would hand to an interpreter that it looks for."""
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     return path
 
 
