@@ -1,6 +1,8 @@
-"""Sums over processes that are the identity in a single one. No gradient passes: see `loss_terms._ratio_of_means` for why."""
+"""Sums over processes that are the identity in a single one, and seeds by process. No gradient passes: `loss_terms._ratio_of_means`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,11 +26,33 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Largest over processes, any shape (...) to the same, element by element; detached; every process must call it."""
+    value = value.detach().clone()
+    if is_distributed():
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return value
+
+
+@torch.no_grad()
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Mean over all images of all processes, weighted by their counts; values (B,) to (), detached."""
     total = torch.stack([values.detach().sum(), values.new_tensor(float(values.numel()))])
     total = all_reduce_sum(total)
     return total[0] / total[1]
+
+
+@torch.no_grad()
+def broadcast_from_first(values: Sequence[Tensor]) -> None:
+    """Overwrite tensors of any shapes, in place, with the first process's: work done by all alike may round differently."""
+    if is_distributed():
+        for value in values:
+            torch.distributed.broadcast(value, src=0)
+
+
+def seed_process(seed: int, rank: int, step: int = 0) -> None:
+    """Seed torch's and CUDA's random numbers from all three, so that no two processes draw the same dropout masks (no shapes)."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0]))
 
 
 def gather_rows(batches: list[dict[str, np.ndarray]], *, sort_by: str | None = None) -> dict[str, np.ndarray]:

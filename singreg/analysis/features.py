@@ -45,7 +45,7 @@ class PassSettings:
 def process_share(count: int) -> np.ndarray:
     """Indices of the pictures this process reads: every world-size-th, no padding, none twice. Returns (n,) int64.
 
-    Counts stay exact at odd sizes, and a process may be idle (trap 5).
+    Counts stay exact at odd sizes, and a process may be idle.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)

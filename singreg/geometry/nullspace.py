@@ -137,7 +137,7 @@ class NullSpace(nn.Module):
         return self.basis.shape[0] - self.basis.shape[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NullSpace:
-        # `.half()` or `.to(dtype)` on a parent must not round the basis: reports promise float64 (trap 7's cousin).
+        # `.half()` or `.to(dtype)` on a parent must not round the basis: reports promise float64.
         exact = {name: self._buffers[name] for name in ("basis", "_sigma", "_factor")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in exact.items():
@@ -182,7 +182,7 @@ class _RowSpaceProjection(torch.autograd.Function):
     """y = P f and its exact derivative in closed form: dP = W⁺ dW Π_n + (W⁺ dW Π_n)ᵀ.
 
     Everything is thin, (B, C) and (B, m): no derivative of a factorisation is ever taken, so it cannot be NaN for equal
-    singular values (trap 1) and costs a few products with W. `solve` maps (B, C) right-hand sides to (W Wᵀ)⁻¹ of them.
+    singular values and costs a few products with W. `solve` maps (B, C) right-hand sides to (W Wᵀ)⁻¹ of them.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""TensorBoard: one small writer that refuses what TensorBoard would drop without a word (trap 11)."""
+"""TensorBoard: one small writer that refuses what TensorBoard would drop without a word."""
 
 from __future__ import annotations
 

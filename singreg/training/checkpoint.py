@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 
+from singreg.distributed import seed_process
 from singreg.sealed import read_sealed, write_sealed
 
 logger = get_logger(__name__)
@@ -19,11 +21,15 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Position:
-    """Where an arm stands: optimiser steps done, current epoch, micro-batches of it already used."""
+    """Where an arm stands: optimiser steps done, current epoch, micro-batches of it already used.
+
+    refresh_due: it was stopped before what follows this step (the translator's refresh, the curves) was done.
+    """
 
     step: int
     epoch: int
     batches: int
+    refresh_due: bool = False
 
 
 class Checkpoints:
@@ -45,10 +51,12 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             written = sorted(path.name for path in temporary.iterdir() if path.is_file())
-            write_sealed(temporary / "position.json", asdict(position), written)
+            place = {**asdict(position), "processes": accelerator.num_processes}
+            write_sealed(temporary / "position.json", place, written)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
-            for old in self.all()[: -self.keep]:
+            others = [path for path in self.all() if path != target]  # names may lie: the newest is what was written last
+            for old in others[: len(others) - self.keep + 1]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
@@ -56,27 +64,55 @@ class Checkpoints:
         """Complete checkpoints, oldest first (a path each)."""
         return sorted(path for path in self.folder.glob("step-*") if (path / "position.json").is_file())
 
-    def load_latest(self, accelerator: Accelerator) -> Position | None:
-        """Restore the newest whole checkpoint and say which path; a damaged one is named and the one before is used."""
-        for folder in reversed(self.all()):
+    def load_latest(self, accelerator: Accelerator, *, seed: int = 0) -> Position | None:
+        """Restore the newest whole checkpoint and say which path; a damaged one is named, set aside, and the one before is used.
+
+        The main process chooses, or processes could go on from different ones. On another number of processes the run goes on, but
+        not to the bit, which is said; a process that has no random state in it draws from (seed, its number, step).
+        """
+        chosen = [self._choose() if accelerator.is_main_process else None]
+        broadcast_object_list(chosen)
+        if chosen[0] is None:
+            return None
+        folder, position, processes = chosen[0]
+        accelerator.load_state(str(folder))
+        logger.info("resuming from %s (step %d)", folder, position.step)
+        if processes != accelerator.num_processes:
+            logger.warning(
+                "%s was written by %d process(es), this run has %d: it goes on, but to other bits than an undisturbed one",
+                folder, processes, accelerator.num_processes,
+            )  # fmt: skip
+            if accelerator.process_index >= processes:
+                seed_process(seed, accelerator.process_index, position.step)
+        return position
+
+    def _choose(self) -> tuple[Path, Position, int] | None:
+        """The newest whole checkpoint, its position and the number of processes that wrote it."""
+        for folder in sorted(self.folder.glob("step-*"), reverse=True):
             try:
-                position = _whole(folder)
-            except (OSError, ValueError, TypeError, RuntimeError, UnpicklingError) as error:
+                return folder, *_whole(folder)
+            except (OSError, ValueError, TypeError, KeyError, RuntimeError, UnpicklingError) as error:
                 logger.warning("checkpoint %s cannot be read (%s); trying the one before", folder, error)
-                continue
-            accelerator.load_state(str(folder))
-            logger.info("resuming from %s (step %d)", folder, position.step)
-            return position
+                _set_aside(folder)
         return None
 
 
-def _whole(folder: Path) -> Position:
-    """The position of a checkpoint whose every file is what was written, and holds nothing but tensors and plain values.
+def _set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint to damaged-step-..., so that it is neither counted nor chosen again; nothing is overwritten."""
+    target, number = folder.with_name(f"damaged-{folder.name}"), 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"damaged-{folder.name}-{number}")
+    os.rename(folder, target)
+
+
+def _whole(folder: Path) -> tuple[Position, int]:
+    """Position and number of processes of a checkpoint whose every file is what was written, and holds but tensors and plain values.
 
     Looked at before anything is loaded: a load that fails half-way would leave its weights behind, and accelerate passes over
     random states that it cannot read.
     """
-    position = Position(**read_sealed(folder / "position.json"))
+    stored = read_sealed(folder / "position.json")
     for path in sorted(folder.glob("custom_checkpoint_*.pkl")):  # accelerate would unpickle these as they are
         torch.load(path, map_location="cpu", weights_only=True)
-    return position
+    return Position(**{field.name: stored[field.name] for field in fields(Position)}), int(stored["processes"])

@@ -20,7 +20,7 @@ class LoopTranslatorConfig(TranslatorConfig):
     """The loop's translator, fitted on the bank (training pictures and the unlabelled ones not given to the auditor).
 
     Args:
-        ridge: relative penalty; none chooses it by validation.
+        ridge: relative penalty; null chooses it by validation.
         standardize: scale the features for the fit by the head's row-space and null block (blocks), one by one (features), or not
             at all (no).
         normalize_targets: translate to unit image embeddings instead of the paper's raw ones (the auditor too).
@@ -43,12 +43,15 @@ class LossConfig:
 
     Args:
         weight: λ after the ramp.
-        preset: named sum of terms to begin with, such as sing, label_only or null_energy.
-        terms: weights by term that replace or add to the preset's; a weight of 0 removes a term.
+        preset: named sum of terms to begin with: sing, leakage, two_sided, steering, label_only, null_energy, null_share, sigma_min or
+            orthogonal.
+        terms: weights by term that replace or add to the preset's; a weight of 0 removes a term. Terms: leak, hinge, attribute, band,
+            class_share, capacity, steer, head, orthogonal, null_energy, null_share.
         placebo: control of the control: the loss sees every class's prompt at another class (shuffled), or random directions.
         balance: above 0, λ is scaled once, when the warm-up ends, so that the terms' gradient on the backbone (on the head where it
             alone trains) has this share of cross-entropy's norm at full λ; both norms are logged. 0.1 to 0.3 is a good start.
-        warmup: share of the steps with cross-entropy alone. ramp: share of the steps of the cosine ramp that follows.
+        warmup: share of the steps with cross-entropy alone.
+        ramp: share of the steps of the cosine ramp that follows.
         confusable: nearest classes that make a class's contrast directions.
         momentum: of the running feature mean and class means.
     """
@@ -72,16 +75,20 @@ class TrainingConfig:
         epochs: passes over the training part; 0 measures only.
         batch_size: pictures an optimiser step sees over all processes and accumulation steps.
         accumulation: gradient accumulation steps; batch_size must be divisible by it times the number of processes.
-        learning_rate: peak, AdamW, cosine decay. head_factor: times this for the head.
-        weight_decay, clip: AdamW decay; gradient norm clipped to this.
+        learning_rate: peak, AdamW, cosine decay.
+        head_factor: the head's learning rate is this times learning_rate.
+        weight_decay: AdamW's.
+        clip: the gradient's norm is clipped to this.
         l2_sp: adds half of this times the squared distance of the trained backbone from where it began (L2-SP).
         head_first: share of the steps in which the head alone trains, the backbone as if frozen (LP-FT).
         lr_warmup: share of the steps with a linear warm-up of the learning rate.
         label_smoothing: of the cross-entropy.
         mixed_precision: no, bf16 or fp16; the loss stays in float32.
         control: also train the control arm (plain fine-tuning); without it no claim can be made.
-        checkpoint_every: optimiser steps between checkpoints, beside one at every epoch's end. keep: how many stay.
-        log_every: optimiser steps between TensorBoard points. watch: pictures for the AS/IS curves by epoch (0: none).
+        checkpoint_every: optimiser steps between checkpoints, beside one at every epoch's end.
+        keep: how many checkpoints stay.
+        log_every: optimiser steps between TensorBoard points.
+        watch: pictures for the AS/IS curves by epoch (0: none).
         measure_batch_size: pictures a batch where nothing is trained.
     """
 
@@ -110,9 +117,11 @@ class FinetuneConfig(JobConfig):
     """A whole run of recipes/finetune.py; every field is a key of the YAML and a flag of the command line.
 
     Args:
-        name: of the run's folder. runs: where run folders go. seed: every random choice hangs on it.
+        name: of the run's folder.
+        runs: where run folders go.
         cache: embeddings and features, reused by all runs.
-        dry_run: build everything, run one batch, say what would happen, stop.
+        seed: every random choice hangs on it.
+        dry_run: build everything, embed all pictures (once; they are cached), run one batch, say what would happen, stop.
         resume: go on with an interrupted run of the same name and configuration.
     """
 

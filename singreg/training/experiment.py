@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from singreg.analysis.comparison import no_claim
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import FittedTranslator, fit_on_part, reference_image_scores
 from singreg.analysis.model import analyze_model
@@ -18,8 +19,10 @@ from singreg.data.parts import ImagePart, Parts
 from singreg.loss_terms import resolve_terms
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
+from singreg.models.vision_language import hash_of_state
 from singreg.training.config import FinetuneConfig
 from singreg.training.loop import Schedule, micro_batch
+from singreg.training.processes import refuse_batch_norm
 from singreg.training.streaming import LoopTranslator
 from singreg.translation.ridge import DEFAULT_RIDGES
 from singreg.translation.translator import LinearTranslator, TranslatorInfo
@@ -47,13 +50,34 @@ class Experiment:
     def build(cls, config: FinetuneConfig, accelerator: Accelerator) -> Experiment:
         """Load data and models and compute (or read back) the embeddings (N, n); every complaint comes before any training."""
         micro_batch(config, accelerator.num_processes)
+        refuse_batch_norm(config, accelerator)
+
+        def before_embedding(parts: Parts, classifier: Classifier) -> None:
+            schedule = Schedule.from_config(config, len(parts.train))
+            if not (config.dry_run and accelerator.is_main_process):
+                return
+            print(f"steps: {schedule.total} ({schedule.steps_per_epoch} an epoch), translator refreshed after {list(schedule.refresh_at)}")
+            if refused := no_claim(len(parts.audit), classifier.feature_dim, config.auditor.images_per_feature):
+                print(refused, flush=True)
+
         bench = Bench.build(
             config, config.model, accelerator,
             batch_size=config.training.measure_batch_size, normalize_targets=config.translator.normalize_targets,
+            before_embedding=before_embedding,
         )  # fmt: skip
-        Schedule.from_config(config, len(bench.parts.train))
         # The vision-language model is not kept: its embeddings are all that training needs of it.
         return cls(config, accelerator, bench.parts, bench.classifier, bench.texts, bench.embeddings, bench.info, bench.settings)
+
+    def inputs(self) -> dict[str, str]:
+        """Hashes of all a run starts from beside its configuration, by what they are called in messages (no shapes)."""
+        pictures = {f"{part} pictures": getattr(self.parts, part).fingerprint for part in ("train", "bank", "audit", "test")}
+        return {
+            **pictures,
+            "starting classifier": hash_of_state(self.classifier.model),
+            "classifier's preprocessing": self.info.classifier_preprocessing,
+            "vision-language model": self.info.vlm_weights_hash,
+            "vision-language model's preprocessing": self.info.vlm_preprocessing,
+        }
 
     def fresh_classifier(self) -> Classifier:
         """A copy of the starting classifier, tuned as configured: every arm begins here (no shapes)."""

@@ -15,18 +15,17 @@ from singreg.analysis.comparison import compare_arms, report_warnings, verdict
 from singreg.analysis.features import PassSettings, iterate_features
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.results import FinetuneReport, ModelMeasurement
-from singreg.geometry.nullspace import NullSpace
 from singreg.losses import SingLoss
-from singreg.metrics import SemanticLeakage
 from singreg.models.classifier import Classifier
 from singreg.reporting.plots import save_plots
 from singreg.reporting.report_files import write_report
 from singreg.reporting.tables import results_table
 from singreg.reporting.tensorboard import TensorBoardLog
 from singreg.training.experiment import Experiment
-from singreg.training.loop import ArmCallbacks, Schedule, train_arm
+from singreg.training.loop import ArmCallbacks, train_arm
 from singreg.training.stages import FinetuneRun, Stage
 from singreg.training.streaming import LoopTranslator
+from singreg.training.watching import log_watched, watch
 from singreg.translation.translator import LinearTranslator, TranslatorInfo
 from singreg.workbench.run import describe_machine
 
@@ -47,7 +46,12 @@ class Finetuning:
         return TensorBoardLog(self.run.folder / "tensorboard" / arm, enabled=self.accelerator.is_main_process)
 
     def measure_before(self) -> None:
-        """Fit the loop's translator and the auditor on the starting classifier and measure it (stage "before")."""
+        """Fit the loop's translator and the auditor on the starting classifier and measure it (stage "before").
+
+        Raises:
+            OtherRunError: the run is resumed on other pictures or models.
+        """
+        self.run.begin(self.experiment.inputs())
 
         def compute() -> Stage:
             classifier = self.experiment.classifier.eval()
@@ -125,11 +129,12 @@ class Finetuning:
                 log.scalars({f"train/{name}": value for name, value in values.items()}, step)
 
         def epoch_end(step: int, classifier: Classifier, sing: SingLoss | None) -> None:
-            translator = self.loop.translator if sing is None else keeper.current(sing)
-            watched = watch(self.experiment, classifier, translator)
-            if watched is not None:
-                log.scalars({f"watch/{k}": float(v) for k, v in watched.compute().items()}, step)
-                log.figure("watch/histogram", watched.plot()[0], step)
+            # Both arms by the frozen translator, or their curves laid over one another would measure different things.
+            translators = {"watch": self.loop.translator}
+            if sing is not None:
+                translators["watch_loop"] = keeper.current(sing)
+            for tag, watched in watch(self.experiment, classifier, translators).items():
+                log_watched(log, tag, watched, step)
             log.histograms({"head/weight": classifier.weight}, step)
 
         return ArmCallbacks(figures, epoch_end, keeper.refresh, keeper if keeper.stateful else None)
@@ -142,7 +147,11 @@ class Finetuning:
             measurements=self.measurements,
             comparisons=compare_arms(self.measurements),
             audit_gap=_audit_gap(self.measurements["sing"]),
-            verdict=verdict(self.measurements, trained=self.config.training.epochs > 0),
+            verdict=verdict(
+                self.measurements,
+                images_per_feature=self.config.auditor.images_per_feature,
+                trained=self.config.training.epochs > 0,
+            ),
             warnings=report_warnings(self.measurements, self.config.auditor.images_per_feature),
             settings={**asdict(self.config), "command": " ".join(["recipes/finetune.py", *sys.argv[1:]])},
             machine=describe_machine(self.accelerator),
@@ -162,24 +171,6 @@ def _audit_gap(measurement: ModelMeasurement) -> float | None:
     """Auditor AS⁻ over the loop's own AS⁻ (METHOD section 8.6); above 1.5 the loss was gamed. No unit."""
     loop = measurement.translators["loop"].overall["AS_neg"]
     return measurement.translators["auditor"].overall["AS_neg"] / loop if loop > 0 else None
-
-
-def watch(experiment: Experiment, classifier: Classifier, translator: LinearTranslator) -> SemanticLeakage | None:
-    """AS/IS of some labelled held-out pictures during training, for the curves only; None when there are none."""
-    part = experiment.parts.audit
-    labelled = torch.from_numpy(part.labels >= 0).nonzero().flatten()
-    count = min(experiment.config.training.watch, len(labelled))
-    if count == 0:
-        return None
-    # Evenly spaced, so that every class is among them however the part is ordered.
-    chosen = labelled[torch.linspace(0, len(labelled) - 1, count).long()].numpy()
-    space = NullSpace.from_weight(classifier.weight, invariance=experiment.config.model.invariance).to(experiment.texts.device)
-    metric = SemanticLeakage(experiment.texts).to(experiment.texts.device)
-    settings = PassSettings(experiment.settings.batch_size, experiment.settings.workers, progress=False)
-    embeddings = experiment.embeddings["audit"][chosen]
-    for batch in iterate_features(classifier, part.subset(chosen), embeddings, settings, "watching"):
-        metric.update(translator(batch.features), translator(space.remove(batch.features)), batch.labels)
-    return metric
 
 
 def _summary_to_tensorboard(report: FinetuneReport, folder: Path, plots: dict[str, Path]) -> None:
@@ -202,10 +193,11 @@ def _summary_to_tensorboard(report: FinetuneReport, folder: Path, plots: dict[st
 
 
 def dry_run(experiment: Experiment) -> None:
-    """Run one batch through everything and print rank, nullity, memory, steps; nothing is written (no shapes)."""
-    config, classifier = experiment.config, experiment.fresh_classifier()
-    space = NullSpace.from_weight(classifier.weight, invariance=config.model.invariance)
-    schedule = Schedule.from_config(config, len(experiment.parts.train))
+    """Run one batch through everything and print shapes and memory; nothing is written but the embeddings (no shapes).
+
+    Head, parts and steps were told before the pictures were embedded (see `Experiment.build`).
+    """
+    classifier = experiment.fresh_classifier()
     some = experiment.parts.bank.subset(range(min(64, len(experiment.parts.bank))))
     settings = PassSettings(len(some), 0, progress=False)
     batch = next(iter(iterate_features(classifier, some, experiment.embeddings["bank"][: len(some)], settings, "dry run")))
@@ -214,12 +206,8 @@ def dry_run(experiment: Experiment) -> None:
     trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     statistics = 2 * 8 * (width * width + width * dim) / 2**20
     training = 4 * (parameters + 3 * trained) / 2**20
-    counts = {part.name: len(part) for part in vars(experiment.parts).values() if hasattr(part, "identifier")}
     if experiment.accelerator.is_main_process:
         print(f"classifier {classifier.tag}: {classifier.num_classes} classes, {width} features, {trained:,} of {parameters:,} trained")
-        print(f"head: rank {space.rank}, nullity {space.nullity} ({space.nullity / width:.1%} of the dimensions)")
         print(f"one batch: features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}, embeddings {dim}-d")
-        print(f"pictures: {', '.join(f'{name} {count}' for name, count in counts.items())}")
-        print(f"steps: {schedule.total} ({schedule.steps_per_epoch} an epoch), translator refreshed after {list(schedule.refresh_at)}")
         print(f"memory: weights and optimiser {training:.0f} MiB, translator statistics {statistics:.0f} MiB, beside activations")
         print("dry run: nothing was trained, no run folder was made")

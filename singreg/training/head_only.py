@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singreg.data.embeddings import take_rows
+from singreg.distributed import broadcast_from_first
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.training.config import FinetuneConfig
@@ -27,8 +28,8 @@ def train_head(
     """Train W and b on features (N, m) with labels (N,) by AdamW on CE + SingLoss, in place; returned in eval mode.
 
     The schedule is that of fine-tuning (linear warm-up, cosine decay, λ's ramp), the head's rate its rate times `head_factor`. The
-    features stay as they are, so the loop's translator needs no refresh: terms that do not move W have nothing to do here. The same
-    on every process, whose batches are whole. Depends on the seed and nothing else: the order of the pictures.
+    features stay as they are, so the loop's translator needs no refresh: terms that do not move W have nothing to do here. Every
+    process trains on whole batches, and the first one's head goes to all. Depends on the seed alone: the order of the pictures.
 
     Raises:
         TrainingFailed: a loss or gradient that is not finite. ValueError: features that do not fit the head or the labels.
@@ -64,6 +65,7 @@ def train_head(
             )
         optimizer.step()
         scheduler.step()
+    broadcast_from_first([each.detach() for each in trained])
     return classifier.eval()
 
 

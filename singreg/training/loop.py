@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ from singreg.progress import progress
 from singreg.training.balance import balance, measure_gradients, ramp_begins
 from singreg.training.checkpoint import Checkpoints, Position
 from singreg.training.config import FinetuneConfig
+from singreg.training.processes import own_random_numbers, synchronise_batch_norm
 from singreg.training.streaming import LoopTranslator
 from singreg.training.task import FinetuneTask, parameter_groups, train_head_only, trained_backbone
 from singreg.workbench.stopping import StopRequest
 
 logger = get_logger(__name__)
+SKIPPED = 20
+"""Steps in a row that fp16's scaler may skip: 2^20 is more than its whole range of scales from the first."""
 
 
 class TrainingFailed(RuntimeError):
@@ -122,6 +125,7 @@ def train_arm(
     set_seed(config.seed)
     training = config.training
     schedule = Schedule.from_config(config, len(part))
+    synchronise_batch_norm(classifier, config, accelerator)
     task: torch.nn.Module = FinetuneTask(
         classifier, sing, label_smoothing=training.label_smoothing, l2_sp=training.l2_sp, compile=config.model.compile
     )
@@ -143,21 +147,11 @@ def train_arm(
         translator.refresh(classifier, sing)
     accelerator.register_for_checkpointing(scheduler, *([] if translator is None else [translator]))
     checkpoints = Checkpoints(folder, keep=training.keep)
-    start = (checkpoints.load_latest(accelerator) if resume else None) or Position(0, 0, 0)
     arm = _Arm(name, task, optimizer, scheduler, accelerator, schedule, config, part, sampler, translator)
     try:
-        steps = progress(
-            arm.steps(loader, start), f"training {name}", total=schedule.total, done=start.step,
-            enabled=accelerator.is_local_main_process,
-        )  # fmt: skip
-        with StopRequest(accelerator) as request:
-            for position in steps:
-                _between_steps(arm, position, callbacks)
-                stopped = request.came()
-                if stopped or position.step % schedule.steps_per_epoch == 0 or position.step % training.checkpoint_every == 0:
-                    checkpoints.save(accelerator, position)
-                if stopped:
-                    request.end()
+        with own_random_numbers(accelerator, config.seed):
+            start = checkpoints.load_latest(accelerator, seed=config.seed) if resume else None
+            _run(arm, loader, start or Position(0, 0, 0), checkpoints, callbacks)
     finally:
         accelerator._custom_objects.clear()  # the next arm registers its own schedule
     trained: FinetuneTask = accelerator.unwrap_model(task)
@@ -165,9 +159,30 @@ def train_arm(
     return trained.classifier.eval()
 
 
+def _run(
+    arm: _Arm, loader: DataLoader[tuple[Tensor, ...]], start: Position, checkpoints: Checkpoints, callbacks: ArmCallbacks
+) -> None:
+    """All steps from a position on, with what happens beside them and a checkpoint where one is due or wanted."""
+    accelerator, per_epoch, every = arm.accelerator, arm.schedule.steps_per_epoch, arm.config.training.checkpoint_every
+    if start.refresh_due:
+        _between_steps(arm, start, callbacks)
+    steps = progress(
+        arm.steps(loader, start), f"training {arm.name}", total=arm.schedule.total, done=start.step,
+        enabled=accelerator.is_local_main_process,
+    )  # fmt: skip
+    with StopRequest(accelerator) as request:
+        for position in steps:
+            callbacks.log(position.step, arm.figures)
+            if request.came():  # looked for before the translator's refresh, which may encode a million pictures
+                checkpoints.save(accelerator, replace(position, refresh_due=True))
+                request.end()
+            _between_steps(arm, position, callbacks)
+            if position.step % per_epoch == 0 or position.step % every == 0:
+                checkpoints.save(accelerator, position)
+
+
 def _between_steps(arm: _Arm, position: Position, callbacks: ArmCallbacks) -> None:
-    """What happens beside the steps, before a checkpoint of this one is written."""
-    callbacks.log(position.step, arm.figures)
+    """What follows a step, before a checkpoint of it is written."""
     classifier, sing = arm.plain.classifier, arm.plain.sing
     if sing is not None and position.step in arm.schedule.refresh_at:
         callbacks.refresh(classifier, sing)
@@ -214,6 +229,7 @@ class _Arm:
         self.name, self.task, self.optimizer, self.scheduler = name, task, optimizer, scheduler
         self.accelerator, self.schedule, self.config, self.part = accelerator, schedule, config, part
         self.figures: dict[str, float] = {}
+        self.skipped = 0
 
     def steps(self, loader: DataLoader[tuple[Tensor, ...]], start: Position) -> Iterator[Position]:
         """Run from a position to the end, yielding after every optimiser step."""
@@ -259,15 +275,20 @@ class _Arm:
                         parameter.grad = None  # AdamW passes it over: no step, no decay, no moments
                 norm = torch.as_tensor(accelerator.clip_grad_norm_(self.task.parameters(), self.config.training.clip))
                 outputs["gradient_norm"] = norm
-                # With fp16 the scaler skips such a step by itself and goes on with a smaller scale.
-                if accelerator.scaler is None and not bool(torch.isfinite(norm)):
-                    raise TrainingFailed(self._failure("gradient", outputs, indices, step))
+                self._check_gradient(outputs, indices, step)
             self.optimizer.step()
             self.optimizer.zero_grad()
             if accelerator.sync_gradients:
                 outputs["learning_rate"] = torch.tensor(self.scheduler.get_last_lr()[0])
                 self.scheduler.step()
         self._collect(outputs, step)
+
+    def _check_gradient(self, outputs: dict[str, Tensor], indices: Tensor, step: int) -> None:
+        """With fp16 the scaler skips a step by itself and goes on with a smaller scale, which helps within a few steps or never."""
+        self.skipped = 0 if bool(torch.isfinite(outputs["gradient_norm"])) else self.skipped + 1
+        if self.skipped > (0 if self.accelerator.scaler is None else SKIPPED - 1):
+            what = "gradient" if self.accelerator.scaler is None else f"gradient, the {SKIPPED}th in a row at ever smaller fp16 scales,"
+            raise TrainingFailed(self._failure(what, outputs, indices, step))
 
     def _log_due(self, step: int) -> bool:
         return self.accelerator.sync_gradients and (step + 1) % self.config.training.log_every == 0
@@ -297,5 +318,5 @@ class _Arm:
         pictures = ", ".join(self.part.identifier(int(i)) for i in indices)
         return (
             f"arm {self.name!r}: the {what} is not finite at step {step + 1} ({parts}); nothing was updated with it. Pictures of the "
-            f"batch: {pictures}. Lower training.learning_rate or loss.weight, then go on with resume: true"
+            f"batch: {pictures}. Lower training.learning_rate or loss.weight and use another --name: with other settings it is another run"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,21 @@ from singreg.analysis.results import ModelMeasurement
 from singreg.files import atomic_write
 from singreg.sealed import DamagedFileError, read_rows, read_sealed, write_sealed
 from singreg.training.config import FinetuneConfig
-from singreg.workbench.run import Run
+from singreg.workbench.run import OtherRunError, Run
 
 logger = get_logger(__name__)
 Stage = tuple[ModelMeasurement, dict[str, Tensor], dict[str, Any]]
+
+
+def other_inputs(stored: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What differs, with the beginnings of both hashes, as words for a message; empty when nothing does (no shapes).
+
+    Example:
+        >>> other_inputs({"test pictures": "a" * 64, "bank pictures": "b" * 64}, {"test pictures": "c" * 64, "bank pictures": "b" * 64})
+        'other test pictures (then aaaaaaaa, now cccccccc)'
+    """
+    names = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+    return ", ".join(f"other {name} (then {str(stored.get(name))[:8]}, now {str(now.get(name))[:8]})" for name in names)
 
 
 class StageStore:
@@ -70,6 +81,29 @@ class FinetuneRun(Run):
     def __init__(self, config: FinetuneConfig, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator, "finetune")
         self.stages = StageStore(self.folder / "checkpoints" / "stages")
+
+    def begin(self, inputs: Mapping[str, str]) -> None:
+        """Note what the run starts from (path checkpoints/inputs.json), or, when it is resumed, see that this is still the same.
+
+        Raises:
+            OtherRunError: it is not; names what differs. DamagedFileError: the note is not what was written.
+        """
+        path = self.folder / "checkpoints" / "inputs.json"
+        if path.is_file():
+            try:
+                stored = read_sealed(path)
+            except DamagedFileError as error:
+                raise DamagedFileError(f"{error}; if data and models are as they were, remove it and resume") from error
+            other = other_inputs(stored, inputs)
+            if other:
+                raise OtherRunError(
+                    f"{path}: the run was begun with {other}, so this would not be the same run; resume where they are as they were, "
+                    "or use another --name"
+                )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and not path.is_file():
+            write_sealed(path, inputs)
+        self.accelerator.wait_for_everyone()
 
     def stage(self, name: str, compute: Callable[[], Stage]) -> Stage:
         """The stage's result: read back when it had finished, else computed, timed and stored."""

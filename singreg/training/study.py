@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
+import torch
 from accelerate.logging import get_logger
 
 from singreg.analysis.features import PassSettings, iterate_features
@@ -19,7 +20,7 @@ from singreg.analysis.study.results import ArmRun, StudyReport
 from singreg.analysis.study.targets import study_report
 from singreg.data.parts import ImagePart, ScenePart, SubsetPart
 from singreg.data.scenes import ATTRIBUTES
-from singreg.distributed import gather_rows
+from singreg.distributed import all_reduce_max, all_reduce_sum
 from singreg.files import sha256_of_json
 from singreg.models.classifier import Classifier
 from singreg.models.head_edits import drop_null
@@ -28,6 +29,7 @@ from singreg.reporting.study_tables import study_table
 from singreg.sealed import read_sealed, write_sealed
 from singreg.training.experiment import Experiment
 from singreg.training.loop import Schedule, micro_batch
+from singreg.training.processes import refuse_batch_norm
 from singreg.training.study_arms import ArmMaker, Made, prepare_start
 from singreg.training.study_config import ArmConfig, StudyConfig, arm_config, arm_seeds, is_trained, read_arms
 from singreg.training.study_store import ArmStore, StudyRun, arm_hash
@@ -46,6 +48,7 @@ class Study:
     """Holds what the arms share: parts, embeddings, the common start, the second judge."""
 
     def __init__(self, run: StudyRun, experiment: Experiment) -> None:
+        self.inputs = experiment.inputs()
         self.run, self.config, self.experiment = run, run.config, hold_out(experiment, run.config.validation_per_class)
         experiment, self.agreement = self.experiment, list[AgreementPoint]()
         self.arms = read_arms(run.config)
@@ -55,6 +58,7 @@ class Study:
             own = arm_config(self.config, arm, self.config.seeds[0])
             if arm.train != "none":  # complaints come before any work
                 micro_batch(own, experiment.accelerator.num_processes)
+                refuse_batch_norm(own, experiment.accelerator)
                 Schedule.from_config(own, len(experiment.parts.train))
 
     def stores(self) -> Iterator[tuple[ArmConfig, ArmStore, ArmStore | None]]:
@@ -68,9 +72,9 @@ class Study:
                 if arm.weights_from is not None:
                     first = self.config.seeds[0]  # an arm without randomness has that one alone
                     source = made.get((arm.weights_from, seed)) or made[arm.weights_from, first]
-                digest = arm_hash(self.config, arm, seed, None if source is None else source.digest)
+                digest = arm_hash(self.config, arm, seed, None if source is None else source.digest, self.inputs)
                 made[arm.name, seed] = ArmStore(
-                    self.run.folder, arm, seed, digest, trained=is_trained(arm, self.arms)
+                    self.run.folder, arm, seed, digest, trained=is_trained(arm, self.arms), inputs=self.inputs
                 )
                 yield arm, made[arm.name, seed], source
 
@@ -176,7 +180,7 @@ class Study:
 
     def _agreement_key(self) -> str:
         config = self.config
-        return sha256_of_json([config.agreement_sizes, config.auditor.ridge, config.validation_per_class, asdict(config.data)])
+        return sha256_of_json([config.agreement_sizes, config.auditor.ridge, config.validation_per_class, asdict(config.data), self.inputs])
 
     def _measure_agreement(self, features: str) -> None:
         config = self.config
@@ -201,14 +205,19 @@ class Study:
         """Top-1 after the null space was dropped, in [0, 1], and the largest |Δlogit| to the classifier it was dropped from."""
         test, embeddings = self.experiment.parts.test, self.experiment.embeddings["test"]
 
-        def logits(model: Classifier) -> tuple[np.ndarray, np.ndarray]:
-            found = iterate_features(model, test, embeddings, replace(settings, cache=None), "dropping the null space")
-            rows = [{"index": b.indices.numpy(), "logits": b.logits.cpu().numpy(), "label": b.labels.cpu().numpy()} for b in found]
-            table = gather_rows(rows, sort_by="index")
-            return table["logits"], table["label"]
-
-        (before, labels), (after, _) = logits(classifier), logits(drop_null(classifier))
-        return {"top1": float((after.argmax(1) == labels).mean()), "logit_change": float(np.abs(after - before).max())}
+        once, quiet = replace(settings, cache=None), replace(settings, cache=None, progress=False)
+        device = classifier.weight.device
+        counts, change = torch.zeros(2, dtype=torch.float64, device=device), torch.zeros((), device=device)
+        # Side by side, batch by batch: the logits of all pictures by two models may be gigabytes.
+        for before, after in zip(
+            iterate_features(classifier, test, embeddings, once, "dropping the null space"),
+            iterate_features(drop_null(classifier), test, embeddings, quiet, "dropping the null space"),
+            strict=True,
+        ):
+            counts += torch.stack([(after.logits.argmax(1) == after.labels).sum(), after.labels.new_tensor(len(after.labels))])
+            change = torch.maximum(change, (after.logits - before.logits).abs().max())
+        hits, images = all_reduce_sum(counts).tolist()
+        return {"top1": hits / images, "logit_change": float(all_reduce_max(change))}
 
     def _second_vlm(self) -> _SecondVLM | None:
         return _SecondVLM(self.experiment, self.config, self.config.further_vlms[0]) if self.config.further_vlms else None

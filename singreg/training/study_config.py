@@ -26,16 +26,17 @@ class ArmConfig:
     """One arm of a study. In YAML `from` stands for `weights_from`.
 
     Args:
-        name: of the arm. note: what it is there for.
+        name: of the arm.
+        note: what it is there for.
         role: method; baseline, which a method must beat; or placebo, which must not do what a method does.
         train: none (edit and measure), head (on stored features of the starting backbone), all (fine-tuning).
-        aligned: begin with the language-aligned head (METHOD section 7), to the placebo's prompts under loss.placebo. constrain: keep
-            its row space while training.
+        aligned: begin with the language-aligned head (METHOD section 7), to the placebo's prompts under loss.placebo.
+        constrain: keep its row space while training.
         drop_null: end by folding f → Π_p f into the head (METHOD section 9 f), which leaves no null space to measure.
         interpolate: share of the arm's own weights in the mean with the starting model's (WiSE-FT); 1: its own alone.
         weights_from: an earlier arm whose weights of the same seed this one begins with.
-        control_of: the arm a placebo stands beside; none: the one that is claimed or chosen.
-        seeds: how many of the study's seeds, from the first; none: all.
+        control_of: the arm a placebo stands beside; null: the one that is claimed or chosen.
+        seeds: how many of the study's seeds, from the first; null: all.
         overrides: dotted keys of the fine-tuning configuration, such as loss.weight: 0.1; loss.weight: 0 trains without the loss.
     """
 
@@ -58,14 +59,16 @@ class StudyConfig(FinetuneConfig):
     """A whole study; all fields of a fine-tuning run, which every arm begins with, and:
 
     Args:
-        name: of the run's folder. runs: where run folders go. seed: of what all arms share; `seeds` are those of the training.
+        name: of the run's folder.
+        runs: where run folders go.
         cache: embeddings, reused by all runs.
-        dry_run: build everything, run one batch, list the arms, stop.
+        seed: of what all arms share; `seeds` are those of the training.
+        dry_run: build everything, embed all pictures (once; they are cached), run one batch, list the arms, stop.
         resume: go on with a study of this name; finished arms whose configuration is the same are read back.
         seeds: an arm that trains is trained once with each.
         arms: see ArmConfig; a mapping each.
         reference: the arm that all others are compared with: plain fine-tuning with the same budget.
-        claim: the arm chosen beforehand to be judged; none takes the best one on the validation part, or without one the best on
+        claim: the arm chosen beforehand to be judged; null takes the best one on the validation part, or without one the best on
             the test part, and the report says which.
         validation_per_class: labelled pictures of every class that are taken from the auditor's, for choosing an arm and nothing else.
         agreement_sizes: numbers of pictures at which two auditors on disjoint pictures are compared before anything is trained, to
@@ -231,6 +234,11 @@ def _check_arm(problems: Problems, config: StudyConfig, arm: ArmConfig, earlier:
     problems.need(
         not arm.aligned or arm.weights_from is None,
         f"arm {arm.name}: aligned fits a head to the starting backbone, so it cannot begin with another arm's weights",
+    )
+    problems.need(
+        not (arm.aligned and config.model.invariance == "softmax"),
+        f"arm {arm.name}: aligned empties the logits' null space of prompts; in the softmax's one direction of theirs is left. Set "
+        "model.invariance: logits",
     )
     problems.need(not arm.constrain or arm.aligned, f"arm {arm.name}: constrain keeps an aligned head's rows; set aligned: true")
     problems.need(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from singreg.analysis.study.results import ArmRun
 from singreg.files import atomic_write, sha256_of_json, sweep, write_text
 from singreg.models.classifier import Classifier
 from singreg.sealed import DamagedFileError, read_rows, read_sealed, write_sealed, write_sealed_text
+from singreg.training.stages import other_inputs
 from singreg.training.study_config import ArmConfig, StudyConfig, arm_config
 from singreg.workbench.run import Run
 
@@ -59,9 +61,9 @@ class StudyRun(Run):
         return self
 
 
-def arm_hash(config: StudyConfig, arm: ArmConfig, seed: int, source: str | None) -> str:
-    """SHA-256 of all that decides an arm's figures: its resolved configuration, seed, how it is measured, and `source`, the hash of
-    the arm whose weights it takes (no shapes)."""
+def arm_hash(config: StudyConfig, arm: ArmConfig, seed: int, source: str | None, inputs: Mapping[str, str]) -> str:
+    """SHA-256 of all that decides an arm's figures: its resolved configuration, seed, how it is measured, the hashes of pictures and
+    models (`inputs`), and `source`, the hash of the arm whose weights it takes (no shapes)."""
     own = dataclasses.asdict(arm_config(config, arm, seed))
     measured = {name: getattr(config, name) for name in MEASURED}
     value = {
@@ -69,6 +71,7 @@ def arm_hash(config: StudyConfig, arm: ArmConfig, seed: int, source: str | None)
         "arm": {key: item for key, item in dataclasses.asdict(arm).items() if key not in WORDS},
         "measured": {**measured, "shared_seed": config.seed, "vlms": [dataclasses.asdict(vlm) for vlm in config.further_vlms]},
         "source": source,
+        "inputs": dict(inputs),
     }
     return sha256_of_json(value)
 
@@ -76,8 +79,10 @@ def arm_hash(config: StudyConfig, arm: ArmConfig, seed: int, source: str | None)
 class ArmStore:
     """One arm at one seed (path arms/ARM/seed-K): weights.safetensors, rows.npz and, written last, measurement.json."""
 
-    def __init__(self, folder: Path, arm: ArmConfig, seed: int, digest: str, *, trained: bool = True) -> None:
-        self.arm, self.seed, self.digest, self.trained = arm, seed, digest, trained
+    def __init__(
+        self, folder: Path, arm: ArmConfig, seed: int, digest: str, *, trained: bool = True, inputs: Mapping[str, str] | None = None
+    ) -> None:
+        self.arm, self.seed, self.digest, self.trained, self.inputs = arm, seed, digest, trained, dict(inputs or {})
         self.folder = folder / "arms" / arm.name / f"seed-{seed}"
 
     @property
@@ -103,7 +108,8 @@ class ArmStore:
         except DamagedFileError as error:
             raise DamagedFileError(f"{error}; remove {self.folder} to have this arm made again") from error
         if stored.get("format") != FORMAT or stored["hash"] != self.digest:
-            logger.info("arm %s, seed %d was made with another configuration and is made again", self.arm.name, self.seed)
+            why = other_inputs(stored.get("inputs", {}), self.inputs) or "another configuration"
+            logger.info("arm %s, seed %d was made with %s and is made again", self.arm.name, self.seed, why)
             return None
         rows = read_rows(self.folder / "rows.npz")
         figures = None if stored["figures"] is None else ArmFigures.from_json(stored["figures"], rows)
@@ -133,6 +139,7 @@ class ArmStore:
         value = {
             "format": FORMAT,
             "hash": self.digest,
+            "inputs": self.inputs,
             "figures": None if figures is None else figures.to_json(),
             "extra": nulls_for_nan(extra),
             "seconds": seconds,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from singreg.analysis.features import PassSettings, cached_features
 from singreg.analysis.model import analyze_model
 from singreg.analysis.study.auditors import AgreementPoint, Auditor, auditor_agreement_curve
+from singreg.data.embeddings import take_rows
 from singreg.data.parts import ImagePart
 from singreg.geometry.nullspace import Invariance, NullSpace
 from singreg.models.classifier import Classifier
 from singreg.training.experiment import Experiment
 
 VALIDATION = "validation"
+ROWS_AT_ONCE = 4096
 
 
 def hold_out(experiment: Experiment, per_class: int) -> Experiment:
@@ -42,9 +45,20 @@ def hold_out(experiment: Experiment, per_class: int) -> Experiment:
     taken = np.sort(np.concatenate(chosen))
     kept = np.setdiff1d(np.arange(len(audit)), taken)
     parts = replace(experiment.parts, audit=audit.subset(kept, "audit"))
-    held = {"audit": np.asarray(embeddings[kept]), VALIDATION: np.asarray(embeddings[taken])}
+    held = {"audit": _rows_on_disk(embeddings, kept, Path(experiment.config.cache).expanduser()), VALIDATION: np.asarray(embeddings[taken])}
     validation = audit.subset(taken, VALIDATION)
     return replace(experiment, parts=parts, embeddings={**experiment.embeddings, **held}, validation=validation)
+
+
+def _rows_on_disk(table: np.ndarray, rows: np.ndarray, folder: Path) -> np.ndarray:
+    """Rows (M,) of a memory-mapped table (N, n) as one (M, n), in a file of the folder that has no name and goes with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        found: np.ndarray = np.memmap(file, dtype=table.dtype, mode="w+", shape=(len(rows), table.shape[1]))
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        found[start : start + ROWS_AT_ONCE] = table[rows[start : start + ROWS_AT_ONCE]]
+    found.flags.writeable = False
+    return found
 
 
 def validation_figures(
@@ -67,26 +81,28 @@ def validation_figures(
 def agreement_points(experiment: Experiment, sizes: list[int], ridge: float, folder: str) -> list[AgreementPoint]:
     """How far two auditors of N pictures agree on the starting classifier, N by N (no shapes; features stored in `folder`).
 
-    The pictures are the audit part and those of the bank that training never sees; held out are the validation pictures, or
-    without them the test ones. Every process computes the same, from stored features.
+    The pictures are drawn from the audit part and those of the bank that training never sees, as many as the largest size needs;
+    held out are the validation pictures, or without them the test ones. Every process computes the same, from stored features.
     """
-    classifier, settings = experiment.classifier, experiment.settings
-    seen = len(experiment.parts.train)
-    held, of_held = (experiment.parts.test, "test") if experiment.validation is None else (experiment.validation, VALIDATION)
+    classifier, settings, parts = experiment.classifier, experiment.settings, experiment.parts
+    held, of_held = (parts.test, "test") if experiment.validation is None else (experiment.validation, VALIDATION)
 
-    def features(part: ImagePart) -> Tensor:
-        stored = cached_features(
+    def features(part: ImagePart) -> np.ndarray:
+        return cached_features(
             classifier, part, folder, batch_size=settings.batch_size, workers=settings.workers, progress=settings.progress
         )
-        return torch.from_numpy(np.array(stored))
 
-    pictures = torch.cat([features(experiment.parts.audit), features(experiment.parts.bank)[seen:]])
-    embeddings = np.concatenate([experiment.embeddings["audit"], experiment.embeddings["bank"][seen:]])
-    usable = sorted({size for size in sizes if size <= len(pictures) // 2})
+    audit, bank = np.arange(len(parts.audit)), np.arange(len(parts.train), len(parts.bank))
+    usable = sorted({size for size in sizes if size <= (len(audit) + len(bank)) // 2})
     if not usable:
         return []
+    drawn = np.sort(np.random.default_rng(0).permutation(len(audit) + len(bank))[: 2 * usable[-1]])  # read in the order they lie in
+    rows = {"audit": audit[drawn[drawn < len(audit)]], "bank": bank[drawn[drawn >= len(audit)] - len(audit)]}
+    pictures = torch.cat([take_rows(features(getattr(parts, name)), chosen) for name, chosen in rows.items()])
+    embeddings = torch.cat([take_rows(experiment.embeddings[name], chosen) for name, chosen in rows.items()])
     basis = NullSpace.from_weight(classifier.weight.cpu(), invariance=experiment.config.model.invariance).basis
+    every = np.arange(len(held))
     return auditor_agreement_curve(
-        pictures, torch.from_numpy(embeddings), experiment.texts.cpu(), usable, ridge=ridge, basis=basis,
-        held_out=(features(held), torch.from_numpy(np.array(experiment.embeddings[of_held])), torch.from_numpy(np.array(held.labels))),
+        pictures, embeddings, experiment.texts.cpu(), usable, ridge=ridge, basis=basis,
+        held_out=(take_rows(features(held), every), take_rows(experiment.embeddings[of_held], every), torch.from_numpy(held.labels.copy())),
     )  # fmt: skip

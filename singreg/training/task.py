@@ -16,7 +16,7 @@ from singreg.models.classifier import Classifier
 class FinetuneTask(nn.Module):
     """Cross-entropy, plus SingLoss when one is given (METHOD section 6), plus ½ · l2_sp · |θ - θ0|² over the trained backbone.
 
-    Everything trainable goes through this one `forward` (trap 4). With `clean` views the SING terms read those, the very
+    Everything trainable goes through this one `forward`. With `clean` views the SING terms read those, the very
     pictures the vision-language model embedded, and cross-entropy the augmented ones.
 
     θ0 are the weights at construction. Checkpoints leave them out: every arm begins at the same classifier, so a resumed run

@@ -12,12 +12,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 
 from singreg.files import sweep
 from singreg.sealed import DamagedFileError, read_sealed_text, write_sealed_text
@@ -27,6 +28,7 @@ from singreg.workbench.stopping import signals_end_the_run
 
 logger = get_logger(__name__)
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+PATIENCE = timedelta(hours=3)
 HOW = ("resume", "dry_run")  # how a run is started is not part of what it is
 
 
@@ -62,24 +64,35 @@ def refuse_foreign_compile() -> None:
         )
 
 
-def make_accelerator(*, seed: int, mixed_precision: str = "no", accumulation: int = 1) -> Accelerator:
-    """The Accelerator of a run: global batches are split over processes, so one process and many see the same ones (no shapes)."""
+def make_accelerator(*, seed: int, mixed_precision: str | None = None, accumulation: int = 1) -> Accelerator:
+    """The Accelerator of a run: global batches are split over processes, so one process and many see the same ones (no shapes).
+
+    `mixed_precision` is training.mixed_precision; None for a job that trains nothing and runs in float32.
+
+    Raises:
+        SystemExit: `accelerate launch` was told what singreg does not do, or fp16 is wanted without a device for it.
+    """
     refuse_sharded_weights()
     refuse_foreign_compile()
     # Left alone, MKL's products round by where memory happens to begin and by how its threads took turns.
     os.environ.setdefault("MKL_CBWR", "AUTO")
+    gpu = torch.cuda.is_available() or torch.xpu.is_available()
     if not torch.cuda.is_available():
         # The launcher pins CPU runs to one thread a process; share the cores among the local processes instead.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, usable_cores() // local))
     accelerator = Accelerator(
         # Unasked, accelerate takes several processes without a GPU for as many runs of one process each.
-        cpu="LOCAL_RANK" in os.environ and not (torch.cuda.is_available() or torch.xpu.is_available()),
-        mixed_precision=mixed_precision,
+        cpu=not gpu and ("LOCAL_RANK" in os.environ or _without_float64()),
+        mixed_precision=_supported_precision(mixed_precision or "no", gpu=gpu),
         gradient_accumulation_steps=accumulation,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        # SingLoss keeps its buffers equal on all ranks itself.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            # SingLoss keeps its buffers equal on all ranks itself.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # One process may embed a million pictures while the others wait; NCCL would give up after 10 minutes.
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
         step_scheduler_with_optimizer=False,
     )
     # The name this setting goes by changes with torch's version; the old one is understood by all of them.
@@ -87,8 +100,39 @@ def make_accelerator(*, seed: int, mixed_precision: str = "no", accumulation: in
     # singreg speaks; timm, open_clip and accelerate only when something is wrong.
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("singreg").setLevel(logging.INFO)
+    if accelerator.is_main_process:
+        _say_other_precision(mixed_precision)
     set_seed(seed)
     return accelerator
+
+
+def _without_float64() -> bool:
+    """True, and said, where Apple's GPU is the only one: null spaces and ridge solves need float64, which it has not."""
+    if not torch.backends.mps.is_available():
+        return False
+    print("warning: Apple's GPU (mps) has no float64, which null spaces and ridge solves need; running on the CPU", file=sys.stderr)
+    return True
+
+
+def _supported_precision(wanted: str, *, gpu: bool) -> str:
+    if wanted == "fp16" and not gpu:  # accelerate accepts it and trains in float32
+        raise SystemExit(
+            "error: training.mixed_precision: fp16 needs a GPU, and this run has a CPU alone; set training.mixed_precision to bf16 or no"
+        )
+    return wanted
+
+
+def _say_other_precision(wanted: str | None) -> None:
+    """accelerate's own setting gives way to the configuration's, which must not go unnoticed; its default "no" asks for nothing."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched == "no" or launched == wanted:
+        return
+    told = (
+        f"the run uses training.mixed_precision: {wanted}; set --training.mixed_precision {launched}"
+        if wanted is not None
+        else "this job trains nothing and runs in float32"
+    )
+    print(f"accelerate was launched with {launched}, {told}", file=sys.stderr)
 
 
 def usable_cores() -> int:
@@ -106,6 +150,10 @@ def explained() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+class OtherRunError(ValueError):
+    """A run is to be resumed on other pictures or models than it was begun with; the text names them."""
 
 
 class Run:
@@ -167,14 +215,23 @@ class Run:
             try:
                 yield
             except BaseException as error:
-                if self.accelerator.is_main_process and (self.folder / "config.yaml").is_file():
-                    print(f"\nstopped; all finished work is kept in {self.folder}", file=sys.stderr)
-                    print(f"go on with: {self.resume_command()}", file=sys.stderr)
+                if isinstance(error, OtherRunError):
+                    raise SystemExit(f"error: {error}") from error
+                self._say_how_to_go_on(error)
                 if isinstance(error, DamagedFileError):
                     raise SystemExit(f"error: {error}") from error
                 if _of_the_disk(error):
                     raise SystemExit(f"error: {error} (while writing in {self.folder})") from error
                 raise
+
+
+    def _say_how_to_go_on(self, error: BaseException) -> None:
+        """On the main process, and on the one that failed: the launcher may end the others before they can say anything."""
+        main = self.accelerator.is_main_process
+        if (main or isinstance(error, Exception)) and (self.folder / "config.yaml").is_file():
+            who = "" if main else f"process {self.accelerator.process_index}: "
+            print(f"\n{who}stopped; all finished work is kept in {self.folder}", file=sys.stderr)
+            print(f"go on with: {self.resume_command()}", file=sys.stderr)
 
 
 def _of_the_disk(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +13,8 @@ from types import FrameType
 from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REPEATED = 5.0
+"""Seconds in which a further signal is the same request: a scheduler may signal the launcher, which passes it on, and each process."""
 
 
 class _State:
@@ -19,6 +22,7 @@ class _State:
 
     waited_for = False
     number: int | None = None
+    since = 0.0
 
 
 def _end(number: int) -> None:
@@ -28,10 +32,17 @@ def _end(number: int) -> None:
 
 
 def _handle(number: int, _: FrameType | None) -> None:
-    if not _State.waited_for or _State.number is not None:  # the second one does not wait
+    now = time.monotonic()
+    if _State.number is not None and now - _State.since < REPEATED:
+        return
+    waits = _State.waited_for and _State.number is None
+    _State.number, _State.since = number, now
+    if not waits:
         _end(number)
-    _State.number = number
-    print(f"\n{signal.Signals(number).name}: stopping after this step; once more stops at once", file=sys.stderr, flush=True)
+    print(
+        f"\n{signal.Signals(number).name}: stopping after this step; once more in {REPEATED:.0f} s or later stops at once",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -53,7 +64,7 @@ def signals_end_the_run() -> Iterator[None]:
 
 
 class StopRequest:
-    """Inside `with`, a first signal is noted instead of ending the process: the loop looks for it between its steps."""
+    """Inside `with`, a first signal is noted instead of ending the process: the loop looks for it after its steps."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

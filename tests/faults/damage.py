@@ -53,14 +53,25 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name)
 
 
-def judge(file: Path, how: str, use: Callable[[], Any], wanted: Any, outcomes: Outcomes, errors: tuple[type[BaseException], ...]) -> None:
-    """Use what was damaged: right are the wanted result, or one of `errors` with the file's or its folder's name in its text."""
+def names(text: str, folder: Path, file: Path) -> bool:
+    """Whether a message names a file of a folder, or the folder in it that the file lies in (paths).
+
+    A file at the top has no folder of its own: its path is ".", which every sentence with a full stop would "name".
+    """
+    return file.name in text or (file.parent != Path() and str(folder / file.parent) in text)
+
+
+def judge(
+    folder: Path, file: Path, how: str, use: Callable[[], Any], wanted: Any, outcomes: Outcomes,
+    errors: tuple[type[BaseException], ...],
+) -> None:  # fmt: skip
+    """Use what was damaged: right are the wanted result, or one of `errors` that names the file (relative to the folder; see `names`)."""
     story = f"{file} ({how})"
     try:
         found = use()
     except errors as error:
         text = str(error)
-        if file.name in text or str(file.parent) in text:
+        if names(text, folder, file):
             outcomes.named += 1
             outcomes.messages.setdefault(file.name, text)
         else:

@@ -138,7 +138,7 @@ def flip(count: int, scratch: Path, *, seed: int = 0, folders: Folders | None = 
             folder = fresh_copy(folders.scratch / "whole" / kind / KINDS[kind], folders.scratch / kind / KINDS[kind])
             use, wanted = folders.use(kind, folder, file)
             how = f"{kind}: {damage(folder / file, rng)}"
-            judge(file, how, use, wanted, outcomes, (Refused, ValueError, FileNotFoundError))
+            judge(folder, file, how, use, wanted, outcomes, (Refused, ValueError, FileNotFoundError))
     finally:
         logging.disable(logging.NOTSET)
     return outcomes

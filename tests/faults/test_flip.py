@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.faults.damage import names
 from tests.faults.flip import Folders, flip
 
 
@@ -25,3 +28,16 @@ def test_two_hundred_damaged_folders(folders: Folders) -> None:
     print(f"\n{outcomes.line('damaged folders')}")
     assert outcomes.count == 200
     assert not outcomes.wrong, "\n".join(outcomes.wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "named"),
+    [
+        ("/runs/run/config.yaml was changed.", "config.yaml", True),
+        ("The run stopped. Try again.", "config.yaml", False),
+        ("/runs/run/arms/plain cannot be read", "arms/plain/rows.npz", True),
+        ("something in arms/plain. Try again", "arms/plain/rows.npz", False),
+    ],
+)
+def test_a_full_stop_does_not_count_as_a_files_name(text: str, file: str, named: bool) -> None:
+    assert names(text, Path("/runs/run"), Path(file)) is named

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from singreg import files
+from singreg.losses import SingLoss
+from singreg.models.classifier import Classifier
+from singreg.sealed import read_sealed
+from singreg.training.experiment import Experiment
 from singreg.training.loop import _Arm
+from singreg.training.streaming import LoopTranslator
+from singreg.workbench import stopping
 from singreg.workbench.stopping import _State
 from tests.faults.in_process import Refused, recipe
 from tests.faults.processes import differences, one_core, run, tiny
@@ -44,12 +50,12 @@ def unasked() -> Iterator[None]:
     assert not _State.waited_for
 
 
-def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int, step: int, times: int = 1) -> None:
-    """Send this process a signal in the middle of a step, as often as wanted."""
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int, step: int, times: int = 1, arm: str = "control") -> None:
+    """Send this process a signal in the middle of an arm's step, as often as wanted."""
     original = _Arm._micro_step
 
     def interrupted(self: _Arm, batch: object, now: int) -> None:
-        if now == step:
+        if now == step and self.name == arm:
             for _ in range(times):
                 signal.raise_signal(number)
         original(self, batch, now)  # type: ignore[arg-type]
@@ -79,12 +85,46 @@ def test_a_signal_in_a_step_saves_that_step_and_leaves_with_the_command_to_go_on
 
 
 @pytest.mark.usefixtures("unasked")
-def test_a_second_signal_does_not_wait(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("repeated", "saved"), [(0.0, "step-00000006"), (5.0, "step-00000007")], ids=["later", "at once"])
+def test_a_second_signal_does_not_wait_but_one_sent_twice_is_one(
+    repeated: float, saved: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler signals the launcher, which passes it on, and every process itself: two signals within milliseconds."""
     stop_in_step(monkeypatch, signal.SIGTERM, 6, times=2)
-    with pytest.raises(Refused, match="143"):
+    monkeypatch.setattr(stopping, "REPEATED", repeated)
+    with pytest.raises(Refused, match="143") as stop:
         recipe("finetune", *tiny(tmp_path, place / "cache"))
+    assert "go on with: accelerate launch" in str(stop.value)
     steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints" / "control").glob("step-*"))
-    assert steps[-1] == "step-00000006"
+    assert steps[-1] == saved
+
+
+@pytest.mark.usefixtures("unasked")
+def test_a_request_does_not_wait_for_the_translators_refresh_which_is_done_on_resume(
+    whole: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refresh comes after step 5 and may take as long as an epoch: the scheduler would have killed the run by then."""
+    given = tiny(tmp_path, place / "cache")
+    refreshed: list[int] = []
+    original = LoopTranslator.refresh
+
+    def counted(self: LoopTranslator, classifier: Classifier, sing: SingLoss) -> None:
+        refreshed.append(int(sing.step))
+        original(self, classifier, sing)
+
+    monkeypatch.setattr(LoopTranslator, "refresh", counted)
+    with one_core(), monkeypatch.context() as patch:
+        stop_in_step(patch, signal.SIGTERM, 4, arm="sing")
+        with pytest.raises(Refused, match="143"):
+            recipe("finetune", *given)
+    assert refreshed == []
+    newest = sorted((tmp_path / "run" / "checkpoints" / "sing").glob("step-*"))[-1]
+    assert newest.name == "step-00000005"
+    assert read_sealed(newest / "position.json")["refresh_due"] is True
+    with one_core():
+        recipe("finetune", *given, "--resume", "true")
+    assert refreshed == [5]
+    assert differences(tmp_path / "run", whole) == []
 
 
 @pytest.mark.slow
@@ -117,6 +157,19 @@ def test_a_disk_that_cannot_be_written_is_one_sentence_and_overwrites_nothing(
             recipe("finetune", *tiny(whole.parent, place / "cache", "--resume", "true"))
     assert f"error: [Errno {number}] {os.strerror(number)}" in str(stop.value)
     assert f"kept in {whole}" in str(stop.value)
+    assert contents(whole) == before
+
+
+def test_a_run_is_not_resumed_on_other_pictures_or_models(whole: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration is the same: a folder of pictures or of weights may have changed behind it."""
+    before, now = contents(whole), Experiment.inputs
+    for name in ("test pictures", "starting classifier", "vision-language model"):
+        monkeypatch.setattr(Experiment, "inputs", lambda self, name=name: {**now(self), name: "f" * 64})
+        with pytest.raises(Refused) as stop:
+            recipe("finetune", *tiny(whole.parent, place / "cache", "--resume", "true"))
+        assert f"inputs.json: the run was begun with other {name} (then " in str(stop.value.__cause__)
+        assert "use another --name" in str(stop.value.__cause__)
+        assert "go on with" not in str(stop.value)
     assert contents(whole) == before
 
 

@@ -135,7 +135,7 @@ class Arm:
         def refresh(_: Classifier, sing: SingLoss) -> None:
             sing.set_translator(LinearTranslator(1.5 * sing.matrix, sing.offset - 1))
             sing.double()
-            self.refreshed.append(max(self.logged))
+            self.refreshed.append(max(self.logged, default=0))  # 0: at once, before any step of this start
 
         callbacks = ArmCallbacks(log, lambda *_: None, refresh)
         if self.translator and self.sing is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from singreg.training.checkpoint import Checkpoints
 from singreg.training.loop import TrainingFailed, _Arm
+from singreg.workbench.stopping import StopRequest
 from tests.processes import run_processes
-from tests.training.small_arm import COUNT, Arm, Stop
+from tests.training.small_arm import COUNT, Arm, Pixels, Stop
 
 ARMS = pytest.mark.parametrize("regularised", [False, True], ids=["control", "sing"])
 # Ratio terms and running means are taken over a forward's pictures, so accumulation may change those.
@@ -175,6 +177,21 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_p
     assert [path.name for path in Checkpoints(tmp_path, keep=9).all()] == ["step-00000003", "step-00000005"]
 
 
+def test_fp16_may_skip_nineteen_steps_in_a_row_and_not_one_more() -> None:
+    """The scaler passes over a gradient that is not finite; one that never becomes finite would be passed over for ever."""
+    inner = _Arm.__new__(_Arm)
+    inner.name, inner.part, inner.skipped = "control", Pixels(), 0
+    inner.accelerator = SimpleNamespace(scaler=object())  # type: ignore[assignment]
+
+    def gradient(norm: float, step: int) -> None:
+        inner._check_gradient({"gradient_norm": torch.tensor(norm)}, torch.tensor([4, 2]), step)
+
+    for norm in [*[float("inf")] * 19, 1.0, *[float("nan")] * 19]:
+        gradient(norm, 7)
+    with pytest.raises(TrainingFailed, match=r"the gradient, the 20th in a row .* is not finite at step 9 .*pixels-4, pixels-2.*--name"):
+        gradient(float("inf"), 8)
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
 def test_what_ends_a_run_while_it_saves_leaves_only_whole_checkpoints(
     kind: type[BaseException], straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -217,5 +234,63 @@ def test_two_processes_take_the_steps_of_one_and_resume_to_the_same_bits(tmp_pat
     both = np.concatenate(shares, axis=1)
     assert [set(step) for step in both] == [set(step) for step in np.array(alone.part.asked).reshape(10, 8)]
     assert run_processes(2, _in_process, str(tmp_path / "stopped"), {}, 9, False) == [None, None]
+    for weights, _ in run_processes(2, _in_process, str(tmp_path / "stopped"), {}, None, True):
+        assert same_bits(weights, together[0][0])
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """A request to stop that is found after this step, as if a scheduler had sent SIGTERM in it."""
+    asked = [0]
+
+    def came(_: StopRequest) -> bool:
+        asked[0] += 1
+        return asked[0] == step
+
+    patch.setattr(StopRequest, "came", came)
+
+
+@pytest.mark.parametrize("step", [5, 10], ids=["where a refresh and an epoch's end are due", "last"])
+def test_an_arm_that_was_asked_to_stop_does_what_was_due_when_it_goes_on(
+    step: int, straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, expected = straight(True, 1)
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        stopped = Arm(tmp_path)
+        with pytest.raises(SystemExit):
+            stopped.run()
+    assert stopped.refreshed == ([] if step == 5 else [5])
+    assert Checkpoints(tmp_path, keep=9).all()[-1].name == f"step-{step:08d}"
+    resumed = Arm(tmp_path)
+    assert same_bits(resumed.run(resume=True), expected)
+    assert resumed.refreshed == ([0] if step == 5 else [])
+    assert resumed.sing is not None
+    assert whole.sing is not None
+    assert same_bits(resumed.sing.state_dict(), whole.sing.state_dict())
+
+
+def test_streamed_sums_fade_once_for_a_step_that_was_stopped_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"stream_every": 2, "forgetting": 0.9}
+    expected = Arm(tmp_path / "whole", translator=options).run()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(SystemExit):
+            Arm(tmp_path / "stopped", translator=options).run()
+    assert same_bits(Arm(tmp_path / "stopped", translator=options).run(resume=True), expected)
+
+
+def _stopped(rank: int, world: int, folder: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5)
+        try:
+            Arm(Path(folder), dropout=0.0).run()
+        except SystemExit as stop:
+            return str(stop.code)
+    return "went on"
+
+
+def test_two_processes_that_were_asked_to_stop_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    together = run_processes(2, _in_process, str(tmp_path / "two"), {}, None, False)
+    assert run_processes(2, _stopped, str(tmp_path / "stopped")) == ["143", "143"]
     for weights, _ in run_processes(2, _in_process, str(tmp_path / "stopped"), {}, None, True):
         assert same_bits(weights, together[0][0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from singreg.distributed import seed_process
 from singreg.training import checkpoint
 from singreg.training.checkpoint import Checkpoints, Position
 from singreg.workbench.run import make_accelerator
+from tests.processes import run_processes
 
 
 class Trained:
@@ -90,9 +93,72 @@ def test_any_damaged_file_is_named_and_the_one_before_is_used(
     with caplog.at_level("WARNING"):
         assert trained.store.load_latest(trained.accelerator) == Position(1, 0, 1)
     assert same(first, trained.state())
-    if (name, damage) != ("position.json", "gone"):  # without it the folder does not count as a checkpoint at all
-        assert f"{tmp_path / 'step-00000002'} cannot be read" in caplog.text
-        assert name in caplog.text or name == "position.json"
+    assert f"{tmp_path / 'step-00000002'} cannot be read" in caplog.text
+    assert name in caplog.text
+    assert files_of(tmp_path) == ["damaged-step-00000002", "step-00000001"]
+
+
+def test_damaged_checkpoints_are_set_aside_and_do_not_crowd_out_new_ones(trained: Trained, tmp_path: Path) -> None:
+    """They sort last by name: counted among the last two, they would have every new one deleted as soon as it was written."""
+    for number in (100, 200):
+        trained.save(number)
+        (tmp_path / f"step-{number:08d}" / "optimizer.bin").write_bytes(b"nothing")
+    (tmp_path / "damaged-step-00000100").mkdir()
+    (tmp_path / "damaged-step-00000100" / "kept").write_text("from an earlier time")
+    assert trained.store.load_latest(trained.accelerator) is None
+    aside = ["damaged-step-00000100", "damaged-step-00000100-2", "damaged-step-00000200"]
+    assert files_of(tmp_path) == aside
+    assert files_of(tmp_path / "damaged-step-00000100") == ["kept"]
+    for number in (20, 40, 60):
+        trained.save(number)
+    assert files_of(tmp_path) == [*aside, "step-00000040", "step-00000060"]
+    assert trained.store.load_latest(trained.accelerator) == Position(60, 0, 60)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_just_saved_is_never_deleted(keep: int, trained: Trained, tmp_path: Path) -> None:
+    for number in (100, 200):
+        trained.save(number)
+    store = Checkpoints(tmp_path, keep=keep)
+    for number in (20, 40, 60):
+        store.save(trained.accelerator, Position(number, 0, number))
+        assert f"step-{number:08d}" in files_of(tmp_path)
+        assert len(files_of(tmp_path)) == keep
+
+
+def test_a_position_comes_back_with_what_is_still_due(trained: Trained) -> None:
+    position = Position(3, 1, 2, refresh_due=True)
+    trained.store.save(trained.accelerator, position)
+    assert trained.store.load_latest(trained.accelerator) == position
+
+
+def _elsewhere(rank: int, world: int, folder: str) -> tuple[Position | None, list[float], list[str]]:
+    """Go on from what one process saved; rank 1 sees every checkpoint as damaged, which must not matter."""
+    AcceleratorState._reset_state(True)
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    trained = Trained(Path(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.logger.logger, "handlers", [handler])
+        if rank:
+            patch.setattr(checkpoint, "_whole", None)
+        position = trained.store.load_latest(trained.accelerator, seed=5)
+    drawn = torch.rand(3).tolist()
+    AcceleratorState._reset_state(True)
+    return position, drawn, heard
+
+
+def test_the_main_process_chooses_and_processes_without_a_random_state_get_one_of_their_own(trained: Trained, tmp_path: Path) -> None:
+    trained.save(1)
+    trained.save(2)
+    stored = torch.rand(3).tolist()
+    first, second = run_processes(2, _elsewhere, str(tmp_path))
+    assert first[0] == second[0] == Position(2, 0, 2)
+    assert first[1] == stored
+    seed_process(5, 1, 2)
+    assert second[1] == torch.rand(3).tolist()
+    assert any("was written by 1 process(es), this run has 2" in text for text in first[2])
 
 
 def test_checkpoints_that_are_all_damaged_leave_the_start_as_it_was(trained: Trained, tmp_path: Path) -> None:

@@ -13,10 +13,14 @@ import torch
 from accelerate.state import AcceleratorState
 
 from singreg.analysis.results import ModelMeasurement
+from singreg.sealed import DamagedFileError
 from singreg.training import stages
 from singreg.training.config import FinetuneConfig
 from singreg.training.stages import FinetuneRun, Stage, StageStore
-from singreg.workbench.run import make_accelerator
+from singreg.training.study_config import ArmConfig, StudyConfig
+from singreg.training.study_store import ArmStore, arm_hash
+from singreg.workbench.run import OtherRunError, make_accelerator
+from tests.processes import run_processes
 from tests.reporting.small_report import measurement
 
 ROWS = {"index": np.arange(4), "AS/auditor": np.array([0.5, -1.25, np.nan, 2.0]), "image": np.array(["a.png", "b", "ç.jpg", "d"])}
@@ -96,3 +100,57 @@ def test_a_stage_that_fails_is_computed_again(run: FinetuneRun) -> None:
         run.stage("before", fails)
     assert not run.stages.has("before")
     assert run.stage("before", stage)[2]["info"] == {"vlm": "demo"}
+
+
+INPUTS = {"train pictures": "a" * 64, "test pictures": "b" * 64, "starting classifier": "c" * 64}
+
+
+def test_a_run_goes_on_where_pictures_and_models_are_as_they_were_only(run: FinetuneRun) -> None:
+    run.begin(INPUTS)
+    run.begin(INPUTS)
+    changed = {**INPUTS, "test pictures": "d" * 64, "starting classifier": "e" * 64}
+    names = r"other test pictures \(then bbbbbbbb, now dddddddd\), other starting classifier \(then cccccccc, now eeeeeeee\)"
+    with pytest.raises(OtherRunError, match=rf"one/checkpoints/inputs\.json: the run was begun with {names}.*another --name"):
+        run.begin(changed)
+    note = run.folder / "checkpoints" / "inputs.json"
+    note.write_text(note.read_text().replace("aaaa", "abab"))
+    with pytest.raises(DamagedFileError, match=r"inputs\.json is damaged.*remove it and resume"):
+        run.begin(INPUTS)
+    note.unlink()
+    run.begin(changed)
+
+
+def _begin(rank: int, world: int, folder: str, differs: int) -> str:
+    AcceleratorState._reset_state(True)
+    run = FinetuneRun(FinetuneConfig(runs=folder, name="one"), make_accelerator(seed=0))
+    try:
+        run.begin(INPUTS)
+        if differs:
+            run.begin({**INPUTS, "test pictures": "d" * 64})
+    except OtherRunError as error:
+        return str(error)
+    finally:
+        AcceleratorState._reset_state(True)
+    return "begun"
+
+
+def test_two_processes_note_it_once_and_refuse_together(tmp_path: Path) -> None:
+    assert run_processes(2, _begin, str(tmp_path), 0) == ["begun", "begun"]
+    assert all("other test pictures" in said for said in run_processes(2, _begin, str(tmp_path), 1))
+
+
+@pytest.mark.usefixtures("run")
+def test_an_arm_of_a_study_on_other_pictures_is_made_again_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, arm = StudyConfig(), ArmConfig(name="plain")
+
+    def store(inputs: dict[str, str]) -> ArmStore:
+        return ArmStore(tmp_path, arm, 0, arm_hash(config, arm, 0, None, inputs), inputs=inputs)
+
+    first = store(INPUTS)
+    first.folder.mkdir(parents=True)
+    first.weights.write_bytes(b"weights")
+    first.save(None, {}, 1.0, {})
+    assert store(INPUTS).load() is not None
+    with caplog.at_level("INFO"):
+        assert store({**INPUTS, "test pictures": "d" * 64}).load() is None
+    assert "arm plain, seed 0 was made with other test pictures (then bbbbbbbb, now dddddddd) and is made again" in caplog.text
