@@ -7,7 +7,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from singreg.analysis.pixels.checks import KNOWS, pixel_checks, pixel_findings, 
 from singreg.analysis.pixels.features import feature_rules
 from singreg.analysis.pixels.judges import Reader, counted_rise, judge_pictures, model_differences, summarise, translator_reader
 from singreg.analysis.pixels.model import PixelModel
+from singreg.analysis.pixels.passes import Climbed, climb_summaries
 from singreg.analysis.pixels.plain_robustness import PlainRobustness, corrupted_right, still_right
 from singreg.analysis.pixels.results import ATTACK, AttackedModel, AttackedPicture, JudgedPicture, PixelReport, Transfer
-from singreg.analysis.pixels.twins import TwinReport, natural_twins
+from singreg.analysis.pixels.twins import TwinReport, natural_twins, twins_problem
+from singreg.analysis.robustness.reachable import reachable_targets
 from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.analysis.robustness.sanity import Check
 from singreg.data.corruption import KINDS
@@ -34,6 +37,7 @@ from singreg.evaluation.fitting import fit_translators
 from singreg.evaluation.steer_pixels_bench import PixelsBench, open_attacked
 from singreg.evaluation.steer_pixels_config import AttackedModelConfig, PixelsConfig, parse_pixels
 from singreg.evaluation.steer_pixels_features import FeatureAttack
+from singreg.evaluation.steer_pixels_kept import MADE_FROM, made_from, read_kept
 from singreg.files import write_json
 from singreg.geometry.nullspace import NullSpace
 from singreg.progress import progress
@@ -54,6 +58,7 @@ class Attacked:
     logits: Tensor
     size: tuple[int, ...]
     features: RobustnessFigures | None
+    climbs: list[Climbed]
 
 
 class PixelAttack:
@@ -65,6 +70,7 @@ class PixelAttack:
         self.in_features = FeatureAttack(config, bench)
         self.rows: list[JudgedPicture] = []
         self.transfers: list[Transfer] = []
+        self.not_carried: list[str] = []
         labelled = np.flatnonzero(bench.pictures.test.labels >= 0)
         rng = np.random.default_rng([config.seed, 8])
         self.twin_places = np.sort(rng.permutation(labelled)[: config.twin_pictures])
@@ -84,15 +90,17 @@ class PixelAttack:
         fitted = fit_translators(bench, self.config.translator, self.config.auditor, invariance=model.invariance)
         translators: dict[str, Translator] = {name: found.translator for name, found in fitted.items()}
         pixel_model, at = PixelModel.of(attacked), self._folder_of(model, place)
-        features = self.in_features.of(model, bench, fitted, self.run.folder / at)
+        made = made_from(classifier, translators)
+        features = self.in_features.of(model, bench, fitted, self.run.folder / at, made)
         count = len(self.bench.chosen.indices)
         batches = [range(start, min(start + self.config.attack_batch, count)) for start in range(0, count, self.config.attack_batch)]
         accelerator = self.bench.accelerator
         mine = list(enumerate(batches))[accelerator.process_index :: accelerator.num_processes]
         for number, rows in progress(mine, f"attacking {model.known_as}", enabled=self.bench.settings.progress):
             log = self.run.folder / at / f"batch-{number:04d}.json"
-            if not log.is_file():
-                write_json(log, self._attack_rows(pixel_model, translators["fitted"], rows, number, at, model.known_as))
+            if read_kept(log, made) is None:
+                found = self._attack_rows(pixel_model, translators["fitted"], rows, number, at, model.known_as)
+                write_json(log, {**found, MADE_FROM: made})
         accelerator.wait_for_everyone()
         logs = [json.loads((self.run.folder / at / f"batch-{number:04d}.json").read_text()) for number in range(len(batches))]
         right = {name: [kept for log in logs for kept in log["right"][name]] for name in logs[0]["right"]}
@@ -105,6 +113,7 @@ class PixelAttack:
             logits=logits[self.twin_places],
             size=tuple(pixel_model.picture(self.bench.pictures.test, int(self.bench.chosen.indices[0])).shape),
             features=features,
+            climbs=[Climbed(**row) for log in logs for row in log["climbs"]],
         )
 
     def _folder_of(self, model: AttackedModelConfig, place: int) -> Path:
@@ -129,7 +138,7 @@ class PixelAttack:
         texts = next(iter(self.bench.encoders.values())).texts
         hold = max(0, min(config.hold_pictures - rows[0], len(rows)))
         found = attack_batch(model, translator, texts, batch, settings, number=number, hold=hold)
-        attacked = save_batch(found, batch, label, self.run.folder, at)
+        attacked = save_batch(found.pictures, batch, label, self.run.folder, at)
         labels = torch.tensor(self._head_labels(model, indices), device=device)
         right = still_right(
             model, pictures.to(device), labels, config.robust,
@@ -138,7 +147,11 @@ class PixelAttack:
         part = self.bench.pictures.test.subset(indices)
         for kind, kept in corrupted_right(model, part, labels.cpu(), severity=config.severity, batch_size=config.batch_size).items():
             right[kind] = kept
-        return {"attacked": [asdict(row) for row in attacked], "right": {name: kept.tolist() for name, kept in right.items()}}
+        return {
+            "attacked": [asdict(row) for row in attacked],
+            "climbs": [asdict(row) for row in found.climbs],
+            "right": {name: kept.tolist() for name, kept in right.items()},
+        }
 
     def _head_labels(self, model: PixelModel, indices: Sequence[int]) -> list[int]:
         """The pictures' labels among the rows of the model's head: ImageNet's own where all of them were kept."""
@@ -168,8 +181,9 @@ class PixelAttack:
         note = ""
         if model.drop_null:
             note = (
-                f"Its null space ({space.nullity} dimensions) was dropped, so its features cannot be steered at all; its pixels are "
-                "those of the model it was made from."
+                f"Its null space ({space.nullity} dimensions) was dropped, so its features cannot be steered by exactly null directions. "
+                "In pixels attack and judge read the features before the dropping, so that its pictures come out like those of the model "
+                "it was made from is by construction, and says only that the dropping hides nothing."
             )
         elif not space.nullity:
             note = f"It has no null space ({classes} classes on {features} features): every feature direction moves a logit."
@@ -193,7 +207,9 @@ class PixelAttack:
             rows = self._judged(mine.rows, pixel_model, {**translated, **encoders})
             self.rows += rows
             for other in self.found.values():
-                if other.facts.label != model.known_as and other.size == mine.size:
+                if other.size != mine.size:
+                    self.not_carried.append(f"{other.facts.label} to {model.known_as}")
+                elif other.facts.label != model.known_as:
                     crafted = [row for row in other.rows if row.arm == ATTACK]
                     self._carry_over(other.facts.label, rows, self._judged(crafted, pixel_model, {"fitted": translated["fitted"]}))
         self.run.seconds["judging"] = time.monotonic() - start
@@ -233,7 +249,10 @@ class PixelAttack:
             differences=[d for second in labels[1:] for d in model_differences(self.rows, labels[0], second, seed=config.seed)],
             twins=self._twins(encoders),
             robustness=[self._robustness(found) for found in self.found.values()],
-            checks=pixel_checks(self.rows, self.transfers, config.budgets, config.tau),
+            checks=pixel_checks(
+                self.rows, self.transfers, config.budgets, config.tau,
+                climbs={label: found.climbs for label, found in self.found.items()}, hold=config.hold, reachable=self._reachable(),
+            ),
             findings=[],
             warnings=[],
             settings={**asdict(config), "command": " ".join(["recipes/steer.py", *sys.argv[1:]])},
@@ -242,9 +261,10 @@ class PixelAttack:
             rows=self.rows,
             features={label: found.features for label, found in self.found.items() if found.features is not None},
             dropped=[model.known_as for model in config.models if model.drop_null],
+            climbs=[summary for label, found in self.found.items() for summary in climb_summaries(label, found.climbs)],
         )
         report.checks += [*self._dropped(report), *feature_rules(report)]
-        report.findings, report.warnings = pixel_findings(report), pixel_warnings(report, self.bench.chosen.left_out)
+        report.findings, report.warnings = pixel_findings(report), pixel_warnings(report, self.bench.chosen.left_out, self._left_undone())
         plots = write_pixels_report(report, self.run.folder, self.bench.pictures.test)
         pixels_to_tensorboard(report, self.run.folder, plots)
         print(pixels_table(report, compact=True))
@@ -253,9 +273,26 @@ class PixelAttack:
         print(f"report: {self.run.folder / 'report.html'} (the same as report.md)")
         return report
 
+    def _reachable(self) -> dict[str, set[int]]:
+        texts = next(iter(self.bench.encoders.values())).texts
+        return {label: reachable_targets(found.translators["fitted"], texts) for label, found in self.found.items()}
+
+    def _left_undone(self) -> list[str]:
+        """What this run did not measure, and why, in sentences."""
+        said = []
+        if self.not_carried:
+            said.append(f"pictures were not carried over between models of other input sizes ({', '.join(self.not_carried)}).")
+        if (problem := twins_problem(self._twin_labels())) is not None:
+            said.append(f"no natural twins were sought among {len(self.twin_places)} test pictures: {problem}. See twin_pictures.")
+        return said
+
+    def _twin_labels(self) -> Tensor:
+        return torch.from_numpy(self.bench.pictures.test.labels[self.twin_places])
+
     def _twins(self, encoders: Sequence[str]) -> list[TwinReport]:
-        labels = torch.from_numpy(self.bench.pictures.test.labels[self.twin_places])
-        found = []
+        labels, found = self._twin_labels(), list[TwinReport]()
+        if twins_problem(labels) is not None:  # said as a warning
+            return found
         for label, attacked in self.found.items():
             for name in encoders:
                 z = torch.from_numpy(np.asarray(self.bench.encoders[name].embeddings["test"][self.twin_places]))
@@ -280,6 +317,17 @@ class PixelAttack:
                 if before is not None and after is not None:
                     checks.append(unchanged_without_null(model.known_as, before, after))
         return checks
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 while pictures are attacked and judged: they sit at 0.999 of τ, which its 10 bits of mantissa do not resolve (no shapes)."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def group_rows(rows: Sequence[JudgedPicture]) -> list[list[JudgedPicture]]:
@@ -322,7 +370,7 @@ def attack_pixels(arguments: Sequence[str] | None = None, *, description: str = 
         run.check()
         bench = PixelsBench.build(config, accelerator)
         run.open()
-    with run.guarded():
+    with run.guarded(), full_float32():
         job = PixelAttack(run, config, bench)
         job.attack()
         job.judge()

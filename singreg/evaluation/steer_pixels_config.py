@@ -61,9 +61,9 @@ class PixelsConfig(JobConfig):
         linf: L-infinity budgets in 255ths.
         l2: L2 budgets in pixel values of [0, 1] over the whole picture.
         tau: how far any logit may move.
-        steps: gradient steps a pass.
+        steps: gradient steps a pass; below about 16 the passes may gain less than a single step, which a check says.
         restarts: passes, the first from the picture itself, others from random points.
-        hold_pictures: pictures for the opposite direction (the decision moves, translated meaning is held); 0 leaves it out.
+        hold_pictures: pictures for the opposite direction (the decision moves, class-prompt cosines are held); 0 leaves it out.
         hold: how far a cosine to a class prompt may move there.
         feature_steps: relative steps at which the same pictures are steered in feature space too, by the single gradient step, the
             true maximiser and others; empty leaves that out.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,13 @@ from singreg.evaluation.compare_bench import ModelBench
 from singreg.evaluation.steer_config import ALL, names_of
 from singreg.evaluation.steer_pixels_bench import PixelsBench
 from singreg.evaluation.steer_pixels_config import AttackedModelConfig, PixelsConfig
+from singreg.evaluation.steer_pixels_kept import MADE_FROM, read_kept
 from singreg.files import write_json
 from singreg.geometry.nullspace import NullSpace
 
 FEATURES = "features.json"
+NEAR = (0.05, 1.0)
+"""Shares of σ_1 below which directions count as nearly null; 1 is all of them: held by the logit tolerance alone, as pixels are."""
 
 
 @dataclass
@@ -34,11 +36,15 @@ class FeatureAttack:
     config: PixelsConfig
     bench: PixelsBench
     first: tuple[str, Outsider] | None = None
+    first_made: Mapping[str, str] | None = None
 
     def of(
-        self, model: AttackedModelConfig, bench: ModelBench, fitted: Mapping[str, FittedTranslator], folder: Path
-    ) -> RobustnessFigures | None:
+        self, model: AttackedModelConfig, bench: ModelBench, fitted: Mapping[str, FittedTranslator], folder: Path,
+        made: Mapping[str, str],
+    ) -> RobustnessFigures | None:  # fmt: skip
         """From the model's folder where a killed run left it, else measured and written there; None without a null space.
+
+        made: hashes of the weights, which what was left there must have been measured with, and those of the first model.
 
         Of a model whose null space is dropped these are the figures of its features before that: read its "drop_null" curves.
         No shapes.
@@ -54,8 +60,10 @@ class FeatureAttack:
         elif not model.drop_null and self.first[1].null_space.basis.shape[0] == classifier.feature_dim:
             outsiders = dict([self.first])
         path = folder / FEATURES
-        if path.is_file():
-            return RobustnessFigures.from_json(json.loads(path.read_text(encoding="utf-8")))
+        self.first_made = self.first_made or made
+        made = {**made, **{f"{name} of the first model": value for name, value in self.first_made.items()}}
+        if (kept := read_kept(path, made)) is not None:
+            return RobustnessFigures.from_json(kept)
         test, embeddings = self.bench.pictures.test, bench.embeddings["test"]
         gaussian = fit_conditional(classifier, bench.parts.bank, bench.embeddings["bank"], space, settings=bench.settings)
         natural = natural_radii(
@@ -66,11 +74,11 @@ class FeatureAttack:
             classifier, test, embeddings, bench.texts, {name: f.translator for name, f in fitted.items()},
             plan=self._plan(bench), radii=Budgets.over(steps, self.config.feature_radii, gaussian, natural), outsiders=outsiders,
             invariance=model.invariance,
-            options=RobustnessSettings(steps=steps, near_ratios=(0.05,), tolerances=(self.config.tau,)),
+            options=RobustnessSettings(steps=steps, near_ratios=NEAR, tolerances=(self.config.tau,), logit_tolerance=self.config.tau),
             settings=bench.settings,
         )  # fmt: skip
         if self.bench.accelerator.is_main_process:
-            write_json(path, found.to_json())
+            write_json(path, {**found.to_json(), MADE_FROM: made})
         self.bench.accelerator.wait_for_everyone()
         return found
 

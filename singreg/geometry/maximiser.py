@@ -15,6 +15,9 @@ from singreg.geometry.steering import AnyTranslator, _one_translator
 
 Constraint = Literal["ball", "sphere"]
 FIRST_STEP, GROW, SHRINK, LAST_STEP = 0.5, 1.5, 0.4, 1e-12  # of the budget: the search for a step that raises the cosine
+FAINT = 1e-6  # of the largest singular value: the displacement that a fainter direction needs rounds away in the logits
+ROUNDED = 1e-16  # of |z|²: a rest so small is the rounding of one that is not there
+FAR = 1e4  # lengths of z, that stand for infinity: further on the direction of a reading hardly changes
 Problem = AffineProblem | FreeProblem
 
 
@@ -85,6 +88,29 @@ class Maximiser:
         for turn in range(self.restarts if self._may_be_local(best[1]) else 0):
             best = _better(best, ascent.climb(ascent.at(self._random(problem, limit, turn)), self.steps))
         return self._moved(exact, problem, limit, best, single)
+
+    @torch.no_grad()
+    def unbounded(self, features: Tensor, text: Tensor) -> Tensor | None:
+        """Coordinates of the largest cosine without any budget, in closed form; None for a translator that is not affine.
+
+        Where it lies at infinity, a point `FAR` on the way there. Shapes: features (R, m), text (n,) or (R, n), to (R, k).
+        """
+        if self.reach is None:
+            return None
+        exact = features.to(torch.float64)
+        problem = self.reach.of(exact, torch.nn.functional.normalize(text.to(exact), dim=-1).expand(len(exact), -1))
+        thin = self.reach.thin
+        seen = self.reach.singular > FAINT * self.reach.singular.max() if thin else self.reach.singular > 0
+        start, target = problem.start[:, :thin][:, seen], problem.target[:, :thin][:, seen]
+        length = (problem.start.square().sum(1) + problem.rest).sqrt()
+        rest = (length.square() - start.square().sum(1)).clamp_min(0)
+        along = problem.along + (problem.start * problem.target).sum(1) - (start * target).sum(1)
+        far = FAR * length / torch.linalg.vector_norm(target, dim=1).clamp_min(TINY)
+        there = (along > 0) & (rest > ROUNDED * length.square())
+        scale = torch.where(there, rest / along.clamp_min(TINY), far).minimum(far)
+        found: Tensor = length.new_zeros(len(length), problem.size)
+        found[:, :thin][:, seen] = (scale[:, None] * target - start) / self.reach.singular[seen]
+        return found
 
     def _first(self, ascent: _Ascent, problem: Problem, limit: Tensor, start: Tensor | None) -> tuple[Found, Tensor]:
         """The best start, and the cosine of the single gradient step."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -38,14 +40,24 @@ def draw_feature_curves(report: PixelReport) -> Figure:
             for (attack, judge, defence), (colour, line, said) in LINES.items():
                 for curve in _curves(figures, attack, judge, defence, budget):
                     _draw(axes, curve, name, factor, colour, line, said if (row, column) == (0, 0) else None)
+            if budget == "radius":
+                _mark(axes, figures.natural or {})
             axes.set_title(drawable(label) if row == 0 else "", fontsize=10)
             axes.set_xlabel("ε / |f|" if budget == "step" else "Mahalanobis radius / natural median")
             axes.set_ylabel(unit if column == 0 else "")
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25, linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle("the same pictures steered in feature space, crafted on the fitted translator; bands: 95 % over pictures", fontsize=9)
+    said = "the same pictures steered in feature space, crafted on the fitted translator; bands: 95 % over pictures; upright: natural radii"
+    figure.suptitle(said, fontsize=9)
     return figure
+
+
+def _mark(axes: Axes, natural: Mapping[str, float]) -> None:
+    """Upright lines where untouched pictures lie: their percentiles, in natural medians."""
+    for percentile, place in natural.items():
+        axes.axvline(place, color="#9ca3af", linewidth=0.8, linestyle="--", zorder=0)
+        axes.text(place, 1.0, percentile, transform=axes.get_xaxis_transform(), fontsize=6, ha="center", va="bottom")
 
 
 def _curves(figures: RobustnessFigures, attack: str, judge: str, defence: str, budget: str) -> list[RobustnessCurve]:
@@ -80,7 +92,10 @@ def draw_feature_pairs(report: PixelReport) -> Figure:
 
 
 def feature_table(report: PixelReport) -> str:
-    """Every attack on every model over the relative step: mean success with its interval, AS in degrees, largest |Δlogit| (Markdown)."""
+    """Every attack on every model over the relative step: mean success, AS in degrees, largest |Δlogit| (Markdown).
+
+    Success with the decision kept alone is given where the attack cannot promise that the logits stay.
+    """
     rows = []
     for label, figures in report.features.items():
         for curve in figures.curves:
@@ -89,8 +104,19 @@ def feature_table(report: PixelReport) -> str:
                 rows.append(
                     [
                         escape(label), escape(curve.attack), escape(curve.crafted_on), escape(curve.judge),
-                        percent(success[0]), f"[{percent(success[1])}, {percent(success[2])}]", number(angle[0]),
+                        percent(success[0]), f"[{percent(success[1])}, {percent(success[2])}]",
+                        percent(curve.area["decision_success"][0]) if curve.tolerance is None else "the same", number(angle[0]),
                         f"{max(curve.logit_change):.1g}",
                     ]
                 )  # fmt: skip
-    return render(rows, ["model", "attack", "crafted on", "judge", "mean success", "95 %", "mean AS °", "max Δlogit"])
+    return render(rows, ["model", "attack", "crafted on", "judge", "mean success", "95 %", "decision kept alone", "AS °", "max Δlogit"])
+
+
+def absent_table(report: PixelReport) -> str:
+    """Attacks in feature space that could not be made, and why (Markdown); nothing where all of them could."""
+    rows = [
+        [escape(label), escape(attack), escape(reason)]
+        for label, figures in report.features.items()
+        for attack, reason in figures.absent.items()
+    ]
+    return render(rows, ["model", "attack not made", "why"]) if rows else ""

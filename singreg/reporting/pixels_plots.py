@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from singreg.analysis.pixels.results import ATTACK, JudgedPicture, PixelReport
+from singreg.analysis.pixels.twins import TwinReport
 from singreg.data.parts import ImagePart
 from singreg.reporting.pixels_features import draw_feature_curves, draw_feature_pairs
 from singreg.reporting.plots import drawable, save_figure
@@ -24,7 +25,7 @@ def save_pixel_plots(report: PixelReport, folder: Path, part: ImagePart) -> dict
     figures = {"rises": draw_rises(report), "attacked": draw_attacked(report, folder), "robustness": draw_robustness(report)}
     if set(report.features) - set(report.dropped):
         figures |= {"features": draw_feature_curves(report), "feature_pairs": draw_feature_pairs(report)}
-    if any(twins.shown for twins in report.twins):
+    if _shown_twins(report):
         figures["twins"] = draw_twins(report, part)
     paths = {}
     for name, figure in figures.items():
@@ -88,8 +89,8 @@ def _said(row: JudgedPicture) -> str:
 
 
 def draw_twins(report: PixelReport, part: ImagePart) -> Figure:
-    """The closest natural twins of every model by the first encoder that counts: the two pictures, Δlogit and angle (degrees)."""
-    shown = [twins for twins in report.twins if twins.shown and twins.encoder == report.encoders[0]]
+    """The closest natural twins of every model by the first encoder that sees any: the two pictures, Δlogit and angle (degrees)."""
+    shown = _shown_twins(report)
     columns = min(SHOWN, max(len(twins.shown) for twins in shown))
     figure = Figure(figsize=(1.7 * columns + 0.6, 3.5 * len(shown) + 0.4), layout="constrained")
     grid = figure.subplots(2 * len(shown), columns, squeeze=False)
@@ -106,8 +107,14 @@ def draw_twins(report: PixelReport, part: ImagePart) -> Figure:
                 _show(axes, np.asarray(picture), title)
                 if half:
                     axes.set_xlabel(f"Δlogit {pair.logit_distance:.1f}, {pair.angle:.0f}°", fontsize=7)
-    figure.suptitle("nobody attacked: two classes, alike in logits, far apart for the encoder", fontsize=9)
+    figure.suptitle(f"nobody attacked: two classes, alike in logits, far apart for {drawable(shown[0].encoder)}", fontsize=9)
     return figure
+
+
+def _shown_twins(report: PixelReport) -> list[TwinReport]:
+    """Of the first encoder by which any model has twins (no shapes)."""
+    some = [twins for twins in report.twins if twins.shown]
+    return [twins for twins in some if twins.encoder == some[0].encoder]
 
 
 def draw_robustness(report: PixelReport) -> Figure:

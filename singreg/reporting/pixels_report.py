@@ -13,6 +13,7 @@ from singreg.files import write_json, write_text
 from singreg.reporting import pixels_tables as tables
 from singreg.reporting.html import write_html
 from singreg.reporting.page import page_from_markdown
+from singreg.reporting.pixels_features import absent_table
 from singreg.reporting.pixels_features import feature_table as tables_of_features
 from singreg.reporting.pixels_plots import save_pixel_plots
 from singreg.reporting.tables import escape, facts
@@ -48,7 +49,8 @@ def pixels_markdown(report: PixelReport, plots: Mapping[str, Path]) -> str:
         *[escape(sentence) for sentence in report.findings],
         *[f"**{escape(sentence)}**" for sentence in report.warnings],
         "## Sanity checks",
-        "Made in every run, from the saved 8-bit files. One that fails takes every claim with it.",
+        "Made in every run: on pictures from the saved 8-bit files, on the passes alone from what the attack logged as it went, on "
+        "features (named so) in memory. One that fails takes every claim with it.",
         tables.checks_table(report),
         "## Steering in pixels",
         pictures["rises"],
@@ -62,13 +64,13 @@ def pixels_markdown(report: PixelReport, plots: Mapping[str, Path]) -> str:
         tables.success_table(report),
         "Shares of pictures whose target prompt became first by each judge, and how that is read: *fooled the translator*, the attacked "
         "one alone; *fooled the translators*, the auditor too, and no image encoder; *fooled the VLM*, an image encoder but not all; "
-        "*changed meaning*, all image encoders, of which there must be two that know these classes.",
+        "*changed meaning*, all image encoders, of which there must be two that know these classes. Intervals are Wilson's at 95 %.",
         pictures["attacked"],
         *_optional(
             "## The same pictures in feature space", _feature_words(report), tables_of_features(report) if report.features else "",
-            pictures.get("features", ""), pictures.get("feature_pairs", ""),
+            absent_table(report), pictures.get("features", ""), pictures.get("feature_pairs", ""),
         ),
-        *_optional("## The opposite direction", tables.hold_table(report) if any(s.arm == HOLD for s in report.summaries) else ""),
+        *_optional("## The opposite direction", *_hold_words(report)),
         *_optional("## Models compared", tables.difference_table(report) if report.differences else ""),
         *_optional("## Carried over", tables.transfer_table(report) if report.transfers else ""),
         *_optional("## Natural twins", tables.twin_table(report) if report.twins else "", pictures.get("twins", "")),
@@ -95,9 +97,22 @@ def _feature_words(report: PixelReport) -> str:
     return (
         f"Displacements in the null space, of relative steps up to {steps:g} of the feature norm; *maximiser*: the best one within the "
         "budget, in closed form where the translator is linear; *single step*: the paper's one gradient step. *near-null*: with directions "
-        "of small singular value too, within τ. *transfer from*, *null space of*: by an attacker who holds the first model. Mean success "
-        "and AS are heights over the whole curve. Of a model whose null space is dropped, what its judges read after the dropping."
+        "of small singular value too (below that share of the largest; 100 %: all of them, as pixels may), every logit within "
+        f"τ. *transfer from*, *null space of*: by an attacker who holds the first model and cannot promise the logits; *mean success* "
+        f"counts what keeps them all within {report.tau:g}, *decision kept alone* also what moves them further. Mean success and AS are "
+        "heights over the whole curve. Of a model whose null space is dropped, what its judges read after the dropping."
     )
+
+
+def _hold_words(report: PixelReport) -> list[str]:
+    if not any(s.arm == HOLD for s in report.summaries):
+        return []
+    return [
+        f"The decision is moved while the cosines of the translated feature to all class prompts are held within "
+        f"{report.settings.get('hold', 'the tolerance')}. Class-prompt cosines held is not meaning held: the translated feature may turn "
+        "far in directions that no class prompt measures, and how far it did is in the columns *turns*.",
+        tables.hold_table(report),
+    ]
 
 
 def _optional(heading: str, *blocks: str) -> list[str]:

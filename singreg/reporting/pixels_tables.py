@@ -29,12 +29,12 @@ def pixels_table(report: PixelReport, compact: bool = False) -> str:
 
 
 def success_table(report: PixelReport) -> str:
-    """Share of pictures whose target prompt became first, by judge, and how each is read (Markdown; shares in [0, 1])."""
+    """Share of pictures whose target prompt became first, by judge, and how each is read, with Wilson's intervals (Markdown; shares)."""
     judges = _judges(report)
     rows = [
         [
             escape(s.model), s.budget, *(_interval(s.success[name], 0, 100, " %") for name in judges),
-            *(percent(s.readings[name], 0) for name in READINGS),
+            *(_interval(s.readings[name], 0, 100, " %") for name in READINGS),
         ]
         for s in report.summaries
         if s.arm == ATTACK
@@ -70,8 +70,9 @@ def twin_table(report: PixelReport) -> str:
     """How common natural twins are, by model and encoder (Markdown; shares, logits, degrees)."""
     rows = [
         [
-            escape(t.model), escape(t.encoder), str(t.pictures), str(t.pairs), percent(t.rate, 2), percent(t.touched, 0),
-            number(t.close), number(t.far, 1), number(t.shown[0].logit_distance if t.shown else None),
+            escape(t.model), escape(t.encoder), str(t.pictures), str(t.pairs),
+            _interval([t.rate, *t.rate_interval], 2, 100, " %"), percent(t.touched, 0), number(t.close),
+            number(t.far, 1), number(t.shown[0].logit_distance if t.shown else None),
         ]
         for t in report.twins
     ]  # fmt: skip
@@ -104,7 +105,7 @@ def model_table(report: PixelReport) -> str:
 
 
 def hold_table(report: PixelReport) -> str:
-    """The opposite direction: decisions moved with translated meaning held, and how far every judge's reading turned (degrees)."""
+    """The opposite direction: decisions moved, class-prompt cosines held, and how far every judge's whole reading turned (degrees)."""
     held = [s for s in report.summaries if s.arm == HOLD]
     rows = [
         [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.transforms.functional import to_tensor
 
 from recipes.steer import main
+from singreg.analysis.pixels.ascent import LAGRANGIAN, TANGENT
 from singreg.analysis.pixels.features import feature_rules, gain_over_single
 from singreg.analysis.pixels.results import PixelReport
 from singreg.analysis.robustness.attacks import MAXIMISER
 from singreg.analysis.robustness.results import RobustnessFigures
+from singreg.analysis.robustness.sanity import ATTACK_LOG, FEATURES, FILES
 from singreg.data.parts import FolderPart, ImagePart
 from singreg.evaluation import steer_pixels
 from singreg.evaluation.steer_pixels_bench import choose_pictures
 from singreg.evaluation.steer_pixels_config import asks_for_pixels, parse_pixels
+from singreg.evaluation.steer_pixels_kept import made_from, read_kept
+from singreg.files import write_json
 from singreg.reporting.readme import main as write_readme
 from tests.analysis.robustness import robust
 from tests.demo import ASSETS
@@ -37,7 +42,7 @@ TINY = [
     "--attack", "pixels",
     "--data.scenes_train", "90", "--data.scenes_audit", "80", "--data.scenes_test", "50", "--data.scenes_bank", "10",
     "--translator.ridge", "1", "--auditor.ridge", "1", "--pictures", "6", "--attack_batch", "3", "--linf", "[2, 8]", "--tau", "0.5",
-    "--steps", "8", "--restarts", "2", "--hold_pictures", "2", "--robust", "[1, 4]", "--robust_steps", "3", "--twin_pictures", "40",
+    "--steps", "16", "--restarts", "2", "--hold_pictures", "2", "--robust", "[1, 4]", "--robust_steps", "3", "--twin_pictures", "40",
     "--models", '[{"name": "demo"}]',
 ]  # fmt: skip
 TWO = '[{"name": "demo"}, {"name": "demo", "drop_null": true}]'
@@ -79,9 +84,17 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
         assert any(name.startswith(rule) for name in names), rule
     assert [c for c in report["checks"] if not c["passed"]] == []
     assert report["findings"][0].startswith(f"All {len(names)} sanity checks passed")
+    counts = Counter(check["read"] for check in report["checks"])
+    assert f"{counts[FILES]} read from the saved 8-bit files, {counts[FEATURES]} from features in memory" in report["findings"][0]
+    assert counts[FILES] > counts[ATTACK_LOG] > 0
+    assert sum("the passes climb by themselves" in name for name in names) == 4
+    assert {c["kind"] for c in report["climbs"]} == {TANGENT, LAGRANGIAN}
+    assert "class-prompt cosines are held in the opposite direction (demo, from the saved 8-bit files)" in names
+    assert any("class-prompt cosines held within 0.02" in sentence for sentence in report["findings"])
+    assert not any("meaning held" in sentence for sentence in report["findings"])
     assert "lower bounds" in shown
     assert any("1 of 1 do" in s or "0 of 1 do" in s for s in report["findings"])  # one encoder is no witness of meaning
-    assert all(s["readings"]["changed meaning"] == 0 for s in report["summaries"])
+    assert all(s["readings"]["changed meaning"][0] == 0 for s in report["summaries"])
 
     # The same pictures in feature space: the maximiser at least the single step, and exactly nothing where the null space is dropped.
     figures = {label: RobustnessFigures.from_json(value) for label, value in report["features"].items()}
@@ -92,7 +105,13 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
     assert factor >= 1
     assert any(f"Many steps turn features {factor:.2f} times as far" in sentence for sentence in report["findings"])
     (dropped,) = (s for s in report["findings"] if s.startswith("demo without null space, in feature space"))
-    assert "success is exactly 0 at every step" in dropped
+    assert "by exactly null directions success is exactly 0 at every step" in dropped
+    assert "near-null 100 %, τ 0.5:" in dropped
+    soft = figures["demo without null space"].curve("near-null 100 %, τ 0.5", judge="fitted", defence="drop_null")
+    assert 0 < max(soft.logit_change) <= 0.5
+    reasons = figures["demo"].absent  # a reason that nobody reads hides an attack
+    text = (folder / "report.md").read_text()
+    assert all(reason.replace("%", "%") in text for reason in reasons.values())
     curve = figures["demo"].curve(MAXIMISER, crafted_on="fitted", judge="fitted")
     assert curve.at(0.4, "success") > 0.5  # the control of that 0
     assert "success is exactly 0 (features of demo without null space)" in names
@@ -138,7 +157,8 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
 
 
 def test_a_killed_run_goes_on_and_finds_the_same(tmp_path: Path, cache: Path) -> None:
-    run(tmp_path, cache, "--name", "whole")
+    quick = ["--steps", "4", "--feature_pairs", "20"]
+    run(tmp_path, cache, "--name", "whole", *quick)
     calls = []
     original = steer_pixels.attack_batch
 
@@ -149,18 +169,58 @@ def test_a_killed_run_goes_on_and_finds_the_same(tmp_path: Path, cache: Path) ->
         return original(*args, **kwargs)
 
     with patch.object(steer_pixels, "attack_batch", killed), pytest.raises(KeyboardInterrupt):
-        run(tmp_path, cache, "--name", "killed")
+        run(tmp_path, cache, "--name", "killed", *quick)
     assert not (tmp_path / "killed" / "report.json").exists()
     calls.clear()
     with patch.object(steer_pixels, "attack_batch", lambda *a, **k: calls.append(k["number"]) or original(*a, **k)):
-        run(tmp_path, cache, "--name", "killed", "--resume", "true")
+        with patch.object(steer_pixels, "made_from", lambda *_: {"classifier": "another"}), pytest.raises(SystemExit) as stopped:
+            run(tmp_path, cache, "--name", "killed", "--resume", "true", *quick)
+        assert "features.json was made with other weights" in str(stopped.value)
+        assert "another --name, or delete the folder" in str(stopped.value)
+        assert calls == []
+        run(tmp_path, cache, "--name", "killed", "--resume", "true", *quick)
     assert calls == [1]  # the first batch was there
     whole, resumed = (report_of(tmp_path / name) for name in ("whole", "killed"))
     assert resumed == whole
     for path in (tmp_path / "whole" / "attacked").rglob("*.png"):
         assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes(), path
     with pytest.raises(SystemExit, match="already holds a run"):
-        run(tmp_path, cache, "--name", "whole")
+        run(tmp_path, cache, "--name", "whole", *quick)
+
+
+def test_what_other_weights_made_is_not_taken_over(tmp_path: Path) -> None:
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    made, path = made_from(model, {"fitted": other}), tmp_path / "batch-0000.json"
+    assert read_kept(path, made) is None
+    write_json(path, {"x": 1, "made_from": made})
+    assert read_kept(path, made) == {"x": 1, "made_from": made}
+    with pytest.raises(SystemExit, match=r"batch-0000\.json was made with other weights .*unknown: fitted\).*another --name"):
+        read_kept(path, made_from(model, {"fitted": model}))
+    write_json(path, {"x": 1})
+    with pytest.raises(SystemExit, match="unknown: classifier, fitted"):
+        read_kept(path, made)
+
+
+def test_tf32_is_off_for_the_job_only() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        with steer_pixels.full_float32():
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_without_twins_there_is_a_report_and_it_says_so(tmp_path: Path, cache: Path) -> None:
+    more = ["--steps", "1", "--restarts", "1", "--hold_pictures", "0", "--feature_steps", "[]", "--pictures", "3", "--twin_pictures", "2"]
+    run(tmp_path, cache, "--name", "few", *more)
+    report = report_of(tmp_path / "few")
+    assert report["twins"] == []
+    assert any("no natural twins were sought among 2 test pictures" in warning for warning in report["warnings"])
+    assert not (tmp_path / "few" / "plots" / "twins.png").exists()
 
 
 def test_a_dry_run_makes_nothing(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +234,7 @@ def test_a_dry_run_makes_nothing(tmp_path: Path, cache: Path, capsys: pytest.Cap
 def test_bad_values_are_shown_together(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = [
         "--linf", "[0, 8]", "--robust", "[4, 1]", "--tau", "0", "--severity", "9", "--targets", '["star", "star"]', "--l2", "[-1]",
-        "--models", '[{"name": "demo"}, {"name": "demo"}]',
+        "--models", '[{"name": "demo"}, {"name": "demo"}, {"name": "demo", "label": "auditor"}]', "--feature_steps", "[0.1, 100.0]",
     ]  # fmt: skip
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, cache, *more)
@@ -188,9 +248,11 @@ def test_bad_values_are_shown_together(tmp_path: Path, cache: Path, capsys: pyte
         "targets: listed twice: star",
         "l2: expected numbers above 0",
         "models: listed twice: demo",
+        "models[2].label: 'auditor' is what a translator is called",
+        "feature_steps: expected shares of the feature norm below 100",
     ):
         assert part in shown, part
-    assert "7 problem(s)" in shown
+    assert "9 problem(s)" in shown
 
 
 @pytest.mark.parametrize(

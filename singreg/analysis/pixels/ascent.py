@@ -19,6 +19,8 @@ GROWTH = 1.03
 PATH = 4.0  # radii that all steps of a pass make together
 TANGENT_PATH = 2.0  # shorter, for it wastes none of it on breaking and restoring
 TIGHTER = 0.1  # of the tolerance; aiming inside it leaves more of the last steps feasible
+TANGENT, LAGRANGIAN = "tangent passes", "Lagrangian passes"
+"""Kinds of pass."""
 MOST_HELD = 64  # gradients a tangent takes; 1,000 classes would take 1,000
 
 
@@ -40,7 +42,8 @@ def ascend(
     are an augmented Lagrangian: constraints c ≤ 1 enter as −(ρ/2) Σ relu(c − 1 + λ/ρ)², after every step λ ← relu(λ + ρ (c − 1)),
     and ρ grows for pictures that still break one; the step shrinks along a cosine. In L-infinity these take turns: steps along the
     gradient itself, which keep tight constraints, then along its sign, which fill the budget where there are none or loose ones. The
-    best feasible picture of all passes is kept, to begin with x.
+    best feasible picture of all passes is kept, to begin with x. What the passes of each kind reach by themselves is kept apart
+    (`alone`), so that a pass that does nothing cannot hide behind the single step or the smaller budget that it began from.
 
     Shapes: x and start (B, 3, H, W) in [0, 1] on the 8-bit grid; the gradient is taken to the pictures only.
 
@@ -62,6 +65,7 @@ def ascend(
     if start is not None:
         with torch.no_grad():
             best.offer(start, judged(start))
+    best.began = best.after.clone()
     with torch.no_grad():
         tangent = 0 < judged(x).held.shape[1] <= MOST_HELD
     for restart in range(restarts):
@@ -69,25 +73,28 @@ def ascend(
         if restart:
             noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device) * 2 - 1
             moved = budget.steepest(noise) / 2 if budget.norm == "l2" else budget.radius * noise / 2
+        own = Ascent(x.clone(), best.before, best.before.clone())
         if tangent and restart % 3 == 0:
-            tangent_pass(judged, x, moved, budget, best, steps=steps, size=TANGENT_PATH / steps)
+            tangent_pass(judged, x, moved, budget, own, steps=steps, size=TANGENT_PATH / steps)
+            best.take(own, TANGENT)
             continue
         turn = restart - restart // 3 - 1 if tangent else restart  # among the passes of this kind
         size = PATH / steps * 0.5 ** (turn // 2)
-        _one_pass(judged, x, moved, budget, best, steps=steps, size=size, penalty=penalty, signed=turn % 2 == 1)
+        _one_pass(judged, x, moved, budget, own, steps=steps, size=size, penalty=penalty, signed=turn % 2 == 1)
+        best.take(own, LAGRANGIAN)
     return best
 
 
 def _one_pass(
-    judged: Judged, x: Tensor, moved: Tensor, budget: Budget, best: Ascent, *, steps: int, size: float, penalty: float,
+    judged: Judged, x: Tensor, moved: Tensor, budget: Budget, own: Ascent, *, steps: int, size: float, penalty: float,
     signed: bool,
 ) -> None:  # fmt: skip
-    """One ascent from x + moved (B, 3, H, W); what is best goes to `best`. `size`: of the mean step, a share of the radius."""
+    """One ascent from x + moved (B, 3, H, W); what it finds goes to `own`. `size`: of the mean step, a share of the radius."""
     weight = torch.full((len(x), 1), penalty, dtype=x.dtype, device=x.device)
     multipliers: Tensor | None = None
     speed = torch.zeros_like(x)
     for step in range(steps + 1):
-        free, reading = best.look(judged, x, moved, budget)
+        free, reading = own.look(judged, x, moved, budget, start=step == 0)
         if step == steps:
             return
         excess = reading.constraints - (1 - TIGHTER)

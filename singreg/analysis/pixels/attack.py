@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from singreg.analysis.pixels.ascent import ascend, one_step
 from singreg.analysis.pixels.budgets import LEVELS, Budget, random_pictures
 from singreg.analysis.pixels.model import PixelModel, away_from_decision, save_picture, towards_prompt, without_limits
+from singreg.analysis.pixels.passes import Climbed, climbs_of
 from singreg.analysis.pixels.results import ATTACK, HOLD, NO_BUDGET, NO_LIMITS, ONE_STEP, RANDOM, AttackedPicture
 from singreg.translation.base import Translator
 
@@ -44,10 +45,18 @@ class Batch:
     targets: Sequence[int]
 
 
+@dataclass(frozen=True)
+class BatchFound:
+    """Attacked pictures (B, 3, H, W) by (budget, arm), and how far the passes got by themselves."""
+
+    pictures: dict[tuple[str, str], Tensor]
+    climbs: list[Climbed]
+
+
 def attack_batch(
     model: PixelModel, translator: Translator, texts: Tensor, batch: Batch, settings: AttackSettings, *, number: int, hold: int = 0
-) -> dict[tuple[str, str], Tensor]:
-    """Attacked pictures (B, 3, H, W) by (budget, arm), in the first batch the controls too.
+) -> BatchFound:
+    """Attacked pictures of every budget and arm, in the first batch the controls too.
 
     `hold` pictures are moved the opposite way too, at the first L-infinity budget.
 
@@ -60,6 +69,7 @@ def attack_batch(
         cosines = normalize(translator(features), dim=-1) @ texts.T
     judged = towards_prompt(model, translator, logits, texts[list(batch.targets)], settings.tau)
     found: dict[tuple[str, str], Tensor] = {}
+    climbs: list[Climbed] = []
     best: dict[str, Tensor] = {}
     for place, budget in enumerate(settings.budgets):
         generator = _generator(settings.seed, number, place)
@@ -68,7 +78,9 @@ def attack_batch(
         )
         best[budget.norm] = ascent.images
         found[budget.label, ATTACK] = ascent.images
-        found[budget.label, ONE_STEP] = one_step(judged, x, budget).images
+        single = one_step(judged, x, budget)
+        found[budget.label, ONE_STEP] = single.images
+        climbs += climbs_of(ascent, single, budget, batch.indices)
         found[budget.label, RANDOM] = random_pictures(x, budget, generator)
     if number == 0:
         nothing = Budget("linf", 0)
@@ -83,7 +95,7 @@ def attack_batch(
         opposite = away_from_decision(model, translator, texts, cosines[:hold], logits[:hold].argmax(1), settings.hold)
         generator = _generator(settings.seed, number, -2)
         found[budget.label, HOLD] = ascend(opposite, held, budget, steps=settings.steps, generator=generator).images
-    return found
+    return BatchFound(found, climbs)
 
 
 def _generator(seed: int, number: int, place: int) -> torch.Generator:

@@ -7,7 +7,7 @@ needs no repair afterwards: its logits are those of the file.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -125,32 +125,45 @@ class Ascent:
     """The best feasible pictures (B, 3, H, W) in [0, 1] on the 8-bit grid; the objective before and after, (B,) float64.
 
     A picture for which nothing feasible and better was found is the original: no rise, and never a success.
+    began: (B,) the best objective before any pass; alone: (B,) by kind of pass, the best that its own steps reached.
     """
 
     images: Tensor
     before: Tensor
     after: Tensor
+    began: Tensor | None = None
+    alone: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rose(self) -> Tensor:
         """Whether anything better was found, (B,) bool."""
         return self.after > self.before
 
-    def look(self, judged: Judged, x: Tensor, moved: Tensor, budget: Budget) -> tuple[Tensor, Reading]:
+    def look(self, judged: Judged, x: Tensor, moved: Tensor, budget: Budget, *, start: bool) -> tuple[Tensor, Reading]:
         """Offer x + moved as the 8-bit picture it would be; the leaf whose gradient passes straight through the rounding, and its reading.
 
+        The start of a pass is not offered: what was found before must not pass for what the pass found.
         Shapes: x, moved and the leaf (B, 3, H, W).
         """
         rounded = on_grid(x, moved, budget)
         free = (x + moved).detach().requires_grad_()
         reading = judged(free + (rounded - free).detach())
-        self.offer(rounded, reading)
+        if not start:
+            self.offer(rounded, reading)
         return free, reading
 
     def offer(self, images: Tensor, reading: Reading) -> None:
         """Keep what is feasible and better than the best so far. Shapes: images (B, 3, H, W), their reading."""
         values = reading.value.detach().double()
         better = reading.feasible & (values > self.after)
+        self._keep(images, values, better)
+
+    def take(self, found: Ascent, kind: str) -> None:
+        """Keep what one pass of this kind found alone, where it is better, and remember how far it got (B pictures)."""
+        self.alone[kind] = torch.maximum(self.alone.get(kind, found.after), found.after)
+        self._keep(found.images, found.after, found.after > self.after)
+
+    def _keep(self, images: Tensor, values: Tensor, better: Tensor) -> None:
         self.after = torch.where(better, values, self.after)
         self.images = torch.where(better[:, None, None, None], images, self.images)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 
 import numpy as np
 
+from singreg.analysis.pixels.ascent import MOST_HELD
 from singreg.analysis.pixels.budgets import Budget
 from singreg.analysis.pixels.features import feature_sentence
 from singreg.analysis.pixels.judges import counted_rise
+from singreg.analysis.pixels.passes import Climbed, pass_checks
 from singreg.analysis.pixels.results import (
     ATTACK,
     HOLD,
@@ -25,7 +28,7 @@ from singreg.analysis.pixels.results import (
     Transfer,
 )
 from singreg.analysis.robustness import sanity
-from singreg.analysis.robustness.sanity import Check
+from singreg.analysis.robustness.sanity import ATTACK_LOG, FEATURES, FILES, Check
 
 SLACK = 0.05
 """Degrees by which a mean may fall short of what it must not fall below: the ascent is a search."""
@@ -36,17 +39,28 @@ KNOWS = 0.5
 
 
 def pixel_checks(
-    rows: Sequence[JudgedPicture], transfers: Sequence[Transfer], budgets: Sequence[Budget], tau: float
+    rows: Sequence[JudgedPicture],
+    transfers: Sequence[Transfer],
+    budgets: Sequence[Budget],
+    tau: float,
+    *,
+    climbs: Mapping[str, Sequence[Climbed]],
+    hold: float,
+    reachable: Mapping[str, Set[int]],
 ) -> list[Check]:
-    """Every rule on every model, from the files alone: (model, rule) pairs as named checks (degrees, logits, shares)."""
+    """Every rule on every model as named checks: from the files, but for the passes alone, which the attack itself measured.
+
+    climbs: by model. hold: how far class-prompt cosines may move in the opposite direction. reachable: by model, the targets that
+    some feature at all makes the translator put first. (Degrees, logits, cosines.)
+    """
     found: list[Check] = []
+    alone: list[Check] = []
     for model in dict.fromkeys(row.attacked.model for row in rows):
         own = [row for row in rows if row.attacked.model == model]
         means = {arm: [_mean(own, budget, arm) for budget in budgets] for arm in (ATTACK, ONE_STEP, RANDOM)}
         places = [float(place) for place in range(1, len(budgets) + 1)]
         found.append(_nothing(model, [row for row in own if row.attacked.arm == NO_BUDGET]))
-        freely = [row.first["fitted"] for row in own if row.attacked.arm == NO_LIMITS]
-        found.append(sanity.success_reaches_all(model, "255/255 and free logits", float(np.mean(freely)) if freely else None))
+        found.append(_freely(model, own, reachable[model]))
         for norm in dict.fromkeys(budget.norm for budget in budgets):
             sizes = [(budget.size, means[ATTACK][place]) for place, budget in enumerate(budgets) if budget.norm == norm]
             if len(sizes) > 1:
@@ -65,8 +79,25 @@ def pixel_checks(
                     slack=SLACK + SEARCHED * max(t.own for t in pairs),
                 )
             )
-        found += _files(model, own, budgets, tau)
-    return found
+        found += [*_files(model, own, budgets, tau), *_held_within(model, own, hold)]
+        alone += pass_checks(model, climbs[model], budgets, means[RANDOM])
+    return [*(replace(check, read=FILES) for check in found), *alone]
+
+
+def _freely(model: str, rows: Sequence[JudgedPicture], reachable: Set[int]) -> Check:
+    free = [row for row in rows if row.attacked.arm == NO_LIMITS]
+    won = [row.first["fitted"] for row in free if row.attacked.target in reachable]
+    return sanity.success_reaches_all(
+        model, "255/255 and free logits", float(np.mean(won)) if won else None, reachable=len(won) / len(free) if free else None
+    )
+
+
+def _held_within(model: str, rows: Sequence[JudgedPicture], hold: float) -> list[Check]:
+    """Of the opposite direction: what it claims to have held, the cosines to class prompts, read again from the files."""
+    held = [row.cosine_change["fitted"] for row in rows if row.attacked.arm == HOLD]
+    name = f"class-prompt cosines are held in the opposite direction ({model}, from the saved 8-bit files)"
+    found = f"largest change {max(held, default=0.0):.3g} over {len(held)} pictures, allowed {hold:g}"
+    return [Check(name, max(held) <= hold, found)] if held else []
 
 
 def _mean(rows: Sequence[JudgedPicture], budget: Budget, arm: str) -> float:
@@ -130,7 +161,7 @@ def pixel_findings(report: PixelReport) -> list[str]:
         )
     else:
         sentences.append(
-            f"All {len(report.checks)} sanity checks passed, read from the saved 8-bit files. So the rises and successes below may be "
+            f"All {len(report.checks)} sanity checks passed: {_counted(report.checks)}. So the rises and successes below may be "
             "quoted as lower bounds of what a white-box attacker reaches; a smaller one after training shows that this attack got less, "
             "not that no attack gets more."
         )
@@ -148,13 +179,20 @@ def pixel_findings(report: PixelReport) -> list[str]:
     return sentences
 
 
+def _counted(checks: Sequence[Check]) -> str:
+    said = {FILES: "read from the saved 8-bit files", FEATURES: "from features in memory, no file", ATTACK_LOG: "from the attack's own log"}
+    counts = {where: sum(check.read == where for check in checks) for where in said}
+    return ", ".join(f"{count} {said[where]}" for where, count in counts.items() if count)
+
+
 def _model_sentence(model: AttackedModel, s: PixelSummary, report: PixelReport) -> str:
     judges = "; ".join(
-        f"{name} {s.rise[name][0]:+.2f}° [{s.rise[name][1]:.2f}, {s.rise[name][2]:.2f}], target first {s.success[name][0]:.0%}"
+        f"{name} {s.rise[name][0]:+.2f}° [{s.rise[name][1]:.2f}, {s.rise[name][2]:.2f}], target first "
+        f"{s.success[name][0]:.0%} [{s.success[name][1]:.0%}, {s.success[name][2]:.0%}]"
         for name in s.rise
     )
-    total = sum(s.readings.values())
-    seen = ", ".join(f"{name} {s.readings[name]:.0%}" for name in READINGS) if total else "nobody puts the target first"
+    total = sum(share for share, _, _ in s.readings.values())
+    seen = ", ".join(f"{name} {s.readings[name][0]:.0%}" for name in READINGS) if total else "nobody puts the target first"
     note = f" {model.note}" if model.note else ""
     return (
         f"{model.label}: within {s.budget} and logits within {report.tau:g} (their standard deviation is {model.logit_sd:.1f}), turned "
@@ -165,13 +203,14 @@ def _model_sentence(model: AttackedModel, s: PixelSummary, report: PixelReport) 
 def _held(s: PixelSummary, report: PixelReport) -> str:
     seen = ", ".join(f"{name} by {s.shift[name][0]:.1f}°" for name in s.shift)
     return (
-        f"{s.model}, the opposite direction (ordinary sensitivity): within {s.budget}, translated meaning held, {s.flipped:.0%} of "
-        f"{s.pictures} pictures are decided otherwise; the readings turn: {seen}."
+        f"{s.model}, the opposite direction (ordinary sensitivity): within {s.budget}, class-prompt cosines held within "
+        f"{report.settings.get('hold', 'the tolerance')}, {s.flipped:.0%} of {s.pictures} pictures are decided otherwise. Only those "
+        f"cosines are held, not the translated feature; the readings turn: {seen}."
     )
 
 
-def pixel_warnings(report: PixelReport, left_out: Sequence[str]) -> list[str]:
-    """Reasons not to believe it: encoders that know little, pictures left out, steps below a level, few pictures (no shapes)."""
+def pixel_warnings(report: PixelReport, left_out: Sequence[str], further: Sequence[str] = ()) -> list[str]:
+    """Reasons not to believe it: encoders that know little, pictures left out, few pictures, weak attacks; and `further` ones."""
     warnings = [
         f"Warning: the image encoder {name} names only {share:.0%} of the untouched pictures rightly, so it does not count as a witness."
         for name, share in report.zero_shot.items()
@@ -188,4 +227,22 @@ def pixel_warnings(report: PixelReport, left_out: Sequence[str]) -> list[str]:
         )
     if len(report.models) == 1:
         warnings.append("Warning: with a single model no picture was carried over, so white box against transfer was not checked.")
+    return [*warnings, *_weak_attacks(report), *(f"Warning: {sentence}" for sentence in further)]
+
+
+def _weak_attacks(report: PixelReport) -> list[str]:
+    """Heads with more classes than a tangent holds are attacked by the weaker search (no shapes)."""
+    weak = [model.label for model in report.models if model.classes > MOST_HELD]
+    warnings = [
+        f"Warning: {model.label} has {model.classes} classes. Above {MOST_HELD} the attack does not follow the logits' tangent; only the "
+        "augmented Lagrangian is left, which finds far less (a quarter of the rise where both were tried). A low rise here shows little."
+        for model in report.models
+        if model.label in weak
+    ]
+    if weak and len(weak) < len(report.models):
+        others = ", ".join(model.label for model in report.models if model.label not in weak)
+        warnings.append(
+            f"Warning: models compared: {', '.join(weak)} met a weaker attack than {others} (more than {MOST_HELD} classes against fewer), "
+            "so differences between them say nothing of which is harder to steer. Slice the heads to the same classes."
+        )
     return warnings

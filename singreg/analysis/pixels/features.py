@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from singreg.analysis.pixels.results import PixelReport
-from singreg.analysis.robustness.attacks import MAXIMISER, SINGLE
+from singreg.analysis.robustness.attacks import EXACT, MAXIMISER, NEAR, SINGLE
 from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.analysis.robustness.sanity import Check
 
@@ -44,10 +44,7 @@ def gain_over_single(figures: RobustnessFigures, judge: str = "fitted") -> float
 def feature_sentence(label: str, figures: RobustnessFigures, *, dropped: bool) -> str:
     """A model's feature curves in words: mean success over the curve by both translators, and what many steps gain (shares)."""
     if dropped:
-        read = [curve for curve in figures.curves if curve.defence == "drop_null"]
-        most = max((value or 0.0 for curve in read for value in curve.figures["success"]), default=0.0)
-        exact = "exactly 0" if most == 0 else f"at most {most:.1%} (by nearly null directions, which are not dropped)"
-        return f"{label}, in feature space: success is {exact} at every step and by every attack, for nothing is left to steer."
+        return f"{label}, in feature space: {_dropped_words(figures)}"
     own, other = (figures.curve(MAXIMISER, crafted_on="fitted", judge=judge) for judge in ("fitted", "auditor"))
     single = figures.curve(SINGLE, crafted_on="fitted", judge="fitted")
     factor = gain_over_single(figures)
@@ -55,8 +52,32 @@ def feature_sentence(label: str, figures: RobustnessFigures, *, dropped: bool) -
     return (
         f"{label}, in feature space: over steps up to {max(own.grid):g} of the feature norm the maximiser puts the target first in "
         f"{_percent(own.area['success'])} of {figures.rows} steerings on average by the attacked translator and in "
-        f"{_percent(other.area['success'])} by the auditor; the single gradient step in {_percent(single.area['success'])}.{many}"
+        f"{_percent(other.area['success'])} by the auditor; the single gradient step in {_percent(single.area['success'])}."
+        f"{many}{_soft_words(figures)}{_reach_words(figures)}"
     )
+
+
+def _dropped_words(figures: RobustnessFigures) -> str:
+    """What is left once the null part is dropped: nothing of exactly null directions, much of those that a tolerance holds."""
+    exact = [c for c in figures.curves if (c.defence, c.tolerance) == ("drop_null", EXACT)]
+    most = max((value or 0.0 for curve in exact for value in curve.figures["success"]), default=0.0)
+    said = "exactly 0" if most == 0 else f"at most {most:.1%}"
+    soft = _soft_words(figures, defence="drop_null") or " Nearly null directions were not tried."
+    return f"by exactly null directions success is {said} at every step and by every such attack, for they are what was dropped.{soft}"
+
+
+def _soft_words(figures: RobustnessFigures, *, defence: str = "") -> str:
+    """What the soft null does: any direction, as long as logits stay within the tolerance, as in pixels."""
+    curves = [c for c in figures.curves if c.attack.startswith(NEAR) and (c.judge, c.defence) == ("fitted", defence)]
+    said = [f"{c.attack}: {_percent(c.area['success'])}" for c in curves]
+    after = ", which dropping leaves" if defence else ""
+    return f" By directions that only keep logits within the tolerance{after}, on average ({'; '.join(said)})." if said else ""
+
+
+def _reach_words(figures: RobustnessFigures) -> str:
+    """How much could be reached by null directions of any length, where that is not everything (shares)."""
+    said = [f"{share:.1%} ({name})" for name, share in figures.reachable.items() if share is not None and share < 1]
+    return f" Null directions of any length could put the target first in {', '.join(said)} of the steerings, no more." if said else ""
 
 
 def _percent(area: list[float | None]) -> str:

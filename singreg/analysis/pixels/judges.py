@@ -24,6 +24,7 @@ from singreg.analysis.pixels.results import (
     PixelDifference,
     PixelSummary,
 )
+from singreg.analysis.pixels.shares import share_interval
 from singreg.geometry.angles import angle
 from singreg.models.vision_language import VisionLanguageModel
 from singreg.translation.base import Translator
@@ -117,18 +118,22 @@ def _judge_chunk(
                 shift={name: float(found[1][place]) for name, found in seen.items()},
                 first={name: bool(found[2][place]) for name, found in seen.items()},
                 first_before={name: bool(found[3][place]) for name, found in seen.items()},
+                cosine_change={name: float(found[4][place]) for name, found in seen.items()},
             )
         )
     return rows
 
 
-def _seen(reader: Reader, before: list[Path], after: list[Path], targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(rise, shift) in degrees, (first, first before): each (B,)."""
+def _seen(reader: Reader, before: list[Path], after: list[Path], targets: Tensor) -> tuple[Tensor, ...]:
+    """(rise, shift) in degrees, (first, first before), largest change of a class prompt's cosine: each (B,)."""
     z, moved = reader.read(before).double(), reader.read(after).double()
     texts = reader.texts.double()
     wanted = texts[targets]
-    first = [(normalize(rows, dim=-1) @ texts.T).argmax(1) == targets for rows in (moved, z)]
-    return angle(z, wanted) - angle(moved, wanted), angle(z, moved), first[0], first[1]
+    now, old = (normalize(rows, dim=-1) @ texts.T for rows in (moved, z))
+    return (
+        angle(z, wanted) - angle(moved, wanted), angle(z, moved), now.argmax(1) == targets, old.argmax(1) == targets,
+        (now - old).abs().amax(1),
+    )  # fmt: skip
 
 
 def reading_of(row: JudgedPicture, encoders: Sequence[str]) -> str | None:
@@ -153,7 +158,7 @@ def counted_rise(row: JudgedPicture, judge: str) -> float:
 
 
 def summarise(rows: Sequence[JudgedPicture], encoders: Sequence[str], *, seed: int = 0) -> PixelSummary:
-    """The sums of one model, budget and arm, with 95 % bootstrap intervals over pictures (degrees, shares).
+    """The sums of one model, budget and arm, with 95 % intervals: of degrees by bootstrap over pictures, of shares by Wilson.
 
     Raises:
         ValueError: no rows, or rows of several models, budgets or arms.
@@ -175,8 +180,8 @@ def summarise(rows: Sequence[JudgedPicture], encoders: Sequence[str], *, seed: i
         logit_change=max(row.logit_change for row in rows),
         rise={name: interval([counted_rise(row, name) for row in rows]) for name in judges},
         shift={name: interval([row.shift[name] for row in rows]) for name in judges},
-        success={name: interval([float(row.won(name)) for row in rows]) for name in judges},
-        readings={name: readings.count(name) / len(rows) for name in READINGS},
+        success={name: share_interval(sum(row.won(name) for row in rows), len(rows)) for name in judges},
+        readings={name: share_interval(readings.count(name), len(rows)) for name in READINGS},
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from singreg.analysis.pixels.passes import ClimbSummary
 from singreg.analysis.pixels.plain_robustness import PlainRobustness
 from singreg.analysis.pixels.twins import TwinReport
 from singreg.analysis.results import nulls_for_nan
@@ -41,7 +42,7 @@ class JudgedPicture:
 
     logit_change: largest |Δlogit|. linf (255ths), l2: how far it was moved. kept: logits within τ, the decision stays, within budget.
     rise: angle gained towards the target prompt; shift: angle between the readings before and after (degrees). first, first_before:
-    whether the target outranks every class prompt.
+    whether the target outranks every class prompt. cosine_change: largest change of the cosine to any class prompt.
     """
 
     attacked: AttackedPicture
@@ -55,6 +56,7 @@ class JudgedPicture:
     shift: dict[str, float]
     first: dict[str, bool]
     first_before: dict[str, bool]
+    cosine_change: dict[str, float]
 
     def won(self, judge: str) -> bool:
         """Whether the target became first by that judge, all else kept (no shapes)."""
@@ -64,7 +66,7 @@ class JudgedPicture:
 @dataclass(frozen=True)
 class PixelSummary:
     """One model, budget and arm. rise, shift: [mean, low, high] in degrees by judge, of pictures that were not kept as 0 (but for
-    random directions and the opposite direction, which are held to nothing); success: [share, low, high]; readings: shares."""
+    random directions and the opposite direction, which are held to nothing); success, readings: [share, low, high] by Wilson."""
 
     model: str
     budget: str
@@ -76,7 +78,7 @@ class PixelSummary:
     rise: dict[str, list[float]]
     shift: dict[str, list[float]]
     success: dict[str, list[float]]
-    readings: dict[str, float]
+    readings: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class PixelReport:
     """A whole run. zero_shot: every image encoder's own accuracy on the untouched pictures; encoders: those that count.
 
     features: by model, how far the same pictures are steered in feature space; dropped: models whose null space was dropped there.
+    climbs: how far the passes got by themselves.
     """
 
     models: list[AttackedModel]
@@ -147,6 +150,7 @@ class PixelReport:
     machine: dict[str, Any]
     seconds: dict[str, float]
     rows: list[JudgedPicture] = field(default_factory=list, repr=False)
+    climbs: list[ClimbSummary] = field(default_factory=list)
     features: dict[str, RobustnessFigures] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
 

@@ -59,13 +59,13 @@ class Tangent:
         return lifted
 
 
-def tangent_pass(judged: Judged, x: Tensor, moved: Tensor, budget: Budget, best: Ascent, *, steps: int, size: float) -> None:
-    """One ascent from x + moved (B, 3, H, W) along the tangent; what is best goes to `best`. size: of the mean step, in radii."""
+def tangent_pass(judged: Judged, x: Tensor, moved: Tensor, budget: Budget, own: Ascent, *, steps: int, size: float) -> None:
+    """One ascent from x + moved (B, 3, H, W) along the tangent; what it finds goes to `own`. size: of the mean step, in radii."""
     speed = torch.zeros_like(x)
     tangent: Tangent | None = None
     low, high = _edges(x, budget)
     for step in range(steps + 1):
-        free, reading = best.look(judged, x, moved, budget)
+        free, reading = own.look(judged, x, moved, budget, start=step == 0)
         if step == steps:
             return
         if tangent is None or step % RENEWED == 0:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from singreg.analysis.pixels.shares import share_interval
 
 CHUNK = 512
 
@@ -29,7 +32,7 @@ class TwinReport:
     """Twins of one model by one encoder: share of pairs of different classes, share of pictures that have one, the closest ones.
 
     close: largest |Δlogit| that counts, the median between pictures of one class; far: degrees, the median angle between pictures
-    of different classes. pairs: those of different classes.
+    of different classes. pairs: those of different classes. rate_interval: 95 % bootstrap over pictures, both limits as they are.
     """
 
     model: str
@@ -41,6 +44,7 @@ class TwinReport:
     rate: float
     touched: float
     shown: list[Twins]
+    rate_interval: tuple[float, float]
 
 
 @torch.no_grad()
@@ -72,8 +76,8 @@ def natural_twins(
     angle = torch.rad2deg(torch.arccos((unit @ unit.T).clamp(-1, 1)))
     upper = torch.ones_like(distance, dtype=torch.bool).triu(1)
     same = labels[:, None] == labels[None]
-    if not bool((upper & same).any()) or not bool((upper & ~same).any()):
-        raise ValueError("natural twins need pictures of at least two classes, and two pictures of one of them")
+    if (problem := twins_problem(labels)) is not None:
+        raise ValueError(problem)
     close, far = float(distance[upper & same].median()), float(angle[upper & ~same].median())
     twins = upper & ~same & (distance <= close) & (angle >= far)
     left, right = twins.nonzero(as_tuple=True)
@@ -84,7 +88,30 @@ def natural_twins(
         model, encoder, len(labels), int((upper & ~same).sum()), close, far,
         rate=float(twins.sum() / (upper & ~same).sum()), touched=float(touched.double().mean()),
         shown=_closest(left[order].tolist(), right[order].tolist(), distance, angle, shown),
+        rate_interval=_rate_interval(twins, upper & ~same),
     )  # fmt: skip
+
+
+def twins_problem(labels: Tensor) -> str | None:
+    """Why no twins can be sought among pictures with these labels (N,), or None."""
+    counts = np.unique(labels.numpy(), return_counts=True)[1]
+    if len(counts) < 2 or counts.max() < 2:
+        return "natural twins need pictures of at least two classes, and two pictures of one of them"
+    return None
+
+
+def _rate_interval(twins: Tensor, pairs: Tensor, *, resamples: int = 200, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the share of pairs, over pictures and not over pairs, which share pictures. Shapes: (N, N) bool."""
+    count = len(twins)
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(resamples)])
+    weights = torch.from_numpy(drawn).double()
+    found, all_pairs = (((weights @ table.double()) * weights).sum(1) for table in (twins, pairs))
+    shares = (found / all_pairs)[all_pairs > 0].numpy()
+    low, high = np.quantile(shares, [0.025, 0.975]) if len(shares) else (0.0, 1.0)
+    if not bool(twins.any()):  # draws from nothing are nothing; half as many pairs share no picture
+        high = share_interval(0, max(1, count // 2))[2]
+    return float(low), float(high)
 
 
 def _closest(left: list[int], right: list[int], distance: Tensor, angle: Tensor, shown: int) -> list[Twins]:

@@ -19,15 +19,20 @@ from singreg.geometry.reach import Directions
 from singreg.geometry.steering import AnyTranslator, similarity_gradient, unit_in_null
 
 SINGLE, MAXIMISER, RANDOM = "single step", "maximiser", "random direction"
+NEAR = "near-null"
 EXACT = 1e-6  # logits: what a null direction may move them by, in float64 with features of any usual size
 
 
 @dataclass(frozen=True)
 class Grids:
-    """Budgets of one run: relative steps (G,), and radii with their Gaussian where they are asked for."""
+    """Budgets of one run: relative steps (G,), and radii with their Gaussian where they are asked for.
+
+    limit: the relative step that stands for any budget at all; where the best displacement is known and longer, its length is taken.
+    """
 
     steps: tuple[float, ...]
     radii: Budgets | None = None
+    limit: float = 100.0
 
     def of(self, budget: str) -> list[float]:
         """The grid of "step" or "radius" (no unit)."""
@@ -113,7 +118,11 @@ class Climb:
         if budget == "step":
             norm = torch.linalg.vector_norm(rows.features, dim=1)
             for share in grid:
-                found = self.step.maximise(rows.features, rows.text, share * norm, start=start)
+                limit = share * norm
+                if share == self.grids.limit and (unbounded := self.step.unbounded(rows.features, rows.text)) is not None:
+                    start = unbounded
+                    limit = torch.maximum(limit, (1 + 1e-9) * torch.linalg.vector_norm(unbounded, dim=1))
+                found = self.step.maximise(rows.features, rows.text, limit, start=start)
                 start = found.coordinates
                 yield found.displacement
             return
@@ -183,7 +192,7 @@ def near_null_attacks(
 
 def near_null_name(ratio: float, tolerance: float) -> str:
     """How such an attack is called (no shapes)."""
-    return f"near-null {100 * ratio:g} %, τ {tolerance:g}"
+    return f"{NEAR} {100 * ratio:g} %, τ {tolerance:g}"
 
 
 def outsider_attacks(

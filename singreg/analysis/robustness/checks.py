@@ -23,11 +23,20 @@ SPREAD = 0.05  # share by which success may fall from one budget to a larger one
 
 
 def feature_checks(
-    curves: Sequence[RobustnessCurve], limit: float, limit_success: Mapping[str, float | None], translators: Sequence[str]
+    curves: Sequence[RobustnessCurve],
+    limit: float,
+    limit_success: Mapping[str, float | None],
+    reachable: Mapping[str, float | None],
+    translators: Sequence[str],
 ) -> list[Check]:
-    """Every sanity rule on the curves; `translators` are this model's own, by name (no shapes)."""
+    """Every sanity rule on the curves; `translators` are this model's own, by name; reachable: shares of the steerings (no shapes)."""
     plain = {(c.attack, c.crafted_on, c.judge, c.budget): c for c in curves if not c.defence}
-    checks = [success_reaches_all(f"crafted on and judged by {name}", f"{limit:g} |f|", limit_success.get(name)) for name in translators]
+    checks = [
+        success_reaches_all(
+            f"crafted on and judged by {name}", f"{limit:g} |f| and more", limit_success.get(name), reachable=reachable.get(name)
+        )
+        for name in translators
+    ]
     for name in translators:
         many, one = (plain.get((attack, name, name, "step")) for attack in (MAXIMISER, SINGLE))
         if many is None or one is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from singreg.analysis.bootstrap import resampled_means
 from singreg.analysis.results import Rows
 from singreg.analysis.robustness.attacks import MAXIMISER, SINGLE, Attack, Grids
+from singreg.analysis.robustness.reachable import Reach
 from singreg.analysis.robustness.results import FIGURES, RobustnessCurve, SuccessMatrix
 from singreg.analysis.steering.curves import INTERVAL, mean_height
 from singreg.analysis.steering.plan import SteeringRows
@@ -76,7 +77,7 @@ def curves_of(rows: Rows, attacks: Sequence[Attack], grids: Grids, judges: Seque
 
 def _curve(rows: Rows, attack: Attack, budget: str, grid: list[float], judge: str, defence: str) -> RobustnessCurve:
     key, places = f"{attack.name}|{attack.crafted_on}|{budget}", range(len(grid))
-    read = np.stack([rows[f"{key}|{defence}|{judge}|{place}"] for place in places], axis=2)  # (N, 3, G)
+    read = np.stack([rows[f"{key}|{defence}|{judge}|{place}"] for place in places], axis=2)  # (N, 4, G)
     kept, similarity, change, longest = (
         np.concatenate([rows[f"{key}|{name}|{place}"] for place in places], axis=1)
         for name in ("kept", "similarity", "change", "longest")
@@ -103,11 +104,11 @@ def _curve(rows: Rows, attack: Attack, budget: str, grid: list[float], judge: st
 
 
 def _ratios(columns: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Figures (5, G) and their draws (resamples, 5, G): ratios of sums over pictures, success over the eligible, others over all."""
+    """Figures (6, G) and their draws (resamples, 6, G): ratios of sums over pictures, both successes over the eligible, others over all."""
     both = np.concatenate([columns.mean(0, keepdims=True), resampled_means(columns.astype(np.float64))])
     sums, eligible, count = both[:, :-2].reshape(len(both), len(FIGURES), points), both[:, -2, None, None], both[:, -1, None, None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.concatenate([sums[:, :1] / eligible, sums[:, 1:] / count], axis=1)
+        ratios = np.concatenate([sums[:, :2] / eligible, sums[:, 2:] / count], axis=1)
     return ratios[0], ratios[1:]
 
 
@@ -124,16 +125,25 @@ def _plain(value: float) -> float | None:
 
 
 def limit_success(rows: Rows, attacks: Sequence[Attack], judges: Sequence[str]) -> dict[str, float | None]:
-    """Success of the maximiser at the largest budget, crafted on and judged by each translator; rows (N, k)."""
+    """Success of the maximiser at the largest budget among what is reachable, crafted on and judged by each translator; rows (N, k)."""
     found: dict[str, float | None] = {}
     for attack in attacks:
         if attack.name != MAXIMISER or attack.crafted_on not in judges:
             continue
         key = f"{attack.name}|{attack.crafted_on}|step||{attack.crafted_on}"
         last = max(int(name.rsplit("|", 1)[1]) for name in rows if name.startswith(f"{key}|"))
-        eligible = rows[f"|{attack.crafted_on}|eligible"].sum()
-        found[attack.crafted_on] = float(rows[f"{key}|{last}"][:, 0].sum() / eligible) if eligible else None
+        reachable = rows[f"{attack.crafted_on}|reachable"].sum()
+        found[attack.crafted_on] = float(rows[f"{key}|{last}"][:, 0].sum() / reachable) if reachable else None
     return found
+
+
+def reachable_share(rows: Rows, reach: Mapping[str, Reach]) -> dict[str, float | None]:
+    """By judge, the share of the eligible that a null displacement of any length puts first; None of networks; rows (N, k)."""
+    shares: dict[str, float | None] = {}
+    for judge, directions in reach.items():
+        eligible = rows[f"|{judge}|eligible"].sum()
+        shares[judge] = float(rows[f"{judge}|reachable"].sum() / eligible) if eligible and directions.basis is not None else None
+    return shares
 
 
 def matrices_of(cells: dict[str, Tensor], attacks: Sequence[Attack], judges: Sequence[str], step: float) -> list[SuccessMatrix]:

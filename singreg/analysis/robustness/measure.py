@@ -23,7 +23,8 @@ from singreg.analysis.robustness.attacks import (
     outsider_attacks,
 )
 from singreg.analysis.robustness.checks import feature_checks
-from singreg.analysis.robustness.curves import Tables, curves_of, limit_success, matrices_of
+from singreg.analysis.robustness.curves import Tables, curves_of, limit_success, matrices_of, reachable_share
+from singreg.analysis.robustness.reachable import Reach
 from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.analysis.steering.curves import Budgets
 from singreg.analysis.steering.plan import PairPlan, SteeringRows, in_its_own_dtype, outranks, own_prompt, plan_pairs
@@ -40,7 +41,8 @@ class RobustnessSettings:
     """What is attacked and how hard; steps and limit in shares of |f|, tolerances in logits, ratios in shares of σ_1.
 
     attacker: name of the translator that random, nearly null and outsiders' attacks are crafted on. matrix_at: step at which the
-    source x target matrices are read (the nearest of the grid). limit: the largest budget, where success must be complete.
+    source x target matrices are read (the nearest of the grid). limit: the largest budget, where success must be complete among what
+    can be reached. logit_tolerance: how far a logit may move in a success of attacks that promise none (transfer, adaptive).
     """
 
     attacker: str = "fitted"
@@ -49,6 +51,7 @@ class RobustnessSettings:
     matrix_at: float = 0.1
     near_ratios: tuple[float, ...] = (0.01, 0.05)
     tolerances: tuple[float, ...] = (1e-3, 1e-2, 0.1)
+    logit_tolerance: float = 0.1
     drop_null: bool = True
     effort: Effort = field(default_factory=Effort)
 
@@ -102,7 +105,7 @@ def measure_robustness(
     weight = classifier.weight.detach()
     space = NullSpace.from_weight(weight, invariance=invariance).to(weight.device)
     _check(classifier, translators, outsiders, options)
-    grids, absent = Grids(options.grid(), radii), dict[str, str]()
+    grids, absent = Grids(options.grid(), radii, options.limit), dict[str, str]()
     if attacks is None:
         attacks, absent = usual_attacks(translators, weight, space, grids, outsiders, options)
     plan = plan or _everything(part, texts)
@@ -126,8 +129,11 @@ def measure_robustness(
         already={judge: float(1 - rows[f"|{judge}|eligible"].sum() / rows["rows"].sum()) for judge in translators},
         limit=options.limit,
         limit_success=reached,
+        reachable=reachable_share(rows, target.reach),
+        logit_tolerance=options.logit_tolerance,
+        natural=None if radii is None else radii.natural.marks,
         absent=absent,
-        checks=feature_checks(curves, options.limit, reached, list(translators)),
+        checks=feature_checks(curves, options.limit, reached, reachable_share(rows, target.reach), list(translators)),
         seconds=time.monotonic() - begun,
     )
 
@@ -190,6 +196,7 @@ class _Target:
         self.bias = self.weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
         self.judges = {name: in_its_own_dtype(translator) for name, translator in translators.items()}
         self.crafters = {**self.judges, **{name: in_its_own_dtype(other.translator) for name, other in outsiders.items()}}
+        self.reach = {name: Reach.of(translator, null_space) for name, translator in translators.items()}
         self.matrix_at = min(grids.steps, key=lambda step: abs(step - options.matrix_at))
 
     @torch.no_grad()
@@ -207,10 +214,21 @@ class _Target:
                     before, won = self._judged(self._defended(rows.features, defence), rows, judge, same)
                     bases[defence, judge] = (before, ~won)
                     tables.add(f"{defence}|{judge}|eligible", (~won).double()[:, None], rows.image)
+            reachable = self._reachable(rows, same, bases, tables)
             for attack in attacks:
                 for budget in attack.budgets:
-                    self._attacked(attack, budget, rows, index, same, bases, tables)
+                    self._attacked(attack, budget, rows, index, same, bases, reachable, tables)
         tables.end()
+
+    def _reachable(
+        self, rows: SteeringRows, same: Tensor, bases: Mapping[tuple[str, str], tuple[Tensor, Tensor]], tables: Tables
+    ) -> dict[str, Tensor]:
+        """By judge, whether any null displacement at all makes the target first, (R,) bool; counted among the eligible."""
+        found = {}
+        for judge, reach in self.reach.items():
+            found[judge] = reach.first(self.judges[judge](rows.features), rows.text, self.texts, same)
+            tables.add(f"{judge}|reachable", (found[judge] & bases["", judge][1]).double()[:, None], rows.image)
+        return found
 
     def _defences(self, attack: Attack | None) -> list[str]:
         """As is, and with the null part dropped for attacks that say where they go (None: all there are)."""
@@ -234,6 +252,7 @@ class _Target:
         index: np.ndarray,
         same: Tensor,
         bases: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
+        reachable: Mapping[str, Tensor],
         tables: Tables,
     ) -> None:
         grid = self.grids.of(budget)
@@ -246,18 +265,21 @@ class _Target:
             kept = (moved @ self.weight.T + self.bias).argmax(1) == decided
             if self.space.invariance == "softmax":
                 change = change - change.mean(1, keepdim=True)
+            change = change.abs().amax(1)
+            quiet = kept if attack.tolerance is not None else kept & (change <= self.options.logit_tolerance)
             own = torch.nn.functional.cosine_similarity(self.crafters[attack.crafted_on](moved), rows.text, dim=-1)
             tables.add(f"{key}|kept|{place}", kept.double()[:, None], rows.image)
             tables.add(f"{key}|similarity|{place}", own[:, None], rows.image)
-            tables.largest(f"{key}|change|{place}", change.abs().amax(1, keepdim=True), rows.image)
+            tables.largest(f"{key}|change|{place}", change[:, None], rows.image)
             tables.largest(f"{key}|longest|{place}", self._length(budget, rows, d)[:, None], rows.image)
             for defence in self._defences(attack):
                 for judge in self.judges:
                     before, eligible = bases[defence, judge]
                     after, won = self._judged(self._defended(moved, defence), rows, judge, same)
                     gained = before - after
-                    success = (won & eligible & kept).double()
-                    values = torch.stack([success, gained, gained.abs()], dim=1)
+                    counted = won & eligible if place < len(grid) else won & eligible & reachable[judge]
+                    success, by_decision = (counted & quiet).double(), (counted & kept).double()
+                    values = torch.stack([success, by_decision, gained, gained.abs()], dim=1)
                     tables.add(f"{key}|{defence}|{judge}|{place}", values, rows.image)
                     if not defence and budget == "step" and attack.name in (SINGLE, MAXIMISER) and allowed[place] == self.matrix_at:
                         cells = torch.stack([success, gained, eligible.double(), torch.ones_like(gained)])

@@ -9,8 +9,9 @@ from singreg.analysis.results import nulls_for_nan
 from singreg.analysis.robustness.sanity import Check
 from singreg.analysis.steering.results import Matrix
 
-FIGURES = ("success", "AS", "AS_abs", "kept", "similarity")
+FIGURES = ("success", "decision_success", "AS", "AS_abs", "kept", "similarity")
 """What a curve shows; see `RobustnessCurve`."""
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,10 @@ class RobustnessCurve:
     attack: its name; crafted_on, judge: names of translators; defence: "" or "drop_null" (the judge reads Π_p (f + d)).
     budget: "step" (grid: ε / |f|) or "radius" (grid: Mahalanobis radius over its natural median).
     figures: success: share of the steerings whose target prompt did not outrank all classes before, and does after, with the
-    decision kept; AS, AS_abs: degrees towards the target, by the judge; kept: share whose decision stays; similarity: cosine to
-    the target by the translator it was crafted on. Figures over pictures and their targets; intervals: 95 % bootstrap over
-    pictures; area: [mean height over the grid, low, high].
+    decision kept, and every logit within the tolerance where the attack cannot promise that (transfer, adaptive);
+    decision_success: the same with the decision kept alone, however far logits move; AS, AS_abs: degrees towards the target,
+    by the judge; kept: share whose decision stays; similarity: cosine to the target by the translator it was crafted on. Figures
+    over pictures and their targets; intervals: 95 % bootstrap over pictures; area: [mean height over the grid, low, high].
     logit_change: largest |Δlogit| (float64); longest: largest displacement in the grid's unit; each at every grid point.
     tolerance: what |Δlogit| was allowed, None where the attack could not know (another head's null space).
     """
@@ -65,7 +67,10 @@ class RobustnessFigures:
     """How far features can be steered, by every attack, and whether the sanity rules held.
 
     already: by judge, share of the steerings whose target prompt outranks all classes before any attack (left out of success).
-    limit: relative step of the largest budget; limit_success: by translator, success there, crafted on and judged by it.
+    limit: relative step of the largest budget; limit_success: by translator, success there, crafted on and judged by it, among the
+    steerings that are reachable: those a null displacement of any length puts first. reachable: by translator, their share; None of
+    a network, of which all are counted. logit_tolerance: of success by attacks that promise none.
+    natural: radii of untouched pictures by percentile ("50 %", "95 %", "99 %"), over their median as the grid is; None without radii.
     absent: attacks that could not be made, with the reason. seconds: of the whole measurement.
     """
 
@@ -81,6 +86,9 @@ class RobustnessFigures:
     already: dict[str, float]
     limit: float
     limit_success: dict[str, float | None]
+    reachable: dict[str, float | None]
+    logit_tolerance: float
+    natural: dict[str, float] | None
     absent: dict[str, str]
     checks: list[Check]
     seconds: float
@@ -111,7 +119,7 @@ class RobustnessFigures:
 
     def to_json(self) -> dict[str, Any]:
         """A strictly JSON-able dict, null for what is not defined (no shapes)."""
-        strict: dict[str, Any] = nulls_for_nan({"kind": "robustness", "format": 1, **asdict(self)})
+        strict: dict[str, Any] = nulls_for_nan({"kind": "robustness", "format": FORMAT, **asdict(self)})
         return strict
 
     @classmethod
@@ -121,8 +129,8 @@ class RobustnessFigures:
         Raises:
             ValueError: it is something else, or of another version.
         """
-        if (value.get("kind"), value.get("format")) != ("robustness", 1):
-            raise ValueError(f"expected robustness figures of format 1, got {value.get('kind')!r} of format {value.get('format')!r}")
+        if (value.get("kind"), value.get("format")) != ("robustness", FORMAT):
+            raise ValueError(f"expected robustness figures of format {FORMAT}, got {value.get('kind')!r} of format {value.get('format')!r}")
         plain = {field.name: value[field.name] for field in fields(cls)}
         plain["curves"] = [RobustnessCurve(**curve) for curve in value["curves"]]
         plain["matrices"] = [SuccessMatrix(**matrix) for matrix in value["matrices"]]

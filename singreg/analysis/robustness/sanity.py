@@ -14,15 +14,18 @@ from typing import Any
 ALL_OF_THEM = 0.99
 FAR_BELOW = 0.5
 ROUNDING = 1e-6
+FILES, FEATURES, ATTACK_LOG = "saved files", "features", "the attack's own log"
+"""Where what a check judges was read."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One sanity rule: its name, whether it held, and what was found (numbers in words)."""
+    """One sanity rule: its name, whether it held, what was found (numbers in words), and where that was read."""
 
     name: str
     passed: bool
     found: str
+    read: str = FEATURES
 
     def __str__(self) -> str:
         return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {self.found}"
@@ -32,15 +35,24 @@ class Check:
         return asdict(self)
 
 
-def success_reaches_all(who: str, budget: str, success: float | None, *, needed: float = ALL_OF_THEM) -> Check:
-    """Success goes to 100 % as the budget grows: at a budget far beyond any sensible one it must be there (a share).
+def success_reaches_all(
+    who: str, budget: str, success: float | None, *, reachable: float | None = None, needed: float = ALL_OF_THEM
+) -> Check:
+    """Success goes to 100 % of what is reachable as the budget grows: at a budget far beyond any sensible one it must be there.
+
+    success: share of what is reachable; reachable: share of all; None: not known, so all of it is asked for. Where nothing can be
+    reached there is nothing that a sound attack could show, and that is what the check says.
 
     Example:
         >>> print(success_reaches_all("maximiser", "100 |f|", 0.4))
         FAIL  success goes to 100 % as the budget grows (maximiser): 40.0 % at 100 |f|, at least 99 % are needed
     """
-    found = f"{_share(success)} at {budget}, at least {100 * needed:g} % are needed"
-    return Check(f"success goes to 100 % as the budget grows ({who})", success is not None and success >= needed, found)
+    name = f"success goes to 100 % as the budget grows ({who})"
+    if reachable == 0:
+        return Check(name, True, "no steering could reach its target at any budget, so there is nothing to test")
+    of_those = "" if reachable in (None, 1) else f" of the {_share(reachable)} that can be reached at all"
+    found = f"{_share(success)}{of_those} at {budget}, at least {100 * needed:g} % are needed"
+    return Check(name, success is not None and success >= needed, found)
 
 
 def success_grows(who: str, grid: Sequence[float], success: Sequence[float | None], *, slack: float = 0.02) -> Check:

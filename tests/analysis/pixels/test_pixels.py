@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,6 +24,7 @@ from singreg.analysis.pixels.budgets import Budget, Reading, random_pictures
 from singreg.analysis.pixels.checks import pixel_checks, unchanged_without_null
 from singreg.analysis.pixels.judges import Reader, judge_pictures, reading_of, summarise, translator_reader
 from singreg.analysis.pixels.model import PixelModel, away_from_label, load_pictures, save_picture, towards_prompt
+from singreg.analysis.pixels.passes import Climbed
 from singreg.analysis.pixels.plain_robustness import corrupted_right, still_right
 from singreg.analysis.pixels.results import ATTACK, JudgedPicture, Transfer
 from singreg.analysis.pixels.tangent import Tangent
@@ -173,22 +175,36 @@ def test_pictures_off_the_grid_are_refused() -> None:
         ascend(lambda p: Reading.free(p.sum((1, 2, 3))), grid_pictures(1, 2), SMALL, steps=0, generator=seeded())
 
 
-def judged_rows(folder: Path, settings: AttackSettings = SETTINGS) -> list[JudgedPicture]:
-    """The toy through the whole chain: attack, PNG, judges."""
+def attacked_toy(folder: Path, settings: AttackSettings = SETTINGS, hold: int = 0) -> tuple[list[JudgedPicture], list[Climbed]]:
+    """The toy through the whole chain: attack, PNG, judges; and what its passes found by themselves."""
     model, translator, texts, batch = toy()
-    found = attack_batch(model, translator, texts, batch, settings, number=0)
-    rows = save_batch(found, batch, "toy", folder, Path("attacked"))
+    found = attack_batch(model, translator, texts, batch, settings, number=0, hold=hold)
+    rows = save_batch(found.pictures, batch, "toy", folder, Path("attacked"))
     readers = {"fitted": translator_reader(model, translator, texts), "auditor": translator_reader(model, translator, texts)}
-    return judge_pictures(rows, folder, model, readers, {b.label: b for b in settings.budgets}, tau=TAU)
+    return judge_pictures(rows, folder, model, readers, {b.label: b for b in settings.budgets}, tau=TAU), found.climbs
 
 
-def failing(rows: list[JudgedPicture], transfers: list[Transfer] | None = None) -> str:
-    return "; ".join(check.name for check in pixel_checks(rows, transfers or [], SETTINGS.budgets, TAU) if not check.passed)
+def judged_rows(folder: Path) -> list[JudgedPicture]:
+    return attacked_toy(folder)[0]
+
+
+@cache
+def sound_climbs() -> list[Climbed]:
+    model, translator, texts, batch = toy()
+    return attack_batch(model, translator, texts, batch, SETTINGS, number=0).climbs
+
+
+def failing(rows: list[JudgedPicture], transfers: list[Transfer] | None = None, climbs: list[Climbed] | None = None) -> str:
+    checks = pixel_checks(
+        rows, transfers or [], SETTINGS.budgets, TAU,
+        climbs={"toy": sound_climbs() if climbs is None else climbs}, hold=SETTINGS.hold, reachable={"toy": {0, 1, 2}},
+    )  # fmt: skip
+    return "; ".join(check.name for check in checks if not check.passed)
 
 
 def test_all_sanity_rules_hold_of_the_real_attack(tmp_path: Path) -> None:
-    rows = judged_rows(tmp_path)
-    assert failing(rows) == ""
+    rows, climbs = attacked_toy(tmp_path)
+    assert failing(rows, climbs=climbs) == ""
     summary = summarise([row for row in rows if (row.attacked.budget, row.attacked.arm) == (LARGE.label, ATTACK)], [])
     assert summary.rise["fitted"][0] > 1
     assert summary.kept == 1
@@ -280,7 +296,7 @@ def test_a_saved_picture_read_by_plain_timm_keeps_its_logits(tmp_path: Path) -> 
     model, translator, texts, batch = demo_pixels(3)
     settings = replace(SETTINGS, budgets=[SMALL], tau=DEMO_TAU, steps=8)
     found = attack_batch(model, translator, texts, batch, settings, number=1)
-    rows = [row for row in save_batch(found, batch, "demo", tmp_path, Path("a")) if row.arm == ATTACK]
+    rows = [row for row in save_batch(found.pictures, batch, "demo", tmp_path, Path("a")) if row.arm == ATTACK]
     plain = timm.create_model(f"local-dir:{ASSETS / 'demo_classifier'}", pretrained=True).eval()
     mean, std = (torch.tensor(plain.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
 
@@ -303,10 +319,12 @@ def test_a_saved_picture_read_by_plain_timm_keeps_its_logits(tmp_path: Path) -> 
 
 def test_a_batch_made_again_is_the_same() -> None:
     model, translator, texts, batch = toy()
-    first, again = (attack_batch(model, translator, texts, batch, SETTINGS, number=2, hold=2) for _ in range(2))
+    one, two = (attack_batch(model, translator, texts, batch, SETTINGS, number=2, hold=2) for _ in range(2))
+    assert one.climbs == two.climbs
+    first, again = one.pictures, two.pictures
     assert first.keys() == again.keys()
     assert all(torch.equal(first[key], again[key]) for key in first)
-    other = attack_batch(model, translator, texts, batch, replace(SETTINGS, seed=1), number=2)
+    other = attack_batch(model, translator, texts, batch, replace(SETTINGS, seed=1), number=2).pictures
     assert not torch.equal(other[SMALL.label, "random"], first[SMALL.label, "random"])
 
 
@@ -318,7 +336,7 @@ def test_dropping_the_null_space_changes_nothing_in_pixels(tmp_path: Path) -> No
     summaries = []
     for name, current in (("own", model), ("dropped", dropped)):
         found = attack_batch(current, translator, texts, batch, replace(SETTINGS, tau=DEMO_TAU, steps=6), number=1)
-        rows = save_batch(found, batch, name, tmp_path, Path(name))
+        rows = save_batch(found.pictures, batch, name, tmp_path, Path(name))
         readers = {"fitted": translator_reader(current, translator, texts)}
         judged = judge_pictures(rows, tmp_path, current, readers, {b.label: b for b in SETTINGS.budgets}, tau=DEMO_TAU)
         summaries.append(summarise([r for r in judged if (r.attacked.budget, r.attacked.arm) == (SMALL.label, ATTACK)], []))

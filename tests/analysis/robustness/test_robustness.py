@@ -146,7 +146,7 @@ class Broken:
 def attacks(**changes: Any) -> list[Attack]:
     model, options = robust.classifier(), replace(robust.OPTIONS, **changes)
     space = NullSpace.from_weight(model.weight)
-    return usual_attacks(robust.translators(), model.weight.detach(), space, Grids(options.grid()), {}, options)[0]
+    return usual_attacks(robust.translators(), model.weight.detach(), space, Grids(options.grid(), limit=options.limit), {}, options)[0]
 
 
 def failed(found: RobustnessFigures) -> set[str]:
@@ -248,6 +248,10 @@ def test_natural_radii_are_a_second_budget() -> None:
     found = robust.measure(radii=budgets, near_ratios=())
     many, one = (found.curve(attack, crafted_on="one", judge="one", budget="radius") for attack in (MAXIMISER, SINGLE))
     assert many.grid == budgets.grid("radius")
+    assert found.natural is not None
+    assert found.natural == budgets.natural.marks
+    assert found.natural["99 %"] >= found.natural["95 %"] > 1
+    assert RobustnessFigures.from_json(json.loads(json.dumps(found.to_json()))).natural == found.natural
     assert max(np.array(many.longest) - many.grid) <= 1e-6
     assert many.at(4.0, "similarity") >= one.at(4.0, "similarity")
     assert many.at(4.0, "AS") > many.at(0.9, "AS")
@@ -275,7 +279,7 @@ def test_json_is_strict_and_comes_back() -> None:
     found = robust.usual()
     text = json.dumps(found.to_json(), allow_nan=False)
     assert RobustnessFigures.from_json(json.loads(text)) == found
-    with pytest.raises(ValueError, match="expected robustness figures of format 1, got 'steer'"):
+    with pytest.raises(ValueError, match="expected robustness figures of format 2, got 'steer'"):
         RobustnessFigures.from_json({"kind": "steer", "format": 1})
     with pytest.raises(ValueError, match="0 curves are 'nothing'"):
         found.curve("nothing")

@@ -28,6 +28,8 @@ GRID = [0.0, 0.1, 0.5]
     [
         (success_reaches_all("a", "100 |f|", 0.995), success_reaches_all("a", "100 |f|", 0.9)),
         (success_reaches_all("a", "100 |f|", 1.0), success_reaches_all("a", "100 |f|", None)),
+        (success_reaches_all("a", "b", 0.995, reachable=0.4), success_reaches_all("a", "b", 0.9, reachable=0.4)),
+        (success_reaches_all("a", "b", None, reachable=0.0), success_reaches_all("a", "b", None, reachable=0.1)),
         (success_grows("a", GRID, [0, 0.2, 0.19]), success_grows("a", GRID, [0, 0.2, 0.1])),
         (success_grows("a", GRID, [0, None, 0.19]), success_grows("a", GRID, [None, None, None])),
         (many_steps_beat_one("a", GRID, [0, 0.2, 0.3], [0, 0.2, 0.2]), many_steps_beat_one("a", GRID, [0, 0.2, 0.3], [0, 0.21, 0.2])),
@@ -64,5 +66,5 @@ def test_what_is_found_names_the_budget() -> None:
     assert worst.found == "0.3 at budget 0.1"
     assert success_grows("a", GRID, [0, 0.5, 0.2]).found == "it falls by 30.0 % from budget 0.1 to 0.5"
     assert "1 of 3 budgets below, worst by 0.2 ° at budget 0.1" in white_box_beats_transfer("a", GRID, [0, 1, 2], [0, 1.2, 1]).found
-    assert Check("x", True, "y").to_json() == {"name": "x", "passed": True, "found": "y"}
+    assert Check("x", True, "y").to_json() == {"name": "x", "passed": True, "found": "y", "read": "features"}
     assert str(Check("x", False, "y")) == "FAIL  x: y"
