@@ -53,7 +53,8 @@ class LossConfig:
         warmup: share of the steps with cross-entropy alone.
         ramp: share of the steps of the cosine ramp that follows.
         confusable: nearest classes that make a class's contrast directions.
-        momentum: of the running feature mean and class means.
+        momentum: of the running feature mean.
+        class_momentum: of the class means, each of which moves only with its own pictures.
     """
 
     weight: float = 0.1
@@ -65,6 +66,7 @@ class LossConfig:
     ramp: float = 0.2
     confusable: int = 16
     momentum: float = 0.99
+    class_momentum: float = 0.9
 
 
 @dataclass
@@ -165,6 +167,7 @@ def check_finetune(config: FinetuneConfig) -> list[str]:
         loss__warmup=loss.warmup,
         loss__ramp=loss.ramp,
         loss__momentum=loss.momentum,
+        loss__class_momentum=loss.class_momentum,
         training__lr_warmup=training.lr_warmup,
         training__label_smoothing=training.label_smoothing,
         training__head_first=training.head_first,

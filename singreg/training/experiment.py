@@ -139,10 +139,10 @@ class Experiment:
             accumulation=self.config.training.accumulation,
             confusable=loss.confusable,
             momentum=loss.momentum,
+            class_momentum=loss.class_momentum,
             invariance=self.config.model.invariance,
         ).to(self.accelerator.device)
-        class_means = torch.where(torch.isnan(fitted.class_means), fitted.mean, fitted.class_means)
-        return sing.calibrate(fitted.mean, class_means, image_score_ref)
+        return sing.calibrate(fitted.mean, fitted.class_means, image_score_ref)
 
     def reference_image_scores(self, classifier: Classifier, fitted: FittedTranslator) -> Tensor:
         """IS_ref (C,) in degrees from labelled pictures of the bank, model before."""

@@ -41,8 +41,8 @@ class Reach:
         along t_v.
 
         Example:
-            >>> one = torch.tensor([[3.0, 4.0]]).double()
-            >>> Reach(torch.eye(2)[:, :1].double()).limit(one, torch.tensor([[0.6, 0.8]]).double()).tolist()
+            >>> z, text = torch.tensor([[-1.0, 4.0]]).double(), torch.tensor([[0.6, 0.8]]).double()
+            >>> Reach(torch.eye(2)[:, :1].double()).limit(z, text).round(decimals=4).tolist()
             [[3.0, 4.0]]
         """
         assert self.basis is not None
