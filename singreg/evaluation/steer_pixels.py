@@ -90,7 +90,7 @@ class PixelAttack:
         fitted = fit_translators(bench, self.config.translator, self.config.auditor, invariance=model.invariance)
         translators: dict[str, Translator] = {name: found.translator for name, found in fitted.items()}
         pixel_model, at = PixelModel.of(attacked), self._folder_of(model, place)
-        made = made_from(classifier, translators)
+        made = made_from(classifier, bench.parts, bench.info.vlm_weights_hash)
         features = self.in_features.of(model, bench, fitted, self.run.folder / at, made)
         count = len(self.bench.chosen.indices)
         batches = [range(start, min(start + self.config.attack_batch, count)) for start in range(0, count, self.config.attack_batch)]

@@ -44,7 +44,7 @@ class FeatureAttack:
     ) -> RobustnessFigures | None:  # fmt: skip
         """From the model's folder where a killed run left it, else measured and written there; None without a null space.
 
-        made: hashes of the weights, which what was left there must have been measured with, and those of the first model.
+        made: hashes of what the figures hang on; those left there must have the same, and the same of the first model.
 
         Of a model whose null space is dropped these are the figures of its features before that: read its "drop_null" curves.
         No shapes.

@@ -6,7 +6,6 @@ import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -175,7 +176,7 @@ def test_a_killed_run_goes_on_and_finds_the_same(tmp_path: Path, cache: Path) ->
     with patch.object(steer_pixels, "attack_batch", lambda *a, **k: calls.append(k["number"]) or original(*a, **k)):
         with patch.object(steer_pixels, "made_from", lambda *_: {"classifier": "another"}), pytest.raises(SystemExit) as stopped:
             run(tmp_path, cache, "--name", "killed", "--resume", "true", *quick)
-        assert "features.json was made with other weights" in str(stopped.value)
+        assert "features.json was made from something else" in str(stopped.value)
         assert "another --name, or delete the folder" in str(stopped.value)
         assert calls == []
         run(tmp_path, cache, "--name", "killed", "--resume", "true", *quick)
@@ -188,16 +189,20 @@ def test_a_killed_run_goes_on_and_finds_the_same(tmp_path: Path, cache: Path) ->
         run(tmp_path, cache, "--name", "whole", *quick)
 
 
-def test_what_other_weights_made_is_not_taken_over(tmp_path: Path) -> None:
+def test_what_other_weights_or_pictures_made_is_not_taken_over(tmp_path: Path) -> None:
     model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    made, path = made_from(model, {"fitted": other}), tmp_path / "batch-0000.json"
+    parts = SimpleNamespace(**{name: SimpleNamespace(fingerprint=name) for name in ("bank", "audit", "test")})
+    made, path = made_from(model, parts, "vlm"), tmp_path / "batch-0000.json"
     assert read_kept(path, made) is None
     write_json(path, {"x": 1, "made_from": made})
-    assert read_kept(path, made) == {"x": 1, "made_from": made}
-    with pytest.raises(SystemExit, match=r"batch-0000\.json was made with other weights .*unknown: fitted\).*another --name"):
-        read_kept(path, made_from(model, {"fitted": model}))
+    assert read_kept(path, made_from(model, parts, "vlm")) == {"x": 1, "made_from": made}
+    with pytest.raises(SystemExit, match=r"batch-0000\.json was made from something else .*unknown: classifier\).*another --name"):
+        read_kept(path, made_from(other, parts, "vlm"))
+    parts.bank = SimpleNamespace(fingerprint="more")
+    with pytest.raises(SystemExit, match=r"unknown: bank pictures, vision-language model\)"):
+        read_kept(path, made_from(model, parts, "another"))
     write_json(path, {"x": 1})
-    with pytest.raises(SystemExit, match="unknown: classifier, fitted"):
+    with pytest.raises(SystemExit, match="unknown: classifier, bank pictures"):
         read_kept(path, made)
 
 
