@@ -179,6 +179,11 @@ def pixel_findings(report: PixelReport) -> list[str]:
     return sentences
 
 
+def _rounded(degrees: float) -> float:
+    """To two digits; what rounds to nothing has no sign of its own."""
+    return round(degrees, 2) + 0.0
+
+
 def _counted(checks: Sequence[Check]) -> str:
     said = {FILES: "read from the saved 8-bit files", FEATURES: "from features in memory, no file", ATTACK_LOG: "from the attack's own log"}
     counts = {where: sum(check.read == where for check in checks) for where in said}
@@ -187,7 +192,7 @@ def _counted(checks: Sequence[Check]) -> str:
 
 def _model_sentence(model: AttackedModel, s: PixelSummary, report: PixelReport) -> str:
     judges = "; ".join(
-        f"{name} {s.rise[name][0]:+.2f}° [{s.rise[name][1]:.2f}, {s.rise[name][2]:.2f}], target first "
+        f"{name} {_rounded(s.rise[name][0]):+.2f}° [{_rounded(s.rise[name][1]):.2f}, {_rounded(s.rise[name][2]):.2f}], target first "
         f"{s.success[name][0]:.0%} [{s.success[name][1]:.0%}, {s.success[name][2]:.0%}]"
         for name in s.rise
     )
