@@ -11,7 +11,7 @@ BLOCKS = ("features", "row_space", "null_space")
 
 @dataclass(frozen=True)
 class UniqueInformation:
-    """Held-out R² and class accuracy of fits on f, Π_p f and Π_n f; each with a 95 % bootstrap interval over pictures.
+    """Held-out R² and class accuracy of fits on f, Π_p f and Π_n f; each with a 95 % bootstrap interval over classes and pictures.
 
     r2: of z from each block. unique: R²(z|f) - R²(z|Π_p f), what of the image embedding only the null space tells.
     accuracy: of a fresh linear probe for the class on each block. chance: accuracy of always naming the class most frequent

@@ -72,7 +72,7 @@ class CompareConfig(JobConfig):
         further_vlms: more vision-language models after `vlm`; each is a space in which all models are read.
         mlp: non-linear translators besides the two linear ones, each a view more. Training one takes minutes a model and space.
         chance_draws: random subspaces behind the chance level of every model.
-        resamples: bootstrap resamples over pictures.
+        resamples: bootstrap resamples over classes and their pictures.
         batch_size: pictures a batch of the classifiers.
     """
 

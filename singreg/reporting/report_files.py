@@ -113,7 +113,7 @@ def markdown(report: FinetuneReport, plots: Mapping[str, Path]) -> str:
         *([_picture(key, path) for key, path in plots.items() if key == "summary"]),
         "## SingLoss against the control" if "control" in report.measurements else "## SingLoss against the model before",
         tables.comparison_table(report),
-        "Ratios are of means; intervals are 95 % bootstrap over test images, paired by image. Spread over seeds is not in them.",
+        "Ratios are of means; intervals are 95 % bootstrap over classes and their test images, paired. Spread over seeds is not in them.",
         "## Pictures",
         *[_picture(key, path) for key, path in plots.items() if key != "summary"],
         "## Classes",

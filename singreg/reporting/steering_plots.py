@@ -103,7 +103,7 @@ def draw_curves(report: SteerReport) -> Figure:
             panels[0, column].legend(fontsize=8, loc="upper left")
         panels[1, column].set_xlabel("ε / |f|" if budget == "step" else "radius of the null component / natural median")
     reach = f"{len(report.sources)} sources, {len(report.targets)} targets, {report.pairs[0].overall['images']:.0f} pictures"
-    figure.suptitle(f"steering at equal effort: {reach}; bands: 95 % over pictures; one gradient step, so a lower bound", fontsize=9)
+    figure.suptitle(f"steering at equal effort: {reach}; bands: 95 % over classes and pictures; one step, so a lower bound", fontsize=9)
     return figure
 
 

@@ -55,7 +55,8 @@ def steer_markdown(report: SteerReport, plots: Mapping[str, Path]) -> str:
         tables.table1(report),
         "AS is the angle gained towards the target prompt, |AS| its size, mean ± standard deviation over steerings that reach the score; "
         "a step is ε over the norm of f; success is the share of all steerings after which the target prompt outranks every class "
-        "prompt. Intervals are 95 % bootstrap over pictures. Lower is harder to steer. *fitted*: a translator from the bank's pictures; "
+        "prompt. Intervals are 95 % bootstrap over source classes and their pictures. Lower is harder to steer. "
+        "*fitted*: a translator from the bank's pictures; "
         "*auditor*: an independent one from other pictures, standardised. "
         + _non_linear(report)
         + "The attacker finds direction and step, the judge reads. "

@@ -48,8 +48,8 @@ def draw_study(report: StudyReport) -> Figure:
     first.set_yticks(places, [drawable(arm.arm, 28) for arm in arms], fontsize=8)
     first.set_ylim(len(arms) - 0.5, -0.5)
     figure.suptitle(
-        f"{report.images} test pictures, by an auditor of {report.auditor_images} others; thin: 95 % over pictures, thick: ± one standard "
-        f"deviation over seeds; dotted: {drawable(report.reference, 20)}",
+        f"{report.images} test pictures, by an auditor of {report.auditor_images} others; thin: 95 % over classes and pictures, "
+        f"thick: ± one standard deviation over seeds; dotted: {drawable(report.reference, 20)}",
         fontsize=9,
     )
     return figure

@@ -18,7 +18,7 @@ from singreg.reporting.study_plots import draw_pareto, draw_study
 from singreg.reporting.tables import escape, facts
 
 CAPTIONS = {
-    "study": "every arm by the auditor: mean over seeds, 95 % intervals over pictures, spread over seeds",
+    "study": "every arm by the auditor: mean over seeds, 95 % intervals over classes and pictures, spread over seeds",
     "pareto": "top-1 against the auditor's AS⁻ of every arm, with the Pareto front",
     "tradeoff": "what harder steering costs in image score, arm by arm",
     "auditor": "how many pictures an auditor needs",
@@ -51,7 +51,8 @@ def study_markdown(report: StudyReport, plots: Mapping[str, Path]) -> str:
         "## Results",
         tables.study_table(report),
         f"Angles in degrees, by the auditor, mean over the same {report.images} test pictures; ± is the standard deviation over seeds, "
-        "in brackets the 95 % bootstrap interval over pictures. AS⁻: what removing the null space takes from the true class (leakage; "
+        "in brackets the 95 % bootstrap interval over classes and their pictures. "
+        "AS⁻: what removing the null space takes from the true class (leakage; "
         "lower is better). IS: how far it moves the picture's meaning (to be kept). *null probe*: accuracy of a fresh linear probe for "
         "the class on the null component. *harmless R²*: how well what is not class can be read from the features. *audit gap*: the "
         "auditor's AS⁻ over that of the translator the loss saw. *step*: share of the feature norm needed to move the meaning by 40° "
@@ -64,7 +65,7 @@ def study_markdown(report: StudyReport, plots: Mapping[str, Path]) -> str:
         f"## Against {reference}",
         tables.ratio_table(report),
         f"Ratios of means to {reference}'s, top-1 as a difference in points; paired by picture and averaged over the seeds both have, with "
-        "95 % bootstrap intervals over pictures. A step is compared on pictures that both arms bring to the image score.",
+        "95 % bootstrap intervals over classes and their pictures. A step is compared on pictures that both arms bring to the image score.",
         "## What was to be reached",
         tables.target_table(report),
         "Judged by the value; the interval is beside it. Nothing here was chosen on these pictures unless the first sentence says so.",

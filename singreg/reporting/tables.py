@@ -71,7 +71,7 @@ def _result_row(stage: str, name: str, measured: ModelMeasurement, compact: bool
 def results_table(report: FinetuneReport, compact: bool = False) -> str:
     """Every model by every translator: top-1, AS⁻, |AS|, IS in degrees, κ, null share, cosine; Markdown, or plain if compact.
 
-    Intervals (Markdown only) are 95 % bootstrap over test images. No shapes.
+    Intervals (Markdown only) are 95 % bootstrap over classes and their test images. No shapes.
     """
     rows = [
         _result_row(stage, name, measured, compact)

@@ -17,7 +17,7 @@ class SteeringPairs:
     matrices: (S, K) by figure: AS, AS_abs (towards the target, degrees), their _std, success, step (ε / |f|), reachable, images.
     AS, AS_abs and step are over the reachable pictures; success and reachable are shares of all. None: pair not steered, or no
     picture of it reachable. overall: the same figures over all pairs, with pairs, rows (picture, target) and images as counts.
-    intervals: 95 % bootstrap over pictures. calibration_error: largest |IS - wanted| in degrees by the attacker, of the
+    intervals: 95 % bootstrap over source classes and pictures. calibration_error: largest |IS - wanted| in degrees by the attacker, of the
     reachable. logit_change: largest |Δlogit| of a steered picture, float64.
     """
 
@@ -35,8 +35,9 @@ class SteeringCurve:
     """AS, AS_abs (degrees) and success against a growing budget, means over pictures (each over its targets).
 
     budget: "step" (grid: ε / |f|), "radius" or "on-manifold" (grid: Mahalanobis radius over its natural median; steps along
-    the gradient's null part, or along Σ times the gradient). intervals: 95 % bootstrap over pictures at every grid point.
-    area: [mean height over the grid, low, high]. outside: share of rows that no step brings within the budget (left unmoved).
+    the gradient's null part, or along Σ times the gradient). intervals: 95 % bootstrap over source classes and
+    pictures at every grid point. area: [mean height over the grid, low, high]. outside: share of rows that no step brings
+    within the budget (left unmoved).
     """
 
     attacker: str

@@ -43,7 +43,7 @@ class ArmRun:
 
 @dataclass(frozen=True)
 class Paired:
-    """An arm against the reference: [low, high] is the 95 % bootstrap interval over pictures, seeds averaged picture by picture.
+    """An arm against the reference: [low, high] is the 95 % bootstrap interval over classes and pictures, seeds averaged first.
 
     unit: × (ratio of means), points or share. by_seed: the same figure seed by seed, for the spread.
     """
