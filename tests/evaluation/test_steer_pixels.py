@@ -96,8 +96,15 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
     assert "lower bounds" in shown
     assert any("1 of 1 do" in s or "0 of 1 do" in s for s in report["findings"])  # one encoder is no witness of meaning
     assert all(s["readings"]["changed meaning"][0] == 0 for s in report["summaries"])
+    assert "success is exactly 0 (features of demo without null space)" in names
+    features_are_steered_too(folder, report)
+    pictures_can_be_judged_again(folder)
+    files_are_there(folder)
+    readme_says_it(tmp_path, folder, report)
 
-    # The same pictures in feature space: the maximiser at least the single step, and exactly nothing where the null space is dropped.
+
+def features_are_steered_too(folder: Path, report: dict[str, Any]) -> None:
+    """The same pictures in feature space: the maximiser at least the single step, and exactly nothing where the null space is dropped."""
     figures = {label: RobustnessFigures.from_json(value) for label, value in report["features"].items()}
     assert list(figures) == ["demo", "demo without null space"]
     assert all(f.images == 6 and len(f.targets) == 10 for f in figures.values())
@@ -115,8 +122,10 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
     assert all(reason.replace("%", "%") in text for reason in reasons.values())
     curve = figures["demo"].curve(MAXIMISER, crafted_on="fitted", judge="fitted")
     assert curve.at(0.4, "success") > 0.5  # the control of that 0
-    assert "success is exactly 0 (features of demo without null space)" in names
 
+
+def pictures_can_be_judged_again(folder: Path) -> None:
+    """Every attacked picture is logged, and plain timm reads the very logits that were written down."""
     rows = json.loads((folder / "attacked.json").read_text())
     assert len(rows) == 2 * (6 * 2 * 3 + 3 + 3 + 2)  # both budgets and three arms, the two controls, the opposite direction
     attacked = [row for row in rows if row["attacked"]["arm"] == "attack"]
@@ -133,6 +142,9 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
         ]
     assert float((logits[1] - logits[0]).abs().max()) == pytest.approx(row["logit_change"], abs=1e-3)
 
+
+def files_are_there(folder: Path) -> None:
+    """Figures, page and TensorBoard."""
     for name in ("rises", "attacked", "robustness", "features", "feature_pairs"):
         assert (folder / "plots" / f"{name}.png").is_file()
     text = (folder / "report.md").read_text()
@@ -144,6 +156,9 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
     assert "success in feature space/auditor/demo" in tags["scalars"]
     assert "plots/attacked" in tags["images"]
 
+
+def readme_says_it(tmp_path: Path, folder: Path, report: dict[str, Any]) -> None:
+    """README's block comes from the report alone."""
     readme = tmp_path / "README.md"
     readme.write_text("before <!-- begin generated: p --><!-- end generated: p --> after")
     write_readme([str(readme), f"p={folder}"])
@@ -152,6 +167,7 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.
     assert "rows" not in kept
     rise = report["summaries"][0]["rise"]["auditor"]
     assert f"{rise[0]:.1f} [{rise[1]:.1f}, {rise[2]:.1f}]" in said
+    curve = RobustnessFigures.from_json(report["features"]["demo"]).curve(MAXIMISER, crafted_on="fitted", judge="fitted")
     success = 100 * curve.area["success"][0]
     assert f"{success:.0f} [" in said
     assert (tmp_path / ".github" / "p-rises.png").is_file()

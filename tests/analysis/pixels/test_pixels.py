@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -22,7 +22,7 @@ from singreg.analysis.pixels.ascent import ascend, one_step
 from singreg.analysis.pixels.attack import AttackSettings, Batch, attack_batch, save_batch
 from singreg.analysis.pixels.budgets import Budget, Reading, random_pictures
 from singreg.analysis.pixels.checks import pixel_checks, unchanged_without_null
-from singreg.analysis.pixels.judges import Reader, judge_pictures, reading_of, summarise, translator_reader
+from singreg.analysis.pixels.judges import Reader, encoder_reader, judge_pictures, reading_of, summarise, translator_reader
 from singreg.analysis.pixels.model import PixelModel, away_from_label, load_pictures, save_picture, towards_prompt
 from singreg.analysis.pixels.passes import Climbed
 from singreg.analysis.pixels.plain_robustness import corrupted_right, still_right
@@ -389,10 +389,6 @@ def test_pictures_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_rows_go_to_json_and_encoders_read_files(tmp_path: Path) -> None:
-    from dataclasses import asdict
-
-    from singreg.analysis.pixels.judges import encoder_reader
-
     rows = judged_rows(tmp_path)
     assert json.loads(json.dumps(asdict(rows[0]), allow_nan=False))["attacked"]["model"] == "toy"
     reader: Reader = encoder_reader(demo_vlm(), torch.eye(64)[:3])
