@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singreg.data.scenes import ATTRIBUTES, SHAPES, SceneTable, render_scene, sample_scenes
-from singreg.files import atomic_write, sha256_of_file, write_json, write_text
-from singreg.progress import progress
+from singreg.utils import atomic_write, progress, sha256_of_file, write_json, write_text
 
 PIXELS, CONTEXT = 64, 24
 NORMALIZE = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}

@@ -29,30 +29,35 @@ if TYPE_CHECKING:
     from singreg.data.config import DataConfig
     from singreg.data.embeddings import cached_embeddings
     from singreg.data.loading import load_parts
-    from singreg.geometry.angles import alignment_coefficient, angle, attribute_score, image_score
-    from singreg.geometry.conditional import ConditionalGaussian
-    from singreg.geometry.nullspace import NullSpace, null_share, row_space_projection
-    from singreg.geometry.pairwise import pairwise_angles
-    from singreg.geometry.random_subspace import RandomSubspace
-    from singreg.geometry.steering import Steered, bisect_step, similarity_gradient, steer, steering_direction, step_for_image_score
+    from singreg.functional import angle, attribute_score, image_score, kappa, pairwise_angles
     from singreg.losses import SingLoss, resolve_terms
     from singreg.metrics import AttributeScore, ImageScore, SemanticLeakage
-    from singreg.models.aligned_head import (
+    from singreg.mlp import MLPSettings, MLPTranslator, fit_mlp_translator
+    from singreg.models.classifier import Classifier
+    from singreg.models.edits import (
         AlignedHead,
         align_head_,
         aligned_weight,
         constrain_to_rows,
+        drop_null,
         head_agreement,
+        interpolate_weights,
         prompt_directions,
         release_rows,
     )
-    from singreg.models.classifier import Classifier
-    from singreg.models.head_edits import drop_null, interpolate_weights
-    from singreg.models.vision_language import VisionLanguageModel
-    from singreg.translation.mlp import MLPSettings, MLPTranslator
-    from singreg.translation.mlp_fitting import fit_mlp_translator
-    from singreg.translation.ridge import RidgeStatistics
-    from singreg.translation.translator import LinearTranslator, TranslatorInfo, fit_translator, load_translator
+    from singreg.models.vlm import VisionLanguageModel
+    from singreg.nullspace import NullSpace, RandomSubspace, null_share, row_space_projection
+    from singreg.ridge import RidgeStatistics
+    from singreg.steering import (
+        ConditionalGaussian,
+        Steered,
+        bisect_step,
+        similarity_gradient,
+        steer,
+        steering_direction,
+        step_for_image_score,
+    )
+    from singreg.translator import LinearTranslator, TranslatorInfo, fit_translator, load_translator
 
 __version__ = "0.1.0"
 
@@ -80,32 +85,27 @@ _HOMES = {
     "singreg.data.config": ("DataConfig",),
     "singreg.data.embeddings": ("cached_embeddings",),
     "singreg.data.loading": ("load_parts",),
-    "singreg.geometry.angles": ("alignment_coefficient", "angle", "attribute_score", "image_score"),
-    "singreg.geometry.conditional": ("ConditionalGaussian",),
-    "singreg.geometry.nullspace": ("NullSpace", "null_share", "row_space_projection"),
-    "singreg.geometry.pairwise": ("pairwise_angles",),
-    "singreg.geometry.random_subspace": ("RandomSubspace",),
-    "singreg.geometry.steering": (
+    "singreg.functional": ("pairwise_angles", "kappa", "angle", "attribute_score", "image_score"),
+    "singreg.nullspace": ("RandomSubspace", "NullSpace", "null_share", "row_space_projection"),
+    "singreg.steering": ("ConditionalGaussian",
         "Steered", "bisect_step", "similarity_gradient", "steer", "steering_direction", "step_for_image_score"
     ),
     "singreg.losses": ("SingLoss", "resolve_terms"),
     "singreg.metrics": ("AttributeScore", "ImageScore", "SemanticLeakage"),
-    "singreg.models.aligned_head": (
-        "AlignedHead", "align_head_", "aligned_weight", "constrain_to_rows", "head_agreement", "prompt_directions", "release_rows",
+    "singreg.models.edits": (
+        "drop_null", "interpolate_weights", "AlignedHead", "align_head_", "aligned_weight", "constrain_to_rows", "head_agreement", "prompt_directions", "release_rows",
     ),
     "singreg.models.classifier": ("Classifier",),
-    "singreg.models.head_edits": ("drop_null", "interpolate_weights"),
-    "singreg.models.vision_language": ("VisionLanguageModel",),
-    "singreg.translation.mlp": ("MLPSettings", "MLPTranslator"),
-    "singreg.translation.mlp_fitting": ("fit_mlp_translator",),
-    "singreg.translation.ridge": ("RidgeStatistics",),
-    "singreg.translation.translator": ("LinearTranslator", "TranslatorInfo", "fit_translator", "load_translator"),
+    "singreg.models.vlm": ("VisionLanguageModel",),
+    "singreg.mlp": ("MLPSettings", "MLPTranslator", "fit_mlp_translator"),
+    "singreg.ridge": ("RidgeStatistics",),
+    "singreg.translator": ("LinearTranslator", "TranslatorInfo", "fit_translator", "load_translator"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (in the order of the data's flow)
     "NullSpace", "RandomSubspace", "row_space_projection", "null_share", "angle", "pairwise_angles",
-    "attribute_score", "image_score", "alignment_coefficient",
+    "attribute_score", "image_score", "kappa",
     "similarity_gradient", "steering_direction", "step_for_image_score", "bisect_step", "steer", "Steered", "ConditionalGaussian",
     "RidgeStatistics", "LinearTranslator", "TranslatorInfo", "load_translator", "fit_translator",
     "MLPTranslator", "MLPSettings", "fit_mlp_translator",

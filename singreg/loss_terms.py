@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from singreg.distributed import all_reduce_mean
-from singreg.geometry.angles import attribute_score, image_score
-from singreg.geometry.nullspace import helmert_contrasts
+from singreg.functional import attribute_score, image_score
+from singreg.nullspace import helmert_contrasts
+from singreg.utils import all_reduce_mean
 
 # Chosen on scenes of other seeds than any report's: leak and hinge act on the backbone, capacity on the head alone.
 DEFAULT_TERMS: dict[str, float] = {"leak": 0.3, "hinge": 1.0, "band": 0.3, "class_share": 0.1, "capacity": 100.0}

@@ -9,9 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from singreg.distributed import all_reduce_sum
-from singreg.geometry.angles import image_score
-from singreg.geometry.nullspace import Invariance, NullSpace, row_space_projection
+from singreg.functional import image_score
 from singreg.loss_terms import (
     DEFAULT_TERMS,
     PRESETS,
@@ -24,7 +22,9 @@ from singreg.loss_terms import (
     random_directions,
     resolve_terms,
 )
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import Invariance, NullSpace, row_space_projection
+from singreg.translator import LinearTranslator
+from singreg.utils import all_reduce_sum
 
 SMALLEST_REFERENCE = 0.1  # degrees
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from singreg.geometry.angles import alignment_coefficient, attribute_score, image_score
+from singreg.functional import attribute_score, image_score, kappa
 
 HISTOGRAM_BINS = 1440  # 0.25 degrees wide over [-180, 180]
 COLUMNS = ("count", "AS", "AS²", "AS_neg", "AS_pos", "AS_abs", "IS", "IS²", "kappa", "kappa²")
@@ -21,9 +21,9 @@ def score_columns(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
     """
     attribute = attribute_score(z, z_eq, text).double()
     image = image_score(z, z_eq).double()
-    kappa = alignment_coefficient(z, z_eq, text).double()
+    travelled = kappa(z, z_eq, text).double()
     rows = [torch.ones_like(attribute), attribute, attribute**2, (-attribute).clamp_min(0), attribute.clamp_min(0)]
-    return torch.stack([*rows, attribute.abs(), image, image**2, kappa, kappa**2])
+    return torch.stack([*rows, attribute.abs(), image, image**2, travelled, travelled**2])
 
 
 def summarize_columns(sums: Tensor) -> dict[str, Tensor]:

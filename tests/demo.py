@@ -13,7 +13,7 @@ from torch import Tensor
 import singreg.assets
 from singreg.data.scenes import SceneTable, render_scene
 from singreg.models.classifier import Classifier
-from singreg.models.vision_language import VisionLanguageModel
+from singreg.models.vlm import VisionLanguageModel
 
 ASSETS = Path(singreg.assets.__file__).parent
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recipes.build_demo import PROMPTS
 from singreg.data.scenes import ATTRIBUTES, SHAPES, sample_scenes
-from singreg.files import sha256_of_file
+from singreg.utils import sha256_of_file
 from tests.demo import ASSETS, demo_classifier, demo_vlm, embedded, rendered
 
 COUNT = 400

@@ -11,7 +11,7 @@ from torch import nn
 
 from singreg.loss_terms import DEFAULT_TERMS, PRESETS, TERMS, contrast_directions, placebo_texts, random_directions, resolve_terms
 from singreg.losses import SingLoss
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 from tests.processes import run_processes
 from tests.reference import formulas
 from tests.test_losses import OF_WEIGHT, B, C, M, N, _Task, flatten, setup

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from singreg.losses import TERMS, SingLoss, contrast_directions
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 from tests.processes import run_processes
 from tests.reference import formulas
 

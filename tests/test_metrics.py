@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchmetrics import MetricCollection
 
-from singreg.geometry.angles import alignment_coefficient, attribute_score, image_score
+from singreg.functional import attribute_score, image_score, kappa
 from singreg.metrics import AttributeScore, ImageScore, SemanticLeakage
 from tests.processes import run_processes
 
@@ -28,11 +28,11 @@ def test_overall_and_per_class_are_the_plain_means() -> None:
         stop = {0: 4, 4: 5, 5: 9}[start]
         metric.update(z[start:stop], z_eq[start:stop], labels[start:stop])
     attribute, image = attribute_score(z, z_eq, texts[labels]).double(), image_score(z, z_eq).double()
-    kappa = alignment_coefficient(z, z_eq, texts[labels]).double()
+    travelled = kappa(z, z_eq, texts[labels]).double()
     result = metric.compute()
     expected = {
         "AS": attribute.mean(), "AS_neg": torch.relu(-attribute).mean(), "AS_pos": torch.relu(attribute).mean(),
-        "AS_abs": attribute.abs().mean(), "IS": image.mean(), "kappa": kappa.mean(), "AS_std": attribute.std(correction=0),
+        "AS_abs": attribute.abs().mean(), "IS": image.mean(), "kappa": travelled.mean(), "AS_std": attribute.std(correction=0),
         "IS_std": image.std(correction=0), "ratio": image.mean() / attribute.abs().mean(), "count": torch.tensor(9.0).double(),
     }  # fmt: skip
     for name, value in expected.items():

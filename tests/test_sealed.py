@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from singreg.files import atomic_write, sweep
-from singreg.sealed import (
+from singreg.utils import (
     CHECKSUMS,
     DamagedFileError,
+    atomic_write,
     check_folder,
     check_tensors,
     read_rows,
@@ -20,6 +20,7 @@ from singreg.sealed import (
     read_sealed_text,
     seal_folder,
     seal_of_tensors,
+    sweep,
     write_sealed,
     write_sealed_text,
 )

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from singreg.analysis.chance_results import FIGURES, KINDS, ChanceLevel, ChanceReport, ChanceScores
 from singreg.analysis.features import FeatureBatch
-from singreg.distributed import all_reduce_sum
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.random_subspace import RandomSubspace, matched_coefficients
-from singreg.geometry.steering import AnyTranslator
 from singreg.metrics import COLUMNS, score_columns, summarize_columns
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace, RandomSubspace, matched_coefficients
+from singreg.steering import AnyTranslator
+from singreg.translator import LinearTranslator
+from singreg.utils import all_reduce_sum
 
 
 def measure_chance(
@@ -45,7 +44,7 @@ def measure_chance(
         ValueError: no null space, fewer than 2 classes or draws, no pictures, or unlabelled ones.
 
     Example:
-        >>> from singreg.translation.translator import LinearTranslator
+        >>> from singreg.translator import LinearTranslator
         >>> f, z = torch.randn(64, 4), torch.randn(64, 3)
         >>> batch = FeatureBatch(f, f[:, :2], z, torch.arange(64) % 2, torch.arange(64))
         >>> report = measure_chance([batch], texts=torch.eye(3)[:2], null_space=NullSpace.from_weight(torch.eye(4)[:2]), mean=f.mean(0),

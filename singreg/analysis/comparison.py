@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from singreg.analysis.bootstrap import paired_difference, paired_ratio
 from singreg.analysis.results import CENTRED, Comparison, ModelMeasurement
+from singreg.analysis.statistics import paired_difference, paired_ratio
 
 MARGIN = 0.005  # accuracy counts as kept when the interval of its change stays above minus this (equivalence, not p > 0.05)
 GAMED = 1.5

@@ -13,8 +13,8 @@ from singreg.data.embeddings import encode_part, take_rows
 from singreg.data.loading import make_loader
 from singreg.data.parts import ImagePart
 from singreg.models.classifier import Classifier
-from singreg.models.vision_language import hash_of_state
-from singreg.progress import progress
+from singreg.models.vlm import hash_of_state
+from singreg.utils import progress
 
 STORED_BATCH = 2048
 GATHERED_ROWS = 512

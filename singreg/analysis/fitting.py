@@ -12,13 +12,12 @@ from torch import Tensor
 
 from singreg.analysis.features import PassSettings, gathered, iterate_features
 from singreg.data.parts import ImagePart
-from singreg.distributed import all_reduce_sum
-from singreg.geometry.angles import image_score
-from singreg.geometry.nullspace import Invariance, NullSpace
+from singreg.functional import image_score
 from singreg.models.classifier import Classifier
-from singreg.translation.ridge import DEFAULT_RIDGES, RidgeStatistics
-from singreg.translation.scaling import Standardize
-from singreg.translation.translator import LinearTranslator, TranslatorInfo, translator_from_statistics
+from singreg.nullspace import Invariance, NullSpace
+from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics, Standardize
+from singreg.translator import LinearTranslator, TranslatorInfo, translator_from_statistics
+from singreg.utils import all_reduce_sum
 
 VALIDATION_EVERY = 5
 

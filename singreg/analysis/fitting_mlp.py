@@ -6,10 +6,9 @@ import numpy as np
 
 from singreg.analysis.features import PassSettings, cached_features
 from singreg.data.parts import ImagePart
+from singreg.mlp import MLPSettings, MLPTranslator, fit_mlp_translator
 from singreg.models.classifier import Classifier
-from singreg.translation.base import TranslatorInfo
-from singreg.translation.mlp import MLPSettings, MLPTranslator
-from singreg.translation.mlp_fitting import fit_mlp_translator
+from singreg.translator import TranslatorInfo
 
 
 def fit_mlp_on_part(

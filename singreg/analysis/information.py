@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.bootstrap import mean_interval, paired_difference, resampled_means
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.fitting import VALIDATION_EVERY
 from singreg.analysis.information_results import BLOCKS, UniqueInformation
 from singreg.analysis.probe import LinearProbe, fit_probe, one_hot
 from singreg.analysis.results import Rows
-from singreg.distributed import all_reduce_sum, gather_rows
-from singreg.geometry.nullspace import NullSpace
-from singreg.translation.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
+from singreg.analysis.statistics import mean_interval, paired_difference, resampled_means
+from singreg.nullspace import NullSpace
+from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
+from singreg.utils import all_reduce_sum, gather_rows
 
 Pair = tuple[RidgeStatistics, RidgeStatistics]
 """Sums to fit on, and sums that choose the penalty."""

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.bootstrap import mean_interval, ratio_interval, resampled_means
 from singreg.analysis.features import FeatureBatch, PassSettings, evenly, gathered, iterate_features
 from singreg.analysis.results import CENTRED, HeadSummary, ModelMeasurement, Rows, SteeringSummary, TranslatorScores
+from singreg.analysis.statistics import mean_interval, ratio_interval, resampled_means
 from singreg.analysis.steering.pairs import measure_steering
 from singreg.data.parts import ImagePart
-from singreg.distributed import all_reduce_sum, gather_rows
-from singreg.geometry.nullspace import Invariance, NullSpace, null_share
 from singreg.metrics import COLUMNS, SemanticLeakage, score_columns
 from singreg.models.classifier import Classifier
-from singreg.translation.base import Translator
+from singreg.nullspace import Invariance, NullSpace, null_share
+from singreg.translator import Translator
+from singreg.utils import all_reduce_sum, gather_rows
 
 ROW_FIGURES = ("AS", "IS", "kappa")
 STEERING_IMAGES = 1024

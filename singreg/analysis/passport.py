@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from singreg.analysis.model import summarize_head
 from singreg.analysis.results import HeadSummary
-from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
+from singreg.nullspace import NullSpace
 
 VISIBLE = 10.0
 """Degrees of IS below which a change is hardly seen in a picture (METHOD section 3): the unit in which null spaces are judged."""

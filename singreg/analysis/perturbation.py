@@ -13,10 +13,10 @@ from torch import Tensor
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.results import Rows
 from singreg.analysis.steering.plan import in_its_own_dtype
-from singreg.distributed import gather_rows
-from singreg.geometry.angles import angle
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.steering import AnyTranslator
+from singreg.functional import angle
+from singreg.nullspace import NullSpace
+from singreg.steering import AnyTranslator
+from singreg.utils import gather_rows
 
 KINDS = ("null", "random", "principal")
 """A random direction inside the null space, in all of feature space, inside the row space (the paper's principal space)."""

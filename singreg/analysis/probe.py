@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from singreg.translation.ridge import RidgeStatistics
+from singreg.ridge import RidgeStatistics
 
 # Why not logistic regression: it needs every feature in memory or many passes over them, a stopping rule, and answers in the last
 # digits by how it was run. Linear discriminant analysis needs only the sums of a ridge regression on one-hot targets: one pass,

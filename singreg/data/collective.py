@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from singreg.distributed import is_distributed
+from singreg.utils import is_distributed
 
 Value = TypeVar("Value")
 

@@ -20,8 +20,8 @@ from singreg.data.partial import PartialFile, RowWriter
 from singreg.data.parts import ImagePart
 from singreg.data.verified import hashes_to
 from singreg.data.views import Transform
-from singreg.files import sha256_of_file, write_json
-from singreg.progress import progress as with_progress
+from singreg.utils import progress as with_progress
+from singreg.utils import sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from singreg.files import atomic_write
-from singreg.sealed import DamagedFileError, read_rows
+from singreg.utils import DamagedFileError, atomic_write, read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,7 @@ from singreg.data.pictures import trial
 from singreg.data.reading import Origin, RefusedPictureError, cell_bytes
 from singreg.data.sources import NAMED, HubSplit, Split, columns_of, label_name, text_labels, warn_unlabelled
 from singreg.data.verified import hashes_to
-from singreg.files import atomic_write, sha256_of_file, sha256_of_json
-from singreg.progress import progress
-from singreg.sealed import DamagedFileError, read_sealed, write_sealed
+from singreg.utils import DamagedFileError, atomic_write, progress, read_sealed, sha256_of_file, sha256_of_json, write_sealed
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from singreg.files import sha256_of_file
+from singreg.utils import sha256_of_file
 
 SETTLED_NS = 2_000_000_000  # a younger file could change once more within the tick of the file system's clock
 Stamp = tuple[str, str, int, int, int, int]

@@ -39,12 +39,12 @@ from singreg.analysis.study.agreement import translator_agreement
 from singreg.data.concept_banks import ConceptBank, embed_concepts, load_concepts
 from singreg.evaluation.analyze_config import AnalyzeConfig
 from singreg.evaluation.fitting import fit_translators
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.steering import steer
+from singreg.mlp import MLPSettings
+from singreg.nullspace import NullSpace
 from singreg.reporting.analysis_report import analysis_to_tensorboard, write_analysis_report
 from singreg.reporting.tables import measurement_table
-from singreg.translation.base import Translator
-from singreg.translation.mlp import MLPSettings
+from singreg.steering import steer
+from singreg.translator import Translator
 from singreg.workbench.build import Bench
 from singreg.workbench.run import Run, describe_machine
 

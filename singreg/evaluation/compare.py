@@ -22,13 +22,13 @@ from singreg.analysis.study.agreement import translator_agreement
 from singreg.evaluation.compare_bench import CompareBench, ModelBench, open_model
 from singreg.evaluation.compare_config import CompareConfig, ComparedModelConfig
 from singreg.evaluation.fitting import fit_translators
-from singreg.files import sha256_of_json
-from singreg.geometry.nullspace import NullSpace
+from singreg.mlp import MLPSettings
+from singreg.nullspace import NullSpace
 from singreg.reporting.compare_report import compare_to_tensorboard, write_compare_report
 from singreg.reporting.compare_tables import compare_table
 from singreg.reporting.validation_tables import passport_table
-from singreg.translation.base import Translator
-from singreg.translation.mlp import MLPSettings
+from singreg.translator import Translator
+from singreg.utils import sha256_of_json
 from singreg.workbench.build import labels_for_head
 from singreg.workbench.run import Run, describe_machine
 

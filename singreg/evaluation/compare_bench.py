@@ -18,10 +18,10 @@ from singreg.analysis.passport import head_passport
 from singreg.data.loading import load_parts
 from singreg.data.parts import Parts
 from singreg.evaluation.compare_config import CompareConfig, ComparedModelConfig
-from singreg.files import sha256_of_json
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
-from singreg.translation.base import TranslatorInfo
+from singreg.translator import TranslatorInfo
+from singreg.utils import sha256_of_json
 from singreg.workbench.build import build_classifier, embed_parts, labels_for_head, open_vlm
 from singreg.workbench.config import VisionLanguageConfig
 

@@ -9,10 +9,10 @@ import numpy as np
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import FittedTranslator, fit_on_part
 from singreg.data.parts import Parts
-from singreg.geometry.nullspace import Invariance
 from singreg.models.classifier import Classifier
-from singreg.translation.ridge import DEFAULT_RIDGES
-from singreg.translation.translator import TranslatorInfo
+from singreg.nullspace import Invariance
+from singreg.ridge import DEFAULT_RIDGES
+from singreg.translator import TranslatorInfo
 from singreg.workbench.config import AuditorConfig, Standardization, TranslatorConfig
 
 

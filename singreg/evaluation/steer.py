@@ -28,13 +28,12 @@ from singreg.data.subsets import resolve_classes
 from singreg.evaluation.fitting import fit_translators
 from singreg.evaluation.steer_config import ALL, SteerConfig
 from singreg.evaluation.steer_pictures import SteeredPictures, draw_steered, open_renderer
-from singreg.geometry.nullspace import NullSpace
+from singreg.mlp import MLPSettings
+from singreg.nullspace import NullSpace
 from singreg.reporting.steering_report import report_to_tensorboard, write_steer_report
 from singreg.reporting.steering_tables import table1
 from singreg.reporting.unclip import UnclipRenderer
-from singreg.translation.base import Translator
-from singreg.translation.mlp import MLPSettings
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator, Translator
 from singreg.workbench.build import Bench
 from singreg.workbench.run import Run, describe_machine
 

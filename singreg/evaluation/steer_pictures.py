@@ -14,11 +14,11 @@ from singreg.analysis.features import iterate_features
 from singreg.analysis.steering.plan import PairPlan
 from singreg.analysis.steering.results import ShownSteering
 from singreg.data.parts import ImagePart
-from singreg.distributed import gather_rows
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.steering import steer
+from singreg.nullspace import NullSpace
 from singreg.reporting.unclip import UnclipRenderer, check_extra, draw_rows, shift_columns
-from singreg.translation.translator import LinearTranslator
+from singreg.steering import steer
+from singreg.translator import LinearTranslator
+from singreg.utils import gather_rows
 from singreg.workbench.build import Bench
 
 

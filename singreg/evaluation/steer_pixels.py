@@ -38,12 +38,11 @@ from singreg.evaluation.steer_pixels_bench import PixelsBench, open_attacked
 from singreg.evaluation.steer_pixels_config import AttackedModelConfig, PixelsConfig, parse_pixels
 from singreg.evaluation.steer_pixels_features import FeatureAttack
 from singreg.evaluation.steer_pixels_kept import MADE_FROM, made_from, read_kept
-from singreg.files import write_json
-from singreg.geometry.nullspace import NullSpace
-from singreg.progress import progress
+from singreg.nullspace import NullSpace
 from singreg.reporting.pixels_report import pixels_to_tensorboard, write_pixels_report
 from singreg.reporting.pixels_tables import checks_table, pixels_table
-from singreg.translation.base import Translator
+from singreg.translator import Translator
+from singreg.utils import progress, write_json
 from singreg.workbench.run import Run, describe_machine, explained, make_accelerator
 
 

@@ -19,10 +19,10 @@ from singreg.data.subsets import resolve_classes
 from singreg.evaluation.compare_bench import ModelBench, refuse_unknown_names, space_labels
 from singreg.evaluation.steer_config import ALL, names_of
 from singreg.evaluation.steer_pixels_config import AttackedModelConfig, PixelsConfig
-from singreg.files import sha256_of_json
 from singreg.models.classifier import Classifier
-from singreg.models.head_edits import drop_null
-from singreg.translation.base import TranslatorInfo
+from singreg.models.edits import drop_null
+from singreg.translator import TranslatorInfo
+from singreg.utils import sha256_of_json
 from singreg.workbench.build import build_classifier, embed_parts, labels_for_head, open_vlm
 
 

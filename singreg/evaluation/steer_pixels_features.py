@@ -21,8 +21,8 @@ from singreg.evaluation.steer_config import ALL, names_of
 from singreg.evaluation.steer_pixels_bench import PixelsBench
 from singreg.evaluation.steer_pixels_config import AttackedModelConfig, PixelsConfig
 from singreg.evaluation.steer_pixels_kept import MADE_FROM, read_kept
-from singreg.files import write_json
-from singreg.geometry.nullspace import NullSpace
+from singreg.nullspace import NullSpace
+from singreg.utils import write_json
 
 FEATURES = "features.json"
 NEAR = (0.05, 1.0)

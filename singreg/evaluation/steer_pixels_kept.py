@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from singreg.data.parts import Parts
-from singreg.models.vision_language import hash_of_state
+from singreg.models.vlm import hash_of_state
 
 MADE_FROM = "made_from"
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
-from singreg.files import sha256_of_tensor
 from singreg.models.heads import (
     apply_head,
     as_features,
@@ -34,7 +33,7 @@ from singreg.models.heads import (
     find_head,
 )
 from singreg.models.tuning import BatchNormMode, Tuning, set_modes, set_trainable
-from singreg.sealed import check_folder, seal_folder
+from singreg.utils import check_folder, seal_folder, sha256_of_tensor
 
 IMAGENET_CLASSES = 1000
 Transform = Callable[[Image.Image], Tensor]

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from singreg.analysis.analysis_results import PRIMARY, AnalysisReport
 from singreg.analysis.levels.concept_results import ConceptShift
 from singreg.data.parts import Parts
-from singreg.files import write_json, write_text
 from singreg.reporting import tables, validation_tables
 from singreg.reporting.html import write_html
 from singreg.reporting.level_plots import (
@@ -26,6 +25,7 @@ from singreg.reporting.report_files import write_rows
 from singreg.reporting.tables import escape, number, percent
 from singreg.reporting.tensorboard import TensorBoardLog
 from singreg.reporting.validation_plots import draw_chance, draw_information, draw_perturbations
+from singreg.utils import write_json, write_text
 
 CAPTIONS = {
     "joint": "AS against IS of every test picture",

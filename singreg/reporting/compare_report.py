@@ -6,7 +6,6 @@ from pathlib import Path
 
 from singreg.analysis.analysis_results import PRIMARY
 from singreg.analysis.comparing.results import CompareReport
-from singreg.files import write_json, write_text
 from singreg.reporting import compare_tables as tables
 from singreg.reporting.compare_plots import draw_comparison
 from singreg.reporting.html import write_html
@@ -16,6 +15,7 @@ from singreg.reporting.report_files import write_rows
 from singreg.reporting.tables import escape, facts
 from singreg.reporting.tensorboard import TensorBoardLog
 from singreg.reporting.validation_tables import passport_table
+from singreg.utils import write_json, write_text
 
 CAPTION = "IS against the absolute AS of every model in every space, and its rank by AS⁻ in every view"
 

@@ -7,8 +7,8 @@ import html
 import re
 from pathlib import Path
 
-from singreg.files import write_text
 from singreg.reporting.page import Block, Facts, Heading, Page, Picture, Section, Table, page_from_markdown
+from singreg.utils import write_text
 
 __all__ = ["Block", "Facts", "Heading", "Page", "Picture", "Section", "Table", "page_from_markdown", "render_html", "write_html"]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from singreg.analysis.pixels.results import ATTACK, HOLD, PixelReport
 from singreg.analysis.robustness.attacks import MAXIMISER
 from singreg.data.parts import ImagePart
-from singreg.files import write_json, write_text
 from singreg.reporting import pixels_tables as tables
 from singreg.reporting.html import write_html
 from singreg.reporting.page import page_from_markdown
@@ -18,6 +17,7 @@ from singreg.reporting.pixels_features import feature_table as tables_of_feature
 from singreg.reporting.pixels_plots import save_pixel_plots
 from singreg.reporting.tables import escape, facts
 from singreg.reporting.tensorboard import TensorBoardLog
+from singreg.utils import write_json, write_text
 
 CAPTIONS = {
     "rises": "rise towards the target prompt by budget and judge, with 95 % intervals; dots are random directions of the same length",

@@ -14,8 +14,8 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Ellipse
 
 from singreg.analysis.results import FinetuneReport, ModelMeasurement
-from singreg.files import atomic_write
 from singreg.reporting.tables import STAGES
+from singreg.utils import atomic_write
 
 COLOURS = {"before": "#6b7280", "control": "#d97706", "sing": "#2563eb"}
 CLASSES_SHOWN = 40

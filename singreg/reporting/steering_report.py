@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from singreg.analysis.steering.findings import LINEAR
 from singreg.analysis.steering.results import SteerReport
-from singreg.files import write_json, write_text
 from singreg.reporting import steering_tables as tables
 from singreg.reporting.html import write_html
 from singreg.reporting.page import page_from_markdown
@@ -17,6 +16,7 @@ from singreg.reporting.plots import save_figure
 from singreg.reporting.steering_plots import save_steering_plots
 from singreg.reporting.tables import escape
 from singreg.reporting.tensorboard import TensorBoardLog
+from singreg.utils import write_json, write_text
 
 CAPTIONS = {
     "curves": "success and AS against the relative step and the Mahalanobis radius, with 95 % bands and natural percentiles",

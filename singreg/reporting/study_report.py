@@ -8,7 +8,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from singreg.analysis.study.results import StudyReport
-from singreg.files import write_json, write_text
 from singreg.reporting import study_tables as tables
 from singreg.reporting.html import write_html
 from singreg.reporting.page import page_from_markdown
@@ -16,6 +15,7 @@ from singreg.reporting.plots import save_figure
 from singreg.reporting.study_curves import draw_auditor_need, draw_tradeoff
 from singreg.reporting.study_plots import draw_pareto, draw_study
 from singreg.reporting.tables import escape, facts
+from singreg.utils import write_json, write_text
 
 CAPTIONS = {
     "study": "every arm by the auditor: mean over seeds, 95 % intervals over classes and pictures, spread over seeds",

@@ -14,10 +14,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from singreg.geometry.nullspace import NullSpace
-from singreg.progress import progress as with_progress
+from singreg.nullspace import NullSpace
 from singreg.reporting.plots import drawable
-from singreg.translation.base import Translator
+from singreg.translator import Translator
+from singreg.utils import progress as with_progress
 
 KARLO = "kakaobrain/karlo-v1-alpha-image-variations"
 """Decodes the image embeddings (768-d) of OpenAI's CLIP ViT-L/14, the paper's VLM."""
@@ -160,7 +160,7 @@ def shift_columns(
     unit ones alike, since norms are rescaled.
 
     Example:
-        >>> from singreg.translation.translator import LinearTranslator
+        >>> from singreg.translator import LinearTranslator
         >>> T, space = LinearTranslator(torch.eye(3), torch.zeros(3)), NullSpace.from_weight(torch.eye(3)[:1])
         >>> list(shift_columns(torch.ones(1, 3), T, space, torch.ones(1, 3)))
         ['CLIP', 'T(f)', 'T(f~)']

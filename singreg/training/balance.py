@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from singreg.distributed import all_reduce_sum
 from singreg.losses import SingLoss
 from singreg.training.task import FinetuneTask, trained_backbone
+from singreg.utils import all_reduce_sum
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
-from singreg.distributed import seed_process
-from singreg.sealed import read_sealed, write_sealed
+from singreg.utils import read_sealed, seed_process, write_sealed
 
 logger = get_logger(__name__)
 

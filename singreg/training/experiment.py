@@ -18,13 +18,13 @@ from singreg.data.parts import ImagePart, Parts
 from singreg.loss_terms import resolve_terms
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.models.vision_language import hash_of_state
+from singreg.models.vlm import hash_of_state
+from singreg.ridge import DEFAULT_RIDGES
 from singreg.training.config import FinetuneConfig
 from singreg.training.loop import Schedule, micro_batch
 from singreg.training.processes import refuse_batch_norm
 from singreg.training.streaming import LoopTranslator
-from singreg.translation.ridge import DEFAULT_RIDGES
-from singreg.translation.translator import LinearTranslator, TranslatorInfo
+from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.workbench.build import Bench
 
 

@@ -26,7 +26,7 @@ from singreg.training.loop import ArmCallbacks, train_arm
 from singreg.training.stages import FinetuneRun, Stage
 from singreg.training.streaming import LoopTranslator
 from singreg.training.watching import log_watched, watch
-from singreg.translation.translator import LinearTranslator, TranslatorInfo
+from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.workbench.run import describe_machine
 
 logger = get_logger(__name__)

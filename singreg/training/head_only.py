@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from singreg.data.embeddings import take_rows
-from singreg.distributed import broadcast_from_first
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.training.config import FinetuneConfig
 from singreg.training.loop import Schedule, TrainingFailed
 from singreg.training.task import parameter_groups
+from singreg.utils import broadcast_from_first
 
 
 def train_head(

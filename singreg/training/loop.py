@@ -21,13 +21,13 @@ from singreg.data.parts import ImagePart
 from singreg.data.views import EpochSampler
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.progress import progress
 from singreg.training.balance import balance, measure_gradients, ramp_begins
 from singreg.training.checkpoint import Checkpoints, Position
 from singreg.training.config import FinetuneConfig
 from singreg.training.processes import own_random_numbers, synchronise_batch_norm
 from singreg.training.streaming import LoopTranslator
 from singreg.training.task import FinetuneTask, parameter_groups, train_head_only, trained_backbone
+from singreg.utils import progress
 from singreg.workbench.stopping import StopRequest
 
 logger = get_logger(__name__)

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import synchronize_rng_states
 from timm.layers.norm_act import convert_sync_batchnorm
 
-from singreg.distributed import seed_process
 from singreg.models.classifier import Classifier
 from singreg.training.config import FinetuneConfig
+from singreg.utils import seed_process
 
 
 @contextmanager

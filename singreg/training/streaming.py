@@ -14,12 +14,12 @@ from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fold_statistics, standardization
 from singreg.data.embeddings import take_rows
 from singreg.data.parts import ImagePart
-from singreg.geometry.nullspace import Invariance
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
+from singreg.nullspace import Invariance
+from singreg.ridge import RidgeStatistics
 from singreg.training.config import LoopTranslatorConfig
-from singreg.translation.ridge import RidgeStatistics
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 
 
 class LoopTranslator:

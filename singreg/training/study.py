@@ -20,13 +20,11 @@ from singreg.analysis.study.results import ArmRun, StudyReport
 from singreg.analysis.study.targets import study_report
 from singreg.data.parts import ImagePart, ScenePart, SubsetPart
 from singreg.data.scenes import ATTRIBUTES
-from singreg.distributed import all_reduce_max, all_reduce_sum
-from singreg.files import sha256_of_json
+from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
-from singreg.models.head_edits import drop_null
+from singreg.models.edits import drop_null
 from singreg.reporting.study_report import write_study_report
 from singreg.reporting.study_tables import study_table
-from singreg.sealed import read_sealed, write_sealed
 from singreg.training.experiment import Experiment
 from singreg.training.loop import Schedule, micro_batch
 from singreg.training.processes import refuse_batch_norm
@@ -34,8 +32,8 @@ from singreg.training.study_arms import ArmMaker, Made, prepare_start
 from singreg.training.study_config import ArmConfig, StudyConfig, arm_config, arm_seeds, is_trained, read_arms
 from singreg.training.study_store import ArmStore, StudyRun, arm_hash
 from singreg.training.study_validation import agreement_points, hold_out, validation_figures
-from singreg.translation.base import Translator
-from singreg.translation.mlp import MLPSettings
+from singreg.translator import Translator
+from singreg.utils import all_reduce_max, all_reduce_sum, read_sealed, sha256_of_json, write_sealed
 from singreg.workbench.build import describe_pair, embed_parts, open_vlm
 from singreg.workbench.config import VisionLanguageConfig
 from singreg.workbench.run import describe_machine

@@ -12,10 +12,10 @@ from singreg.analysis.features import PassSettings, cached_features, gathered, i
 from singreg.analysis.fitting import FittedTranslator
 from singreg.loss_terms import placebo_texts
 from singreg.losses import SingLoss
-from singreg.models.aligned_head import AlignedHead, align_head_, constrain_to_rows, release_rows
 from singreg.models.classifier import Classifier
-from singreg.models.head_edits import interpolate_weights
+from singreg.models.edits import AlignedHead, align_head_, constrain_to_rows, interpolate_weights, release_rows
 from singreg.reporting.tensorboard import TensorBoardLog
+from singreg.ridge import RidgeStatistics
 from singreg.training.config import FinetuneConfig
 from singreg.training.experiment import Experiment
 from singreg.training.head_only import train_head
@@ -23,8 +23,7 @@ from singreg.training.loop import ArmCallbacks, train_arm
 from singreg.training.streaming import LoopTranslator
 from singreg.training.study_config import ArmConfig
 from singreg.training.study_store import ArmStore
-from singreg.translation.ridge import RidgeStatistics
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 
 
 @dataclass(frozen=True)

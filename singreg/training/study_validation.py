@@ -14,8 +14,8 @@ from singreg.analysis.model import analyze_model
 from singreg.analysis.study.auditors import AgreementPoint, Auditor, auditor_agreement_curve
 from singreg.data.embeddings import take_rows
 from singreg.data.parts import ImagePart
-from singreg.geometry.nullspace import Invariance, NullSpace
 from singreg.models.classifier import Classifier
+from singreg.nullspace import Invariance, NullSpace
 from singreg.training.experiment import Experiment
 
 VALIDATION = "validation"

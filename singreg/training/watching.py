@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from singreg.analysis.features import PassSettings, iterate_features
-from singreg.geometry.nullspace import NullSpace
 from singreg.metrics import SemanticLeakage
 from singreg.models.classifier import Classifier
+from singreg.nullspace import NullSpace
 from singreg.reporting.tensorboard import TensorBoardLog
 from singreg.training.experiment import Experiment
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 
 
 def watch(

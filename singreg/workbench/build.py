@@ -17,11 +17,11 @@ from singreg.analysis.features import PassSettings
 from singreg.data.embeddings import cached_embeddings
 from singreg.data.loading import load_parts
 from singreg.data.parts import ImagePart, Parts
-from singreg.files import sha256_of_json
-from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
-from singreg.models.vision_language import VisionLanguageModel
-from singreg.translation.translator import TranslatorInfo
+from singreg.models.vlm import VisionLanguageModel
+from singreg.nullspace import NullSpace
+from singreg.translator import TranslatorInfo
+from singreg.utils import sha256_of_json
 from singreg.workbench.config import JobConfig, ModelConfig, VisionLanguageConfig
 
 logger = logging.getLogger(__name__)

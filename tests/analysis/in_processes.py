@@ -11,8 +11,8 @@ from singreg.analysis.features import iterate_features, process_share
 from singreg.analysis.fitting import fit_on_part, reference_image_scores
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import ModelMeasurement
-from singreg.geometry.nullspace import Invariance
-from singreg.translation.translator import TranslatorInfo
+from singreg.nullspace import Invariance
+from singreg.translator import TranslatorInfo
 from tests.analysis import toy
 
 UNLABELLED = (3, 4)

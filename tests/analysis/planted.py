@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
-from singreg.geometry.nullspace import NullSpace
+from singreg.nullspace import NullSpace
 
 CLASSES, WIDTH, DIM, ATTRIBUTES, GAP = 8, 40, 24, 4, 1.5
 COUNT = 3000  # 75 pictures a feature: the translator is identified

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from singreg.analysis.fitting import fit_on_part, refit
 from singreg.analysis.model import analyze_model
-from singreg.geometry.nullspace import NullSpace
 from singreg.metrics import score_columns, summarize_columns
 from singreg.models.classifier import Classifier
-from singreg.translation.ridge import RidgeStatistics
-from singreg.translation.scaling import Standardize
-from singreg.translation.translator import LinearTranslator, fit_translator
+from singreg.nullspace import NullSpace
+from singreg.ridge import RidgeStatistics, Standardize
+from singreg.translator import LinearTranslator, fit_translator
 from tests.analysis import toy
 from tests.analysis.planted import Planted, plant
 

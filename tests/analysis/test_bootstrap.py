@@ -7,8 +7,8 @@ import warnings
 import numpy as np
 import pytest
 
-from singreg.analysis import bootstrap
-from singreg.analysis.bootstrap import mean_interval, paired_difference, paired_ratio, resampled_means
+from singreg.analysis import statistics as bootstrap
+from singreg.analysis.statistics import mean_interval, paired_difference, paired_ratio, resampled_means
 
 
 def slow_means(columns: np.ndarray, resamples: int, seed: int) -> np.ndarray:

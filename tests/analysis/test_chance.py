@@ -12,9 +12,8 @@ from torch import Tensor
 
 from singreg.analysis.chance import _cycle, measure_chance
 from singreg.analysis.chance_results import FIGURES, KINDS, ChanceReport
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.random_subspace import RandomSubspace, matched_coefficients
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace, RandomSubspace, matched_coefficients
+from singreg.translator import LinearTranslator
 from tests.analysis.levels.level_data import World
 from tests.processes import run_processes
 from tests.reference import formulas

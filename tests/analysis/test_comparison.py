@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from singreg.analysis.bootstrap import paired_difference, paired_ratio
 from singreg.analysis.comparison import compare_arms, report_warnings, verdict
 from singreg.analysis.results import ModelMeasurement
+from singreg.analysis.statistics import paired_difference, paired_ratio
 from tests.analysis.study.arms import COUNT, arm, arms, pictures
 
 

@@ -11,8 +11,8 @@ import torch
 from sklearn.linear_model import Ridge
 
 from singreg.analysis.fitting import VALIDATION_EVERY, FittedTranslator, fit_on_part, reference_image_scores, refit
-from singreg.translation.ridge import DEFAULT_RIDGES
-from singreg.translation.translator import TranslatorInfo
+from singreg.ridge import DEFAULT_RIDGES
+from singreg.translator import TranslatorInfo
 from tests.analysis import in_processes, toy
 from tests.analysis.in_processes import UNLABELLED
 from tests.processes import run_processes

@@ -15,8 +15,8 @@ from singreg.analysis.fitting import VALIDATION_EVERY
 from singreg.analysis.information import fit_blocks, measure_information
 from singreg.analysis.information_results import BLOCKS, UniqueInformation
 from singreg.analysis.probe import fit_probe, one_hot
-from singreg.geometry.nullspace import NullSpace
-from singreg.translation.ridge import DEFAULT_RIDGES, RidgeStatistics
+from singreg.nullspace import NullSpace
+from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from tests.analysis.planted import CLASSES, DIM, Planted, plant
 from tests.processes import run_processes
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from singreg.analysis import model as room
-from singreg.analysis.bootstrap import mean_interval, paired_ratio
 from singreg.analysis.model import analyze_model, summarize_head
 from singreg.analysis.results import CENTRED, ModelMeasurement
+from singreg.analysis.statistics import mean_interval, paired_ratio
 from singreg.analysis.steering.pairs import measure_steering
-from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator
 from tests.analysis import in_processes, toy
 from tests.processes import run_processes
 from tests.reference import formulas

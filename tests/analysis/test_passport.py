@@ -12,8 +12,8 @@ from torch import Tensor
 
 from singreg.analysis.model import summarize_head
 from singreg.analysis.passport import VISIBLE, HeadPassport, compare_passports, head_passport
-from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
+from singreg.nullspace import NullSpace
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from singreg.analysis.features import evenly
 from singreg.analysis.passport import head_passport
 from singreg.analysis.perturbation import KINDS, PerturbationReport, measure_perturbations
-from singreg.geometry.nullspace import NullSpace
+from singreg.nullspace import NullSpace
 from tests.analysis.levels.level_data import World
 from tests.processes import run_processes
 from tests.reference import formulas

@@ -22,7 +22,7 @@ from singreg.analysis.chance import measure_chance
 from singreg.analysis.chance_results import ChanceReport
 from singreg.analysis.information import fit_blocks, measure_information
 from singreg.analysis.information_results import UniqueInformation
-from singreg.translation.translator import fit_translator
+from singreg.translator import fit_translator
 from tests.analysis.planted import CASES, CLASSES, DIM, plant
 
 LOUD = [case for case in CASES if case != "nothing"]

@@ -17,10 +17,10 @@ from singreg.analysis.fitting import fit_on_part
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import CENTRED, ModelMeasurement
 from singreg.analysis.steering.pairs import steering_targets
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.steering import steer
 from singreg.models.classifier import Classifier
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.steering import steer
+from singreg.translator import LinearTranslator
 from tests.analysis import toy
 from tests.data.encoding import to_tensor
 from tests.reference import formulas

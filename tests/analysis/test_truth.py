@@ -20,10 +20,10 @@ from singreg.analysis.model import analyze_model
 from singreg.analysis.results import CENTRED
 from singreg.data.parts import ScenePart
 from singreg.data.scenes import ATTRIBUTES, BACKGROUNDS, SHAPES, SceneTable, sample_scenes
-from singreg.geometry.angles import alignment_coefficient, attribute_score, image_score
-from singreg.geometry.nullspace import NullSpace
+from singreg.functional import attribute_score, image_score, kappa
 from singreg.metrics import SemanticLeakage
-from singreg.translation.translator import LinearTranslator, fit_translator
+from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator, fit_translator
 from tests.demo import altered, demo_classifier, demo_vlm, embedded
 from tests.reference import formulas
 
@@ -87,7 +87,7 @@ def test_removing_the_null_moves_the_concept_that_was_planted_there(planted: str
     moved = {name: float(attribute_score(z, z_eq, own[name]).mean()) for name in ATTRIBUTES}
     assert moved[planted] < -10
     assert all(abs(moved[planted]) > 4 * abs(moved[name]) for name in ATTRIBUTES if name != planted), moved
-    assert alignment_coefficient(z, z_eq, own[planted]).mean() < -0.7
+    assert kappa(z, z_eq, own[planted]).mean() < -0.7
     for name in ATTRIBUTES:  # and the truth itself: what can still be told from the equivalent features
         readable = float(((z_eq @ prompts()[name].T).argmax(1) == held_out(name)).double().mean())
         assert readable < 0.35 if name == planted else readable > 0.9, name

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from singreg.analysis.features import PassSettings
 from singreg.data.parts import ImagePart
 from singreg.models.classifier import Classifier
-from singreg.translation.translator import LinearTranslator, TranslatorInfo
+from singreg.translator import LinearTranslator, TranslatorInfo
 from tests.data.encoding import to_tensor
 
 SIDE, WIDTH, CLASSES, DIM = 6, 24, 5, 7

@@ -21,8 +21,8 @@ import torch
 
 from singreg.analysis.features import STORED_BATCH, FeatureBatch
 from singreg.analysis.levels.concepts import analyze_concepts
-from singreg.geometry.nullspace import NullSpace
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator
 
 FEATURES, DIM, CLASSES, EXTRA = 2048, 768, 1000, 200
 

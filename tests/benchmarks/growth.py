@@ -26,9 +26,9 @@ CHUNK, CLASSES = 4096, 100
 
 def stream(count: int, features: int, dim: int) -> dict[str, float]:
     """Measure one count in this process: seconds, and memory in MiB at the peak and before it began."""
-    from singreg.geometry.nullspace import NullSpace, null_share
     from singreg.metrics import AttributeScore, ImageScore, SemanticLeakage
-    from singreg.translation.ridge import RidgeStatistics
+    from singreg.nullspace import NullSpace, null_share
+    from singreg.ridge import RidgeStatistics
 
     g = torch.Generator().manual_seed(0)
     weight, matrix = torch.randn(CLASSES, features, generator=g), torch.randn(dim, features, generator=g) / features**0.5

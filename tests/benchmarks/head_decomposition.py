@@ -15,7 +15,7 @@ import torch
 from paired import machine, pairs, ratio_line
 from torch import Tensor
 
-from singreg.geometry.nullspace import NullSpace
+from singreg.nullspace import NullSpace
 
 
 def full_svd(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def ridges(count: int) -> list[float]:
 
 def ours(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(A (n, m), a (n,)) from one pass over the files in chunks, read and not mapped: mapped pages would count as memory."""
-    from singreg.translation.ridge import RidgeStatistics
+    from singreg.ridge import RidgeStatistics
 
     sources = []
     for name in ("features", "targets"):
@@ -88,7 +88,7 @@ def alone(kind: str, folder: Path, dtype: str, count: int) -> None:
     """One fit in this process; its figures go to KIND.json and its coefficients to KIND.npz."""
     from sklearn.linear_model import Ridge  # noqa: F401  (both sides pay for both imports before they are timed)
 
-    import singreg.translation.ridge  # noqa: F401
+    import singreg.ridge  # noqa: F401
 
     _ = torch.randn(64, 64) @ torch.randn(64, 64)
     baseline, wall, work = memory_mib(peak=False), time.perf_counter(), time.process_time()

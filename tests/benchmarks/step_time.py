@@ -24,7 +24,7 @@ from singreg.models.classifier import Classifier
 from singreg.training.config import LoopTranslatorConfig
 from singreg.training.streaming import LoopTranslator
 from singreg.training.task import FinetuneTask
-from singreg.translation.translator import LinearTranslator, TranslatorInfo
+from singreg.translator import LinearTranslator, TranslatorInfo
 
 Arm = tuple[FinetuneTask, torch.optim.Optimizer]
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from singreg.data import DataConfig, ImagePart, Parts
-from singreg.files import atomic_write
+from singreg.utils import atomic_write
 
 
 def write_picture(path: Path, seed: int | None = None, size: tuple[int, int] = (9, 7)) -> Path:

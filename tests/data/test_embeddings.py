@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from singreg.data import FolderPart, cached_embeddings, encode_part, verified
-from singreg.files import sha256_of_file
+from singreg.utils import sha256_of_file
 from tests.data.encoding import Encoder, encode_in_process, make_part, one_by_one
 
 
@@ -149,7 +149,7 @@ def test_wrong_width_and_empty_parts_are_refused(part: FolderPart, tmp_path: Pat
 
 
 def test_with_a_real_model(part: FolderPart, tmp_path: Path) -> None:
-    from singreg.models.vision_language import VisionLanguageModel
+    from singreg.models.vlm import VisionLanguageModel
     from tests.models.tiny_vlm import write_tiny_vlm
 
     vlm = VisionLanguageModel.from_open_clip(write_tiny_vlm(tmp_path / "vlm"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from singreg.data import cached_embeddings, partial
 from singreg.data.partial import stretches
-from singreg.files import sha256_of_file
+from singreg.utils import sha256_of_file
 from tests.data.encoding import Encoder, make_part, one_by_one
 from tests.processes import run_processes
 

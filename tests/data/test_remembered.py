@@ -11,7 +11,7 @@ import pytest
 
 from singreg.data import verified
 from singreg.data.remembered import Remembered, keys_of
-from singreg.files import sha256_of_file
+from singreg.utils import sha256_of_file
 
 
 def some(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

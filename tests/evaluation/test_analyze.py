@@ -16,7 +16,7 @@ from singreg.analysis.analysis_findings import analysis_warnings
 from singreg.analysis.study.agreement import translator_agreement
 from singreg.evaluation.analyze import Analysis, AnalysisBench
 from singreg.evaluation.analyze_config import parse_analyze
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 from singreg.workbench.run import Run, make_accelerator
 from tests.processes import run_processes
 

@@ -21,8 +21,8 @@ from singreg.evaluation import compare
 from singreg.evaluation.compare import Comparing
 from singreg.evaluation.compare_bench import CompareBench, space_labels
 from singreg.evaluation.compare_config import ComparedModelConfig, parse_compare
+from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
-from singreg.translation.mlp import MLPSettings
 from singreg.workbench.config import VisionLanguageConfig
 from singreg.workbench.run import Run, make_accelerator
 from tests.demo import ASSETS

@@ -20,8 +20,8 @@ from recipes.steer import main
 from singreg.evaluation.steer import Steering, SteeringBench
 from singreg.evaluation.steer_config import parse_steer
 from singreg.evaluation.steer_pictures import choose_shown, draw_steered
-from singreg.geometry.angles import angle
-from singreg.geometry.nullspace import NullSpace
+from singreg.functional import angle
+from singreg.nullspace import NullSpace
 from singreg.reporting.unclip import UnclipRenderer
 from singreg.workbench.build import Bench
 from singreg.workbench.run import Run, make_accelerator
@@ -67,7 +67,7 @@ def fresh_state() -> Any:
 
 @pytest.fixture(scope="module")
 def width() -> int:
-    from singreg.models.vision_language import VisionLanguageModel
+    from singreg.models.vlm import VisionLanguageModel
     from singreg.workbench.build import model_name
 
     return VisionLanguageModel.from_open_clip(model_name("demo", "vlm")).embed_texts(["a"]).shape[1]

@@ -33,8 +33,8 @@ from singreg.evaluation import steer_pixels
 from singreg.evaluation.steer_pixels_bench import choose_pictures
 from singreg.evaluation.steer_pixels_config import asks_for_pixels, parse_pixels
 from singreg.evaluation.steer_pixels_kept import made_from, read_kept
-from singreg.files import write_json
 from singreg.reporting.readme import main as write_readme
+from singreg.utils import write_json
 from tests.analysis.robustness import robust
 from tests.demo import ASSETS
 

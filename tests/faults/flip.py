@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from singreg.models.classifier import Classifier
 from singreg.reporting.report_files import read_report
-from singreg.translation.translator import load_translator
+from singreg.translator import load_translator
 from tests.faults.damage import Outcomes, damage, files_of, fresh_copy, judge
 from tests.faults.in_process import Refused, recipe, report_of, study_report_of
 from tests.faults.processes import one_core, run, tiny

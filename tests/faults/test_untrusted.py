@@ -22,10 +22,10 @@ from singreg.data.embeddings import encode_part
 from singreg.evaluation.analyze_config import parse_analyze
 from singreg.models.classifier import Classifier
 from singreg.reporting.report_files import write_report
-from singreg.sealed import DamagedFileError, read_rows, read_sealed
 from singreg.training.checkpoint import _whole
 from singreg.training.config import parse_finetune
-from singreg.translation.translator import FORMAT, load_translator
+from singreg.translator import FORMAT, load_translator
+from singreg.utils import DamagedFileError, read_rows, read_sealed
 from tests.data.pictures_for_tests import config, names, write_parquet, write_picture, write_tree
 from tests.faults import untrusted
 from tests.reporting.small_report import finetune_report
@@ -289,7 +289,7 @@ def test_a_cache_of_objects_or_of_another_shape_is_made_anew(pictures: Path, tmp
 
 
 def _sha(file: Path) -> str:
-    from singreg.files import sha256_of_file
+    from singreg.utils import sha256_of_file
 
     return sha256_of_file(file)
 

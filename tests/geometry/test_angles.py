@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from singreg.geometry.angles import alignment_coefficient, angle, attribute_score, image_score
+from singreg.functional import angle, attribute_score, image_score, kappa
 from tests.reference import formulas
 
 
@@ -53,10 +53,10 @@ def test_kappa_is_its_definition_and_zero_at_chance() -> None:
     z, z_eq, t = (torch.randn(30, 7, dtype=torch.float64) for _ in range(3))
     before, after, moved = (torch.deg2rad(angle(*pair)) for pair in ((z, t), (z_eq, t), (z, z_eq)))
     expected = (after.cos() - before.cos() * moved.cos()) / (before.sin() * moved.sin())
-    torch.testing.assert_close(alignment_coefficient(z, z_eq, t), expected)
+    torch.testing.assert_close(kappa(z, z_eq, t), expected)
     many = torch.randn(20_000, 32)
-    assert alignment_coefficient(many, many + 0.5 * torch.randn_like(many), torch.randn(32)).mean().abs() < 0.02
-    assert alignment_coefficient(many, many, torch.randn(32)).abs().max() < 1  # nothing moved: defined, not NaN
+    assert kappa(many, many + 0.5 * torch.randn_like(many), torch.randn(32)).mean().abs() < 0.02
+    assert kappa(many, many, torch.randn(32)).abs().max() < 1  # nothing moved: defined, not NaN
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

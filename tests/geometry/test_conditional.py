@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from singreg.geometry.conditional import ConditionalGaussian
-from singreg.geometry.nullspace import NullSpace
+from singreg.nullspace import NullSpace
+from singreg.steering import ConditionalGaussian
 
 M, C = 12, 4
 

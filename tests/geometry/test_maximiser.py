@@ -10,12 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singreg.geometry.conditional import ConditionalGaussian
-from singreg.geometry.maximiser import Maximiser, maximise_similarity
-from singreg.geometry.near_null import NearNull
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.reach import Directions
-from singreg.geometry.steering import steering_direction
+from singreg.maximiser import Directions, Maximiser, NearNull, maximise_similarity
+from singreg.nullspace import NullSpace
+from singreg.steering import ConditionalGaussian, steering_direction
 
 C, M, N, ROWS = 5, 12, 8, 30
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from singreg.geometry.nullspace import NullSpace, helmert_contrasts, null_share, row_space_projection
+from singreg.nullspace import NullSpace, helmert_contrasts, null_share, row_space_projection
 from tests.reference import formulas
 
 

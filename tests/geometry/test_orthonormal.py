@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from singreg.geometry import nullspace, orthonormal
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.orthonormal import orthonormal_rows
+from singreg import nullspace
+from singreg import nullspace as orthonormal
+from singreg.nullspace import NullSpace, orthonormal_rows
 from tests.reference import formulas
 
 

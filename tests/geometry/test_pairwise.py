@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from singreg.geometry import pairwise as module
-from singreg.geometry.angles import angle
-from singreg.geometry.pairwise import pairwise_angles, unit_rows
+from singreg import functional as module
+from singreg.functional import angle, pairwise_angles, unit_rows
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.float64, 1e-7)])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from singreg.geometry.angles import angle
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.steering import LARGEST_STEP, bisect_step, steer, steering_direction, step_for_image_score
+from singreg.functional import angle
+from singreg.nullspace import NullSpace
+from singreg.steering import LARGEST_STEP, bisect_step, steer, steering_direction, step_for_image_score
 
 
 def bisect(z: torch.Tensor, u: torch.Tensor, degrees: float) -> float:

@@ -11,8 +11,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from singreg.geometry.nullspace import NullSpace
-from singreg.models.aligned_head import (
+from singreg.models.classifier import Classifier
+from singreg.models.edits import (
     align_head_,
     aligned_weight,
     constrain_to_rows,
@@ -20,10 +20,10 @@ from singreg.models.aligned_head import (
     prompt_directions,
     release_rows,
 )
-from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError, find_head
-from singreg.translation.ridge import RidgeStatistics
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.ridge import RidgeStatistics
+from singreg.translator import LinearTranslator
 from tests.models.fakes import CLASSES, WIDTH, Net, batch_norm_head, images, shake
 
 M, N = 24, 9

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
-from singreg.models.head_edits import drop_null, interpolate_weights
+from singreg.models.edits import drop_null, interpolate_weights
+from singreg.nullspace import NullSpace
 from tests.models.fakes import CLASSES, WIDTH, Net, batch_norm_head, images, shake
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
 from singreg.models.heads import batch_norm_and_linear, effective_weight, find_head, is_linear
+from singreg.nullspace import NullSpace
 from tests.models.fakes import CLASSES, WIDTH, CosineLinear, Net, Scaled, TwoHeads, batch_norm_head, images, shake
 from tests.reference import formulas
 

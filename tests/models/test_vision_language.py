@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from singreg.models.vision_language import VisionLanguageModel, _check_source
+from singreg.models.vlm import VisionLanguageModel, _check_source
 from tests.models.tiny_vlm import TINY_CONFIG, tiny_state, write_tiny_vlm
 
 

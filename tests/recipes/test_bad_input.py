@@ -56,7 +56,7 @@ def test_a_vlm_folder_without_weights(cache: Path, tmp_path: Path) -> None:
 
 def test_a_head_without_a_null_space(cache: Path, tmp_path: Path) -> None:
     """vgg's little sister: the demo's classifier has 256 features, so 256 classes leave nothing."""
-    from singreg.geometry.nullspace import NullSpace
+    from singreg.nullspace import NullSpace
 
     with pytest.raises(ValueError, match="256 classes, 256 features"):
         NullSpace.from_weight(torch.randn(256, 256))

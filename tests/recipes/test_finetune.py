@@ -23,7 +23,7 @@ from singreg.models.classifier import Classifier
 from singreg.reporting.report_files import read_report
 from singreg.training.checkpoint import Checkpoints
 from singreg.training.loop import _Arm
-from singreg.translation.translator import load_translator
+from singreg.translator import load_translator
 from tests.tiny_run import arguments, finetune, report_of
 
 STAGES = ["before", "control", "sing"]

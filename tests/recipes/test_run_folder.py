@@ -13,7 +13,7 @@ import torch
 from singreg import files
 from singreg.models.classifier import Classifier
 from singreg.training import finetuning
-from singreg.translation.translator import load_translator
+from singreg.translator import load_translator
 from tests.tiny_run import finetune, report_of
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from singreg.geometry.nullspace import NullSpace
+from singreg.nullspace import NullSpace
 from singreg.reporting.plots import save_figure
 from singreg.reporting.unclip import UnclipRenderer, draw_rows, rescale_norm, shift_columns
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 
 WIDTH, SIDE = 32, 32
 

@@ -20,7 +20,7 @@ from singreg.models.classifier import Classifier
 from singreg.training.config import FinetuneConfig
 from singreg.training.loop import ArmCallbacks, train_arm
 from singreg.training.streaming import LoopTranslator
-from singreg.translation.translator import LinearTranslator, TranslatorInfo
+from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.workbench.run import make_accelerator
 
 COUNT, SIDE, CLASSES, WIDTH, DIM = 43, 4, 3, 12, 6

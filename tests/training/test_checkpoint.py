@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from singreg.distributed import seed_process
 from singreg.training import checkpoint
 from singreg.training.checkpoint import Checkpoints, Position
+from singreg.utils import seed_process
 from singreg.workbench.run import make_accelerator
 from tests.processes import run_processes
 

@@ -16,7 +16,7 @@ from singreg.training import loop
 from singreg.training.balance import measure_gradients
 from singreg.training.config import FinetuneConfig
 from singreg.training.task import FinetuneTask
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 from singreg.workbench.build import build_classifier
 from singreg.workbench.config import ModelConfig
 from tests.training.small_arm import Arm

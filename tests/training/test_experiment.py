@@ -14,7 +14,7 @@ from singreg.analysis.fitting import FittedTranslator
 from singreg.losses import SingLoss
 from singreg.training.config import FinetuneConfig
 from singreg.training.experiment import Experiment
-from singreg.translation.translator import LinearTranslator, TranslatorInfo
+from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.workbench.run import make_accelerator
 from tests.training.small_arm import CLASSES, COUNT, DIM, WIDTH, Pixels, small_classifier
 

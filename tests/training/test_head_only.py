@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from singreg.geometry.nullspace import NullSpace
 from singreg.losses import SingLoss
-from singreg.models.aligned_head import constrain_to_rows, release_rows
 from singreg.models.classifier import Classifier
+from singreg.models.edits import constrain_to_rows, release_rows
+from singreg.nullspace import NullSpace
 from singreg.training.config import FinetuneConfig
 from singreg.training.head_only import batches, train_head
 from singreg.training.loop import Schedule, TrainingFailed
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 from tests.training.small_arm import small_classifier
 
 COUNT = 40

@@ -18,7 +18,7 @@ from singreg.training.checkpoint import Checkpoints, Position
 from singreg.training.config import FinetuneConfig
 from singreg.training.loop import Schedule, micro_batch
 from singreg.training.task import FinetuneTask, parameter_groups
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 from singreg.workbench.run import make_accelerator
 from tests.processes import run_processes
 from tests.tiny_run import arguments, finetune

@@ -11,11 +11,11 @@ import torch
 from accelerate.state import AcceleratorState
 
 from singreg.analysis.fitting import fold_statistics, standardization
-from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
+from singreg.nullspace import NullSpace
+from singreg.ridge import RidgeStatistics
 from singreg.training.config import FinetuneConfig
 from singreg.training.streaming import LoopTranslator
-from singreg.translation.ridge import RidgeStatistics
 from singreg.workbench.run import make_accelerator
 from tests.processes import run_processes
 from tests.training.small_arm import COUNT, DIM, WIDTH, Arm, Pixels, Stop, as_double, small_classifier, small_keeper, small_sing

@@ -14,13 +14,13 @@ from accelerate.state import AcceleratorState
 from singreg.analysis.features import PassSettings
 from singreg.data.parts import ImagePart
 from singreg.models.classifier import Classifier
-from singreg.models.head_edits import drop_null
+from singreg.models.edits import drop_null
 from singreg.training import study_validation
 from singreg.training.config import FinetuneConfig
 from singreg.training.experiment import Experiment
 from singreg.training.study import Study
 from singreg.training.study_validation import VALIDATION, agreement_points, hold_out
-from singreg.translation.translator import TranslatorInfo
+from singreg.translator import TranslatorInfo
 from singreg.workbench.run import make_accelerator
 from tests.processes import run_processes
 from tests.training.small_arm import CLASSES, COUNT, DIM, Pixels, small_classifier

@@ -14,7 +14,7 @@ from singreg.analysis.features import PassSettings
 from singreg.training.config import FinetuneConfig
 from singreg.training.experiment import Experiment
 from singreg.training.watching import log_watched, watch
-from singreg.translation.translator import LinearTranslator, TranslatorInfo
+from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.workbench.run import make_accelerator
 from tests.processes import run_processes
 from tests.training.small_arm import CLASSES, COUNT, DIM, WIDTH, Pixels, small_classifier

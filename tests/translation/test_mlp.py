@@ -14,11 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from singreg.translation import mlp_fitting
-from singreg.translation.base import TranslatorInfo
-from singreg.translation.mlp import KINDS, MLPNetwork, MLPSettings, MLPTranslator
-from singreg.translation.mlp_fitting import fit_mlp_translator
-from singreg.translation.translator import LinearTranslator, fit_translator, load_translator
+from singreg import mlp as mlp_fitting
+from singreg.mlp import KINDS, MLPNetwork, MLPSettings, MLPTranslator, fit_mlp_translator
+from singreg.translator import LinearTranslator, TranslatorInfo, fit_translator, load_translator
 from tests.processes import run_processes
 
 QUICK = MLPSettings(hidden=32, dropout=0.0, learning_rate=3e-3, batch_size=64, epochs=60, patience=60)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from singreg.translation.ridge import RidgeStatistics
+from singreg.ridge import RidgeStatistics
 from tests.reference import formulas
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from singreg.translation.translator import LinearTranslator, TranslatorInfo, fit_translator, load_translator
+from singreg.translator import LinearTranslator, TranslatorInfo, fit_translator, load_translator
 
 INFO = TranslatorInfo(classifier="resnet50", head_hash="abc", vlm="ViT-L-14", vlm_preprocessing="224", images=7)
 

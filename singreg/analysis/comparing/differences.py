@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from singreg.analysis.bootstrap import resampled_means
 from singreg.analysis.comparing.results import ModelDifference, OrderCheck
 from singreg.analysis.results import ModelMeasurement
+from singreg.analysis.statistics import resampled_means
 
 FIGURES = ("AS_neg", "AS_abs", "IS", "ratio")
 """Mean relu(-AS), mean |AS|, mean IS (degrees), and the ratio of means IS / |AS|: what models are compared by."""

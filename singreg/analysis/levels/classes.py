@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from singreg.analysis.bootstrap import Interval, resampled_means
 from singreg.analysis.levels.class_results import DISTRIBUTION_POINTS, FIGURES, ClassMeasurement, ClassScore, Correlation
 from singreg.analysis.results import CENTRED, Rows
+from singreg.analysis.statistics import Interval, resampled_means
 
 LEAST_CLASSES = 3  # for a correlation over classes
 

@@ -11,11 +11,10 @@ from torch import Tensor
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.levels.concept_results import CLASS_FIGURES, FIGURES, NORMAL_95, ConceptMeasurement
 from singreg.analysis.levels.pairs import EquivalentPairs
-from singreg.distributed import all_reduce_sum
-from singreg.geometry.angles import image_score
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.pairwise import pairwise_angles, unit_rows
-from singreg.translation.base import Translator
+from singreg.functional import image_score, pairwise_angles, unit_rows
+from singreg.nullspace import NullSpace
+from singreg.translator import Translator
+from singreg.utils import all_reduce_sum
 
 CHUNK_ELEMENTS = 2**20  # pictures x concepts at a time: 4 MiB an array in float32
 SUMS = ("before", "before²", "after", "after²", "AS", "AS²", "AS_abs", "kappa")
@@ -91,7 +90,7 @@ def analyze_concepts(
             text, or a concept named twice.
 
     Example:
-        >>> from singreg.translation.translator import LinearTranslator
+        >>> from singreg.translator import LinearTranslator
         >>> f = torch.tensor([[1.0, 1.0]]); label = torch.tensor([0])
         >>> batch = FeatureBatch(f, f, f, label, label)
         >>> found = analyze_concepts([batch], ["seen", "hidden"], torch.eye(2), class_names=["x"],

@@ -12,7 +12,7 @@ from torch import Tensor
 from singreg.analysis.levels.image_results import Neighbour, PictureShift
 from singreg.analysis.levels.pairs import EquivalentPairs
 from singreg.data.parts import ImagePart
-from singreg.geometry.pairwise import pairwise_angles, unit_rows
+from singreg.functional import pairwise_angles, unit_rows
 
 CHUNK = 4096  # gallery pictures at a time
 

@@ -14,11 +14,10 @@ from singreg.analysis.levels.image_results import By, ImageMeasurement, WorstIma
 from singreg.analysis.levels.pairs import EquivalentPairs
 from singreg.analysis.results import Rows
 from singreg.data.parts import ImagePart
-from singreg.distributed import all_reduce_sum, gather_rows
-from singreg.geometry.angles import attribute_score, image_score
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.pairwise import pairwise_angles, unit_rows
-from singreg.translation.base import Translator
+from singreg.functional import attribute_score, image_score, pairwise_angles, unit_rows
+from singreg.nullspace import NullSpace
+from singreg.translator import Translator
+from singreg.utils import all_reduce_sum, gather_rows
 
 
 class _Worst:

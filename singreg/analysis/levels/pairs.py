@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from singreg.geometry.nullspace import NullSpace
-from singreg.translation.base import Translator
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator, Translator
 
 
 class EquivalentPairs:

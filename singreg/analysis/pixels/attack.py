@@ -16,7 +16,7 @@ from singreg.analysis.pixels.budgets import LEVELS, Budget, random_pictures
 from singreg.analysis.pixels.model import PixelModel, away_from_decision, save_picture, towards_prompt, without_limits
 from singreg.analysis.pixels.passes import Climbed, climbs_of
 from singreg.analysis.pixels.results import ATTACK, HOLD, NO_BUDGET, NO_LIMITS, ONE_STEP, RANDOM, AttackedPicture
-from singreg.translation.base import Translator
+from singreg.translator import Translator
 
 UNLIMITED = Budget("linf", LEVELS)
 UNLIMITED_PICTURES = 8

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singreg.analysis.bootstrap import mean_interval, paired_difference
 from singreg.analysis.pixels.budgets import LEVELS, Budget
 from singreg.analysis.pixels.model import PixelModel, load_pictures
 from singreg.analysis.pixels.results import (
@@ -25,9 +24,10 @@ from singreg.analysis.pixels.results import (
     PixelSummary,
 )
 from singreg.analysis.pixels.shares import share_interval
-from singreg.geometry.angles import angle
-from singreg.models.vision_language import VisionLanguageModel
-from singreg.translation.base import Translator
+from singreg.analysis.statistics import mean_interval, paired_difference
+from singreg.functional import angle
+from singreg.models.vlm import VisionLanguageModel
+from singreg.translator import Translator
 
 Read = Callable[[Sequence[Path]], Tensor]
 """Picture files to embeddings (B, n) in a judge's space."""

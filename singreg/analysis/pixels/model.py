@@ -14,11 +14,11 @@ from torch.nn.functional import normalize
 
 from singreg.analysis.pixels.budgets import LEVELS, Judged, Reading
 from singreg.data.parts import ImagePart
-from singreg.files import atomic_write
 from singreg.models.classifier import Classifier
-from singreg.models.head_edits import NullDroppedClassifier
+from singreg.models.edits import NullDroppedClassifier
 from singreg.models.heads import as_features
-from singreg.translation.base import Translator
+from singreg.translator import Translator
+from singreg.utils import atomic_write
 
 
 @dataclass(frozen=True)

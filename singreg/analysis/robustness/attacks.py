@@ -12,11 +12,9 @@ from torch import Tensor
 
 from singreg.analysis.steering.curves import Budgets
 from singreg.analysis.steering.plan import SteeringRows, steering_arguments
-from singreg.geometry.maximiser import Maximiser
-from singreg.geometry.near_null import NearNull
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.reach import Directions
-from singreg.geometry.steering import AnyTranslator, similarity_gradient, unit_in_null
+from singreg.maximiser import Directions, Maximiser, NearNull
+from singreg.nullspace import NullSpace
+from singreg.steering import AnyTranslator, similarity_gradient, unit_in_null
 
 SINGLE, MAXIMISER, RANDOM = "single step", "maximiser", "random direction"
 NEAR = "near-null"

@@ -29,9 +29,9 @@ from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.analysis.steering.curves import Budgets
 from singreg.analysis.steering.plan import PairPlan, SteeringRows, in_its_own_dtype, outranks, own_prompt, plan_pairs
 from singreg.data.parts import ImagePart
-from singreg.geometry.nullspace import Invariance, NullSpace
-from singreg.geometry.steering import AnyTranslator
 from singreg.models.classifier import Classifier
+from singreg.nullspace import Invariance, NullSpace
+from singreg.steering import AnyTranslator
 
 STEPS = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.steering.plan import outranks, own_prompt, steering_arguments
-from singreg.geometry.maximiser import FAINT, FAR, ROUNDED
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.steering import AnyTranslator
+from singreg.maximiser import FAINT, FAR, ROUNDED
+from singreg.nullspace import NullSpace
+from singreg.steering import AnyTranslator
 
 
 @dataclass(frozen=True)

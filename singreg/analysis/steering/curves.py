@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.bootstrap import resampled_means
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.results import Rows
+from singreg.analysis.statistics import resampled_means
 from singreg.analysis.steering.plan import Along, PairPlan, SteeringRows, outranks, own_prompt, steering_arguments
 from singreg.analysis.steering.results import NaturalRadii, SteeringCurve
-from singreg.distributed import gather_rows
-from singreg.geometry.conditional import ConditionalGaussian
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.steering import AnyTranslator, similarity_gradient, unit_in_null
+from singreg.nullspace import NullSpace
+from singreg.steering import AnyTranslator, ConditionalGaussian, similarity_gradient, unit_in_null
+from singreg.utils import gather_rows
 
 FIGURES = ("AS", "AS_abs", "success")
 BUDGETS = ("step", "radius", "on-manifold")

@@ -7,11 +7,11 @@ import numpy as np
 from singreg.analysis.features import PassSettings, gathered, iterate_features
 from singreg.analysis.steering.results import NaturalRadii
 from singreg.data.parts import ImagePart
-from singreg.distributed import gather_rows
-from singreg.geometry.conditional import ConditionalGaussian
-from singreg.geometry.nullspace import NullSpace
 from singreg.models.classifier import Classifier
-from singreg.translation.ridge import RidgeStatistics
+from singreg.nullspace import NullSpace
+from singreg.ridge import RidgeStatistics
+from singreg.steering import ConditionalGaussian
+from singreg.utils import gather_rows
 
 
 def fit_conditional(

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.bootstrap import paired_ratio
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.results import Rows, SteeringSummary
+from singreg.analysis.statistics import paired_ratio
 from singreg.analysis.steering.plan import PairPlan, SteeringRows, in_its_own_dtype, outranks, own_prompt, steering_arguments
 from singreg.analysis.steering.results import Matrix, SteeringPairs
-from singreg.distributed import all_reduce_sum, gather_rows
-from singreg.geometry.angles import angle
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.steering import AnyTranslator, Steered, steer
+from singreg.functional import angle
+from singreg.nullspace import NullSpace
+from singreg.steering import AnyTranslator, Steered, steer
+from singreg.utils import all_reduce_sum, gather_rows
 
 SUMS = ("rows", "reachable", "AS", "AS²", "AS_abs", "success", "step")
 

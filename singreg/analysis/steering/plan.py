@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from singreg.analysis.features import FeatureBatch
-from singreg.geometry.steering import AnyTranslator
-from singreg.translation.translator import LinearTranslator
+from singreg.steering import AnyTranslator
+from singreg.translator import LinearTranslator
 
 SAME_PROMPT = 1 - 1e-6  # cosine above which two prompts are one: a class is no rival of its own prompt
 CHUNK_ELEMENTS = 2**22  # of the widest array of a chunk of rows: 32 MiB in float64

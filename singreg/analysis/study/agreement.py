@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 
 
 def translator_agreement(first: LinearTranslator, second: LinearTranslator, texts: Tensor) -> float:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.bootstrap import paired_ratio
 from singreg.analysis.features import FeatureBatch, PassSettings, evenly, iterate_features
 from singreg.analysis.information import fit_blocks, measure_information
 from singreg.analysis.information_results import UniqueInformation
 from singreg.analysis.model import STEERING_IMAGES, analyze_model
 from singreg.analysis.results import ModelMeasurement, Rows
+from singreg.analysis.statistics import paired_ratio
 from singreg.analysis.steering.curves import Budgets
 from singreg.analysis.steering.on_manifold import fit_conditional, natural_radii
 from singreg.analysis.study.agreement import translator_agreement
@@ -26,11 +26,10 @@ from singreg.analysis.study.side_effects import OOD_COLUMNS, calibration, ood_co
 from singreg.analysis.study.steering_images import equal_effort, steer_images
 from singreg.data.corruption import KINDS, CorruptedPart, check_corruptions
 from singreg.data.parts import ImagePart
-from singreg.distributed import gather_rows
-from singreg.geometry.nullspace import Invariance, NullSpace
 from singreg.models.classifier import Classifier
-from singreg.translation.base import Translator
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import Invariance, NullSpace
+from singreg.translator import LinearTranslator, Translator
+from singreg.utils import gather_rows
 
 __all__ = ["STEPS", "ArmFigures", "Auditor", "KnownAttributes", "OtherVLM", "fit_auditors", "measure_arm"]
 

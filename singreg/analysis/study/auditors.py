@@ -15,13 +15,12 @@ from singreg.analysis.fitting import VALIDATION_EVERY
 from singreg.analysis.fitting_mlp import fit_mlp_on_part
 from singreg.analysis.study.agreement import translator_agreement
 from singreg.data.parts import ImagePart
-from singreg.geometry.nullspace import Invariance, NullSpace
 from singreg.metrics import COLUMNS, score_columns
+from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
-from singreg.translation.base import Translator, TranslatorInfo
-from singreg.translation.mlp import MLPSettings
-from singreg.translation.ridge import DEFAULT_RIDGES, RidgeStatistics
-from singreg.translation.translator import LinearTranslator, translator_from_statistics
+from singreg.nullspace import Invariance, NullSpace
+from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
+from singreg.translator import LinearTranslator, Translator, TranslatorInfo, translator_from_statistics
 
 Pair = tuple[RidgeStatistics, RidgeStatistics]
 """Sums to fit on, and sums that choose λ."""

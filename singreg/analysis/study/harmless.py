@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.information import BlockFits
-from singreg.distributed import gather_rows
+from singreg.utils import gather_rows
 
 
 def harmless_rows(batches: Iterable[FeatureBatch], fits: BlockFits, texts: Tensor) -> dict[str, np.ndarray]:

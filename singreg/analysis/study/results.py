@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from singreg.analysis.bootstrap import Interval, paired_difference, paired_ratio, resampled_means
 from singreg.analysis.results import Rows, nan_for_null, nulls_for_nan
+from singreg.analysis.statistics import Interval, paired_difference, paired_ratio, resampled_means
 from singreg.analysis.study.arm_results import ArmFigures
 from singreg.analysis.study.auditors import AgreementPoint
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from singreg.analysis.study.arm_results import OodScores
-from singreg.geometry.nullspace import NullSpace
+from singreg.nullspace import NullSpace
 
 BINS = 15
 ROUNDING = 1e-6

@@ -15,9 +15,9 @@ from singreg.analysis.steering.curves import FIGURES, Budgets, mean_height, read
 from singreg.analysis.steering.pairs import steering_targets
 from singreg.analysis.steering.plan import SteeringRows, in_its_own_dtype, outranks, own_prompt, steering_arguments
 from singreg.analysis.study.arm_results import RELATIVE_STEPS, EqualEffort
-from singreg.geometry.angles import angle
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.steering import AnyTranslator, steer
+from singreg.functional import angle
+from singreg.nullspace import NullSpace
+from singreg.steering import AnyTranslator, steer
 
 LABELS = {f"{round(100 * step)}": step for step in RELATIVE_STEPS}
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from singreg.analysis.bootstrap import paired_difference, paired_ratio
 from singreg.analysis.comparing.differences import FIGURES, Measured, kendall_tau, model_differences, order_check, paired_figures
 from singreg.analysis.comparing.findings import compare_findings, compare_warnings
 from singreg.analysis.comparing.results import ComparedHead, CompareReport
 from singreg.analysis.passport import head_passport
 from singreg.analysis.results import ModelMeasurement
+from singreg.analysis.statistics import paired_difference, paired_ratio
 from tests.analysis.study.arms import COUNT, arm, pictures
 
 NOISE = np.random.default_rng(5).normal(0, 0.2, (6, COUNT))

@@ -15,8 +15,8 @@ from singreg.analysis.features import FeatureBatch, process_share
 from singreg.analysis.levels.concepts import analyze_concepts
 from singreg.analysis.levels.images import analyze_images
 from singreg.data.parts import ImagePart
-from singreg.geometry.nullspace import NullSpace
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator
 
 
 class NumberedPart(ImagePart):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from singreg.analysis.bootstrap import resampled_means
 from singreg.analysis.levels.class_results import ClassMeasurement
 from singreg.analysis.levels.classes import analyze_classes, spearman
 from singreg.analysis.results import CENTRED, Rows
+from singreg.analysis.statistics import resampled_means
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 
@@ -123,7 +123,7 @@ def test_a_way_through_json_changes_nothing() -> None:
 def test_resampled_means_are_the_same_however_many_draws_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=(17, 2))
     together = resampled_means(values, resamples=50, seed=4)
-    monkeypatch.setattr("singreg.analysis.bootstrap.DRAWN_TOGETHER", 1)
+    monkeypatch.setattr("singreg.analysis.statistics.DRAWN_TOGETHER", 1)
     np.testing.assert_allclose(resampled_means(values, resamples=50, seed=4), together, atol=1e-12)
     rng = np.random.default_rng(4)
     np.testing.assert_allclose(together[:3], [values[rng.integers(0, 17, 17)].mean(0) for _ in range(3)], atol=1e-12)

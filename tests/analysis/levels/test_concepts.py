@@ -15,11 +15,10 @@ from singreg.analysis.levels import concepts as module
 from singreg.analysis.levels.concept_results import ConceptMeasurement
 from singreg.analysis.levels.concepts import analyze_concepts
 from singreg.data.scenes import ATTRIBUTES, sample_scenes
-from singreg.geometry.angles import alignment_coefficient, image_score
-from singreg.geometry.nullspace import NullSpace
-from singreg.translation.mlp import MLPSettings
-from singreg.translation.mlp_fitting import fit_mlp_translator
-from singreg.translation.translator import LinearTranslator, fit_translator
+from singreg.functional import image_score, kappa
+from singreg.mlp import MLPSettings, fit_mlp_translator
+from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator, fit_translator
 from tests.analysis.levels.level_data import World, measure_in_process
 from tests.processes import run_processes
 from tests.reference import levels
@@ -46,7 +45,7 @@ def test_every_figure_is_that_of_the_slow_loops(centred: bool) -> None:
     half = 1.959964 * score.std(0, correction=0) / 31**0.5
     assert_close(found.overall["AS_high"], score.mean(0) + half)
     assert_close(found.overall["AS_low"], score.mean(0) - half)
-    kappa = [[float(alignment_coefficient(z, z_eq, text.double())) for text in world.concept_texts] for z, z_eq in pairs]
+    kappa = [[float(kappa(z, z_eq, text.double())) for text in world.concept_texts] for z, z_eq in pairs]
     assert_close(found.overall["kappa"], torch.tensor(kappa).mean(0), 1e-5)
     moved = torch.tensor([levels.degrees(z, z_eq) for z, z_eq in pairs])
     assert found.image_score == pytest.approx(float(moved.mean()), abs=1e-4)
@@ -175,7 +174,7 @@ def test_a_non_linear_translator_is_called_on_the_removed_features() -> None:
 def scenes() -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tensor, list[str]]:
     """Attribute codes of scenes, the demo VLM's embeddings of the drawn pictures, its texts for all attribute values."""
     from singreg.data.parts import ScenePart
-    from singreg.models.vision_language import VisionLanguageModel
+    from singreg.models.vlm import VisionLanguageModel
     from singreg.workbench.build import ASSETS
 
     vlm = VisionLanguageModel.from_open_clip(f"local-dir:{ASSETS / 'demo_vlm'}")

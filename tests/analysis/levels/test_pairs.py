@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from singreg.analysis.levels.pairs import EquivalentPairs
-from singreg.geometry.nullspace import NullSpace
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator
 from tests.analysis.levels.level_data import World
 from tests.reference import levels
 

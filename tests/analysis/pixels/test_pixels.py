@@ -33,8 +33,8 @@ from singreg.data.corruption import CorruptedPart
 from singreg.data.loading import load_parts
 from singreg.data.parts import ImagePart
 from singreg.models.classifier import Classifier
-from singreg.models.head_edits import drop_null
-from singreg.translation.translator import LinearTranslator
+from singreg.models.edits import drop_null
+from singreg.translator import LinearTranslator
 from tests.demo import ASSETS, demo_classifier, demo_vlm
 
 TAU = 0.1  # tight for the toy's logits, so that forgetting it shows

@@ -13,7 +13,7 @@ from singreg.analysis.robustness.attacks import Effort
 from singreg.analysis.robustness.measure import RobustnessSettings, measure_robustness
 from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.models.classifier import Classifier
-from singreg.translation.translator import LinearTranslator
+from singreg.translator import LinearTranslator
 from tests.analysis import toy
 
 COUNT = 12

@@ -14,11 +14,10 @@ from singreg.analysis.robustness.attacks import MAXIMISER, Grids, Outsider, adap
 from singreg.analysis.robustness.measure import usual_attacks
 from singreg.analysis.robustness.reachable import Reach, reachable_targets
 from singreg.analysis.robustness.results import RobustnessFigures
-from singreg.geometry.maximiser import Maximiser
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.reach import Directions
+from singreg.maximiser import Directions, Maximiser
 from singreg.models.classifier import Classifier
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator
 from tests.analysis import toy
 from tests.analysis.robustness import robust
 from tests.analysis.robustness.test_robustness import Broken, failed, other_model

@@ -19,12 +19,10 @@ from singreg.analysis.robustness.measure import RobustnessSettings, usual_attack
 from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.analysis.steering.curves import Budgets
 from singreg.analysis.steering.results import NaturalRadii
-from singreg.geometry.conditional import ConditionalGaussian
-from singreg.geometry.maximiser import Maximiser, maximise_similarity
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.reach import Directions
-from singreg.geometry.steering import steering_direction
-from singreg.models.head_edits import drop_null
+from singreg.maximiser import Directions, Maximiser, maximise_similarity
+from singreg.models.edits import drop_null
+from singreg.nullspace import NullSpace
+from singreg.steering import ConditionalGaussian, steering_direction
 from tests.analysis import toy
 from tests.analysis.robustness import robust
 from tests.processes import run_processes

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.steering.pairs import measure_steering, steering_targets
-from singreg.geometry.nullspace import NullSpace
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator
 from tests.analysis import toy
 from tests.reference import formulas
 

@@ -17,10 +17,9 @@ from singreg.analysis.steering.curves import Budgets, steer_curves
 from singreg.analysis.steering.pairs import measure_steering, steer_pairs, steering_targets
 from singreg.analysis.steering.plan import PairPlan, plan_pairs
 from singreg.analysis.steering.results import NaturalRadii, SteeringCurve
-from singreg.geometry.conditional import ConditionalGaussian
-from singreg.geometry.nullspace import NullSpace
-from singreg.geometry.steering import bisect_step
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.steering import ConditionalGaussian, bisect_step
+from singreg.translator import LinearTranslator
 from tests.processes import run_processes
 from tests.reference.formulas import angle_degrees
 

@@ -13,17 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from singreg.analysis.bootstrap import paired_ratio
 from singreg.analysis.features import iterate_features
 from singreg.analysis.information import fit_blocks, measure_information
 from singreg.analysis.model import analyze_model
+from singreg.analysis.statistics import paired_ratio
 from singreg.analysis.study.agreement import translator_agreement
 from singreg.analysis.study.arm_figures import ArmFigures, KnownAttributes, OtherVLM, measure_arm
 from singreg.analysis.study.side_effects import calibration, ood_auroc
 from singreg.data.corruption import CorruptedPart
-from singreg.geometry.nullspace import NullSpace
-from singreg.translation.base import Translator
-from singreg.translation.translator import LinearTranslator
+from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator, Translator
 from tests.analysis import toy
 from tests.processes import run_processes
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from singreg.analysis.study.arm_results import OodScores
 from singreg.analysis.study.side_effects import BINS, auroc, calibration, ood_auroc
-from singreg.geometry.nullspace import NullSpace
+from singreg.nullspace import NullSpace
 from tests.reference.formulas import null_projector
 
 C, M = 4, 11

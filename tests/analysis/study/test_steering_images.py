@@ -15,8 +15,8 @@ from singreg.analysis.results import Rows
 from singreg.analysis.steering.curves import FIGURES, Budgets
 from singreg.analysis.steering.pairs import measure_steering, steering_targets
 from singreg.analysis.study.steering_images import equal_effort, steer_images
-from singreg.geometry.steering import bisect_step
-from singreg.translation.translator import LinearTranslator
+from singreg.steering import bisect_step
+from singreg.translator import LinearTranslator
 from tests.analysis.steering.test_steering_curves import (
     COUNT,
     C,

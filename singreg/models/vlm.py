@@ -1,4 +1,4 @@
-"""VisionLanguageModel: a frozen open_clip model that turns images and prompts into vectors of one space."""
+"""The vision-language model that says what features mean: a thin adapter over open_clip."""
 
 from __future__ import annotations
 

@@ -3,14 +3,80 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from singreg.geometry.orthonormal import LARGEST_CONDITION, orthonormal_rows
+LEAF = 64  # rows made orthonormal at once; anything from 32 to 128 costs the same
+LARGEST_CONDITION = 1e5  # a bound on |W|_F |W⁻¹|_F; two passes are exact up to about 1e7
+LARGEST_DEPARTURE = 1e-12  # |Q Qᵀ - I|_F after one pass; a second pass brings any other to rounding
+PROBES = 2
+
+
+def orthonormal_rows(rows: Tensor, *, largest_condition: float = LARGEST_CONDITION) -> tuple[Tensor, Tensor] | None:
+    """Q (C, m) with orthonormal rows and a lower triangular L (C, C) such that W = L Q; None where W is not safely of full rank.
+
+    `rows` (C, m), C <= m, float64, is overwritten: Q may be the same memory. Halving makes nearly all the work matrix products, an
+    order of magnitude faster than an SVD at 1000 x 2048. Its error grows with the square of the condition number, so that is
+    bounded and |Q Qᵀ - I| is measured, both on random vectors: the chance that either is missed by a factor of t is about 1/t²,
+    and the bound is far from where it would matter. The singular values of W are those of L.
+
+    Raises:
+        ValueError: rows that are not a float64 matrix with C <= m.
+
+    Example:
+        >>> W = torch.tensor([[3.0, 0.0, 0.0], [4.0, 5.0, 0.0]], dtype=torch.float64)
+        >>> Q, L = orthonormal_rows(W.clone())
+        >>> torch.allclose(L @ Q, W), torch.allclose(Q @ Q.T, torch.eye(2, dtype=torch.float64)), orthonormal_rows(W[[0, 0]])
+        (True, True, None)
+    """
+    if rows.ndim != 2 or rows.shape[0] > rows.shape[1] or rows.dtype != torch.float64:
+        raise ValueError(f"expected float64 rows (C, m) with C <= m, got {rows.dtype} {tuple(rows.shape)}")
+    factor = rows.new_zeros(len(rows), len(rows))
+    if not len(rows) or not _orthonormalize_(rows, factor):
+        return None
+    probes = torch.randn(PROBES, len(rows), dtype=rows.dtype, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    solved = torch.linalg.solve_triangular(factor, probes.T, upper=False)
+    condition = float(torch.linalg.vector_norm(factor) * torch.linalg.vector_norm(solved, dim=0).max())
+    if not condition <= largest_condition:
+        return None
+    if _departure(rows, probes) <= LARGEST_DEPARTURE:
+        return rows, factor
+    second = torch.zeros_like(factor)
+    if not _orthonormalize_(rows, second) or not _departure(rows, probes) <= LARGEST_DEPARTURE:
+        return None
+    return rows, factor @ second
+
+
+def _orthonormalize_(rows: Tensor, factor: Tensor) -> bool:
+    """Overwrite rows (C, m) by Q and fill L (C, C), halving down to leaves; False where a leaf's Gram matrix is not definite."""
+    if len(rows) <= LEAF:
+        triangle, failed = torch.linalg.cholesky_ex(rows @ rows.T)
+        if bool(failed):
+            return False
+        factor.copy_(triangle)
+        inverse = torch.linalg.solve_triangular(triangle, torch.eye(len(rows)).to(triangle), upper=False)
+        rows.copy_(inverse @ rows)
+        return True
+    half = (len(rows) + 1) // 2
+    first, rest = rows[:half], rows[half:]
+    if not _orthonormalize_(first, factor[:half, :half]):
+        return False
+    overlap = rest @ first.T
+    factor[half:, :half] = overlap
+    rest.addmm_(overlap, first, alpha=-1)
+    return _orthonormalize_(rest, factor[half:, half:])
+
+
+def _departure(rows: Tensor, probes: Tensor) -> float:
+    """An estimate of |Q Qᵀ - I|_F on random vectors, probes (k, C): one is right within a factor of three nearly always."""
+    return float(torch.linalg.vector_norm((probes @ rows) @ rows.T - probes, dim=1).max())
+
 
 Invariance = Literal["logits", "softmax"]
 
@@ -284,3 +350,67 @@ def null_share(features: Tensor, null: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(features, dim=-1).clamp_min(math.sqrt(torch.finfo(features.dtype).tiny))
     share: Tensor = torch.linalg.vector_norm(null, dim=-1) / norm
     return share
+
+
+@dataclass(frozen=True)
+class RandomSubspace:
+    """A uniformly random subspace of feature space, by an orthonormal basis of the thinner of it and its complement.
+
+    basis (m, k), k = min(d, m - d); complement: the basis spans what is kept, so P g = g - B Bᵀ g, else P g = B Bᵀ g.
+
+    Example:
+        >>> space = RandomSubspace.draw(5, 4, seed=0)
+        >>> tuple(space.basis.shape), space.complement, space.dimension
+        ((5, 1), True, 4)
+    """
+
+    basis: Tensor
+    complement: bool
+
+    @classmethod
+    def draw(cls, width: int, dimension: int, *, seed: int | Sequence[int]) -> RandomSubspace:
+        """A subspace of `dimension` d of the m = `width` features, the same for the same seed anywhere (float64).
+
+        Raises:
+            ValueError: d is not in 1..m.
+        """
+        if not 1 <= dimension <= width:
+            raise ValueError(f"a random subspace of {width} features needs a dimension in 1..{width}, got {dimension}")
+        thin = min(dimension, width - dimension)
+        # NumPy's generator takes several numbers as a seed; torch's uses the lower 32 bits of one.
+        gaussian = torch.from_numpy(np.random.default_rng(seed).standard_normal((width, thin)))
+        return cls(torch.linalg.qr(gaussian).Q, complement=dimension > thin)
+
+    @property
+    def dimension(self) -> int:
+        """d, of the subspace itself."""
+        return self.basis.shape[0] - self.basis.shape[1] if self.complement else self.basis.shape[1]
+
+    def to(self, like: Tensor) -> RandomSubspace:
+        """On the device and in the dtype of a tensor of any shape (...)."""
+        return RandomSubspace(self.basis.to(like), self.complement)
+
+    def component(self, features: Tensor) -> Tensor:
+        """P g, the part in the subspace. Shapes: (..., m) to (..., m)."""
+        inside = (features @ self.basis) @ self.basis.T
+        return features - inside if self.complement else inside
+
+
+def matched_coefficients(null_share: Tensor, random_share: Tensor) -> tuple[Tensor, Tensor]:
+    """(α, β) of the displacement δ = α g + β P g that is as long as Π_n g and at the same angle to g, image by image.
+
+    With s² = |Π_n g|²/|g|² and p² = |P g|²/|g|²: β = √(s²(1-s²) / (p²(1-p²))), α = s² - β p². Then |δ|² = δ·g = s²|g|², as for
+    an orthogonal projection that removes exactly the energy the null space removes. Its part across g has the direction of
+    P g's, which for a uniformly random subspace is uniform: δ is Π_n g turned about g at random.
+
+    Shapes: s², p² (...) in [0, 1] to two (...). Where P g has no part across g (p² 0 or 1), β = 0 and δ lies along g.
+
+    Example:
+        >>> [round(float(x), 3) for x in matched_coefficients(torch.tensor(0.5), torch.tensor(0.2))]
+        [0.25, 1.25]
+    """
+    across = random_share * (1 - random_share)
+    usable = across > torch.finfo(across.dtype).eps
+    wanted = (null_share * (1 - null_share)).clamp_min(0)
+    beta = torch.where(usable, wanted / torch.where(usable, across, torch.ones_like(across)), torch.zeros_like(across)).sqrt()
+    return null_share - beta * random_share, beta

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over images clustered in classes: of means, of paired differences and of ratios of means (METHOD section 8.7)."""
+"""Bootstrap intervals over images clustered in classes (METHOD section 8.7)."""
 
 from __future__ import annotations
 

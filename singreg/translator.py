@@ -1,24 +1,104 @@
-"""The linear translator as a module, its fit, and the safetensors files of all translators (METHOD section 2)."""
+"""Translators of features into a vision-language model's space (METHOD section 2)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from singreg.files import atomic_write
-from singreg.sealed import check_tensors, seal_of_tensors
-from singreg.translation.base import Translator, TranslatorInfo, check_fit, info_from_stored
-from singreg.translation.mlp import FORMAT as MLP_FORMAT
-from singreg.translation.mlp import MLPSettings, MLPTranslator
-from singreg.translation.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
-from singreg.translation.scaling import Standardize
+from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics, Standardize
+from singreg.utils import atomic_write, check_tensors, seal_of_tensors
+
+
+@dataclass(frozen=True)
+class TranslatorInfo:
+    """What a translator was fitted on. It is stored in the file and checked when the file is loaded.
+
+    kind is "linear", "mlp3", "mlp4" or "residual"; ridge belongs to the linear one only. by_block: standardised by the head's
+    row-space and null block, not feature by feature.
+    """
+
+    classifier: str = ""
+    head_hash: str = ""
+    classifier_preprocessing: str = ""
+    vlm: str = ""
+    vlm_weights_hash: str = ""
+    vlm_preprocessing: str = ""
+    images: int = 0
+    ridge: float = 0.0
+    standardized: bool = False
+    normalized_targets: bool = False
+    validation_r2: float | None = None
+    held_out_cosine: float | None = None
+    held_out_r2: float | None = None
+    kind: str = "linear"
+    by_block: bool = False
+
+
+class Translator(nn.Module):
+    """Base of all translators: T maps (..., m) to (..., n), has no parameter to train, and lets gradients through to features."""
+
+    info: TranslatorInfo
+
+    @property
+    def feature_dim(self) -> int:
+        """m, the width of the features it takes."""
+        raise NotImplementedError(f"{type(self).__name__} must define feature_dim")
+
+    @property
+    def target_dim(self) -> int:
+        """n, the width of the vision-language model's space."""
+        raise NotImplementedError(f"{type(self).__name__} must define target_dim")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Translated features. Shapes: (..., m) to (..., n)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file to the path, atomically; `load_translator` opens it (no shapes)."""
+        raise NotImplementedError(f"{type(self).__name__} must define save")
+
+    def check_width(self, features: Tensor) -> None:
+        """Raise a ValueError unless features are (..., m)."""
+        if features.shape[-1] != self.feature_dim:
+            raise ValueError(f"this translator takes features (..., {self.feature_dim}), got {tuple(features.shape)}")
+
+
+def info_from_stored(stored: Any) -> TranslatorInfo:
+    """The info as a file has it (a mapping; keys of later versions are left out; no shapes).
+
+    Raises:
+        TypeError: it is no mapping.
+    """
+    if not isinstance(stored, dict):
+        raise TypeError(f"expected a mapping of what it was fitted on, got {type(stored).__name__}")
+    known = {field.name for field in fields(TranslatorInfo)}
+    return TranslatorInfo(**{key: value for key, value in stored.items() if key in known})
+
+
+def check_fit(info: TranslatorInfo, expected: TranslatorInfo, path: str) -> None:
+    """Raise a ValueError that names every field in which a translator (read from `path`) is not the expected one.
+
+    The kind is not compared: it says what a translator is, not what it belongs to.
+    """
+    differences = [
+        f"  {field.name}: it was fitted on {getattr(info, field.name)!r}, here it is {getattr(expected, field.name)!r}"
+        for field in fields(TranslatorInfo)
+        if isinstance(getattr(expected, field.name), str)
+        and field.name != "kind"
+        and getattr(expected, field.name)
+        and getattr(info, field.name) != getattr(expected, field.name)
+    ]
+    if differences:
+        raise ValueError(f"the translator {path} belongs to another setting; fit a new one:\n" + "\n".join(differences))
+
 
 __all__ = [
     "FORMAT", "LinearTranslator", "Translator", "TranslatorInfo", "check_fit", "fit_translator", "load_translator",
@@ -98,6 +178,8 @@ def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None)
         >>> load_translator(path, expected=TranslatorInfo(vlm="A")).info.vlm
         'A'
     """
+    from singreg.mlp import FORMAT as MLP_FORMAT
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"no translator file at {path}; fit one with `fit_translator` and `.save(path)`")
     try:
@@ -123,6 +205,8 @@ def _assemble(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
     """The module of what a file holds; each constructor checks the shapes."""
     if kind == FORMAT:
         return LinearTranslator(tensors["matrix"], tensors["offset"], info)
+    from singreg.mlp import MLPSettings, MLPTranslator
+
     return MLPTranslator(MLPSettings(**json.loads(metadata["settings"])), tensors, info)
 
 

@@ -1,1 +1,0 @@
-"""Pure tensors: angles and scores, the head's null space, steering. No model, no file, no network."""
