@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from singreg.old_seals import seal_of_tensors
 from singreg.translator import Translator, TranslatorInfo
-from singreg.utils import atomic_write, is_distributed, seal_of_tensors
+from singreg.utils import atomic_write, is_distributed
 from singreg.utils import progress as with_progress
 
 FORMAT = "singreg-mlp-translator-1"

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from singreg.old_seals import check_tensors, seal_of_tensors
 from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics, Standardize
-from singreg.utils import atomic_write, check_tensors, seal_of_tensors
+from singreg.utils import atomic_write
 
 
 @dataclass(frozen=True)

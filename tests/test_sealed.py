@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from singreg.utils import (
+from singreg.old_seals import (
     CHECKSUMS,
     DamagedFileError,
-    atomic_write,
     check_folder,
     check_tensors,
     read_rows,
@@ -20,10 +19,10 @@ from singreg.utils import (
     read_sealed_text,
     seal_folder,
     seal_of_tensors,
-    sweep,
     write_sealed,
     write_sealed_text,
 )
+from singreg.utils import atomic_write, sweep
 
 VALUE = {"AS": 12.5, "names": ["ç", "b"], "none": None, "inner": {"z": 1, "a": [0.1, 1e-300]}}
 

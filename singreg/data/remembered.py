@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from singreg.utils import DamagedFileError, atomic_write, read_rows
+from singreg.old_seals import DamagedFileError, read_rows
+from singreg.utils import atomic_write
 
 logger = logging.getLogger(__name__)
 

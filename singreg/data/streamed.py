@@ -17,7 +17,8 @@ from singreg.data.pictures import trial
 from singreg.data.reading import Origin, RefusedPictureError, cell_bytes
 from singreg.data.sources import NAMED, HubSplit, Split, columns_of, label_name, text_labels, warn_unlabelled
 from singreg.data.verified import hashes_to
-from singreg.utils import DamagedFileError, atomic_write, progress, read_sealed, sha256_of_file, sha256_of_json, write_sealed
+from singreg.old_seals import DamagedFileError, read_sealed, write_sealed
+from singreg.utils import atomic_write, progress, sha256_of_file, sha256_of_json
 
 logger = logging.getLogger(__name__)
 

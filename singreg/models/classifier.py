@@ -33,7 +33,8 @@ from singreg.models.heads import (
     find_head,
 )
 from singreg.models.tuning import BatchNormMode, Tuning, set_modes, set_trainable
-from singreg.utils import check_folder, seal_folder, sha256_of_tensor
+from singreg.old_seals import check_folder, seal_folder
+from singreg.utils import sha256_of_tensor
 
 IMAGENET_CLASSES = 1000
 Transform = Callable[[Image.Image], Tensor]

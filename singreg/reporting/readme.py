@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from singreg.analysis.results import FinetuneReport
+from singreg.old_seals import read_sealed
 from singreg.reporting.readme_pixels import PICTURES as PIXEL_PICTURES
 from singreg.reporting.readme_pixels import is_pixels, kept_pixels, pixels_summary
 from singreg.reporting.readme_study import PICTURES as STUDY_PICTURES
 from singreg.reporting.readme_study import is_study, read_study, rounded, study_summary
 from singreg.reporting.report_files import read_report
 from singreg.reporting.tables import escape, results_table
-from singreg.utils import read_sealed, write_json, write_text
+from singreg.utils import write_json, write_text
 
 
 def summary(report: FinetuneReport) -> str:

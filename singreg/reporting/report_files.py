@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from singreg.analysis.results import Comparison, FinetuneReport, ModelMeasurement, nan_for_null, nulls_for_nan
+from singreg.old_seals import read_sealed, write_sealed
 from singreg.reporting import tables
 from singreg.reporting.html import write_html
 from singreg.reporting.page import page_from_markdown
 from singreg.reporting.tables import escape
-from singreg.utils import atomic_write, read_sealed, write_sealed, write_text
+from singreg.utils import atomic_write, write_text
 
 ROWS_A_CHUNK = 65536
 FORMAT = 1

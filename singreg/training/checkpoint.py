@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
-from singreg.utils import read_sealed, seed_process, write_sealed
+from singreg.old_seals import read_sealed, write_sealed
+from singreg.utils import seed_process
 
 logger = get_logger(__name__)
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from singreg.analysis.results import ModelMeasurement
+from singreg.old_seals import DamagedFileError, read_rows, read_sealed, write_sealed
 from singreg.training.config import FinetuneConfig
-from singreg.utils import DamagedFileError, atomic_write, read_rows, read_sealed, write_sealed
+from singreg.utils import atomic_write
 from singreg.workbench.run import OtherRunError, Run
 
 logger = get_logger(__name__)

@@ -23,6 +23,7 @@ from singreg.data.scenes import ATTRIBUTES
 from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
+from singreg.old_seals import read_sealed, write_sealed
 from singreg.reporting.study_report import write_study_report
 from singreg.reporting.study_tables import study_table
 from singreg.training.experiment import Experiment
@@ -33,7 +34,7 @@ from singreg.training.study_config import ArmConfig, StudyConfig, arm_config, ar
 from singreg.training.study_store import ArmStore, StudyRun, arm_hash
 from singreg.training.study_validation import agreement_points, hold_out, validation_figures
 from singreg.translator import Translator
-from singreg.utils import all_reduce_max, all_reduce_sum, read_sealed, sha256_of_json, write_sealed
+from singreg.utils import all_reduce_max, all_reduce_sum, sha256_of_json
 from singreg.workbench.build import describe_pair, embed_parts, open_vlm
 from singreg.workbench.config import VisionLanguageConfig
 from singreg.workbench.run import describe_machine

@@ -16,19 +16,10 @@ from singreg.analysis.results import nan_for_null, nulls_for_nan
 from singreg.analysis.study.arm_results import ArmFigures
 from singreg.analysis.study.results import ArmRun
 from singreg.models.classifier import Classifier
+from singreg.old_seals import DamagedFileError, read_rows, read_sealed, write_sealed, write_sealed_text
 from singreg.training.stages import other_inputs
 from singreg.training.study_config import ArmConfig, StudyConfig, arm_config
-from singreg.utils import (
-    DamagedFileError,
-    atomic_write,
-    read_rows,
-    read_sealed,
-    sha256_of_json,
-    sweep,
-    write_sealed,
-    write_sealed_text,
-    write_text,
-)
+from singreg.utils import atomic_write, sha256_of_json, sweep, write_text
 from singreg.workbench.run import Run
 
 logger = get_logger(__name__)

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from yaml.constructor import ConstructorError
 
-from singreg.utils import DamagedFileError, read_sealed_text
+from singreg.old_seals import DamagedFileError, read_sealed_text
 
 Config = TypeVar("Config")
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)

@@ -20,7 +20,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 
-from singreg.utils import DamagedFileError, read_sealed_text, sweep, write_sealed_text
+from singreg.old_seals import DamagedFileError, read_sealed_text, write_sealed_text
+from singreg.utils import sweep
 from singreg.workbench.config import JobConfig
 from singreg.workbench.parsing import dump_config
 from singreg.workbench.stopping import signals_end_the_run

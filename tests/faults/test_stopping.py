@@ -13,10 +13,10 @@ import pytest
 from singreg import files
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
+from singreg.old_seals import read_sealed
 from singreg.training.experiment import Experiment
 from singreg.training.loop import _Arm
 from singreg.training.streaming import LoopTranslator
-from singreg.utils import read_sealed
 from singreg.workbench import stopping
 from singreg.workbench.stopping import _State
 from tests.faults.in_process import Refused, recipe

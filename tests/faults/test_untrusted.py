@@ -21,11 +21,11 @@ from singreg.data import UnreadableImageError, load_parts, reading
 from singreg.data.embeddings import encode_part
 from singreg.evaluation.analyze_config import parse_analyze
 from singreg.models.classifier import Classifier
+from singreg.old_seals import DamagedFileError, read_rows, read_sealed
 from singreg.reporting.report_files import write_report
 from singreg.training.checkpoint import _whole
 from singreg.training.config import parse_finetune
 from singreg.translator import FORMAT, load_translator
-from singreg.utils import DamagedFileError, read_rows, read_sealed
 from tests.data.pictures_for_tests import config, names, write_parquet, write_picture, write_tree
 from tests.faults import untrusted
 from tests.reporting.small_report import finetune_report

@@ -13,12 +13,12 @@ import torch
 from accelerate.state import AcceleratorState
 
 from singreg.analysis.results import ModelMeasurement
+from singreg.old_seals import DamagedFileError
 from singreg.training import stages
 from singreg.training.config import FinetuneConfig
 from singreg.training.stages import FinetuneRun, Stage, StageStore
 from singreg.training.study_config import ArmConfig, StudyConfig
 from singreg.training.study_store import ArmStore, arm_hash
-from singreg.utils import DamagedFileError
 from singreg.workbench.run import OtherRunError, make_accelerator
 from tests.processes import run_processes
 from tests.reporting.small_report import measurement
