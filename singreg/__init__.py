@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from singreg.analysis.steering.on_manifold import fit_conditional, natural_radii
     from singreg.analysis.steering.pairs import measure_steering, steer_pairs
     from singreg.analysis.steering.plan import PairPlan, plan_pairs
-    from singreg.data.concept_banks import ConceptBank, embed_concepts, load_concepts
+    from singreg.data.concepts import ConceptBank, embed_concepts, load_concepts
     from singreg.data.config import DataConfig
+    from singreg.data.datasets import load_splits
     from singreg.data.embeddings import cached_embeddings
-    from singreg.data.loading import load_parts
     from singreg.functional import angle, attribute_score, image_score, kappa, pairwise_angles
     from singreg.losses import SingLoss, resolve_terms
     from singreg.metrics import AttributeScore, ImageScore, SemanticLeakage
@@ -81,10 +81,10 @@ _HOMES = {
     "singreg.analysis.steering.pairs": ("measure_steering", "steer_pairs"),
     "singreg.analysis.steering.curves": ("Budgets", "steer_curves"),
     "singreg.analysis.steering.plan": ("PairPlan", "plan_pairs"),
-    "singreg.data.concept_banks": ("ConceptBank", "embed_concepts", "load_concepts"),
+    "singreg.data.concepts": ("ConceptBank", "embed_concepts", "load_concepts"),
     "singreg.data.config": ("DataConfig",),
     "singreg.data.embeddings": ("cached_embeddings",),
-    "singreg.data.loading": ("load_parts",),
+    "singreg.data.datasets": ("load_splits",),
     "singreg.functional": ("pairwise_angles", "kappa", "angle", "attribute_score", "image_score"),
     "singreg.nullspace": ("RandomSubspace", "NullSpace", "null_share", "row_space_projection"),
     "singreg.steering": ("ConditionalGaussian",
@@ -113,7 +113,7 @@ __all__ = [  # noqa: RUF022  (in the order of the data's flow)
     "AlignedHead", "prompt_directions", "aligned_weight", "align_head_", "head_agreement", "constrain_to_rows", "release_rows",
     "drop_null", "interpolate_weights",
     "SingLoss", "resolve_terms", "AttributeScore", "ImageScore", "SemanticLeakage",
-    "DataConfig", "load_parts", "cached_embeddings", "ConceptBank", "load_concepts", "embed_concepts",
+    "DataConfig", "load_splits", "cached_embeddings", "ConceptBank", "load_concepts", "embed_concepts",
     "PassSettings", "iterate_features", "cached_features", "fit_on_part", "fit_mlp_on_part", "EquivalentPairs",
     "analyze_model", "analyze_classes", "analyze_concepts", "analyze_images", "joint_distribution",
     "measure_chance", "fit_blocks", "measure_information", "measure_perturbations", "head_passport", "compare_passports",

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from singreg.loss_terms import DEFAULT_TERMS, PRESETS, TERMS, contrast_directions, placebo_texts, random_directions, resolve_terms
+from singreg.loss_terms import (
+    DEFAULT_TERMS,
+    PRESETS,
+    TERMS,
+    contrast_directions,
+    placebo_texts,
+    random_directions,
+    resolve_terms,
+)
 from singreg.losses import SingLoss
 from singreg.translator import LinearTranslator
 from tests.processes import run_processes

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.data.embeddings import encode_part, take_rows
-from singreg.data.loading import make_loader
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit, make_loader
+from singreg.data.embeddings import encode_split, take_rows
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import hash_of_state
 from singreg.utils import progress
@@ -60,7 +59,7 @@ def evenly(count: int, most: int) -> np.ndarray:
 
 @torch.no_grad()
 def iterate_features(
-    classifier: Classifier, part: ImagePart, embeddings: np.ndarray, settings: PassSettings, description: str
+    classifier: Classifier, part: ImageSplit, embeddings: np.ndarray, settings: PassSettings, description: str
 ) -> Iterator[FeatureBatch]:
     """Yield this process's batches of a part in order, with the model in eval mode (its mode is restored afterwards).
 
@@ -112,7 +111,7 @@ def _joined(batches: list[FeatureBatch]) -> FeatureBatch:
 
 
 def cached_features(
-    classifier: Classifier, part: ImagePart, cache: str, *, batch_size: int = 64, workers: int = 0, progress: bool = True
+    classifier: Classifier, part: ImageSplit, cache: str, *, batch_size: int = 64, workers: int = 0, progress: bool = True
 ) -> np.ndarray:
     """Features f (N, m) of a part, float32, row i for picture i, memory-mapped; computed once for this backbone and these pictures.
 
@@ -125,7 +124,7 @@ def cached_features(
     classifier.eval()
     device = classifier.weight.device
     try:
-        return encode_part(
+        return encode_split(
             lambda images: classifier.features(images.to(device)), classifier.transform, part, classifier.feature_dim, cache,
             key={"backbone": _hash_of_backbone(classifier), "preprocessing": classifier.preprocessing},
             batch_size=batch_size, workers=workers, progress=progress, description="features",
@@ -141,7 +140,7 @@ def _hash_of_backbone(classifier: Classifier) -> str:
 
 
 def _stored_batches(
-    classifier: Classifier, part: ImagePart, embeddings: np.ndarray, settings: PassSettings, description: str
+    classifier: Classifier, part: ImageSplit, embeddings: np.ndarray, settings: PassSettings, description: str
 ) -> Iterator[FeatureBatch]:
     """The same batches from the feature cache; only the head runs, so they may be larger."""
     assert settings.cache is not None
@@ -157,7 +156,7 @@ def _stored_batches(
         yield FeatureBatch(features, classifier.logits(features).float(), z, labels, torch.from_numpy(rows))
 
 
-def _refuse_non_finite(classifier: Classifier, part: ImagePart, features: Tensor, indices: Tensor) -> None:
+def _refuse_non_finite(classifier: Classifier, part: ImageSplit, features: Tensor, indices: Tensor) -> None:
     if not bool(torch.isfinite(features).all()):
         bad = indices[~torch.isfinite(features).all(1).cpu()]
         names = ", ".join(part.identifier(int(i)) for i in bad[:5])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import PassSettings, gathered, iterate_features
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.functional import image_score
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
@@ -33,7 +33,7 @@ class FittedTranslator:
 
 def fit_on_part(
     classifier: Classifier,
-    part: ImagePart,
+    part: ImageSplit,
     embeddings: np.ndarray,
     *,
     ridges: Sequence[float] = DEFAULT_RIDGES,
@@ -78,7 +78,7 @@ def fit_on_part(
 
 def fold_statistics(
     classifier: Classifier,
-    part: ImagePart,
+    part: ImageSplit,
     embeddings: np.ndarray,
     folds: int,
     *,
@@ -119,7 +119,7 @@ def standardization(classifier: Classifier, standardize: bool | str, invariance:
 
 def refit(
     classifier: Classifier,
-    part: ImagePart,
+    part: ImageSplit,
     embeddings: np.ndarray,
     previous: LinearTranslator,
     *,
@@ -145,7 +145,7 @@ def refit(
 
 def reference_image_scores(
     classifier: Classifier,
-    part: ImagePart,
+    part: ImageSplit,
     embeddings: np.ndarray,
     fitted: FittedTranslator,
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from singreg.analysis.features import PassSettings, cached_features
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.mlp import MLPSettings, MLPTranslator, fit_mlp_translator
 from singreg.models.classifier import Classifier
 from singreg.translator import TranslatorInfo
@@ -13,7 +13,7 @@ from singreg.translator import TranslatorInfo
 
 def fit_mlp_on_part(
     classifier: Classifier,
-    part: ImagePart,
+    part: ImageSplit,
     embeddings: np.ndarray,
     *,
     mlp: MLPSettings | None = None,

@@ -12,7 +12,7 @@ from singreg.analysis.features import FeatureBatch, PassSettings, evenly, gather
 from singreg.analysis.results import CENTRED, HeadSummary, ModelMeasurement, Rows, SteeringSummary, TranslatorScores
 from singreg.analysis.statistics import mean_interval, ratio_interval, resampled_means
 from singreg.analysis.steering.pairs import measure_steering
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.metrics import COLUMNS, SemanticLeakage, score_columns
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace, null_share
@@ -124,7 +124,7 @@ def _intervals(rows: Rows, name: str) -> dict[str, list[float]]:
 
 def analyze_model(
     classifier: Classifier,
-    part: ImagePart,
+    part: ImageSplit,
     embeddings: np.ndarray,
     texts: Tensor,
     translators: Mapping[str, Translator],

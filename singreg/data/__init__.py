@@ -1,25 +1,25 @@
 """Pictures: folders, hub data sets, class subsets and built-in scenes as fixed parts; the embedding cache."""
 
+from singreg.data.classes import ClassSubset, named_sets, resolve_classes
 from singreg.data.config import DataConfig
-from singreg.data.embeddings import cached_embeddings, encode_part
-from singreg.data.loading import load_parts, make_loader
-from singreg.data.parts import ConcatPart, FolderPart, HubPart, ImagePart, Parts, ScenePart
+from singreg.data.datasets import load_splits, make_loader
+from singreg.data.embeddings import cached_embeddings, encode_split
 from singreg.data.pictures import UnreadableImageError
-from singreg.data.subsets import ClassSubset, named_sets, resolve_classes
+from singreg.data.splits import ConcatSplit, FolderSplit, HubSplit, ImageSplit, SceneSplit, Splits
 
 __all__ = [
     "ClassSubset",
-    "ConcatPart",
+    "ConcatSplit",
     "DataConfig",
-    "FolderPart",
-    "HubPart",
-    "ImagePart",
-    "Parts",
-    "ScenePart",
+    "FolderSplit",
+    "HubSplit",
+    "ImageSplit",
+    "SceneSplit",
+    "Splits",
     "UnreadableImageError",
     "cached_embeddings",
-    "encode_part",
-    "load_parts",
+    "encode_split",
+    "load_splits",
     "make_loader",
     "named_sets",
     "resolve_classes",

@@ -72,7 +72,11 @@ class DataConfig:
         problems = [*self._counts(), *self._shares()]
         if self.streaming and self.source == "scenes":
             problems.append("streaming needs a Hugging Face data set as source, got scenes")
-        choices = {"augmentation": ("none", "flip", "timm"), "unreadable": ("stop", "skip"), "duplicates": ("stop", "drop")}
+        choices = {
+            "augmentation": ("none", "flip", "timm"),
+            "unreadable": ("stop", "skip"),
+            "duplicates": ("stop", "drop"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -93,4 +97,8 @@ class DataConfig:
 
     def _shares(self) -> list[str]:
         names = ("unlabeled_to_audit", "scene_background_bias", "scene_test_background_bias")
-        return [f"{name} must be from 0 to 1, got {getattr(self, name)}" for name in names if not 0 <= getattr(self, name) <= 1]
+        return [
+            f"{name} must be from 0 to 1, got {getattr(self, name)}"
+            for name in names
+            if not 0 <= getattr(self, name) <= 1
+        ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageFilter
 
-from singreg.data.parts import ImagePart
+from singreg.data.splits import ImageSplit
 
 KINDS = ("blur", "noise", "contrast")
 BLUR = (0.005, 0.01, 0.015, 0.02, 0.03)
@@ -52,14 +52,14 @@ def check_corruptions(kinds: Sequence[str], severity: int) -> None:
         raise ValueError("; ".join(problems))
 
 
-class CorruptedPart(ImagePart):
+class CorruptedSplit(ImageSplit):
     """Another part's pictures, corrupted; picture i always gets the same noise, and the fingerprint is one of its own.
 
     Raises:
         ValueError: another kind than `KINDS` or severity than 1 to 5.
     """
 
-    def __init__(self, parent: ImagePart, kind: str, severity: int = 3, *, seed: int = 0) -> None:
+    def __init__(self, parent: ImageSplit, kind: str, severity: int = 3, *, seed: int = 0) -> None:
         check_corruptions([kind], severity)
         note = f"{kind} {severity} {seed}".encode()
         # The noise follows the content, not the place: a picture is corrupted alike in every selection of it.

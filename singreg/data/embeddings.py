@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from singreg.data.collective import everywhere, first_for_all, rank, world
-from singreg.data.loading import make_loader
+from singreg.data.datasets import ImageSplit, make_loader
+from singreg.data.loader import Transform
 from singreg.data.partial import PartialFile, RowWriter
-from singreg.data.parts import ImagePart
 from singreg.data.verified import hashes_to
-from singreg.data.views import Transform
 from singreg.utils import progress as with_progress
 from singreg.utils import sha256_of_file, write_json
 
@@ -43,7 +42,7 @@ class ImageEncoder(Protocol):
 
 
 def cached_embeddings(
-    vlm: ImageEncoder, part: ImagePart, cache_dir: str | Path, *, batch_size: int = 64, workers: int = 0,
+    vlm: ImageEncoder, part: ImageSplit, cache_dir: str | Path, *, batch_size: int = 64, workers: int = 0,
     progress: bool = True,
 ) -> np.memmap[Any, np.dtype[np.float32]]:  # fmt: skip
     """Raw image embeddings z (N, n) of a part, float32, row i for picture i, read-only and memory-mapped.
@@ -55,14 +54,14 @@ def cached_embeddings(
         ValueError: an embedding that is not finite, or a picture that cannot be read; both name it.
     """
     key = {"weights": vlm.weights_hash, "preprocessing": vlm.preprocessing}
-    return encode_part(
+    return encode_split(
         vlm.embed_images, vlm.transform, part, vlm.dim, cache_dir, key=key,
         batch_size=batch_size, workers=workers, progress=progress,
     )  # fmt: skip
 
 
-def encode_part(
-    encode: Callable[[Tensor], Tensor], transform: Transform, part: ImagePart, width: int, cache_dir: str | Path, *,
+def encode_split(
+    encode: Callable[[Tensor], Tensor], transform: Transform, part: ImageSplit, width: int, cache_dir: str | Path, *,
     key: Mapping[str, Any], batch_size: int = 64, workers: int = 0, progress: bool = True, description: str = "embedding",
 ) -> np.memmap[Any, np.dtype[np.float32]]:  # fmt: skip
     """Any encoder's output (N, width) for a part, from the cache or computed; `key` must name all that determines it.
@@ -119,7 +118,9 @@ def _prepare(target: Path, facts: dict[str, Any], partial: list[PartialFile]) ->
         logger.warning("the cached file %s is damaged (%s) and is computed anew", target, problem)
     finished = sum(stop - start for start, stop in partial[0].done)
     if finished:
-        logger.warning("%s: an interrupted run left %d of %d rows finished; going on from there", partial[0].path, finished, count)
+        logger.warning(
+            "%s: an interrupted run left %d of %d rows finished; going on from there", partial[0].path, finished, count
+        )
     return str(partial[0].path), partial[0].done
 
 
@@ -148,7 +149,7 @@ def _problem(target: Path, facts: dict[str, Any]) -> str | None:
 
 
 def _fill(
-    encode: Callable[[Tensor], Tensor], transform: Transform, part: ImagePart, begun: Begun, width: int,
+    encode: Callable[[Tensor], Tensor], transform: Transform, part: ImageSplit, begun: Begun, width: int,
     batch_size: int, workers: int, description: str,
 ) -> None:  # fmt: skip
     """Encode what is not finished of this process's share of the pictures into its rows; no description, no progress."""
@@ -156,17 +157,23 @@ def _fill(
     missing = np.ones(len(part), dtype=bool)
     for start, stop in done:
         missing[start:stop] = False
-    mine = np.array_split(np.flatnonzero(missing), world())[rank()]  # of what is missing: fixed ranges would leave processes idle
+    mine = np.array_split(np.flatnonzero(missing), world())[
+        rank()
+    ]  # of what is missing: fixed ranges would leave processes idle
     if not len(mine):
         return
     writer = RowWriter(Path(path), rank())
     loader = make_loader(part.subset(mine), transform, batch_size, workers=workers)
-    for images, _, positions in with_progress(loader, f"{description} [{part.name}]", enabled=bool(description) and rank() == 0):
+    for images, _, positions in with_progress(
+        loader, f"{description} [{part.name}]", enabled=bool(description) and rank() == 0
+    ):
         with torch.no_grad():
             encoded = encode(images).float().cpu()
         indices = mine[positions.numpy()]
         if encoded.shape != (len(indices), width):
-            raise ValueError(f"the encoder gave {tuple(encoded.shape)} for {len(indices)} pictures, expected width {width}")
+            raise ValueError(
+                f"the encoder gave {tuple(encoded.shape)} for {len(indices)} pictures, expected width {width}"
+            )
         wrong = (~encoded.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if wrong:
             names = ", ".join(part.identifier(int(indices[place])) for place in wrong)
@@ -183,5 +190,7 @@ def _publish(partial: PartialFile, target: Path, facts: dict[str, Any]) -> None:
     if target.is_file() and _problem(target, facts) is None:  # another run was quicker; what it wrote stays
         partial.forget_rows()
         return
-    write_json(target.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": sha256_of_file(path), "key": facts})
+    write_json(
+        target.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": sha256_of_file(path), "key": facts}
+    )
     partial.rename(target)

@@ -125,7 +125,9 @@ def _locked(path: Path) -> int | None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:  # not one that its holder has just renamed or removed
+            if (
+                path.exists() and os.fstat(handle).st_ino == path.stat().st_ino
+            ):  # not one that its holder has just renamed or removed
                 return handle
             held = False
         except OSError as error:
@@ -147,7 +149,9 @@ def _make_empty(path: Path, shape: tuple[int, int]) -> None:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         except (AttributeError, OSError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:  # now, not as a bus error hours later
-                raise OSError(errno.ENOSPC, f"no room for a cache of {rows.nbytes / 2**20:.0f} MiB", str(path)) from error
+                raise OSError(
+                    errno.ENOSPC, f"no room for a cache of {rows.nbytes / 2**20:.0f} MiB", str(path)
+                ) from error
 
 
 def _finished_rows(path: Path, shape: tuple[int, int]) -> list[tuple[int, int]]:
@@ -170,7 +174,12 @@ def _finished_rows(path: Path, shape: tuple[int, int]) -> list[tuple[int, int]]:
         else:
             wrong += 1
     if wrong:
-        logger.warning("%s: %d of %d stretches of rows are not what was written and are computed anew", path, wrong, wrong + len(found))
+        logger.warning(
+            "%s: %d of %d stretches of rows are not what was written and are computed anew",
+            path,
+            wrong,
+            wrong + len(found),
+        )
     return found
 
 

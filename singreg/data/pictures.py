@@ -18,7 +18,9 @@ from PIL import Image, ImageOps
 from singreg.data.reading import FAILURES, Origin, cell_bytes, read_file, reason
 from singreg.data.remembered import Remembered, keys_of
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+)
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _CHUNK = 4096  # pictures handed to the threads at once: a million waiting ones would take a gigabyte
 
@@ -69,7 +71,9 @@ class PictureChecker:
             stamps[place] = _stamp(path)
         return self._collect(keys_of(paths, len(paths)), stamps, paths, read_file)
 
-    def check_rows(self, table: Any, rows: Sequence[int] | np.ndarray, column: str = "image", origin: Origin | None = None) -> Checked:
+    def check_rows(
+        self, table: Any, rows: Sequence[int] | np.ndarray, column: str = "image", origin: Origin | None = None
+    ) -> Checked:
         """Check N rows of a `datasets` table whose picture column is not decoded ({"bytes", "path"} a row)."""
         keys = keys_of((f"{table._fingerprint}:{row}" for row in rows), len(rows))
         stamps = np.zeros((len(rows), 2), dtype=np.int64)
@@ -81,7 +85,9 @@ class PictureChecker:
             self.known.write(self._file)
             self._new = False
 
-    def _collect(self, keys: np.ndarray, stamps: np.ndarray, items: Sequence[Any] | np.ndarray, read: Callable[[Any], bytes]) -> Checked:
+    def _collect(
+        self, keys: np.ndarray, stamps: np.ndarray, items: Sequence[Any] | np.ndarray, read: Callable[[Any], bytes]
+    ) -> Checked:
         places = self.known.find(keys, stamps)
         digests, bad = np.zeros((len(keys), 32), dtype=np.uint8), {}
         digests[places >= 0] = self.known.digests[places[places >= 0]]
@@ -89,7 +95,9 @@ class PictureChecker:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
             for start in range(0, len(missing), _CHUNK):
                 chunk = missing[start : start + _CHUNK].tolist()
-                for place, (digest, why) in zip(chunk, pool.map(lambda i: _examine(items[i], read), chunk), strict=True):
+                for place, (digest, why) in zip(
+                    chunk, pool.map(lambda i: _examine(items[i], read), chunk), strict=True
+                ):
                     if why is None:
                         digests[place] = np.frombuffer(digest, dtype=np.uint8)
                     else:

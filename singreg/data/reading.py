@@ -63,9 +63,13 @@ def read_file(path: str | Path) -> bytes:
         OSError: it cannot be read.
     """
     _size_of(os.stat(path))  # before it is opened: opening alone can make a device do something
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a pipe would be waited for
+    handle = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )  # a pipe would be waited for
     with open(handle, "rb") as file:
-        size = _size_of(os.fstat(file.fileno()))  # once more, of what was opened: the name may stand for another file by now
+        size = _size_of(
+            os.fstat(file.fileno())
+        )  # once more, of what was opened: the name may stand for another file by now
         content = file.read(size + 1)
     if len(content) > size:
         raise RefusedPictureError(f"the file has more than the {size} bytes it is said to have")

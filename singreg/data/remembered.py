@@ -62,7 +62,11 @@ class Remembered:
         try:
             rows = read_rows(file)
             for name, (width, kind) in _COLUMNS.items():
-                if name not in rows or rows[name].dtype != np.dtype(kind) or rows[name].shape != (len(rows["keys"]), width):
+                if (
+                    name not in rows
+                    or rows[name].dtype != np.dtype(kind)
+                    or rows[name].shape != (len(rows["keys"]), width)
+                ):
                     raise DamagedFileError(f"{file} is damaged: expected {name} as {kind} (N, {width})")
             if (rows["keys"][1:, 0] < rows["keys"][:-1, 0]).any():
                 raise DamagedFileError(f"{file} is damaged: its keys are not in order")
@@ -77,5 +81,7 @@ def keys_of(names: Iterable[str], count: int) -> np.ndarray:
     """Keys (N, 2) uint64 of N names: half a SHA-256, so that no two names share one even if somebody tries."""
     keys = np.zeros((count, 16), dtype=np.uint8)
     for place, name in enumerate(names):
-        keys[place] = np.frombuffer(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:16], dtype=np.uint8)
+        keys[place] = np.frombuffer(
+            hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:16], dtype=np.uint8
+        )
     return keys.view("<u8").astype(np.uint64)

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from singreg.data.config import DataConfig
-from singreg.data.parts import ImagePart
 from singreg.data.pictures import PictureChecker, UnreadableImageError
 from singreg.data.sources import NAMED, Split
+from singreg.data.splits import ImageSplit
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Candidates:
         self.bad |= {int(new[place]): reason for place, reason in checked.bad.items()}
         return len(checked.bad)
 
-    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str]) -> ImagePart:
+    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str]) -> ImageSplit:
         """Rows (M,) as a part."""
         return self.split.part(name, rows, class_names, self.digests[rows])
 
@@ -92,7 +92,8 @@ def choose_unlabelled(found: Candidates, config: DataConfig) -> tuple[Chosen, li
             f"{found.split.where} (data.unlabeled): {len(rows)} unlabelled pictures, asked for {wanted}; lower data.unlabeled_count, "
             "or set it to null"
         ]
-        if not 1 <= wanted <= len(rows) else []
+        if not 1 <= wanted <= len(rows)
+        else []
     )
     cut = round(config.unlabeled_to_audit * wanted)
     return {"audit": np.sort(rows[:cut]), "bank": np.sort(rows[cut:wanted])}, short
@@ -120,21 +121,23 @@ def _report_links(links: list[str], unreadable: str) -> None:
     text = f"{len(links)} links lead out of the data folder, or to another folder, and are not followed"
     names = "\n  ".join(links[:NAMED]) + more
     if unreadable == "stop":
-        raise UnreadableImageError(f"{text}; copy what they lead to, or set data.unreadable: skip to leave it out:\n  {names}")
+        raise UnreadableImageError(
+            f"{text}; copy what they lead to, or set data.unreadable: skip to leave it out:\n  {names}"
+        )
     logger.warning("%s:\n  %s", text, names)
 
 
-def remove_copies(groups: Sequence[tuple[str, list[ImagePart]]], duplicates: str) -> list[list[ImagePart]]:
+def remove_copies(groups: Sequence[tuple[str, list[ImageSplit]]], duplicates: str) -> list[list[ImageSplit]]:
     """Deal with pictures of equal bytes in two groups: an error ("stop"), or kept in the first group only ("drop").
 
     A picture may be twice in one group: that is no leak.
     """
     repeated = _repeated([part for _, parts in groups for part in parts])
-    owner: dict[bytes, tuple[str, ImagePart, int]] = {}
+    owner: dict[bytes, tuple[str, ImageSplit, int]] = {}
     copies: list[str] = []
-    kept: list[list[ImagePart]] = []
+    kept: list[list[ImageSplit]] = []
     for name, parts in groups:
-        mine: dict[bytes, tuple[str, ImagePart, int]] = {}
+        mine: dict[bytes, tuple[str, ImageSplit, int]] = {}
         kept.append([])
         for part in parts:
             stay = np.ones(len(part), dtype=bool)
@@ -153,7 +156,7 @@ def remove_copies(groups: Sequence[tuple[str, list[ImagePart]]], duplicates: str
     return kept
 
 
-def _repeated(parts: Sequence[ImagePart]) -> Iterator[np.ndarray]:
+def _repeated(parts: Sequence[ImageSplit]) -> Iterator[np.ndarray]:
     """Per part, the places (M,) of pictures whose digest occurs more than once in all of them: few, where a table of all would be large."""
     digests = np.concatenate([np.ascontiguousarray(part.digests).view(np.uint64) for part in parts])
     order = np.lexsort(digests.T)
@@ -171,7 +174,9 @@ def _report_copies(copies: list[str], duplicates: str) -> None:
             f"{len(copies)} pictures are in two parts that must not share any; remove one of each pair, or set "
             f"data.duplicates: drop to keep the second of each line only:\n  {names}"
         )
-    logger.warning("%d pictures that are in another part too were dropped from the first named:\n  %s", len(copies), names)
+    logger.warning(
+        "%d pictures that are in another part too were dropped from the first named:\n  %s", len(copies), names
+    )
 
 
 def _shares(count: int, config: DataConfig) -> tuple[int, int]:

@@ -12,9 +12,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-from singreg.data.parts import UNLABELLED, FolderPart, HubPart, ImagePart
 from singreg.data.pictures import SUFFIXES, Checked, PictureChecker
 from singreg.data.reading import Origin
+from singreg.data.splits import UNLABELLED, FolderSplit, HubSplit, ImageSplit
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,11 @@ class Split(ABC):
         """Digests and unreadable ones of rows (M,)."""
 
     @abstractmethod
-    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str], digests: np.ndarray) -> ImagePart:
+    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str], digests: np.ndarray) -> ImageSplit:
         """Rows (M,) as a part, with the digests (M, 32) found before."""
 
 
-class FolderSplit(Split):
+class FolderRows(Split):
     """Files under `root/split`, of the classes whose folders are `keys`; without keys, every picture, unlabelled."""
 
     def __init__(self, root: Path, folder: Path, keys: Sequence[str] | None) -> None:
@@ -62,8 +62,8 @@ class FolderSplit(Split):
     def check(self, rows: np.ndarray, checker: PictureChecker) -> Checked:
         return checker.check_files([self.paths[row] for row in rows])
 
-    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str], digests: np.ndarray) -> ImagePart:
-        return FolderPart(name, [self.paths[row] for row in rows], class_names, self.labels[rows], digests)
+    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str], digests: np.ndarray) -> ImageSplit:
+        return FolderSplit(name, [self.paths[row] for row in rows], class_names, self.labels[rows], digests)
 
 
 class FolderSource:
@@ -104,13 +104,13 @@ class FolderSource:
 
     def read(self, split: str, keys: Sequence[str]) -> Split:
         """All pictures of the classes `keys`, labelled by their place in it."""
-        return FolderSplit(self.root, self.root / split, keys)
+        return FolderRows(self.root, self.root / split, keys)
 
     @staticmethod
     def read_unlabelled(folder: str) -> Split:
         """Every picture under a folder, at any depth, without labels."""
         root = FolderSource(folder, "data.unlabeled").root
-        split = FolderSplit(root, root, None)
+        split = FolderRows(root, root, None)
         if not split.paths:
             links = f"; {len(split.links)} links are not followed ({_first(split.links)})" if split.links else ""
             endings = ", ".join(sorted(SUFFIXES))
@@ -118,7 +118,7 @@ class FolderSource:
         return split
 
 
-class HubSplit(Split):
+class HubRows(Split):
     """Rows of a `datasets` split; labels are places in `keys`, -1 for rows of other classes; `origin`: what rows may point to."""
 
     def __init__(self, where: str, table: datasets.Dataset, column: str, labels: np.ndarray, origin: Origin) -> None:
@@ -131,8 +131,8 @@ class HubSplit(Split):
     def check(self, rows: np.ndarray, checker: PictureChecker) -> Checked:
         return checker.check_rows(self.table, rows, self.column, self.origin)
 
-    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str], digests: np.ndarray) -> ImagePart:
-        return HubPart(
+    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str], digests: np.ndarray) -> ImageSplit:
+        return HubSplit(
             name, self.table, class_names, self.labels[rows], digests, column=self.column, where=self.where, rows=rows,
             origin=self.origin,
         )  # fmt: skip
@@ -165,7 +165,7 @@ class HubSource:
         warn_unlabelled(own.count(None), f"{self.source}/{split}", label)
         place = {key: index for index, key in enumerate(keys)}
         labels = np.asarray([place.get(value, UNLABELLED) for value in own], dtype=np.int64)
-        return HubSplit(f"{self.source}/{split}", table, column, labels, self._origin(table))
+        return HubRows(f"{self.source}/{split}", table, column, labels, self._origin(table))
 
     def _load(self, split: str, option: str = "data.train_split") -> tuple[datasets.Dataset, str, str]:
         if split not in self._splits:
@@ -185,7 +185,9 @@ class HubSource:
         if Path(self.source).is_dir():
             return Origin(self.source, [self.source])
         folders = [Path(datasets.config.HF_HUB_CACHE) / f"datasets--{self.source.replace('/', '--')}"]
-        if table.info.builder_name == "imagefolder":  # its paths are those that `datasets` itself unpacked, not somebody's text
+        if (
+            table.info.builder_name == "imagefolder"
+        ):  # its paths are those that `datasets` itself unpacked, not somebody's text
             folders += [Path(datasets.config.DOWNLOADED_DATASETS_PATH), Path(datasets.config.EXTRACTED_DATASETS_PATH)]
         return Origin(self.source, folders)
 
@@ -222,7 +224,9 @@ def open_source(source: str) -> FolderSource | HubSource:
         parquet = [*path.glob("*.parquet"), *path.glob("*/*.parquet")]
         return HubSource(str(path)) if parquet else FolderSource(source)
     if source.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"there is no folder {path} (data.source); expected one with SPLIT/CLASS/PICTURE or Parquet files")
+        raise FileNotFoundError(
+            f"there is no folder {path} (data.source); expected one with SPLIT/CLASS/PICTURE or Parquet files"
+        )
     return HubSource(source)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from singreg.data.parts import UNLABELLED
 from singreg.data.pictures import trial
 from singreg.data.reading import Origin, RefusedPictureError, cell_bytes
-from singreg.data.sources import NAMED, HubSplit, Split, columns_of, label_name, text_labels, warn_unlabelled
+from singreg.data.sources import NAMED, HubRows, Split, columns_of, label_name, text_labels, warn_unlabelled
+from singreg.data.splits import UNLABELLED
 from singreg.data.verified import hashes_to
 from singreg.old_seals import DamagedFileError, read_sealed, write_sealed
 from singreg.utils import atomic_write, progress, sha256_of_file, sha256_of_json
@@ -80,7 +80,9 @@ class StreamSource:
         table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / name)) for name in kept.shards])
         labels = np.asarray(table.select_columns(["label"]).with_format(None)[:]["label"], dtype=np.int64)
         undecoded = table.cast_column("image", datasets.Image(decode=False))
-        return HubSplit(f"{self.source}/{split} (streamed)", undecoded, "image", labels, Origin(f"what was kept of {self.source}"))
+        return HubRows(
+            f"{self.source}/{split} (streamed)", undecoded, "image", labels, Origin(f"what was kept of {self.source}")
+        )
 
     def _origin(self) -> Origin:
         """Rows may point into the folder that is streamed, or to the files that `datasets` found when it listed the data set."""
@@ -97,7 +99,9 @@ class StreamSource:
                 f"data.source {self.source!r}, split {split!r} ({option}), cannot be streamed; datasets says: {error}"
             ) from error
         if stream.features is None:
-            raise ValueError(f"data.source {self.source!r} does not say which columns it has; set data.streaming: false")
+            raise ValueError(
+                f"data.source {self.source!r} does not say which columns it has; set data.streaming: false"
+            )
         column, _ = columns_of(stream.features, self.source)
         return stream.cast_column(column, datasets.Image(decode=False))
 
@@ -134,7 +138,12 @@ class _Kept:
     def fill(self, stream: Any, columns: tuple[str, str], keys: Sequence[str], where: str, origin: Origin) -> None:
         """Read on from where the last whole file ended, until there is enough or the stream ends."""
         if self.position is not None:
-            logger.warning("%s: an interrupted run kept %d pictures of %d read; going on from there", where, sum(self.counts), self.seen)
+            logger.warning(
+                "%s: an interrupted run kept %d pictures of %d read; going on from there",
+                where,
+                sum(self.counts),
+                self.seen,
+            )
             stream.load_state_dict(self.position)
         place = {key: index for index, key in enumerate(keys)}
         rows: list[tuple[Cell, int]] = []
@@ -174,7 +183,10 @@ class _Kept:
             name = f"rows-{len(self.shards):05d}.arrow"
             pictures = pa.array([cell for cell, _ in rows], type=datasets.Image().pa_type)
             table = pa.table({"image": pictures, "label": pa.array([label for _, label in rows], pa.int64())})
-            with atomic_write(self.folder / name) as temporary, pa.ipc.new_stream(str(temporary), table.schema) as writer:
+            with (
+                atomic_write(self.folder / name) as temporary,
+                pa.ipc.new_stream(str(temporary), table.schema) as writer,
+            ):
                 writer.write_table(table)
             self.shards[name] = sha256_of_file(self.folder / name)
         self.position, self.finished = position, finished
@@ -192,5 +204,7 @@ def _kept_cell(cell: dict[str, Any] | None, origin: Origin, where: str) -> tuple
     except RefusedPictureError as error:
         return {"bytes": None, "path": None if cell is None or cell["bytes"] is not None else cell["path"]}, str(error)
     except OSError as error:  # the network's fault as a rule: a run started again goes on from the last whole file
-        raise OSError(f"{where}: cannot read {cell['path'] if cell else None} ({error}); start again to go on from there") from error
+        raise OSError(
+            f"{where}: cannot read {cell['path'] if cell else None} ({error}); start again to go on from there"
+        ) from error
     return {"bytes": content, "path": None}, trial(content)

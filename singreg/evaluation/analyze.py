@@ -36,7 +36,7 @@ from singreg.analysis.perturbation import PerturbationReport, measure_perturbati
 from singreg.analysis.results import ModelMeasurement
 from singreg.analysis.steering.pairs import steering_targets
 from singreg.analysis.study.agreement import translator_agreement
-from singreg.data.concept_banks import ConceptBank, embed_concepts, load_concepts
+from singreg.data.concepts import ConceptBank, embed_concepts, load_concepts
 from singreg.evaluation.analyze_config import AnalyzeConfig
 from singreg.evaluation.fitting import fit_translators
 from singreg.mlp import MLPSettings

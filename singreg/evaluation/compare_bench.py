@@ -15,8 +15,7 @@ from torch import Tensor
 from singreg.analysis.comparing.results import ComparedHead
 from singreg.analysis.features import PassSettings
 from singreg.analysis.passport import head_passport
-from singreg.data.loading import load_parts
-from singreg.data.parts import Parts
+from singreg.data.datasets import Splits, load_splits
 from singreg.evaluation.compare_config import CompareConfig, ComparedModelConfig
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
@@ -45,7 +44,7 @@ class ModelBench:
     """One classifier in one space: what translators are fitted and scores are measured on. Shapes as in `Bench`."""
 
     classifier: Classifier
-    parts: Parts
+    parts: Splits
     texts: Tensor
     embeddings: dict[str, np.ndarray]
     info: TranslatorInfo
@@ -57,7 +56,7 @@ class CompareBench:
     """The pictures, every head's passport, and every space; all complaints come when it is built."""
 
     accelerator: Accelerator
-    pictures: Parts
+    pictures: Splits
     heads: list[ComparedHead]
     spaces: list[Space]
     settings: PassSettings
@@ -70,7 +69,7 @@ class CompareBench:
             ValueError: models that cannot be built, all of them at once; an empty audit part.
         """
         refuse_unknown_names(config.models)
-        pictures = load_parts(replace(config.data, cache_dir=config.data.cache_dir or config.cache))
+        pictures = load_splits(replace(config.data, cache_dir=config.data.cache_dir or config.cache))
         if not len(pictures.audit):
             raise ValueError("the audit part is empty, so no auditor could be fitted; give data.audit_per_class or unlabeled pictures")
         heads, names = _look_at_heads(config, pictures)
@@ -111,14 +110,14 @@ def refuse_unknown_names(models: Sequence[ComparedModelConfig]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def open_model(config: CompareConfig, model: ComparedModelConfig, pictures: Parts) -> Classifier:
+def open_model(config: CompareConfig, model: ComparedModelConfig, pictures: Splits) -> Classifier:
     """The classifier with its head as configured (C, m), with or without a null space; what is untrained hangs on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build_classifier(model.resolved(), pictures, image_size=config.data.image_size, allow_empty=True)
 
 
-def _look_at_heads(config: CompareConfig, pictures: Parts) -> tuple[list[ComparedHead], list[tuple[str, ...]]]:
+def _look_at_heads(config: CompareConfig, pictures: Splits) -> tuple[list[ComparedHead], list[tuple[str, ...]]]:
     """Every head's passport, and the class names (C,) that prompts are needed for."""
     heads, names, problems = [], [], []
     for place, model in enumerate(config.models):
@@ -144,7 +143,7 @@ def _look_at_heads(config: CompareConfig, pictures: Parts) -> tuple[list[Compare
 
 
 def _open_space(
-    config: CompareConfig, vlm_config: VisionLanguageConfig, label: str, pictures: Parts, names: list[tuple[str, ...]],
+    config: CompareConfig, vlm_config: VisionLanguageConfig, label: str, pictures: Splits, names: list[tuple[str, ...]],
     accelerator: Accelerator,
 ) -> Space:  # fmt: skip
     vlm = open_vlm(vlm_config, accelerator)

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from singreg.workbench.config import AuditorConfig, JobConfig, ModelConfig, Problems, TranslatorConfig, VisionLanguageConfig
+from singreg.workbench.config import (
+    AuditorConfig,
+    JobConfig,
+    ModelConfig,
+    Problems,
+    TranslatorConfig,
+    VisionLanguageConfig,
+)
 from singreg.workbench.parsing import parse_config
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import FittedTranslator, fit_on_part
-from singreg.data.parts import Parts
+from singreg.data.datasets import Splits
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance
 from singreg.ridge import DEFAULT_RIDGES
@@ -20,7 +20,7 @@ class Fittable(Protocol):
     """What is needed of a `Bench`: a classifier, parts, embeddings (N, n) by part name, and how to read pictures."""
 
     classifier: Classifier
-    parts: Parts
+    parts: Splits
     embeddings: dict[str, np.ndarray]
     info: TranslatorInfo
     settings: PassSettings

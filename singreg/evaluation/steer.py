@@ -24,7 +24,7 @@ from singreg.analysis.steering.on_manifold import fit_conditional, natural_radii
 from singreg.analysis.steering.pairs import steer_pairs
 from singreg.analysis.steering.plan import PairPlan, plan_pairs
 from singreg.analysis.steering.results import SteeringCurve, SteeringPairs, SteerReport
-from singreg.data.subsets import resolve_classes
+from singreg.data.classes import resolve_classes
 from singreg.evaluation.fitting import fit_translators
 from singreg.evaluation.steer_config import ALL, SteerConfig
 from singreg.evaluation.steer_pictures import SteeredPictures, draw_steered, open_renderer

@@ -13,7 +13,7 @@ from torch import Tensor
 from singreg.analysis.features import iterate_features
 from singreg.analysis.steering.plan import PairPlan
 from singreg.analysis.steering.results import ShownSteering
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.nullspace import NullSpace
 from singreg.reporting.unclip import UnclipRenderer, check_extra, draw_rows, shift_columns
 from singreg.steering import steer
@@ -114,7 +114,7 @@ def _features(bench: Bench, indices: list[int]) -> tuple[Tensor, Tensor]:
     return features.double(), torch.from_numpy(embeddings).to(device).double()
 
 
-def _squares(part: ImagePart, indices: list[int], side: int) -> np.ndarray:
+def _squares(part: ImageSplit, indices: list[int], side: int) -> np.ndarray:
     """Pictures of a part, their middle square, as (N, side, side, 3) in [0, 1]."""
     cut = []
     for index in indices:

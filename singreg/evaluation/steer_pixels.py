@@ -22,7 +22,14 @@ from singreg.analysis.features import cached_features
 from singreg.analysis.pixels.attack import AttackSettings, Batch, attack_batch, save_batch
 from singreg.analysis.pixels.checks import KNOWS, pixel_checks, pixel_findings, pixel_warnings, unchanged_without_null
 from singreg.analysis.pixels.features import feature_rules
-from singreg.analysis.pixels.judges import Reader, counted_rise, judge_pictures, model_differences, summarise, translator_reader
+from singreg.analysis.pixels.judges import (
+    Reader,
+    counted_rise,
+    judge_pictures,
+    model_differences,
+    summarise,
+    translator_reader,
+)
 from singreg.analysis.pixels.model import PixelModel
 from singreg.analysis.pixels.passes import Climbed, climb_summaries
 from singreg.analysis.pixels.plain_robustness import PlainRobustness, corrupted_right, still_right

@@ -13,9 +13,8 @@ from torch.nn.functional import normalize
 from singreg.analysis.features import PassSettings
 from singreg.analysis.pixels.judges import Reader, encoder_reader
 from singreg.analysis.pixels.model import PixelModel
-from singreg.data.loading import load_parts
-from singreg.data.parts import ImagePart, Parts
-from singreg.data.subsets import resolve_classes
+from singreg.data.classes import resolve_classes
+from singreg.data.datasets import ImageSplit, Splits, load_splits
 from singreg.evaluation.compare_bench import ModelBench, refuse_unknown_names, space_labels
 from singreg.evaluation.steer_config import ALL, names_of
 from singreg.evaluation.steer_pixels_config import AttackedModelConfig, PixelsConfig
@@ -51,7 +50,7 @@ class PixelsBench:
     """The pictures and their targets, the encoders by name (the first is what translators imitate), how pictures are read."""
 
     accelerator: Accelerator
-    pictures: Parts
+    pictures: Splits
     chosen: Chosen
     encoders: dict[str, Encoder]
     settings: PassSettings
@@ -65,7 +64,7 @@ class PixelsBench:
                 nothing but pictures of one colour.
         """
         refuse_unknown_names(config.models)
-        pictures = load_parts(replace(config.data, cache_dir=config.data.cache_dir or config.cache))
+        pictures = load_splits(replace(config.data, cache_dir=config.data.cache_dir or config.cache))
         if not len(pictures.audit):
             raise ValueError("the audit part is empty, so no auditor could be fitted; give data.audit_per_class or unlabeled pictures")
         chosen = choose_pictures(pictures.test, config.pictures, config.targets, config.seed)
@@ -107,7 +106,7 @@ class PixelsBench:
         return ModelBench(classifier, parts, first.texts, first.embeddings, info, self.settings)
 
 
-def open_attacked(config: PixelsConfig, model: AttackedModelConfig, pictures: Parts, device: torch.device) -> tuple[Classifier, Classifier]:
+def open_attacked(config: PixelsConfig, model: AttackedModelConfig, pictures: Splits, device: torch.device) -> tuple[Classifier, Classifier]:
     """(the classifier that translators are fitted on, the one that is attacked): two only where the null space is dropped.
 
     Raises:
@@ -120,7 +119,7 @@ def open_attacked(config: PixelsConfig, model: AttackedModelConfig, pictures: Pa
     return classifier, drop_null(classifier).eval() if model.drop_null else classifier
 
 
-def _look_at_models(config: PixelsConfig, pictures: Parts) -> None:
+def _look_at_models(config: PixelsConfig, pictures: Splits) -> None:
     problems = []
     for place, model in enumerate(config.models):
         try:
@@ -133,7 +132,7 @@ def _look_at_models(config: PixelsConfig, pictures: Parts) -> None:
         raise ValueError("\n".join(problems))
 
 
-def choose_pictures(part: ImagePart, count: int, targets: list[str] | str, seed: int) -> Chosen:
+def choose_pictures(part: ImageSplit, count: int, targets: list[str] | str, seed: int) -> Chosen:
     """`count` labelled pictures, evenly over classes, and a target class other than its own for each, drawn by the seed.
 
     Pictures of one colour are left out and named. Shapes: (M,), M at most `count`.
@@ -174,6 +173,6 @@ def choose_pictures(part: ImagePart, count: int, targets: list[str] | str, seed:
     return Chosen(np.array(kept), labels, drawn, tuple(left_out))
 
 
-def _one_colour(part: ImagePart, index: int) -> bool:
+def _one_colour(part: ImageSplit, index: int) -> bool:
     pixels = np.asarray(part.image(index).convert("RGB"))
     return bool((pixels == pixels[:1, :1]).all())

@@ -15,7 +15,7 @@ from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.analysis.steering.curves import Budgets
 from singreg.analysis.steering.on_manifold import fit_conditional, natural_radii
 from singreg.analysis.steering.plan import PairPlan, plan_pairs
-from singreg.data.subsets import resolve_classes
+from singreg.data.classes import resolve_classes
 from singreg.evaluation.compare_bench import ModelBench
 from singreg.evaluation.steer_config import ALL, names_of
 from singreg.evaluation.steer_pixels_bench import PixelsBench

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from singreg.data.parts import Parts
+from singreg.data.datasets import Splits
 from singreg.models.vlm import hash_of_state
 
 MADE_FROM = "made_from"
 
 
-def made_from(classifier: nn.Module, pictures: Parts, vlm_weights_hash: str) -> dict[str, str]:
+def made_from(classifier: nn.Module, pictures: Splits, vlm_weights_hash: str) -> dict[str, str]:
     """Hashes of all that attacked pictures hang on beside the configuration, by what they are called in messages (any shapes).
 
     Translators follow from these; their own last bits may differ from one machine to the next.

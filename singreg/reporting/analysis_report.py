@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from singreg.analysis.analysis_results import PRIMARY, AnalysisReport
 from singreg.analysis.levels.concept_results import ConceptShift
-from singreg.data.parts import Parts
+from singreg.data.datasets import Splits
 from singreg.reporting import tables, validation_tables
 from singreg.reporting.html import write_html
 from singreg.reporting.level_plots import (
@@ -39,7 +39,7 @@ CAPTIONS = {
 }
 
 
-def draw_all(report: AnalysisReport, parts: Parts, *, shown: int) -> dict[str, Figure]:
+def draw_all(report: AnalysisReport, parts: Splits, *, shown: int) -> dict[str, Figure]:
     """Every figure by name; the images sheet needs the pictures themselves (degrees)."""
     return {
         "joint": draw_joint_distribution(report.joint),
@@ -53,7 +53,7 @@ def draw_all(report: AnalysisReport, parts: Parts, *, shown: int) -> dict[str, F
     }
 
 
-def write_analysis_report(report: AnalysisReport, folder: Path, parts: Parts, *, shown: int) -> dict[str, Path]:
+def write_analysis_report(report: AnalysisReport, folder: Path, parts: Splits, *, shown: int) -> dict[str, Path]:
     """Write plots/, scores.parquet, report.md, report.html and report.json into the path `folder`; returns the plots' paths."""
     plots = {}
     for name, figure in draw_all(report, parts, shown=shown).items():

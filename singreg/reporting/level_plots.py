@@ -14,7 +14,7 @@ from singreg.analysis.levels.class_results import ClassMeasurement, ClassScore
 from singreg.analysis.levels.concept_results import ConceptMeasurement, ConceptShift
 from singreg.analysis.levels.image_results import ImageMeasurement, Neighbour, PictureShift, WorstImage
 from singreg.analysis.levels.joint import JointDistribution
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.reporting.plots import _axes, _styled, drawable
 
 HARM, GOOD, NEUTRAL = "#c2410c", "#2563eb", "#6b7280"  # AS < 0, AS > 0
@@ -167,7 +167,7 @@ def _arrows(axes: Axes, shifts: Sequence[ConceptShift], span: float) -> None:
 
 
 def draw_worst_images(
-    found: ImageMeasurement, shifts: Sequence[PictureShift], part: ImagePart, gallery: ImagePart, *, shown: int = 8, nearest: int = 3
+    found: ImageMeasurement, shifts: Sequence[PictureShift], part: ImageSplit, gallery: ImageSplit, *, shown: int = 8, nearest: int = 3
 ) -> Figure:
     """A sheet: each worst picture with its figures, the gallery's nearest to T(f), to T(f~) and, if searched, to the steered one.
 
@@ -211,12 +211,12 @@ def draw_worst_images(
     return figure
 
 
-def _picture(axes: Axes, part: ImagePart, index: int, caption: str) -> None:
+def _picture(axes: Axes, part: ImageSplit, index: int, caption: str) -> None:
     axes.imshow(np.asarray(part.image(index)))
     axes.set_title(caption, fontsize=7, pad=2)
 
 
-def _caption(gallery: ImagePart, neighbour: Neighbour) -> str:
+def _caption(gallery: ImageSplit, neighbour: Neighbour) -> str:
     label = int(gallery.labels[neighbour.index])
     return f"{'' if label < 0 else drawable(gallery.class_names[label], 18)}\n{neighbour.angle:.1f}°"
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from singreg.analysis.pixels.results import ATTACK, JudgedPicture, PixelReport
 from singreg.analysis.pixels.twins import TwinReport
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.reporting.pixels_features import draw_feature_curves, draw_feature_pairs
 from singreg.reporting.plots import drawable, save_figure
 
@@ -20,7 +20,7 @@ SHOWN = 6
 AMPLIFIED = 20
 
 
-def save_pixel_plots(report: PixelReport, folder: Path, part: ImagePart) -> dict[str, Path]:
+def save_pixel_plots(report: PixelReport, folder: Path, part: ImageSplit) -> dict[str, Path]:
     """Draw every plot below the run's folder (path); returns the path by plot name."""
     figures = {"rises": draw_rises(report), "attacked": draw_attacked(report, folder), "robustness": draw_robustness(report)}
     if set(report.features) - set(report.dropped):
@@ -88,7 +88,7 @@ def _said(row: JudgedPicture) -> str:
     return f"{row.rise['fitted']:+.0f}°, {row.rise[names[-1]]:+.0f}°" if row.kept else "not kept"
 
 
-def draw_twins(report: PixelReport, part: ImagePart) -> Figure:
+def draw_twins(report: PixelReport, part: ImageSplit) -> Figure:
     """The closest natural twins of every model by the first encoder that sees any: the two pictures, Δlogit and angle (degrees)."""
     shown = _shown_twins(report)
     columns = min(SHOWN, max(len(twins.shown) for twins in shown))

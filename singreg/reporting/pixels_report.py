@@ -8,7 +8,7 @@ from pathlib import Path
 
 from singreg.analysis.pixels.results import ATTACK, HOLD, PixelReport
 from singreg.analysis.robustness.attacks import MAXIMISER
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.reporting import pixels_tables as tables
 from singreg.reporting.html import write_html
 from singreg.reporting.page import page_from_markdown
@@ -30,7 +30,7 @@ CAPTIONS = {
 ROWS = "attacked.json"
 
 
-def write_pixels_report(report: PixelReport, folder: Path, part: ImagePart) -> dict[str, Path]:
+def write_pixels_report(report: PixelReport, folder: Path, part: ImageSplit) -> dict[str, Path]:
     """Write attacked.json (a row a picture), plots/, report.md, report.html and report.json to the path `folder`; the plots' paths."""
     write_json(folder / ROWS, [asdict(row) for row in report.rows])
     plots = save_pixel_plots(report, folder, part)

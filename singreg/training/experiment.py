@@ -14,7 +14,7 @@ from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import FittedTranslator, fit_on_part, reference_image_scores
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import ModelMeasurement
-from singreg.data.parts import ImagePart, Parts
+from singreg.data.datasets import ImageSplit, Splits
 from singreg.loss_terms import resolve_terms
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
@@ -30,20 +30,20 @@ from singreg.workbench.build import Bench
 
 @dataclass
 class Experiment:
-    """Parts, embeddings, texts and the starting classifier. embeddings (N, n) by part name; texts (C, n) unit rows.
+    """Splits, embeddings, texts and the starting classifier. embeddings (N, n) by part name; texts (C, n) unit rows.
 
     validation: pictures to choose on, of no other part (a study's; see study_validation.hold_out).
     """
 
     config: FinetuneConfig
     accelerator: Accelerator
-    parts: Parts
+    parts: Splits
     classifier: Classifier
     texts: Tensor
     embeddings: dict[str, np.ndarray]
     info: TranslatorInfo
     settings: PassSettings
-    validation: ImagePart | None = None
+    validation: ImageSplit | None = None
 
     @classmethod
     def build(cls, config: FinetuneConfig, accelerator: Accelerator) -> Experiment:
@@ -51,7 +51,7 @@ class Experiment:
         micro_batch(config, accelerator.num_processes)
         refuse_batch_norm(config, accelerator)
 
-        def before_embedding(parts: Parts, classifier: Classifier) -> None:
+        def before_embedding(parts: Splits, classifier: Classifier) -> None:
             schedule = Schedule.from_config(config, len(parts.train))
             if not (config.dry_run and accelerator.is_main_process):
                 return

@@ -16,9 +16,8 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from singreg.data.loading import make_loader
-from singreg.data.parts import ImagePart
-from singreg.data.views import EpochSampler
+from singreg.data.datasets import ImageSplit, make_loader
+from singreg.data.loader import EpochSampler
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.training.balance import balance, measure_gradients, ramp_begins
@@ -109,7 +108,7 @@ def train_arm(
     name: str,
     classifier: Classifier,
     sing: SingLoss | None,
-    part: ImagePart,
+    part: ImageSplit,
     config: FinetuneConfig,
     accelerator: Accelerator,
     folder: Path,
@@ -193,7 +192,7 @@ def _between_steps(arm: _Arm, position: Position, callbacks: ArmCallbacks) -> No
 
 
 def _training_loader(
-    classifier: Classifier, part: ImagePart, config: FinetuneConfig, processes: int, *, clean: bool
+    classifier: Classifier, part: ImageSplit, config: FinetuneConfig, processes: int, *, clean: bool
 ) -> DataLoader[tuple[Tensor, ...]]:
     """Shuffled micro-batches; with `clean` and an augmentation a second view, the one the vision-language model saw."""
     return make_loader(
@@ -220,7 +219,7 @@ class _Arm:
         accelerator: Accelerator,
         schedule: Schedule,
         config: FinetuneConfig,
-        part: ImagePart,
+        part: ImageSplit,
         sampler: EpochSampler,
         translator: LoopTranslator | None = None,
     ) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fold_statistics, standardization
+from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import take_rows
-from singreg.data.parts import ImagePart
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance
@@ -35,7 +35,7 @@ class LoopTranslator:
     def __init__(
         self,
         first: LinearTranslator,
-        bank: ImagePart,
+        bank: ImageSplit,
         embeddings: np.ndarray,
         config: LoopTranslatorConfig,
         accelerator: Accelerator,

@@ -18,7 +18,7 @@ from singreg.analysis.study.arm_results import ArmFigures
 from singreg.analysis.study.auditors import AgreementPoint, fit_auditors
 from singreg.analysis.study.results import ArmRun, StudyReport
 from singreg.analysis.study.targets import study_report
-from singreg.data.parts import ImagePart, ScenePart, SubsetPart
+from singreg.data.datasets import ImageSplit, SceneSplit, SubsetSplit
 from singreg.data.scenes import ATTRIBUTES
 from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
@@ -191,7 +191,7 @@ class Study:
             points = [asdict(point) for point in self.agreement]
             write_sealed(self.run.folder / "agreement.json", {"key": self._agreement_key(), "points": points})
 
-    def _strange(self) -> ImagePart | None:
+    def _strange(self) -> ImageSplit | None:
         """Pictures of no class, evenly over the bank's unlabelled ones: no auditor and no cross-entropy ever saw them."""
         if self.config.ood == "none":
             return None
@@ -265,7 +265,7 @@ class _SecondVLM:
         return OtherVLM(self.texts, self.embeddings["test"], {SECOND: found[SECOND].translator})
 
 
-def known_attributes(fit: ImagePart, test: ImagePart) -> KnownAttributes:
+def known_attributes(fit: ImageSplit, test: ImageSplit) -> KnownAttributes:
     """Every value of every attribute of built-in scenes as 0 or 1, "color: red", for the fit part (F, k) and the test part (N, k).
 
     Raises:
@@ -273,10 +273,10 @@ def known_attributes(fit: ImagePart, test: ImagePart) -> KnownAttributes:
     """
     names = tuple(f"{name}: {value}" for name, values in ATTRIBUTES.items() for value in values)
 
-    def table(part: ImagePart) -> np.ndarray:
-        if isinstance(part, SubsetPart):
+    def table(part: ImageSplit) -> np.ndarray:
+        if isinstance(part, SubsetSplit):
             return table(part.parent)[part.indices]
-        if not isinstance(part, ScenePart):
+        if not isinstance(part, SceneSplit):
             raise ValueError(f"attributes are known of built-in scenes only, not of the pictures of {part.name!r}")
         return np.concatenate([np.eye(len(values))[part.table.codes[name]] for name, values in ATTRIBUTES.items()], axis=1)
 

@@ -12,8 +12,8 @@ import torch
 from singreg.analysis.features import PassSettings, cached_features
 from singreg.analysis.model import analyze_model
 from singreg.analysis.study.auditors import AgreementPoint, Auditor, auditor_agreement_curve
+from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import take_rows
-from singreg.data.parts import ImagePart
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
 from singreg.training.experiment import Experiment
@@ -87,7 +87,7 @@ def agreement_points(experiment: Experiment, sizes: list[int], ridge: float, fol
     classifier, settings, parts = experiment.classifier, experiment.settings, experiment.parts
     held, of_held = (parts.test, "test") if experiment.validation is None else (experiment.validation, VALIDATION)
 
-    def features(part: ImagePart) -> np.ndarray:
+    def features(part: ImageSplit) -> np.ndarray:
         return cached_features(
             classifier, part, folder, batch_size=settings.batch_size, workers=settings.workers, progress=settings.progress
         )

@@ -14,9 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from singreg.analysis.features import PassSettings
+from singreg.data.datasets import ImageSplit, Splits, load_splits
 from singreg.data.embeddings import cached_embeddings
-from singreg.data.loading import load_parts
-from singreg.data.parts import ImagePart, Parts
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import VisionLanguageModel
 from singreg.nullspace import NullSpace
@@ -34,7 +33,7 @@ def model_name(name: str, kind: str) -> str:
 
 
 def build_classifier(
-    model: ModelConfig, parts: Parts, *, image_size: int | None = None, allow_empty: bool = False
+    model: ModelConfig, parts: Splits, *, image_size: int | None = None, allow_empty: bool = False
 ) -> Classifier:
     """The classifier as configured, its head kept, sliced to the parts' classes, or new (C, m); `image_size` in pixels.
 
@@ -80,7 +79,7 @@ def _stored_names(stored: Any) -> tuple[str, ...]:
     return tuple(stored[row] for row in sorted(stored, key=int)) if isinstance(stored, dict) else tuple(stored or ())
 
 
-def labels_for_head(parts: Parts, classifier: Classifier, model: ModelConfig) -> Parts:
+def labels_for_head(parts: Splits, classifier: Classifier, model: ModelConfig) -> Splits:
     """With a kept head, labels and names become those of all its C rows; rows without names are trusted to be in the data's order.
 
     Raises:
@@ -118,7 +117,7 @@ def open_vlm(config: VisionLanguageConfig, accelerator: Accelerator) -> VisionLa
 
 
 def embed_parts(
-    vlm: VisionLanguageModel, parts: Sequence[ImagePart], cache: str, *, batch_size: int, workers: int, progress: bool
+    vlm: VisionLanguageModel, parts: Sequence[ImageSplit], cache: str, *, batch_size: int, workers: int, progress: bool
 ) -> dict[str, np.ndarray]:
     """Embeddings (N, n) by part name, computed once and memory-mapped from the cache path."""
     return {
@@ -147,7 +146,7 @@ def describe_head(classifier: Classifier, model: ModelConfig) -> str:
     return f"head: rank {space.rank}, nullity {space.nullity} ({share:.1%} of the dimensions)"
 
 
-def describe_parts(parts: Parts, cache: str) -> str:
+def describe_parts(parts: Splits, cache: str) -> str:
     """How many pictures there are in each part, and what is about to be done to them, for a dry run (no shapes)."""
     counts = {part.name: len(part) for part in (parts.train, parts.bank, parts.audit, parts.test)}
     embedded = counts["bank"] + counts["audit"] + counts["test"]
@@ -165,7 +164,7 @@ class Bench:
     """
 
     accelerator: Accelerator
-    parts: Parts
+    parts: Splits
     classifier: Classifier
     vlm: VisionLanguageModel
     texts: Tensor
@@ -182,7 +181,7 @@ class Bench:
         *,
         batch_size: int = 64,
         normalize_targets: bool = False,
-        before_embedding: Callable[[Parts, Classifier], None] | None = None,
+        before_embedding: Callable[[Splits, Classifier], None] | None = None,
     ) -> Bench:
         """Load data and models and compute (or read back) the embeddings (N, n) of bank, audit and test.
 
@@ -191,7 +190,7 @@ class Bench:
         Raises:
             ValueError: an empty audit part, a head without a null space, classes or pictures that are not there.
         """
-        pictures = load_parts(replace(config.data, cache_dir=config.data.cache_dir or config.cache))
+        pictures = load_splits(replace(config.data, cache_dir=config.data.cache_dir or config.cache))
         if not len(pictures.audit):
             raise ValueError("the audit part is empty, so no auditor could be fitted; give data.audit_per_class or unlabeled pictures")
         classifier = build_classifier(model, pictures, image_size=config.data.image_size)

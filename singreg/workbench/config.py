@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from singreg.data.concept_banks import control_character
+from singreg.data.concepts import control_character
 from singreg.data.config import DataConfig
 
 Standardization = Literal["blocks", "features", "no"]

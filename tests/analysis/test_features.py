@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, PassSettings, cached_features, gathered, iterate_features
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from tests.analysis import in_processes, toy
 from tests.processes import run_processes
 
 
 def walk(
-    model: Classifier, part: ImagePart, settings: PassSettings = toy.QUIET, embeddings: np.ndarray | None = None
+    model: Classifier, part: ImageSplit, settings: PassSettings = toy.QUIET, embeddings: np.ndarray | None = None
 ) -> list[FeatureBatch]:
     z = toy.embeddings(len(part)) if embeddings is None else embeddings
     return list(iterate_features(model, part, z, settings, "test"))

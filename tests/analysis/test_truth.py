@@ -18,7 +18,7 @@ from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fit_on_part
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import CENTRED
-from singreg.data.parts import ScenePart
+from singreg.data.datasets import SceneSplit
 from singreg.data.scenes import ATTRIBUTES, BACKGROUNDS, SHAPES, SceneTable, sample_scenes
 from singreg.functional import attribute_score, image_score, kappa
 from singreg.metrics import SemanticLeakage
@@ -124,14 +124,14 @@ def test_a_pair_that_differs_in_one_attribute_is_told_apart_by_that_attributes_p
 
 
 @cache
-def packaged() -> tuple[ScenePart, np.ndarray, dict[str, LinearTranslator], Tensor]:
+def packaged() -> tuple[SceneSplit, np.ndarray, dict[str, LinearTranslator], Tensor]:
     """Test scenes with embeddings, and a plain and a standardised translator of the packaged classifier with its mean feature."""
     settings = PassSettings(progress=False)
-    part = ScenePart("audit", sample_scenes(300, seed=1))
+    part = SceneSplit("audit", sample_scenes(300, seed=1))
     z = embedded(part.table).float().numpy()
     plain = fit_on_part(demo_classifier(), part, z, settings=settings)
     standardized = fit_on_part(demo_classifier(), part, z, standardize=True, settings=settings)
-    test = ScenePart("test", sample_scenes(150, seed=2))
+    test = SceneSplit("test", sample_scenes(150, seed=2))
     return test, embedded(test.table).float().numpy(), {"frozen": plain.translator, "auditor": standardized.translator}, plain.mean
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from singreg.analysis.features import PassSettings
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.translator import LinearTranslator, TranslatorInfo
 from tests.data.encoding import to_tensor
@@ -20,7 +20,7 @@ NAMES = ("alpha", "beta", "gamma", "delta", "epsilon")
 QUIET = PassSettings(batch_size=4, progress=False)
 
 
-class ToyPart(ImagePart):
+class ToyPart(ImageSplit):
     """N random pictures; label = index modulo the classes, or -1 for the unlabelled."""
 
     def __init__(self, count: int, *, seed: int = 0, unlabelled: tuple[int, ...] = (), classes: int = CLASSES) -> None:
@@ -45,7 +45,7 @@ def classifier(seed: int = 0, classes: int = CLASSES) -> Classifier:
 
 
 @torch.no_grad()
-def features(model: Classifier, part: ImagePart) -> Tensor:
+def features(model: Classifier, part: ImageSplit) -> Tensor:
     """f (N, m) float64 of a whole part in one batch."""
     model.eval()
     return model.features(torch.stack([to_tensor(part.image(index)) for index in range(len(part))])).double()

@@ -21,14 +21,13 @@ from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fit_on_part
 from singreg.analysis.model import analyze_model
 from singreg.data.config import DataConfig
-from singreg.data.loading import load_parts, make_loader
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit, load_splits, make_loader
 from singreg.models.classifier import Classifier
 from singreg.workbench.build import build_classifier
 from singreg.workbench.config import ModelConfig
 
 
-def bare(classifier: Classifier, parts: list[ImagePart], batch: int) -> None:
+def bare(classifier: Classifier, parts: list[ImageSplit], batch: int) -> None:
     """Forward passes over all pictures."""
     with torch.no_grad():
         for part in parts:
@@ -41,7 +40,7 @@ def unit(count: int, dim: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(count)), dim=1)
 
 
-def spread(part: ImagePart, count: int) -> ImagePart:
+def spread(part: ImageSplit, count: int) -> ImageSplit:
     """At most `count` pictures, from all over the part: a folder keeps the classes together."""
     return part.subset(np.linspace(0, len(part) - 1, min(count, len(part))).astype(int))
 
@@ -61,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     scenes = {"scenes_train": 32, "scenes_audit": options.audit, "scenes_test": options.test}
     config = DataConfig(options.data, image_size=options.pixels, **(scenes if options.data == "scenes" else {}), classes=options.classes)
-    found = load_parts(config)
+    found = load_splits(config)
     audit, test = spread(found.audit, options.audit), spread(found.test, options.test)
     classifier = build_classifier(ModelConfig(options.model), found, image_size=options.pixels)
     texts, targets = unit(classifier.num_classes, options.dim), [unit(len(part), options.dim).numpy() for part in (audit, test)]

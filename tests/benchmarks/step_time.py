@@ -17,7 +17,7 @@ import time
 import torch
 from accelerate import Accelerator
 
-from singreg.data.parts import ScenePart
+from singreg.data.datasets import SceneSplit
 from singreg.data.scenes import sample_scenes
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
@@ -58,7 +58,7 @@ def streamed(model: FinetuneTask, options: argparse.Namespace) -> LoopTranslator
     """A streamed translator whose sums hold enough pictures to be solved."""
     assert model.sing is not None
     config = LoopTranslatorConfig(ridge=0.1, stream_every=options.stream_every)
-    bank = ScenePart("bank", sample_scenes(options.batch, seed=0))
+    bank = SceneSplit("bank", sample_scenes(options.batch, seed=0))
     first = LinearTranslator(model.sing.matrix, model.sing.offset, TranslatorInfo(ridge=0.1, by_block=True))
     found = LoopTranslator(first, bank, torch.randn(options.batch, options.dim).numpy(), config, Accelerator())
     width = model.classifier.feature_dim

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from singreg.data import FolderPart, cached_embeddings
+from singreg.data import FolderSplit, cached_embeddings
 from tests.data.pictures_for_tests import write_picture
 
 
@@ -35,12 +35,12 @@ class Encoder:
         return images.flatten(1) @ self.weight
 
 
-def make_part(folder: Path, count: int = 11) -> FolderPart:
+def make_part(folder: Path, count: int = 11) -> FolderSplit:
     paths = [str(write_picture(folder / f"{index}.png", index)) for index in range(count)]
-    return FolderPart("audit", paths, ["x"], [0] * count)
+    return FolderSplit("audit", paths, ["x"], [0] * count)
 
 
-def one_by_one(encoder: Encoder, part: FolderPart) -> np.ndarray:
+def one_by_one(encoder: Encoder, part: FolderSplit) -> np.ndarray:
     rows = [encoder.embed_images(encoder.transform(part.image(index))[None])[0] for index in range(len(part))]
     return torch.stack(rows).numpy()
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from singreg.data import DataConfig, ImagePart, Parts
+from singreg.data import DataConfig, ImageSplit, Splits
 from singreg.utils import atomic_write
 
 
@@ -53,19 +53,19 @@ def config(source: Path, **changes: Any) -> DataConfig:
     return DataConfig(source=str(source), **changes)
 
 
-def contents(part: ImagePart) -> set[bytes]:
+def contents(part: ImageSplit) -> set[bytes]:
     return {bytes(digest) for digest in part.digests}
 
 
-def per_class(part: ImagePart) -> list[int]:
+def per_class(part: ImageSplit) -> list[int]:
     return np.bincount(part.labels[part.labels >= 0], minlength=len(part.class_names)).tolist()
 
 
-def names(part: ImagePart) -> list[str]:
+def names(part: ImageSplit) -> list[str]:
     return [part.identifier(index) for index in range(len(part))]
 
 
-def check_disjoint(parts: Parts) -> None:
+def check_disjoint(parts: Splits) -> None:
     for one, other in ((parts.train, parts.audit), (parts.train, parts.test), (parts.audit, parts.test)):
         assert not contents(one) & contents(other)
     assert not contents(parts.bank) & (contents(parts.audit) | contents(parts.test))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from torchvision.transforms import ToTensor
 
-from singreg.data import ImagePart, ScenePart, UnreadableImageError, load_parts, make_loader
+from singreg.data import ImageSplit, SceneSplit, UnreadableImageError, load_splits, make_loader
 from singreg.data.pictures import open_rgb
 from singreg.data.scenes import sample_scenes
 from singreg.data.selection import remove_copies
@@ -37,7 +37,7 @@ def damaged(tmp_path: Path) -> tuple[Path, list[Path]]:
 def test_unreadable_pictures_stop_the_run_and_are_all_named(damaged: tuple[Path, list[Path]]) -> None:
     root, bad = damaged
     with pytest.raises(UnreadableImageError, match="3 unreadable pictures") as caught:
-        load_parts(config(root, unlabeled=str(root / "pool")))
+        load_splits(config(root, unlabeled=str(root / "pool")))
     assert all(str(path) in str(caught.value) for path in bad)
 
 
@@ -46,7 +46,7 @@ def test_unreadable_pictures_are_replaced_on_request(
 ) -> None:
     root, bad = damaged
     with caplog.at_level(logging.WARNING):
-        parts = load_parts(config(root, unlabeled=str(root / "pool"), unreadable="skip", train_per_class=2, audit_per_class=2))
+        parts = load_splits(config(root, unlabeled=str(root / "pool"), unreadable="skip", train_per_class=2, audit_per_class=2))
     assert "3 unreadable pictures are left out" in caplog.text
     assert all(str(path) in caplog.text for path in bad)
     assert per_class(parts.train) == [2, 2]
@@ -56,7 +56,7 @@ def test_unreadable_pictures_are_replaced_on_request(
     assert not used & {str(path) for path in bad}
     assert len(used) == 2 * 4 + 5 + 4
     with pytest.raises(ValueError, match=r"1 unreadable ones not counted.*a has 4 for train 4"):
-        load_parts(config(root, unreadable="skip", train_per_class=4, audit_per_class=1))
+        load_splits(config(root, unreadable="skip", train_per_class=4, audit_per_class=1))
 
 
 def test_a_decompression_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,14 +64,14 @@ def test_a_decompression_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.
     big = write_picture(root / "train" / "a" / "big.png", size=(60, 50))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UnreadableImageError, match=r"big\.png \(DecompressionBombError"):
-        load_parts(config(root))
+        load_splits(config(root))
     with pytest.raises(UnreadableImageError, match=r"big\.png"):
         open_rgb(big, str(big))
 
 
 def test_a_picture_lost_or_damaged_after_loading_is_named(tmp_path: Path) -> None:
     root = write_tree(tmp_path, {"train": {"a": 3}, "validation": {"a": 2}})
-    parts = load_parts(config(root))
+    parts = load_splits(config(root))
     victim = Path(parts.test.identifier(1))
     victim.write_bytes(b"gone bad")
     loader = make_loader(parts.test, ToTensor(), 2)
@@ -87,11 +87,11 @@ def test_equal_pictures_in_two_parts(tmp_path: Path, caplog: pytest.LogCaptureFi
     write_picture(root / "train" / "a" / "copy.png", 5)
     write_picture(root / "validation" / "b" / "copy.png", 5)
     with pytest.raises(ValueError, match="1 pictures are in two parts") as caught:
-        load_parts(config(root, audit_per_class=1))
+        load_splits(config(root, audit_per_class=1))
     assert str(root / "train/a/copy.png") in str(caught.value)
     assert str(root / "validation/b/copy.png") in str(caught.value)
     with caplog.at_level(logging.WARNING):
-        parts = load_parts(config(root, audit_per_class=1, duplicates="drop"))
+        parts = load_splits(config(root, audit_per_class=1, duplicates="drop"))
     assert "1 pictures that are in another part too were dropped" in caplog.text
     assert per_class(parts.test) == [2, 3]
     assert len(parts.train) + len(parts.audit) == 12
@@ -101,10 +101,10 @@ def test_equal_pictures_in_two_parts(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_copies_are_found_as_by_a_table_of_all(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
 
-    def part(name: str, count: int) -> ImagePart:
+    def part(name: str, count: int) -> ImageSplit:
         digests = np.zeros((count, 32), np.uint8)
         digests[:, [0, 31]] = rng.integers(0, 8, (count, 2))  # many equal, many that differ in the last byte only
-        made = ScenePart(name, sample_scenes(count, seed=1))
+        made = SceneSplit(name, sample_scenes(count, seed=1))
         made.digests = digests
         return made
 
@@ -123,25 +123,25 @@ def test_errors_name_the_option_and_what_to_do(tmp_path: Path) -> None:
     counts = {f"c{number:02}": 1 for number in range(14)}
     root = write_tree(tmp_path, {"train": counts, "val": counts})
     with pytest.raises(FileNotFoundError, match=r"no split 'validation' in .*; folders there: train, val; set data\.test_split to one of"):
-        load_parts(config(root))
+        load_splits(config(root))
     with pytest.raises(FileNotFoundError, match=r"no split 'training' in .*; set data\.train_split to one of them"):
-        load_parts(config(root, train_split="training"))
+        load_splits(config(root, train_split="training"))
     with pytest.raises(ValueError, match="too few pictures") as stop:
-        load_parts(config(root, test_split="val", train_per_class=5))
+        load_splits(config(root, test_split="val", train_per_class=5))
     assert "c09 has 1" in str(stop.value)
     assert "c10" not in str(stop.value)
     assert str(stop.value).endswith(
         "and 4 more classes; lower data.train_per_class / data.audit_per_class, or set them to null"
     )
     with pytest.raises(ValueError, match=r"lower data\.test_per_class, or set it to null$"):
-        load_parts(config(root, test_split="val", audit_per_class=0, test_per_class=3))
+        load_splits(config(root, test_split="val", audit_per_class=0, test_per_class=3))
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*/pool \(data\.unlabeled\)"):
-        load_parts(config(root, test_split="val", audit_per_class=0, unlabeled=str(root / "pool")))
+        load_splits(config(root, test_split="val", audit_per_class=0, unlabeled=str(root / "pool")))
 
 
 def test_equal_pictures_within_one_side_are_no_leak(tmp_path: Path) -> None:
     root = write_tree(tmp_path, {"train": {"a": 4}, "validation": {"a": 2}})
     write_picture(root / "pool" / "one.png", 5)
     write_picture(root / "pool" / "two.png", 5)
-    parts = load_parts(config(root, unlabeled=str(root / "pool"), unlabeled_to_audit=0.0))
+    parts = load_splits(config(root, unlabeled=str(root / "pool"), unlabeled_to_audit=0.0))
     assert len(parts.bank) == len(parts.train) + 2

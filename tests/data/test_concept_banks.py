@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from singreg.data.concept_banks import CONCEPTS_FOLDER, ConceptBank, concept_banks, embed_concepts, load_concepts
-from singreg.data.subsets import imagenet_names
+from singreg.data.classes import imagenet_names
+from singreg.data.concepts import CONCEPTS_FOLDER, ConceptBank, concept_banks, embed_concepts, load_concepts
 
 
 def test_the_banks_of_the_package_are_whole() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from singreg.data.corruption import BLUR, CONTRAST, KINDS, NOISE, CorruptedPart, corrupt
+from singreg.data.corruption import BLUR, CONTRAST, KINDS, NOISE, CorruptedSplit, corrupt
 from tests.analysis.toy import ToyPart
 
 
@@ -45,29 +45,29 @@ def test_noise_follows_the_seed_and_the_picture_not_its_place() -> None:
     assert np.array_equal(corrupt(picture, "noise", seed=3), corrupt(picture, "noise", seed=3))
     assert not np.array_equal(corrupt(picture, "noise", seed=3), corrupt(picture, "noise", seed=4))
     part = ToyPart(9)
-    whole, some = CorruptedPart(part, "noise"), CorruptedPart(part.subset([5, 2]), "noise")
+    whole, some = CorruptedSplit(part, "noise"), CorruptedSplit(part.subset([5, 2]), "noise")
     assert np.array_equal(whole.image(5), some.image(0))
     assert np.array_equal(whole.image(2), some.image(1))
     assert not np.array_equal(np.asarray(whole.image(5), int) - part.image(5), np.asarray(whole.image(2), int) - part.image(2))
-    assert not np.array_equal(whole.image(5), CorruptedPart(part, "noise", seed=1).image(5))
+    assert not np.array_equal(whole.image(5), CorruptedSplit(part, "noise", seed=1).image(5))
 
 
 def test_a_corrupted_part_keeps_labels_and_has_a_fingerprint_of_its_own() -> None:
     part = ToyPart(9, unlabelled=(3,))
-    made = [CorruptedPart(part, kind, severity, seed=seed) for kind in KINDS for severity in (2, 3) for seed in (0, 1)]
+    made = [CorruptedSplit(part, kind, severity, seed=seed) for kind in KINDS for severity in (2, 3) for seed in (0, 1)]
     assert len({part.fingerprint, *(other.fingerprint for other in made)}) == 1 + len(made)
-    assert made[0].fingerprint == CorruptedPart(part, KINDS[0], 2).fingerprint
+    assert made[0].fingerprint == CorruptedSplit(part, KINDS[0], 2).fingerprint
     for other in made:
         assert other.labels.tolist() == part.labels.tolist()
         assert other.class_names == part.class_names
     assert made[0].identifier(4) == "toy-4 (blur 2)"
     image, label, index = made[-1][4]
     assert (image.size, label, index) == (part.image(4).size, part.labels[4], 4)
-    assert len(CorruptedPart(part.subset([]), "blur")) == 0
+    assert len(CorruptedSplit(part.subset([]), "blur")) == 0
 
 
 def test_everything_unknown_is_named_at_once() -> None:
     with pytest.raises(ValueError, match="no such corruption: fog; known are blur, noise, contrast; severity must be 1 to 5, got 6"):
         corrupt(photo(), "fog", 6)
     with pytest.raises(ValueError, match="severity must be 1 to 5, got 0"):
-        CorruptedPart(ToyPart(2), "blur", 0)
+        CorruptedSplit(ToyPart(2), "blur", 0)

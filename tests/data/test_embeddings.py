@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from singreg.data import FolderPart, cached_embeddings, encode_part, verified
+from singreg.data import FolderSplit, cached_embeddings, encode_split, verified
 from singreg.utils import sha256_of_file
 from tests.data.encoding import Encoder, encode_in_process, make_part, one_by_one
 
 
 @pytest.fixture
-def part(tmp_path: Path) -> FolderPart:
+def part(tmp_path: Path) -> FolderSplit:
     return make_part(tmp_path / "pictures")
 
 
-def test_row_i_is_picture_i_read_only_and_computed_once(part: FolderPart, tmp_path: Path) -> None:
+def test_row_i_is_picture_i_read_only_and_computed_once(part: FolderSplit, tmp_path: Path) -> None:
     encoder = Encoder()
     rows = cached_embeddings(encoder, part, tmp_path / "cache", batch_size=4, progress=False)
     assert isinstance(rows, np.memmap)
@@ -38,7 +38,7 @@ def test_row_i_is_picture_i_read_only_and_computed_once(part: FolderPart, tmp_pa
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".npy"]
 
 
-def test_the_key_follows_all_that_matters_and_not_the_place(part: FolderPart, tmp_path: Path) -> None:
+def test_the_key_follows_all_that_matters_and_not_the_place(part: FolderSplit, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
 
     def files_after(encoder: Encoder, which: Any) -> int:
@@ -82,7 +82,7 @@ def broken_sidecar(data: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_byte, other_shape, no_sidecar, broken_sidecar])
 def test_a_damaged_cache_is_named_and_made_anew(
-    part: FolderPart, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+    part: FolderSplit, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
     expected = np.array(cached_embeddings(Encoder(), part, tmp_path / "cache", progress=False))
     (data,) = (tmp_path / "cache").glob("*.npy")
@@ -97,7 +97,7 @@ def test_a_damaged_cache_is_named_and_made_anew(
     assert encoder.seen == 11
 
 
-def test_a_second_pass_does_not_hash_the_file_again(part: FolderPart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_pass_does_not_hash_the_file_again(part: FolderSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
     monkeypatch.setattr(verified, "SETTLED_NS", 0)
     monkeypatch.setattr(verified, "sha256_of_file", lambda path: (hashed.append(path), sha256_of_file(path))[1])
@@ -111,7 +111,7 @@ def test_a_second_pass_does_not_hash_the_file_again(part: FolderPart, tmp_path: 
     assert encoder.seen == 11
 
 
-def test_a_reader_keeps_its_rows_while_another_run_replaces_the_file(part: FolderPart, tmp_path: Path) -> None:
+def test_a_reader_keeps_its_rows_while_another_run_replaces_the_file(part: FolderSplit, tmp_path: Path) -> None:
     rows = cached_embeddings(Encoder(), part, tmp_path / "cache", progress=False)
     expected = np.array(rows)
     next((tmp_path / "cache").glob("*.json")).unlink()
@@ -119,7 +119,7 @@ def test_a_reader_keeps_its_rows_while_another_run_replaces_the_file(part: Folde
     assert np.array_equal(rows, expected)
 
 
-def test_a_failed_run_leaves_nothing_behind(part: FolderPart, tmp_path: Path) -> None:
+def test_a_failed_run_leaves_nothing_behind(part: FolderSplit, tmp_path: Path) -> None:
     encoder = Encoder()
     encoder.embed_images = lambda images: images.flatten(1)[:, :4] / 0  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"not finite for 3 pictures: .*0\.png, .*1\.png, .*2\.png"):
@@ -127,7 +127,7 @@ def test_a_failed_run_leaves_nothing_behind(part: FolderPart, tmp_path: Path) ->
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_one_bad_row_is_named(part: FolderPart, tmp_path: Path) -> None:
+def test_one_bad_row_is_named(part: FolderSplit, tmp_path: Path) -> None:
     encoder = Encoder()
     fine, target = encoder.embed_images, encoder.transform(part.image(7))
 
@@ -137,18 +137,18 @@ def test_one_bad_row_is_named(part: FolderPart, tmp_path: Path) -> None:
         return rows
 
     with pytest.raises(ValueError, match=r"not finite for 1 pictures: .*/7\.png$"):
-        encode_part(spoil, encoder.transform, part, 4, tmp_path / "cache", key={"spoilt": 1}, batch_size=4, progress=False)
+        encode_split(spoil, encoder.transform, part, 4, tmp_path / "cache", key={"spoilt": 1}, batch_size=4, progress=False)
 
 
-def test_wrong_width_and_empty_parts_are_refused(part: FolderPart, tmp_path: Path) -> None:
+def test_wrong_width_and_empty_parts_are_refused(part: FolderSplit, tmp_path: Path) -> None:
     encoder = Encoder()
     with pytest.raises(ValueError, match=r"gave \(11, 4\) for 11 pictures, expected width 5"):
-        encode_part(encoder.embed_images, encoder.transform, part, 5, tmp_path, key={}, progress=False)
+        encode_split(encoder.embed_images, encoder.transform, part, 5, tmp_path, key={}, progress=False)
     with pytest.raises(ValueError, match="part 'none' has no pictures"):
         cached_embeddings(encoder, part.subset([], "none"), tmp_path, progress=False)
 
 
-def test_with_a_real_model(part: FolderPart, tmp_path: Path) -> None:
+def test_with_a_real_model(part: FolderSplit, tmp_path: Path) -> None:
     from singreg.models.vlm import VisionLanguageModel
     from tests.models.tiny_vlm import write_tiny_vlm
 

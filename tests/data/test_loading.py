@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, ToTensor
 
-from singreg.data import load_parts, make_loader, pictures
+from singreg.data import load_splits, make_loader, pictures
 from tests.data.pictures_for_tests import config
 from tests.processes import run_processes
 
@@ -28,7 +28,7 @@ def batches(loader: Any) -> list[tuple[Tensor, ...]]:
 
 
 def test_loader_gives_every_picture_once_with_its_index(tree: Path) -> None:
-    test = load_parts(config(tree)).test
+    test = load_splits(config(tree)).test
     seen = batches(make_loader(test, ToTensor(), 4))
     assert [len(batch[0]) for batch in seen] == [4, 4, 1]
     assert seen[0][0].dtype == torch.float32
@@ -46,7 +46,7 @@ def _load_in_a_group(rank: int, world: int, source: str, options: dict[str, Any]
     real = pictures._examine
     pictures._examine = lambda item, reader: (read.append(item), real(item, reader))[1]  # type: ignore[assignment]
     try:
-        parts = load_parts(config(Path(source), **options))
+        parts = load_splits(config(Path(source), **options))
         return len(read), [part.fingerprint for part in parts], ""
     except (ValueError, RuntimeError) as error:
         return len(read), [], f"{type(error).__name__}: {error}"
@@ -55,7 +55,7 @@ def _load_in_a_group(rank: int, world: int, source: str, options: dict[str, Any]
 
 
 def test_one_process_looks_at_the_pictures_for_all(tree: Path, tmp_path: Path) -> None:
-    expected = [part.fingerprint for part in load_parts(config(tree))]
+    expected = [part.fingerprint for part in load_splits(config(tree))]
     for options in ({}, {"cache_dir": str(tmp_path)}):  # with and without a folder that all see
         first, second, third = run_processes(3, _load_in_a_group, str(tree), options)
         assert first == (7 + 5 + 9 + 9, expected, "")
@@ -71,7 +71,7 @@ def test_what_fails_in_the_first_process_reaches_the_others(tree: Path) -> None:
 
 
 def test_order_and_augmentation_depend_on_seed_and_epoch_only(tree: Path) -> None:
-    train = load_parts(config(tree)).train
+    train = load_splits(config(tree)).train
 
     def run(epoch: int, *, workers: int = 0, seed: int = 5, batch_size: int = 5) -> tuple[Tensor, Tensor]:
         torch.rand(1), np.random.rand()  # what others draw must not matter
@@ -91,7 +91,7 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_only(tree: Path) -> Non
 
 
 def test_augmentation_leaves_the_global_generators_alone(tree: Path) -> None:
-    train = load_parts(config(tree)).train
+    train = load_splits(config(tree)).train
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     expected = torch.rand(1), np.random.rand(), random.random()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
@@ -100,7 +100,7 @@ def test_augmentation_leaves_the_global_generators_alone(tree: Path) -> None:
 
 
 def test_the_clean_view_is_of_the_same_picture(tree: Path) -> None:
-    train = load_parts(config(tree)).train
+    train = load_splits(config(tree)).train
     for view, clean, labels, indices in make_loader(train, noisy, 4, clean_transform=ToTensor(), shuffle=True):
         assert view.shape[1:] == (3, 4, 4)
         assert clean.shape[1:] == (3, 7, 9)
@@ -114,7 +114,7 @@ def test_the_clean_view_is_of_the_same_picture(tree: Path) -> None:
 def test_prepared_by_accelerate_it_moves_on_by_itself(tree: Path) -> None:
     from accelerate import Accelerator
 
-    train = load_parts(config(tree)).train
+    train = load_splits(config(tree)).train
     loader = Accelerator(cpu=True).prepare(make_loader(train, noisy, 5, shuffle=True))
     first, second = batches(loader), batches(loader)
     plain = make_loader(train, noisy, 5, shuffle=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from singreg.data import reading
-from singreg.data.parts import HubPart
+from singreg.data.datasets import HubSplit
 from singreg.data.pictures import PictureChecker, UnreadableImageError, open_rgb
 from singreg.data.reading import Origin, RefusedPictureError, cell_bytes, read_file
 from tests.data.pictures_for_tests import write_picture
@@ -72,6 +72,6 @@ def test_a_part_of_a_data_set_follows_no_path_by_itself(tmp_path: Path) -> None:
 
     picture = write_picture(tmp_path / "x.png")
     table = datasets.Dataset.from_dict({"image": [str(picture)]}).cast_column("image", datasets.Image(decode=False))
-    part = HubPart("train", table, ["a"], [0], np.zeros((1, 32), np.uint8), column="image", where="somewhere", rows=np.arange(1))
+    part = HubSplit("train", table, ["a"], [0], np.zeros((1, 32), np.uint8), column="image", where="somewhere", rows=np.arange(1))
     with pytest.raises(UnreadableImageError, match=r"somewhere#0: .*which is not in somewhere"):
         part.image(0)

@@ -10,7 +10,16 @@ import pytest
 from scipy.ndimage import binary_erosion, label
 from scipy.stats import chi2_contingency, chisquare
 
-from singreg.data.scenes import ATTRIBUTES, BACKGROUNDS, PLACES, SHAPES, SceneTable, render_scene, sample_scenes, shape_labels
+from singreg.data.scenes import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    PLACES,
+    SHAPES,
+    SceneTable,
+    render_scene,
+    sample_scenes,
+    shape_labels,
+)
 
 # Obtained by running the generator once; another processor, numpy or Python must give the same.
 GOLDEN_TABLE = "725d8d1f2a3353301356e377ee50f54cc90a65f988d89f730bf85823a0d493c3"

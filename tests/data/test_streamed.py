@@ -11,9 +11,9 @@ import datasets
 import numpy as np
 import pytest
 
-from singreg.data import UnreadableImageError, load_parts, streamed, verified
+from singreg.data import UnreadableImageError, load_splits, streamed, verified
 from singreg.data.config import DataConfig
-from singreg.data.parts import Parts
+from singreg.data.datasets import Splits
 from tests.data.pictures_for_tests import check_disjoint, config, per_class, write_parquet, write_picture
 from tests.processes import run_processes
 
@@ -40,11 +40,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "SHARD_ROWS", 7)
 
 
-def load(folder: Path, cache: Path, *, streaming: bool = True, **options: Any) -> Parts:
-    return load_parts(config(folder, classes=WANTED, cache_dir=str(cache), streaming=streaming, **options))
+def load(folder: Path, cache: Path, *, streaming: bool = True, **options: Any) -> Splits:
+    return load_splits(config(folder, classes=WANTED, cache_dir=str(cache), streaming=streaming, **options))
 
 
-def content(parts: Parts) -> list[tuple[list[bytes], list[int]]]:
+def content(parts: Splits) -> list[tuple[list[bytes], list[int]]]:
     return [([bytes(digest) for digest in part.digests], part.labels.tolist()) for part in parts]
 
 
@@ -190,12 +190,12 @@ def test_rows_without_a_picture_or_a_label_are_counted_and_named(
     write_parquet(tmp_path / "set" / "validation.parquet", paths[14:], WANTED * 5)
     options = {"streaming": streaming, "cache_dir": str(tmp_path / "cache")}
     with pytest.raises(UnreadableImageError, match="3 unreadable pictures") as stop:
-        load_parts(config(tmp_path / "set", **options))
+        load_splits(config(tmp_path / "set", **options))
     assert str(stop.value).count("the row holds no picture (null)") == 2
     caplog.clear()
     with caplog.at_level(logging.WARNING, "singreg"):
         fresh = {**options, "cache_dir": str(tmp_path / "other"), "unreadable": "skip"}
-        parts = load_parts(config(tmp_path / "set", **fresh))
+        parts = load_splits(config(tmp_path / "set", **fresh))
     assert parts.class_names == tuple(sorted(WANTED))
     assert len(parts.train) + len(parts.audit) == 12
     assert "set/train: 2 rows are unlabelled (no value in the column 'class') and are left out" in caplog.text
@@ -206,14 +206,14 @@ def test_a_column_of_nulls_is_no_column_of_labels(tmp_path: Path) -> None:
         write_parquet(tmp_path / "set" / f"{split}.parquet", [write_picture(tmp_path / f"{split}.png")], [None])
     for streaming in (False, True):
         with pytest.raises(ValueError, match="the column 'class' holds no label, only nulls"):
-            load_parts(config(tmp_path / "set", streaming=streaming, cache_dir=str(tmp_path / "cache")))
+            load_splits(config(tmp_path / "set", streaming=streaming, cache_dir=str(tmp_path / "cache")))
 
 
 def test_what_cannot_be_streamed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="streaming needs a Hugging Face data set as source, got scenes"):
         DataConfig(streaming=True)
     with pytest.raises(ValueError, match=r"data\.streaming needs data\.cache_dir"):
-        load_parts(DataConfig(source="someone/things", streaming=True))
+        load_splits(DataConfig(source="someone/things", streaming=True))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: (_ for _ in ()).throw(ConnectionError("couldn't reach the hub")))
     with pytest.raises(ValueError, match=r"split 'train' \(data\.train_split\), cannot be streamed; .*couldn't reach the hub"):
-        load_parts(DataConfig(source="someone/things", streaming=True, cache_dir=str(tmp_path)))
+        load_splits(DataConfig(source="someone/things", streaming=True, cache_dir=str(tmp_path)))

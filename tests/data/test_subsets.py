@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from singreg.data.subsets import expand_classes, named_sets, read_class_list, resolve_classes
+from singreg.data.classes import expand_classes, named_sets, read_class_list, resolve_classes
 
 SYNSETS = ImageNetInfo().label_names()
 
@@ -59,7 +59,7 @@ def test_folders_that_are_not_imagenets() -> None:
 
 
 def set_file(name: str) -> Path:
-    import singreg.data.subsets as module
+    import singreg.data.classes as module
 
     return Path(module.__file__).parent / "named_sets" / f"{name}.txt"
 

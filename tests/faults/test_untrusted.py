@@ -17,8 +17,8 @@ import pytest
 import torch
 from tabulate import tabulate
 
-from singreg.data import UnreadableImageError, load_parts, reading
-from singreg.data.embeddings import encode_part
+from singreg.data import UnreadableImageError, load_splits, reading
+from singreg.data.embeddings import encode_split
 from singreg.evaluation.analyze_config import parse_analyze
 from singreg.models.classifier import Classifier
 from singreg.old_seals import DamagedFileError, read_rows, read_sealed
@@ -75,11 +75,11 @@ def test_a_bad_picture_is_named_or_left_out(what: str, pictures: Path, caplog: p
     write, words = BAD_PICTURES[what]
     bad = write(pictures / "train" / "a")
     with pytest.raises(UnreadableImageError) as stop:
-        load_parts(config(pictures))
+        load_splits(config(pictures))
     assert str(bad) in note(what, stop.value, pictures).replace("FOLDER", str(pictures))
     assert words in str(stop.value)
     with caplog.at_level(logging.WARNING):
-        parts = load_parts(config(pictures, unreadable="skip"))
+        parts = load_splits(config(pictures, unreadable="skip"))
     assert str(bad) in caplog.text
     assert len(parts.train) + len(parts.audit) == 12
     assert str(bad) not in names(parts.train) + names(parts.audit)
@@ -92,10 +92,10 @@ def test_one_bad_picture_in_a_hundred(tmp_path: Path, caplog: pytest.LogCaptureF
     for path in bad:
         path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(UnreadableImageError, match=f"{len(bad)} unreadable pictures") as stop:
-        load_parts(config(root))
+        load_splits(config(root))
     assert all(str(path) in str(stop.value) for path in bad)
     with caplog.at_level(logging.WARNING):
-        parts = load_parts(config(root, unreadable="skip"))
+        parts = load_splits(config(root, unreadable="skip"))
     assert all(str(path) in caplog.text for path in bad)
     used = {name for part in (parts.train, parts.audit, parts.test) for name in names(part)}
     assert used == {str(path) for path in found} - {str(path) for path in bad}
@@ -107,14 +107,14 @@ def test_a_link_out_of_the_folder_is_not_followed(pictures: Path, tmp_path: Path
     untrusted.link_outside(pictures / "train" / "a" / "link.png", secret)
     (pictures / "train" / "c").symlink_to(tmp_path / "elsewhere" / "train" / "a")
     with pytest.raises(ValueError, match=r"1 class folders in .*/train are links that lead out of") as stop:
-        load_parts(config(pictures))
+        load_splits(config(pictures))
     note("class folder that is a link out of the data folder", stop.value, pictures)
     (pictures / "train" / "c").unlink()
     with pytest.raises(UnreadableImageError, match=r"1 links lead out .* not followed; .*\n.*/link\.png") as stop:
-        load_parts(config(pictures))
+        load_splits(config(pictures))
     note("link out of the data folder", stop.value, pictures)
     with caplog.at_level(logging.WARNING):
-        parts = load_parts(config(pictures, unreadable="skip"))
+        parts = load_splits(config(pictures, unreadable="skip"))
     assert "1 links lead out" in caplog.text
     assert parts.class_names == ("a", "b")
     used = names(parts.train) + names(parts.audit) + names(parts.test)
@@ -143,13 +143,13 @@ def test_a_parquet_file_does_not_choose_what_is_read(
     write_parquet(root / "validation.parquet", [write_picture(tmp_path / "raw" / "test.png")], ["a"])
     options: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), "streaming": streaming}
     with pytest.raises(UnreadableImageError, match=f"{len(cells)} unreadable pictures") as stop:
-        load_parts(config(root, **options))
+        load_splits(config(root, **options))
     said = str(stop.value)
     assert all(repr(path) in said or path == str(root / "pipe.png") for path in bad)
     assert said.count("the row holds no picture (null)") == 2
     note(f"Parquet rows that name files elsewhere (streaming: {streaming})", said, tmp_path)
     with caplog.at_level(logging.WARNING):
-        parts = load_parts(config(root, **options, unreadable="skip"))
+        parts = load_splits(config(root, **options, unreadable="skip"))
     assert len(parts.train) + len(parts.audit) == len(good) + 1, "the data set's own file is read"
     assert hashlib.sha256(secret.read_bytes()).digest() not in {bytes(digest) for part in parts for digest in part.digests}
     assert not opened
@@ -261,10 +261,10 @@ def test_rows_of_objects_are_not_unpickled(tmp_path: Path) -> None:
 
 
 def test_a_cache_of_objects_or_of_another_shape_is_made_anew(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    part = load_parts(config(pictures)).test
+    part = load_splits(config(pictures)).test
 
     def encoded() -> np.ndarray:
-        return np.asarray(encode_part(
+        return np.asarray(encode_split(
             lambda images: images.mean((2, 3)), lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float(), part, 3,
             tmp_path / "cache", key={"encoder": "mean"}, progress=False,
         ))  # fmt: skip

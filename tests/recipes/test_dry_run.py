@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from recipes import analyze, compare, finetune, steer
-from singreg.data.subsets import expand_classes
+from singreg.data.classes import expand_classes
 from singreg.training.config import parse_finetune
 from singreg.workbench.build import model_name
 

@@ -13,7 +13,15 @@ from PIL import Image
 
 from singreg.analysis.results import FinetuneReport, ModelMeasurement
 from singreg.reporting import plots
-from singreg.reporting.plots import draw_classes, draw_distributions, draw_joint, draw_summary, drawable, save_figure, save_plots
+from singreg.reporting.plots import (
+    draw_classes,
+    draw_distributions,
+    draw_joint,
+    draw_summary,
+    drawable,
+    save_figure,
+    save_plots,
+)
 from tests.analysis import toy
 from tests.reporting.real_report import HOSTILE, real_report
 

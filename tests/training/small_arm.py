@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from singreg.analysis.features import PassSettings
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.training.config import FinetuneConfig
@@ -30,7 +30,7 @@ class Stop(Exception):
     """Stands for whatever ends a run at a moment it did not choose."""
 
 
-class Pixels(ImagePart):
+class Pixels(ImageSplit):
     """COUNT small pictures of noise; which of them were asked for, in order, is in `asked`."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ def small_sing(classifier: Classifier, **options: Any) -> SingLoss:
     return sing.calibrate(class_means.mean(0), class_means, torch.full((CLASSES,), 10.0))
 
 
-def small_keeper(sing: SingLoss, bank: ImagePart, config: FinetuneConfig, accelerator: Accelerator) -> LoopTranslator:
+def small_keeper(sing: SingLoss, bank: ImageSplit, config: FinetuneConfig, accelerator: Accelerator) -> LoopTranslator:
     """A keeper of the loop's translator on random embeddings of the pictures, at a ridge of a hundredth."""
     embeddings = np.random.default_rng(2).standard_normal((len(bank), DIM), dtype=np.float32)
     first = LinearTranslator(sing.matrix, sing.offset, TranslatorInfo(ridge=0.01, by_block=True))

@@ -18,7 +18,18 @@ from singreg.training.config import FinetuneConfig
 from singreg.training.streaming import LoopTranslator
 from singreg.workbench.run import make_accelerator
 from tests.processes import run_processes
-from tests.training.small_arm import COUNT, DIM, WIDTH, Arm, Pixels, Stop, as_double, small_classifier, small_keeper, small_sing
+from tests.training.small_arm import (
+    COUNT,
+    DIM,
+    WIDTH,
+    Arm,
+    Pixels,
+    Stop,
+    as_double,
+    small_classifier,
+    small_keeper,
+    small_sing,
+)
 from tests.training.test_arm import same_bits
 
 

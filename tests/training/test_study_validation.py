@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from singreg.analysis.features import PassSettings
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
 from singreg.training import study_validation
@@ -82,10 +82,10 @@ def test_the_audit_parts_rows_are_split_and_stay_on_disk(made: Experiment, monke
 
 def _Parts(made: Experiment) -> Any:
     """`dataclasses.replace` wants a dataclass, and the real one wants class indices."""
-    from singreg.data.parts import Parts
+    from singreg.data.datasets import Splits
 
-    found = object.__new__(Parts)
-    for name in Parts.__dataclass_fields__:
+    found = object.__new__(Splits)
+    for name in Splits.__dataclass_fields__:
         object.__setattr__(found, name, getattr(made.parts, name, ()))
     return found
 
@@ -128,7 +128,7 @@ def _dropped(rank: int, world: int, folder: str) -> dict[str, float]:
 
 
 def test_dropping_the_null_space_is_measured_batch_by_batch_and_over_processes(tmp_path: Path) -> None:
-    part: ImagePart = Pixels()
+    part: ImageSplit = Pixels()
     classifier, pictures = network(), torch.stack([as_float(part.image(i)) for i in range(COUNT)])
     with torch.no_grad():
         before, after = classifier(pictures), drop_null(classifier).eval()(pictures)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from singreg.data.parts import ImagePart, Parts
+from singreg.data.datasets import ImageSplit, Splits
 from singreg.models.classifier import Classifier
 from singreg.workbench.build import build_classifier, labels_for_head, model_name
 from singreg.workbench.config import ModelConfig
@@ -17,10 +17,10 @@ from singreg.workbench.config import ModelConfig
 NAMES, INDICES = ("goldfish", "Persian cat", "lion"), (1, 283, 291)
 
 
-def parts(order: tuple[int, ...]) -> Parts:
+def parts(order: tuple[int, ...]) -> Splits:
     names = tuple(NAMES[place] for place in order)
-    part = ImagePart("test", names, np.zeros(1), np.zeros((1, 32), np.uint8))
-    return Parts(part, part, part, part, names, tuple(INDICES[place] for place in order))
+    part = ImageSplit("test", names, np.zeros(1), np.zeros((1, 32), np.uint8))
+    return Splits(part, part, part, part, names, tuple(INDICES[place] for place in order))
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def nameless(tmp_path: Path) -> str:
 
 def test_imagenets_rows_are_not_taken_from_a_small_head_without_names(nameless: str) -> None:
     """Rows 0 and 1 exist in a head of three, so that only its size tells that they are not the tench and the goldfish."""
-    part = ImagePart("test", ("tench", "goldfish"), np.zeros(1), np.zeros((1, 32), np.uint8))
-    first_two = Parts(part, part, part, part, ("tench", "goldfish"), (0, 1))
+    part = ImageSplit("test", ("tench", "goldfish"), np.zeros(1), np.zeros((1, 32), np.uint8))
+    first_two = Splits(part, part, part, part, ("tench", "goldfish"), (0, 1))
     for wanted in (first_two, parts((0, 1, 2))):
         with pytest.raises(ValueError, match=r"has 3 rows and no class names, so ImageNet rows .*model.head: keep .*label_names"):
             build_classifier(ModelConfig(name=nameless), wanted)
@@ -78,7 +78,7 @@ def test_imagenets_rows_are_not_taken_from_a_small_head_without_names(nameless: 
 
 def test_other_names_than_the_datas_are_shown_when_imagenets_rows_are_asked_of_them(finetuned: tuple[str, torch.Tensor]) -> None:
     other = parts((0, 1, 2))
-    other = Parts(other.train, other.bank, other.audit, other.test, ("goldfish", "tench"), (1, 0))
+    other = Splits(other.train, other.bank, other.audit, other.test, ("goldfish", "tench"), (1, 0))
     with pytest.raises(ValueError, match=r"has 3 rows and other class names \(goldfish, Persian cat, lion, \.\.\.\)"):
         build_classifier(ModelConfig(name=finetuned[0]), other)
 
@@ -94,10 +94,10 @@ def test_a_kept_head_without_names_is_trusted_with_a_warning(
     assert "its 3 rows are taken in the data's order (goldfish, Persian cat, lion, ...)" in caplog.text
 
 
-def many(count: int) -> Parts:
+def many(count: int) -> Splits:
     names = tuple(f"class {n}" for n in range(count))
-    part = ImagePart("test", names, np.zeros(1), np.zeros((1, 32), np.uint8))
-    return Parts(part, part, part, part, names, None)
+    part = ImageSplit("test", names, np.zeros(1), np.zeros((1, 32), np.uint8))
+    return Splits(part, part, part, part, names, None)
 
 
 def test_a_head_without_a_null_space_is_refused_before_any_work() -> None:

@@ -291,7 +291,7 @@ def test_the_models_of_hub_configurations_have_a_null_space_and_known_tags(name:
     import timm
     import torch
 
-    from singreg.data.subsets import resolve_classes
+    from singreg.data.classes import resolve_classes
     from singreg.models.classifier import Classifier
 
     config = parse_finetune(["--config", name])

@@ -7,7 +7,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from singreg.analysis.levels.class_results import DISTRIBUTION_POINTS, FIGURES, ClassMeasurement, ClassScore, Correlation
+from singreg.analysis.levels.class_results import (
+    DISTRIBUTION_POINTS,
+    FIGURES,
+    ClassMeasurement,
+    ClassScore,
+    Correlation,
+)
 from singreg.analysis.results import CENTRED, Rows
 from singreg.analysis.statistics import Interval, resampled_means
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from singreg.analysis.levels.image_results import Neighbour, PictureShift
 from singreg.analysis.levels.pairs import EquivalentPairs
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.functional import pairwise_angles, unit_rows
 
 CHUNK = 4096  # gallery pictures at a time
@@ -25,7 +25,7 @@ class Gallery:
         ValueError: part and embeddings differ in length.
     """
 
-    part: ImagePart
+    part: ImageSplit
     embeddings: np.ndarray
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class Gallery:
 def nearest_pictures(
     features: Tensor,
     indices: Sequence[int],
-    part: ImagePart,
+    part: ImageSplit,
     gallery: Gallery,
     *,
     pairs: EquivalentPairs,

@@ -13,7 +13,7 @@ from singreg.analysis.levels.concept_results import ConceptShift
 from singreg.analysis.levels.image_results import By, ImageMeasurement, WorstImage
 from singreg.analysis.levels.pairs import EquivalentPairs
 from singreg.analysis.results import Rows
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.functional import attribute_score, image_score, pairwise_angles, unit_rows
 from singreg.nullspace import NullSpace
 from singreg.translator import Translator
@@ -47,7 +47,7 @@ class _Worst:
 @torch.no_grad()
 def analyze_images(
     batches: Iterable[FeatureBatch],
-    part: ImagePart,
+    part: ImageSplit,
     texts: Tensor,
     concepts: Sequence[str],
     concept_texts: Tensor,
@@ -136,7 +136,7 @@ def _moves(
 
 
 def _worst_image(
-    rows: Rows, place: int, part: ImagePart, class_names: Sequence[str],
+    rows: Rows, place: int, part: ImageSplit, class_names: Sequence[str],
     rises: tuple[ConceptShift, ...], falls: tuple[ConceptShift, ...],
 ) -> WorstImage:  # fmt: skip
     index, label = int(rows["index"][place]), int(rows["label"][place])

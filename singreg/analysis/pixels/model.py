@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from singreg.analysis.pixels.budgets import LEVELS, Judged, Reading
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.models.edits import NullDroppedClassifier
 from singreg.models.heads import as_features
@@ -61,7 +61,7 @@ class PixelModel:
             handle.remove()
         return as_features(captured[0], name), logits
 
-    def picture(self, part: ImagePart, index: int) -> Tensor:
+    def picture(self, part: ImageSplit, index: int) -> Tensor:
         """Picture `index` as the classifier's transform resizes and cuts it, (3, H, W) in [0, 1] on the 8-bit grid."""
         seen = self.classifier.transform(part.image(index)).to(self.mean)
         return (LEVELS * (seen * self.std + self.mean)).round().clamp(0, LEVELS) / LEVELS

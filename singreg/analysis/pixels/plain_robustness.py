@@ -11,8 +11,8 @@ from torch import Tensor
 from singreg.analysis.pixels.ascent import ascend
 from singreg.analysis.pixels.budgets import Budget
 from singreg.analysis.pixels.model import PixelModel, away_from_label
-from singreg.data.corruption import KINDS, CorruptedPart
-from singreg.data.parts import ImagePart
+from singreg.data.corruption import KINDS, CorruptedSplit
+from singreg.data.datasets import ImageSplit
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ def still_right(
 
 
 @torch.no_grad()
-def corrupted_right(model: PixelModel, part: ImagePart, labels: Tensor, *, severity: int, batch_size: int = 64) -> dict[str, Tensor]:
+def corrupted_right(model: PixelModel, part: ImageSplit, labels: Tensor, *, severity: int, batch_size: int = 64) -> dict[str, Tensor]:
     """Which pictures of a part are right when blurred, noisy, or of low contrast: (N,) bool by kind. Shapes: labels (N,), head's rows."""
     found = {}
     for kind in KINDS:
-        corrupted = CorruptedPart(part, kind, severity)
+        corrupted = CorruptedSplit(part, kind, severity)
         right = []
         for start in range(0, len(part), batch_size):
             rows = range(start, min(start + batch_size, len(part)))

@@ -28,7 +28,7 @@ from singreg.analysis.robustness.reachable import Reach
 from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.analysis.steering.curves import Budgets
 from singreg.analysis.steering.plan import PairPlan, SteeringRows, in_its_own_dtype, outranks, own_prompt, plan_pairs
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
 from singreg.steering import AnyTranslator
@@ -73,7 +73,7 @@ class RobustnessSettings:
 
 def measure_robustness(
     classifier: Classifier,
-    part: ImagePart,
+    part: ImageSplit,
     embeddings: np.ndarray,
     texts: Tensor,
     translators: Mapping[str, AnyTranslator],
@@ -155,7 +155,7 @@ def usual_attacks(
     return [*usual, *near, *outsider_attacks(outsiders, mine, options.attacker, grids, options.effort)], absent
 
 
-def _everything(part: ImagePart, texts: Tensor) -> PairPlan:
+def _everything(part: ImageSplit, texts: Tensor) -> PairPlan:
     labels = np.asarray(part.labels)
     present = sorted({int(label) for label in labels if label >= 0})
     return plan_pairs(labels, part.class_names, texts, present, [part.class_names[label] for label in present], texts[present])

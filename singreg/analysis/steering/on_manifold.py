@@ -6,7 +6,7 @@ import numpy as np
 
 from singreg.analysis.features import PassSettings, gathered, iterate_features
 from singreg.analysis.steering.results import NaturalRadii
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
@@ -16,7 +16,7 @@ from singreg.utils import gather_rows
 
 def fit_conditional(
     classifier: Classifier,
-    part: ImagePart,
+    part: ImageSplit,
     embeddings: np.ndarray,
     null_space: NullSpace,
     *,
@@ -42,7 +42,7 @@ def fit_conditional(
 
 def natural_radii(
     classifier: Classifier,
-    part: ImagePart,
+    part: ImageSplit,
     embeddings: np.ndarray,
     gaussian: ConditionalGaussian,
     *,

@@ -12,7 +12,14 @@ from torch import Tensor
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.results import Rows, SteeringSummary
 from singreg.analysis.statistics import paired_ratio
-from singreg.analysis.steering.plan import PairPlan, SteeringRows, in_its_own_dtype, outranks, own_prompt, steering_arguments
+from singreg.analysis.steering.plan import (
+    PairPlan,
+    SteeringRows,
+    in_its_own_dtype,
+    outranks,
+    own_prompt,
+    steering_arguments,
+)
 from singreg.analysis.steering.results import Matrix, SteeringPairs
 from singreg.functional import angle
 from singreg.nullspace import NullSpace

@@ -24,8 +24,8 @@ from singreg.analysis.study.auditors import Auditor, fit_auditors
 from singreg.analysis.study.harmless import attribute_r2, harmless_rows
 from singreg.analysis.study.side_effects import OOD_COLUMNS, calibration, ood_columns, ood_from_columns
 from singreg.analysis.study.steering_images import equal_effort, steer_images
-from singreg.data.corruption import KINDS, CorruptedPart, check_corruptions
-from singreg.data.parts import ImagePart
+from singreg.data.corruption import KINDS, CorruptedSplit, check_corruptions
+from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
 from singreg.translator import LinearTranslator, Translator
@@ -57,17 +57,17 @@ class KnownAttributes:
 
 def measure_arm(
     classifier: Classifier,
-    test: ImagePart,
+    test: ImageSplit,
     embeddings: np.ndarray,
     texts: Tensor,
     translators: Mapping[str, Translator],
     *,
-    fit: ImagePart,
+    fit: ImageSplit,
     fit_embeddings: np.ndarray,
     mean: Tensor,
     other: OtherVLM | None = None,
     transfers: Sequence[tuple[str, str]] = (),
-    ood: ImagePart | None = None,
+    ood: ImageSplit | None = None,
     attributes: KnownAttributes | None = None,
     corruptions: Sequence[str] = KINDS,
     severity: int = 3,
@@ -173,7 +173,7 @@ class _Arm:
     """One classifier with its parts, and the passes over them."""
 
     def __init__(
-        self, classifier: Classifier, test: ImagePart, fit: ImagePart, fit_embeddings: np.ndarray, mean: Tensor,
+        self, classifier: Classifier, test: ImageSplit, fit: ImageSplit, fit_embeddings: np.ndarray, mean: Tensor,
         invariance: Invariance, settings: PassSettings,
     ) -> None:  # fmt: skip
         self.classifier, self.test, self.fit, self.fit_embeddings = classifier, test, fit, fit_embeddings
@@ -186,7 +186,7 @@ class _Arm:
     def known(self) -> Iterator[FeatureBatch]:
         return iterate_features(self.classifier, self.fit, self.fit_embeddings, self.settings, "fitting probes")
 
-    def pictures(self, part: ImagePart, settings: PassSettings) -> Iterator[FeatureBatch]:
+    def pictures(self, part: ImageSplit, settings: PassSettings) -> Iterator[FeatureBatch]:
         """A part without embeddings."""
         return iterate_features(self.classifier, part, np.zeros((len(part), 0), np.float32), settings, "side effects")
 
@@ -255,7 +255,7 @@ class _Arm:
         return attribute_r2(instead(self.pictures(self.test, self.settings), known.test), fits, known.names)
 
     def side_effects(
-        self, ood: ImagePart | None, corruptions: Sequence[str], severity: int, seed: int
+        self, ood: ImageSplit | None, corruptions: Sequence[str], severity: int, seed: int
     ) -> tuple[SideEffects, Rows]:
         """Calibration, OOD AUROCs and corrupted accuracy, with their columns (N,)."""
         tested = self._outputs(self.test, self.settings)
@@ -271,12 +271,12 @@ class _Arm:
             "energy_score": -tested["logsumexp"],
         }
         for kind in corruptions:
-            part = CorruptedPart(self.test, kind, severity, seed=seed)
+            part = CorruptedSplit(self.test, kind, severity, seed=seed)
             rows[f"correct_{kind}"] = self._outputs(part, replace(self.settings, cache=None))["correct"]
         corrupted = {kind: float(rows[f"correct_{kind}"].mean()) for kind in corruptions}
         return SideEffects(ece=ece, nll=nll, corrupted=corrupted, ood=scores), rows
 
-    def _outputs(self, part: ImagePart, settings: PassSettings) -> Rows:
+    def _outputs(self, part: ImageSplit, settings: PassSettings) -> Rows:
         """Logits (N, C), labels, whether right, and what OOD scores are made of, each (N,), of all processes' pictures."""
         rows: list[Rows] = []
         for batch in self.pictures(part, settings):

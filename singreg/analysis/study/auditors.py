@@ -14,7 +14,7 @@ from singreg.analysis.features import PassSettings, gathered, iterate_features
 from singreg.analysis.fitting import VALIDATION_EVERY
 from singreg.analysis.fitting_mlp import fit_mlp_on_part
 from singreg.analysis.study.agreement import translator_agreement
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.metrics import COLUMNS, score_columns
 from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
@@ -36,7 +36,7 @@ class Auditor:
 
 def fit_auditors(
     classifier: Classifier,
-    part: ImagePart,
+    part: ImageSplit,
     embeddings: np.ndarray,
     *,
     ridge: float | None = None,

@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from singreg.analysis.comparing.differences import FIGURES, Measured, kendall_tau, model_differences, order_check, paired_figures
+from singreg.analysis.comparing.differences import (
+    FIGURES,
+    Measured,
+    kendall_tau,
+    model_differences,
+    order_check,
+    paired_figures,
+)
 from singreg.analysis.comparing.findings import compare_findings, compare_warnings
 from singreg.analysis.comparing.results import ComparedHead, CompareReport
 from singreg.analysis.passport import head_passport

@@ -14,12 +14,12 @@ from torch import Tensor
 from singreg.analysis.features import FeatureBatch, process_share
 from singreg.analysis.levels.concepts import analyze_concepts
 from singreg.analysis.levels.images import analyze_images
-from singreg.data.parts import ImagePart
+from singreg.data.datasets import ImageSplit
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator
 
 
-class NumberedPart(ImagePart):
+class NumberedPart(ImageSplit):
     """Pictures that exist by name only."""
 
     def __init__(self, labels: np.ndarray, classes: int, prefix: str = "picture") -> None:

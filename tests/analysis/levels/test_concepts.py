@@ -173,13 +173,13 @@ def test_a_non_linear_translator_is_called_on_the_removed_features() -> None:
 @pytest.fixture(scope="module")
 def scenes() -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tensor, list[str]]:
     """Attribute codes of scenes, the demo VLM's embeddings of the drawn pictures, its texts for all attribute values."""
-    from singreg.data.parts import ScenePart
+    from singreg.data.datasets import SceneSplit
     from singreg.models.vlm import VisionLanguageModel
     from singreg.workbench.build import ASSETS
 
     vlm = VisionLanguageModel.from_open_clip(f"local-dir:{ASSETS / 'demo_vlm'}")
     table = sample_scenes(300, seed=11)
-    part = ScenePart("test", table, pixels=64)
+    part = SceneSplit("test", table, pixels=64)
     z = torch.cat([vlm.embed_images(torch.stack([vlm.transform(part.image(i)) for i in range(at, at + 50)])) for at in range(0, 300, 50)])
     names = [value for kind in ("shape", "color", "texture", "background") for value in ATTRIBUTES[kind]]
     return table.codes, z, vlm.embed_texts([f"an image of {name}" for name in names]), names

@@ -22,16 +22,22 @@ from singreg.analysis.pixels.ascent import ascend, one_step
 from singreg.analysis.pixels.attack import AttackSettings, Batch, attack_batch, save_batch
 from singreg.analysis.pixels.budgets import Budget, Reading, random_pictures
 from singreg.analysis.pixels.checks import pixel_checks, unchanged_without_null
-from singreg.analysis.pixels.judges import Reader, encoder_reader, judge_pictures, reading_of, summarise, translator_reader
+from singreg.analysis.pixels.judges import (
+    Reader,
+    encoder_reader,
+    judge_pictures,
+    reading_of,
+    summarise,
+    translator_reader,
+)
 from singreg.analysis.pixels.model import PixelModel, away_from_label, load_pictures, save_picture, towards_prompt
 from singreg.analysis.pixels.passes import Climbed
 from singreg.analysis.pixels.plain_robustness import corrupted_right, still_right
 from singreg.analysis.pixels.results import ATTACK, JudgedPicture, Transfer
 from singreg.analysis.pixels.tangent import Tangent
 from singreg.data.config import DataConfig
-from singreg.data.corruption import CorruptedPart
-from singreg.data.loading import load_parts
-from singreg.data.parts import ImagePart
+from singreg.data.corruption import CorruptedSplit
+from singreg.data.datasets import ImageSplit, load_splits
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
 from singreg.translator import LinearTranslator
@@ -275,8 +281,8 @@ def test_who_was_fooled_needs_two_encoders_to_be_meaning(tmp_path: Path) -> None
     assert reading_of(replace(lost, first={**lost.first, "auditor": True, "fitted": True}), ["A", "B"]) is None
 
 
-def scenes() -> ImagePart:
-    return load_parts(DataConfig(scenes_train=12, scenes_audit=6, scenes_test=20)).test
+def scenes() -> ImageSplit:
+    return load_splits(DataConfig(scenes_train=12, scenes_audit=6, scenes_test=20)).test
 
 
 def demo_pixels(count: int) -> tuple[PixelModel, LinearTranslator, Tensor, Batch]:
@@ -369,7 +375,7 @@ def test_corrupted_pictures_are_judged_one_by_one() -> None:
     found = corrupted_right(model, test, labels, severity=1, batch_size=7)
     assert list(found) == ["blur", "noise", "contrast"]
     for kind, kept in found.items():
-        part = CorruptedPart(test, kind, 1)
+        part = CorruptedSplit(test, kind, 1)
         images = torch.stack([model.classifier.transform(part.image(index)) for index in range(20)])
         with torch.no_grad():
             assert torch.equal(model.classifier(images).argmax(1) == labels, kept), kind

@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import singreg.analysis.steering.plan as planning
-from singreg.analysis.robustness.attacks import MAXIMISER, RANDOM, SINGLE, Attack, Climb, Grids, Outsider, adaptive_name, transfer_name
+from singreg.analysis.robustness.attacks import (
+    MAXIMISER,
+    RANDOM,
+    SINGLE,
+    Attack,
+    Climb,
+    Grids,
+    Outsider,
+    adaptive_name,
+    transfer_name,
+)
 from singreg.analysis.robustness.measure import RobustnessSettings, usual_attacks
 from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.analysis.steering.curves import Budgets

@@ -20,7 +20,7 @@ from singreg.analysis.statistics import paired_ratio
 from singreg.analysis.study.agreement import translator_agreement
 from singreg.analysis.study.arm_figures import ArmFigures, KnownAttributes, OtherVLM, measure_arm
 from singreg.analysis.study.side_effects import calibration, ood_auroc
-from singreg.data.corruption import CorruptedPart
+from singreg.data.corruption import CorruptedSplit
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator, Translator
 from tests.analysis import toy
@@ -109,7 +109,7 @@ def test_side_effects_are_those_of_the_arrays() -> None:
     assert vars(got.ood) == pytest.approx(vars(expected), abs=2e-3)  # float32 logits may swap a near tie
     assert set(got.corrupted) == {"blur", "noise", "contrast"}
     for kind, accuracy in got.corrupted.items():
-        corrupted = toy.features(model, CorruptedPart(test, kind, 3))
+        corrupted = toy.features(model, CorruptedSplit(test, kind, 3))
         right = (corrupted @ model.weight.double().T + model.bias.double()).argmax(1) == labels
         assert measured().rows[f"correct_{kind}"].tolist() == right.double().tolist()
         assert accuracy == pytest.approx(float(right.double().mean()))

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from singreg.data.subsets import imagenet_names
+from singreg.data.classes import imagenet_names
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,9 @@ def load_concepts(source: str | Path | Sequence[str]) -> ConceptBank:
     for bank, concept in entries:
         kept.setdefault(" ".join(concept.casefold().split()), (concept, bank))
     if not kept:
-        raise ValueError(f"no concept in {source!r}: name a bank ({', '.join(concept_banks())}), a text file, or concepts in words")
+        raise ValueError(
+            f"no concept in {source!r}: name a bank ({', '.join(concept_banks())}), a text file, or concepts in words"
+        )
     concepts, banks = zip(*kept.values(), strict=True)
     found = ConceptBank(concepts, banks, blank=blank, repeated=len(entries) - len(kept))
     for sentence in found.omissions():
@@ -133,7 +135,9 @@ def _named(name: str) -> tuple[list[tuple[str, str]], int]:
     near = difflib.get_close_matches(name, concept_banks(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     known = ", ".join(concept_banks())
-    raise ValueError(f"{name!r} is neither a concept bank ({known}) nor a file{hint} A single concept is given as a list: [{name!r}]")
+    raise ValueError(
+        f"{name!r} is neither a concept bank ({known}) nor a file{hint} A single concept is given as a list: [{name!r}]"
+    )
 
 
 def _listed(source: Iterable[str]) -> tuple[list[tuple[str, str]], int]:
@@ -164,7 +168,9 @@ def _read(path: Path, bank: str) -> tuple[list[tuple[str, str]], int]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
     lines = text.removesuffix("\n").split("\n")  # not splitlines, which takes control characters for line ends
-    stripped = [(f"line {number}", re.split(r"(?:^|\s)#", line)[0].strip(" \t")) for number, line in enumerate(lines, 1)]
+    stripped = [
+        (f"line {number}", re.split(r"(?:^|\s)#", line)[0].strip(" \t")) for number, line in enumerate(lines, 1)
+    ]
     blank = sum(not line.strip() for line in lines)
     filled = [(place, concept) for place, concept in stripped if concept]
     if not filled:
@@ -191,7 +197,9 @@ def _problem(concept: str) -> str | None:
 
 def control_character(text: str) -> str | None:
     """The first character that is not to be seen (control, format, surrogate, line separator), by its number."""
-    found = next((c for c in text if unicodedata.category(c)[0] == "C" or unicodedata.category(c) in ("Zl", "Zp")), None)
+    found = next(
+        (c for c in text if unicodedata.category(c)[0] == "C" or unicodedata.category(c) in ("Zl", "Zp")), None
+    )
     return None if found is None else f"U+{ord(found):04X}"
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from singreg.data.classes import imagenet_names
+from singreg.data.loader import TensorView, Transform
 from singreg.data.pictures import PictureChecker, UnreadableImageError, open_rgb
 from singreg.data.reading import FAILURES, Origin, cell_bytes, reason
-from singreg.data.subsets import imagenet_names
-from singreg.data.views import TensorView, Transform
 
 if TYPE_CHECKING:
     from singreg.data.scenes import SceneTable
@@ -25,7 +25,7 @@ UNLABELLED = -1
 _SCENES_KEPT_BYTES = 2**28
 
 
-class ImagePart(Dataset[tuple[Image.Image, int, int]]):
+class ImageSplit(Dataset[tuple[Image.Image, int, int]]):
     """N numbered pictures: the base of every source, itself without pictures.
 
     Attributes: `name` ("train", "bank", "audit", "test"), `class_names`, `labels` (N,) int64 with -1 for unlabelled,
@@ -37,7 +37,9 @@ class ImagePart(Dataset[tuple[Image.Image, int, int]]):
         if labels.ndim != 1 or digests.shape != (len(labels), 32):
             raise ValueError(f"part {name!r}: labels {labels.shape} must be (N,) and digests {digests.shape} (N, 32)")
         if len(labels) and not UNLABELLED <= labels.min() <= labels.max() < len(class_names):
-            raise ValueError(f"part {name!r}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes")
+            raise ValueError(
+                f"part {name!r}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes"
+            )
         self.name, self.class_names = name, tuple(class_names)
         self.labels, self.digests = labels, np.asarray(digests, dtype=np.uint8)
 
@@ -67,19 +69,19 @@ class ImagePart(Dataset[tuple[Image.Image, int, int]]):
         """The name of picture `index` for messages and tables: a path, or "scene-SEED-INDEX" (no shapes)."""
         raise NotImplementedError(f"{type(self).__name__} must define identifier(index)")
 
-    def subset(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> ImagePart:
+    def subset(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> ImageSplit:
         """The pictures at `indices` (M,), in that order, as a part of their own."""
-        return SubsetPart(self, indices, name)
+        return SubsetSplit(self, indices, name)
 
     def tensors(self, transform: Transform, clean_transform: Transform | None = None, *, seed: int = 0) -> TensorView:
         """Items (tensor, label, index), or (tensor, clean tensor, label, index) with a second transform; (3, H, W) each."""
         return TensorView(self, transform, clean_transform, seed=seed)
 
 
-class SubsetPart(ImagePart):
+class SubsetSplit(ImageSplit):
     """Some pictures of another part: `indices` (M,) into it."""
 
-    def __init__(self, parent: ImagePart, indices: Sequence[int] | np.ndarray, name: str | None = None) -> None:
+    def __init__(self, parent: ImageSplit, indices: Sequence[int] | np.ndarray, name: str | None = None) -> None:
         chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
         if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(parent):
             raise ValueError(
@@ -95,10 +97,10 @@ class SubsetPart(ImagePart):
         return self.parent.identifier(int(self.indices[index]))
 
 
-class RelabelledPart(ImagePart):
+class RelabelledSplit(ImageSplit):
     """Another part's pictures among more classes: label k becomes `indices[k]`, unlabelled stays unlabelled."""
 
-    def __init__(self, parent: ImagePart, indices: Sequence[int], class_names: Sequence[str]) -> None:
+    def __init__(self, parent: ImageSplit, indices: Sequence[int], class_names: Sequence[str]) -> None:
         labels = np.append(np.asarray(indices, dtype=np.int64), UNLABELLED)[parent.labels]
         super().__init__(parent.name, class_names, labels, parent.digests)
         self.parent = parent
@@ -110,10 +112,10 @@ class RelabelledPart(ImagePart):
         return self.parent.identifier(index)
 
 
-class ConcatPart(ImagePart):
+class ConcatSplit(ImageSplit):
     """Several parts of the same classes, one after the other."""
 
-    def __init__(self, name: str, parts: Sequence[ImagePart]) -> None:
+    def __init__(self, name: str, parts: Sequence[ImageSplit]) -> None:
         labels = np.concatenate([part.labels for part in parts])
         super().__init__(name, parts[0].class_names, labels, np.concatenate([part.digests for part in parts]))
         self.parts = tuple(parts)
@@ -127,14 +129,14 @@ class ConcatPart(ImagePart):
         part, row = self._locate(index)
         return part.identifier(row)
 
-    def _locate(self, index: int) -> tuple[ImagePart, int]:
+    def _locate(self, index: int) -> tuple[ImageSplit, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside part {self.name!r} of {len(self)} pictures")
         place = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[place], int(index - self._ends[place] + len(self.parts[place]))
 
 
-class TablePart(ImagePart):
+class TableSplit(ImageSplit):
     """Pictures in a `datasets` table, read and decoded one at a time, only when asked for.
 
     `table` has its picture column undecoded: `table.cast_column(column, datasets.Image(decode=False))`. Without an `origin` every path
@@ -159,7 +161,7 @@ class TablePart(ImagePart):
         return open_rgb(content, name)
 
 
-class FolderPart(TablePart):
+class FolderSplit(TableSplit):
     """Picture files by path; identifiers are the paths.
 
     Example:
@@ -167,7 +169,7 @@ class FolderPart(TablePart):
         >>> from pathlib import Path
         >>> file = Path(tempfile.mkdtemp()) / "a.png"
         >>> Image.new("RGB", (9, 7), "red").save(file)
-        >>> part = FolderPart("train", [str(file)], ["red"], [0])
+        >>> part = FolderSplit("train", [str(file)], ["red"], [0])
         >>> len(part), part.image(0).size, part.labels.tolist()
         (1, (9, 7), [0])
     """
@@ -179,7 +181,9 @@ class FolderPart(TablePart):
         if digests is None:
             checked = PictureChecker().check_files(paths)
             if checked.bad:
-                raise UnreadableImageError(f"unreadable pictures: {[(paths[i], why) for i, why in checked.bad.items()]}")
+                raise UnreadableImageError(
+                    f"unreadable pictures: {[(paths[i], why) for i, why in checked.bad.items()]}"
+                )
             digests = checked.digests
         features = datasets.Features({"image": datasets.Value("string")})
         table = datasets.Dataset.from_dict({"image": list(paths)}, features=features)
@@ -190,7 +194,7 @@ class FolderPart(TablePart):
         return str(self.table.data.column("image")[range(len(self))[index]]["path"])
 
 
-class HubPart(TablePart):
+class HubSplit(TableSplit):
     """Rows of a data set from the Hugging Face hub (or of Parquet files); identifiers are "SOURCE/SPLIT#ROW".
 
     A row without bytes is read only from where `origin` allows it, by default from nowhere.
@@ -200,14 +204,16 @@ class HubPart(TablePart):
         self, name: str, table: datasets.Dataset, class_names: Sequence[str], labels: Sequence[int] | np.ndarray,
         digests: np.ndarray, *, column: str, where: str, rows: np.ndarray, origin: Origin | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(name, table.select(rows), class_names, labels, digests, column=column, origin=origin or Origin(where))
+        super().__init__(
+            name, table.select(rows), class_names, labels, digests, column=column, origin=origin or Origin(where)
+        )
         self.where, self.rows = where, rows
 
     def identifier(self, index: int) -> str:
         return f"{self.where}#{self.rows[int(index)]}"
 
 
-class ScenePart(ImagePart):
+class SceneSplit(ImageSplit):
     """Built-in rendered scenes; the label is the shape. `table` holds the hidden attributes of every scene."""
 
     def __init__(self, name: str, table: SceneTable, *, pixels: int = 64) -> None:
@@ -235,23 +241,23 @@ class ScenePart(ImagePart):
 
 
 @dataclass(frozen=True)
-class Parts:
+class Splits:
     """The four parts of a run: train, audit and test share no picture; bank is train (first) and the unlabelled ones.
 
     `class_indices` are the classes' places in ImageNet-1k, or None; `bank[: len(train)]` is `train` in the same order.
     """
 
-    train: ImagePart
-    bank: ImagePart
-    audit: ImagePart
-    test: ImagePart
+    train: ImageSplit
+    bank: ImageSplit
+    audit: ImageSplit
+    test: ImageSplit
     class_names: tuple[str, ...]
     class_indices: tuple[int, ...] | None
 
-    def __iter__(self) -> Iterator[ImagePart]:
+    def __iter__(self) -> Iterator[ImageSplit]:
         return iter((self.train, self.bank, self.audit, self.test))
 
-    def among_imagenet(self) -> Parts:
+    def among_imagenet(self) -> Splits:
         """The same pictures with their labels and names among all 1000 classes of ImageNet-1k (for a head kept whole).
 
         Raises:
@@ -263,5 +269,5 @@ class Parts:
                 "their rows in a kept head are not known; use model.head: new"
             )
         names = imagenet_names()
-        train, bank, audit, test = (RelabelledPart(part, self.class_indices, names) for part in self)
-        return Parts(train, bank, audit, test, names, tuple(range(len(names))))
+        train, bank, audit, test = (RelabelledSplit(part, self.class_indices, names) for part in self)
+        return Splits(train, bank, audit, test, names, tuple(range(len(names))))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 if TYPE_CHECKING:
-    from singreg.data.parts import ImagePart
+    from singreg.data.splits import ImageSplit
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -27,7 +27,7 @@ class TensorView(Dataset[tuple[Any, ...]]):
     """
 
     def __init__(
-        self, part: ImagePart, transform: Transform, clean_transform: Transform | None = None, *, seed: int = 0
+        self, part: ImageSplit, transform: Transform, clean_transform: Transform | None = None, *, seed: int = 0
     ) -> None:
         self.part, self.transform, self.clean_transform = part, transform, clean_transform
         self.seed, self.epoch = seed, 0

@@ -141,8 +141,12 @@ def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str
         raise ValueError("classes is an empty list: name at least one class, or leave it out to take all")
     owners = _owners(keys)
     found = [_match(entry, owners) for entry in entries]
-    _refuse_missing([entry for entry, match in zip(entries, found, strict=True) if not match], owners, classes, len(keys))
-    vague = [f"{entry!r} ({', '.join(sorted(match))})" for entry, match in zip(entries, found, strict=True) if len(match) > 1]
+    _refuse_missing(
+        [entry for entry, match in zip(entries, found, strict=True) if not match], owners, classes, len(keys)
+    )
+    vague = [
+        f"{entry!r} ({', '.join(sorted(match))})" for entry, match in zip(entries, found, strict=True) if len(match) > 1
+    ]
     if vague:
         raise ValueError(f"class names that fit several classes, use the name in brackets: {', '.join(vague)}")
     chosen = tuple(next(iter(match)) for match in found)
@@ -191,14 +195,20 @@ def _refuse_missing(missing: list[str], owners: dict[str, set[str]], classes: ob
     for entry in missing:
         close = difflib.get_close_matches(_normal(entry), owners, n=3)
         hints.append(f"{entry!r}" + (f" (near: {', '.join(close)})" if close else ""))
-    sets = f"; {classes!r} is no named set ({', '.join(named_sets())}) and no file either" if isinstance(classes, str) else ""
+    sets = (
+        f"; {classes!r} is no named set ({', '.join(named_sets())}) and no file either"
+        if isinstance(classes, str)
+        else ""
+    )
     raise ValueError(f"{len(missing)} of the classes are not among the {available} there: {', '.join(hints)}{sets}")
 
 
 def _subset(keys: tuple[str, ...]) -> ClassSubset:
     imagenet = _imagenet()
     wnids = [wnid_of(key) for key in keys]
-    names = tuple(imagenet.names[wnid] if wnid == key else key.replace("_", " ") for wnid, key in zip(wnids, keys, strict=True))
+    names = tuple(
+        imagenet.names[wnid] if wnid == key else key.replace("_", " ") for wnid, key in zip(wnids, keys, strict=True)
+    )
     known = tuple(wnid for wnid in wnids if wnid is not None)
     if len(known) < len(keys) or len(set(known)) < len(known):
         return ClassSubset(keys, names, None, None)
