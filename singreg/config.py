@@ -1,0 +1,349 @@
+"""What the recipes are told: nested dataclasses, read from YAML and the command line by jsonargparse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from singreg.loss_terms import PRESETS, TERMS, Placebo
+from singreg.nullspace import Invariance
+from singreg.parsing import dump, overridden, parse
+
+__all__ = [
+    "DataConfig",
+    "FinetuneConfig",
+    "LoopTranslatorConfig",
+    "LossConfig",
+    "ModelConfig",
+    "Problems",
+    "RunConfig",
+    "TrainingConfig",
+    "TranslatorConfig",
+    "VLMConfig",
+    "dump",
+    "overridden",
+    "parse",
+]
+
+HEAD_TERMS = {"capacity", "steer", "head", "orthogonal"}
+
+PER_CLASS = ("train", "audit", "test")
+SCENES: dict[str, float] = {"train": 2000, "audit": 1600, "test": 1000, "bank": 0, "bias": 0.6, "seed": 0}
+
+
+class Problems(list[str]):
+    """Sentences about what is wrong with a section of a configuration; `show` raises them together."""
+
+    def need(self, ok: bool, sentence: str) -> None:
+        """Add the sentence unless `ok`."""
+        if not ok:
+            self.append(sentence)
+
+    def least(self, minimum: float, **values: float | None) -> None:
+        """Each named value must be finite and at least `minimum`, or None."""
+        for name, value in values.items():
+            ok = value is None or minimum <= value < math.inf
+            self.need(ok, f"{name}: expected a number of at least {minimum:g}, got {value}")
+
+    def above_0(self, **values: float) -> None:
+        """Each named value must be finite and above 0."""
+        for name, value in values.items():
+            self.need(0 < value < math.inf, f"{name}: expected a number above 0, got {value}")
+
+    def share(self, **values: float) -> None:
+        """Each named value must be in [0, 1]."""
+        for name, value in values.items():
+            self.need(0 <= value <= 1, f"{name}: expected a share from 0 to 1, got {value}")
+
+    def keys(self, name: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+        """A mapping may have these keys only."""
+        for key in sorted(set(given) - set(known)):
+            self.append(f"{name}.{key}: no such key; known are {', '.join(known)}")
+
+    def show(self) -> None:
+        """Raise one ValueError with every sentence on a line of its own, if there is any."""
+        if self:
+            raise ValueError("\n".join(self))
+
+
+@dataclass
+class DataConfig:
+    """Which images a run uses.
+
+    Args:
+        source: scenes (built in), a folder of SPLIT/CLASS/image files or Parquet files, or a Hugging Face data set.
+        streaming: read a Hugging Face data set through once and keep only the images wanted in the cache.
+        train_split: split that training and audit images are drawn from.
+        test_split: split that the test images are drawn from.
+        classes: wnids or names, a named set (imagenet16, imagenette, imagewoof, imagenet100) or a file; null for all.
+        per_class: images a class for train, audit and test, such as {train: 150}; where a key is missing, test takes
+            all, train what audit leaves, audit what train leaves (half if both are missing).
+        unlabeled: folder of further images without labels, for the translators and the auditor.
+        unlabeled_to_audit: share of the unlabelled images that the auditor gets; the bank gets the rest.
+        scenes: numbers of built-in scenes (train, audit, test, bank), bias (how often a training background follows
+            the class) and their seed; a missing key keeps its default.
+        image_size: side of the classifier's input in pixels; null for the model's own.
+        augmentation: of training images, none, flip or timm (its standard training transform).
+        workers: loader processes per training process.
+        bad_images: unreadable images, and copies of one image in two splits, stop the run or are dropped.
+    """
+
+    source: str = "scenes"
+    streaming: bool = False
+    train_split: str = "train"
+    test_split: str = "validation"
+    classes: list[str] | str | None = None
+    per_class: dict[str, int] = field(default_factory=dict)
+    unlabeled: str | None = None
+    unlabeled_to_audit: float = 0.5
+    scenes: dict[str, float] = field(default_factory=dict)
+    image_size: int | None = None
+    augmentation: Literal["none", "flip", "timm"] = "flip"
+    workers: int = 0
+    bad_images: Literal["stop", "drop"] = "stop"
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong with the values."""
+        problems = Problems()
+        problems.keys("per_class", self.per_class, PER_CLASS)
+        for name, value in self.per_class.items():
+            problems.least(0 if name == "audit" else 1, **{f"per_class.{name}": value})
+        problems.keys("scenes", self.scenes, tuple(SCENES))
+        for name, value in self.scenes.items():
+            if name == "bias":
+                problems.share(**{"scenes.bias": value})
+            elif name in SCENES:
+                problems.least(1 if name in ("train", "test") else 0, **{f"scenes.{name}": value})
+        problems.share(unlabeled_to_audit=self.unlabeled_to_audit)
+        problems.least(1, image_size=self.image_size)
+        problems.least(0, workers=self.workers)
+        scenes = self.source == "scenes"
+        problems.need(not (scenes and self.streaming), "streaming: needs a Hugging Face data set as source, got scenes")
+        own = self.classes is not None or self.unlabeled is not None or bool(self.per_class)
+        problems.need(not (scenes and own), "source: scenes has no classes, per_class or unlabeled; leave them out")
+        problems.show()
+
+    @property
+    def scene_counts(self) -> dict[str, float]:
+        """`scenes` with the defaults of missing keys."""
+        return {**SCENES, **self.scenes}
+
+
+@dataclass
+class ModelConfig:
+    """The classifier.
+
+    Args:
+        name: any timm name, local-dir:FOLDER or hf-hub:USER/MODEL; demo is the small one inside the package.
+        pretrained: load its weights.
+        head: keep all rows of the pretrained head, slice it to the data's classes, or make a new one.
+        tuning: train the head only, the last stage and the head, or all.
+        batch_norm: keep batch-norm statistics (eval) or update them (train).
+        invariance: null space of the logits, or of the softmax (one dimension more).
+        compile: train through torch.compile.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+    """
+
+    name: str = "demo"
+    pretrained: bool = True
+    head: Literal["keep", "slice", "new"] = "slice"
+    tuning: Literal["head", "last_stage", "all"] = "all"
+    batch_norm: Literal["eval", "train"] = "eval"
+    invariance: Invariance = "logits"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class VLMConfig:
+    """The vision-language model that says what features mean.
+
+    Args:
+        name: an open_clip name or local-dir:FOLDER; demo is the small one inside the package.
+        pretrained: open_clip tag or weights file; null for folders.
+        templates: class prompts, each with {class}; several make an ensemble.
+    """
+
+    name: str = "demo"
+    pretrained: str | None = None
+    templates: list[str] = field(default_factory=lambda: ["an image of a {class}"])
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong with the values."""
+        problems = Problems()
+        problems.need(bool(self.templates), "templates: expected at least one class prompt")
+        for template in self.templates:
+            problems.need("{class}" in template, f'templates: {template!r} has no "{{class}}" in it')
+        problems.show()
+
+
+@dataclass
+class TranslatorConfig:
+    """The translators: one fitted on the bank, the auditor on images of its own.
+
+    Args:
+        ridge: relative penalty of both; null lets each choose by its own validation images.
+    """
+
+    ridge: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError for a negative penalty."""
+        problems = Problems()
+        problems.least(0, ridge=self.ridge)
+        problems.show()
+
+
+@dataclass
+class LoopTranslatorConfig(TranslatorConfig):
+    """The loop's translator, fitted on the bank, and the auditor.
+
+    Args:
+        ridge: relative penalty of both; null lets each choose by its own validation images.
+        refreshes: how often, evenly over training, the bank is encoded again and the loop's translator refitted.
+        stream_every: above 0, training features update the translator's sums, solved again every so many steps.
+    """
+
+    refreshes: int = 3
+    stream_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong with the values."""
+        problems = Problems()
+        problems.least(0, ridge=self.ridge, refreshes=self.refreshes, stream_every=self.stream_every)
+        problems.show()
+
+
+@dataclass
+class LossConfig:
+    """SingLoss (METHOD section 6).
+
+    Args:
+        weight: λ after warm-up and ramp.
+        preset: named sum of terms to begin with.
+        terms: weights by term that replace or add to the preset's; 0 removes a term.
+        placebo: a control: the loss sees every class's prompt at another class, or random directions.
+        balance: above 0, λ is scaled once so that the terms' gradient has this share of cross-entropy's norm.
+    """
+
+    weight: float = 0.1
+    preset: str = "sing"
+    terms: dict[str, float] = field(default_factory=dict)
+    placebo: Placebo = "none"
+    balance: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong with the values."""
+        problems = Problems()
+        problems.least(0, weight=self.weight, balance=self.balance)
+        problems.need(
+            self.preset in PRESETS, f"preset: no preset {self.preset!r}; known are {', '.join(sorted(PRESETS))}"
+        )
+        problems.keys("terms", self.terms, tuple(sorted(TERMS)))
+        problems.least(0, **{f"terms.{name}": weight for name, weight in self.terms.items()})
+        problems.show()
+        left = [name for name, weight in {**PRESETS[self.preset], **self.terms}.items() if weight]
+        if not left:
+            raise ValueError(f"terms: no term of the preset {self.preset!r} is left; give one a weight above 0")
+
+    def moves_the_head_alone(self) -> bool:
+        """Return True where no term has a gradient on features, so that balancing has nothing to measure there."""
+        return all(name in HEAD_TERMS for name, weight in {**PRESETS[self.preset], **self.terms}.items() if weight)
+
+
+@dataclass
+class TrainingConfig:
+    """Optimisation by AdamW with warm-up and cosine decay, the same for both arms.
+
+    Mixed precision and gradient accumulation are accelerate's own: accelerate launch --mixed_precision bf16
+    --gradient_accumulation_steps 2.
+
+    Args:
+        epochs: passes over the training images; 0 measures only.
+        batch_size: images an optimiser step sees, over all processes and accumulation steps.
+        learning_rate: peak.
+        head_factor: the head's learning rate is this times learning_rate.
+        weight_decay: AdamW's.
+        l2_sp: adds half of this times the squared distance of the backbone from where it began (L2-SP).
+        head_first: share of the steps in which the head alone trains (LP-FT).
+        checkpoint_every: optimiser steps between checkpoints, beside one at every epoch's end.
+    """
+
+    epochs: int = 2
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+    head_factor: float = 5.0
+    weight_decay: float = 0.01
+    l2_sp: float = 0.0
+    head_first: float = 0.0
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong with the values."""
+        problems = Problems()
+        problems.above_0(learning_rate=self.learning_rate, head_factor=self.head_factor)
+        problems.least(1, batch_size=self.batch_size, checkpoint_every=self.checkpoint_every)
+        problems.least(0, epochs=self.epochs, weight_decay=self.weight_decay, l2_sp=self.l2_sp)
+        problems.share(head_first=self.head_first)
+        problems.show()
+
+
+@dataclass
+class RunConfig:
+    """What every recipe has.
+
+    Args:
+        out: the run's folder.
+        seed: every random choice hangs on it.
+        dry_run: build everything, run one batch, say what would happen, stop.
+        resume: go on with an interrupted run of the same folder and configuration.
+        log_with: tracker that accelerate knows (tensorboard, wandb, mlflow, all, ...).
+    """
+
+    out: str = "runs/demo"
+    seed: int = 0
+    dry_run: bool = False
+    resume: bool = False
+    log_with: str = "tensorboard"
+    data: DataConfig = field(default_factory=DataConfig)
+    vlm: VLMConfig = field(default_factory=VLMConfig)
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong with the values."""
+        problems = Problems()
+        problems.need(bool(Path(self.out).name), f"out: expected a folder, got {self.out!r}")
+        problems.need(0 <= self.seed < 2**32, f"seed: expected a whole number from 0 to {2**32 - 1}, got {self.seed}")
+        problems.show()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder as a path."""
+        return Path(self.out).expanduser()
+
+
+@dataclass
+class FinetuneConfig(RunConfig):
+    """A run of recipes/finetune.py; every field is a key of the YAML and a flag of the command line.
+
+    Args:
+        out: the run's folder.
+        seed: every random choice hangs on it.
+        dry_run: build everything, run one batch, say what would happen, stop.
+        resume: go on with an interrupted run of the same folder and configuration.
+        log_with: tracker that accelerate knows (tensorboard, wandb, mlflow, all, ...).
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    translator: LoopTranslatorConfig = field(default_factory=LoopTranslatorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError for balancing a loss that moves the head alone."""
+        super().__post_init__()
+        backbone = self.model.tuning != "head" and self.training.epochs > 0
+        if backbone and self.loss.balance and self.loss.moves_the_head_alone():
+            raise ValueError("loss.balance: the terms move the head alone; set it to 0 or add another term")

@@ -1,0 +1,295 @@
+"""A run's folder and what surrounds it: the accelerator, the machine, signals, errors that tell how to go on."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import platform
+import re
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
+
+from singreg.config import RunConfig
+from singreg.parsing import dump
+from singreg.utils import sweep, write_text
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REPEATED = 5.0
+"""Seconds in which a further signal is the same request: a scheduler may signal the launcher and each process."""
+
+
+def start(config: RunConfig) -> Accelerator:
+    """Return the Accelerator of a run, with its seed set and its trackers writing below the run's folder.
+
+    Global batches are split over processes, so one process and many see the same ones. Mixed precision and gradient
+    accumulation are those of `accelerate launch`.
+
+    Raises:
+        SystemExit: `accelerate launch` was told what singreg does not do.
+    """
+    _refuse_what_needs_other_weights()
+    # Left alone, MKL's products round by where memory happens to begin and by how its threads took turns.
+    os.environ.setdefault("MKL_CBWR", "AUTO")
+    gpu = torch.cuda.is_available() or torch.xpu.is_available()
+    if not torch.cuda.is_available():
+        # The launcher pins CPU runs to one thread a process; share the cores among the local processes instead.
+        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    accelerator = Accelerator(
+        # Unasked, accelerate takes several processes without a GPU for as many runs of one process each. Apple's GPU
+        # has no float64, which null spaces and ridge solves need.
+        cpu=not gpu and ("LOCAL_RANK" in os.environ or torch.backends.mps.is_available()),
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=None if config.dry_run else config.log_with,
+        project_config=ProjectConfiguration(
+            project_dir=str(config.folder), logging_dir=str(config.folder / "tensorboard")
+        ),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # SingLoss keeps its buffers equal by itself
+            # One process may embed a million images while the others wait; NCCL would give up after 10 minutes.
+            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
+        ],
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.mixed_precision == "fp16" and not gpu:  # accelerate accepts it and trains in float32
+        raise SystemExit("error: --mixed_precision fp16 needs a GPU, and this run has a CPU alone; use bf16 or no")
+    # The name of this setting changes with torch's version; the old one is understood by all of them.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    # singreg speaks; timm, open_clip and accelerate only when something is wrong.
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("singreg").setLevel(logging.INFO)
+    set_seed(config.seed)
+    return accelerator
+
+
+def _refuse_what_needs_other_weights() -> None:
+    asked = [name for name, key in SHARDING.items() if os.environ.get(key, "").lower() in ("1", "true", "yes")]
+    if asked:
+        raise SystemExit(
+            f"error: accelerate was started with {' and '.join(asked)}, which shards the weights; the null space is "
+            "that of the whole head, so launch with copies of the model (--multi_gpu)"
+        )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        raise SystemExit(
+            f"error: accelerate was started with the dynamo backend {backend!r}, which would compile the head too; "
+            "leave it out and set model.compile: true, which compiles what comes before the head"
+        )
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on, fewer than the machine has inside a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
+    """Return what a run ran on: processor, cores, memory in GiB, device, processes, precision, versions."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return {
+        "processor": platform.machine(),
+        "cores": usable_cores(),
+        "memory_gib": round(pages / 2**30, 1),
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "accumulation": accelerator.gradient_accumulation_steps,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what is wrong with a user's files or settings into its message and exit status 1.
+
+    For the time while a run is set up: later errors are not the user's doing and keep their traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+class OtherRunError(ValueError):
+    """A run is to be resumed on other data or models than it was begun with; the text names them."""
+
+
+class Run:
+    """A run's folder with the resolved configuration in it; only the main process writes.
+
+    Args:
+        config: the run's configuration.
+        accelerator: the run's Accelerator.
+        recipe: name of the recipe's file, for the command that resumes the run.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, recipe: str) -> None:
+        self.config, self.accelerator, self.recipe = config, accelerator, recipe
+        self.folder = config.folder
+        self.seconds: dict[str, float] = {}
+
+    def check(self) -> Run:
+        """Raise now what `open` would raise later, so that nothing long is done for a run that cannot start.
+
+        Raises:
+            FileExistsError: the folder holds a run and `resume` is False.
+            ValueError: it was another configuration.
+        """
+        resolved = self.folder / "config.yaml"
+        if not resolved.is_file():
+            return self
+        if not self.config.resume:
+            raise FileExistsError(
+                f"{self.folder} already holds a run; use --resume true to go on with it, or another --out"
+            )
+        if resolved.read_text(encoding="utf-8") != self._resolved():
+            raise ValueError(
+                f"{resolved} differs from the configuration given; resume with --config {resolved} --resume true, or "
+                "use another --out"
+            )
+        return self
+
+    def open(self) -> Run:
+        """Create the folder with the resolved configuration in it, or go on in it (see `check`)."""
+        self.check()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            sweep(self.folder)
+            write_text(self.folder / "config.yaml", self._resolved())
+        self.accelerator.wait_for_everyone()
+        return self
+
+    def _resolved(self) -> str:
+        return dump(replace(self.config, resume=False, dry_run=False))  # how a run is started is not what it is
+
+    @property
+    def command(self) -> str:
+        """The command that goes on with this run."""
+        config = self.folder / "config.yaml"
+        return f"accelerate launch recipes/{self.recipe}.py --config {config} --resume true"
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Note how many seconds a stage took."""
+        begun = time.monotonic()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - begun
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Say, when the run is interrupted or fails, what is kept and how to go on; the error itself passes through.
+
+        SIGTERM and Ctrl-C end a training with a checkpoint of the step that is under way (see `StopRequest`). A full
+        disk and a folder that cannot be written are sentences, not tracebacks.
+        """
+        with _signals_handled():
+            try:
+                yield
+            except OtherRunError as error:
+                raise SystemExit(f"error: {error}") from error
+            except BaseException as error:
+                main = self.accelerator.is_main_process
+                if (main or isinstance(error, Exception)) and (self.folder / "config.yaml").is_file():
+                    print(f"\nstopped; all finished work is kept in {self.folder}", file=sys.stderr)
+                    print(f"go on with: {self.command}", file=sys.stderr)
+                if _of_the_disk(error):
+                    raise SystemExit(f"error: {error} (while writing in {self.folder})") from error
+                raise
+
+
+def _of_the_disk(error: BaseException) -> bool:
+    """A full disk, a quota, a folder that cannot be written; safetensors and torch raise errors of their own."""
+    if isinstance(error, OSError):
+        return error.errno in DISK
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return "PytorchStreamWriter failed" in str(error) or (found is not None and int(found[1]) in DISK)
+
+
+class _Stop:
+    """Of this process: whether a loop is there to take a request, and the signal that made it."""
+
+    waited_for = False
+    number: int | None = None
+    since = 0.0
+
+
+def _end(number: int) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def _handle(number: int, _: FrameType | None) -> None:
+    now = time.monotonic()
+    if _Stop.number is not None and now - _Stop.since < REPEATED:
+        return
+    waits = _Stop.waited_for and _Stop.number is None
+    _Stop.number, _Stop.since = number, now
+    if not waits:
+        _end(number)
+    name = signal.Signals(number).name
+    print(f"\n{name}: stopping after this step; once more after {REPEATED:.0f} s stops at once", file=sys.stderr)
+
+
+@contextmanager
+def _signals_handled() -> Iterator[None]:
+    """Handle SIGTERM, which schedulers send before they kill, and SIGINT; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _Stop.number = None
+
+
+class StopRequest:
+    """Inside `with`, a first signal is noted instead of ending the process: the loop looks for it after its steps."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def __enter__(self) -> StopRequest:
+        _Stop.waited_for = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        _Stop.waited_for = False
+        if _Stop.number is not None and kind is None:  # it came after the last step
+            self.end()
+
+    def came(self) -> bool:
+        """Return whether any process was asked to stop; every process must ask, after the same step."""
+        if self.accelerator.num_processes == 1:
+            return _Stop.number is not None
+        if _Stop.number is not None:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
+
+    def end(self) -> None:
+        """End this process as the signal wants it: exit status 128 + its number, Ctrl-C as KeyboardInterrupt."""
+        _end(_Stop.number or signal.SIGTERM)

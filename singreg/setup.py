@@ -1,0 +1,228 @@
+"""From a configuration to the splits, models, texts and embeddings it names; complaints come before any long work."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from singreg.analysis.features import PassSettings
+from singreg.config import DataConfig, ModelConfig, RunConfig, VLMConfig
+from singreg.data.config import DataConfig as OldDataConfig
+from singreg.data.datasets import ImageSplit, Splits, load_splits
+from singreg.data.embeddings import cached_embeddings
+from singreg.models.classifier import Classifier
+from singreg.models.vlm import VisionLanguageModel
+from singreg.nullspace import NullSpace
+from singreg.translator import TranslatorInfo
+from singreg.utils import cache_folder, sha256_of_json
+
+logger = logging.getLogger(__name__)
+ASSETS = Path(__file__).parent / "assets"
+BATCH_SIZE = 64
+"""Images a batch where nothing is trained."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One classifier and one vision-language model on the splits of a data set.
+
+    Attributes:
+        texts: (C, n) unit rows of the class prompts.
+        embeddings: (N, n) image embeddings by the split's name (bank, audit, test).
+        info: what translators between the two models are fitted on.
+        passes: how images are read in passes that train nothing.
+    """
+
+    splits: Splits
+    classifier: Classifier
+    vlm: VisionLanguageModel
+    texts: Tensor
+    embeddings: dict[str, np.ndarray]
+    info: TranslatorInfo
+    passes: PassSettings
+
+
+def prepare(
+    config: RunConfig,
+    model: ModelConfig,
+    accelerator: Accelerator,
+    *,
+    before_embedding: Callable[[Splits, Classifier], None] | None = None,
+) -> Setup:
+    """Load data and models and compute, or read back, the embeddings of bank, audit and test.
+
+    Args:
+        before_embedding: called when splits and classifier are there and the long work is not begun.
+
+    Raises:
+        ValueError: an empty audit split, a head without a null space, classes or images that are not there.
+    """
+    splits = load_splits(_old(config.data))
+    if not len(splits.audit):
+        raise ValueError(
+            "the audit split is empty, so no auditor can be fitted; give data.per_class.audit or unlabeled"
+        )
+    classifier = build_classifier(model, splits, image_size=config.data.image_size)
+    labelled = labels_for_head(splits, classifier, model)
+    vlm = open_vlm(config.vlm, accelerator)
+    passes = PassSettings(BATCH_SIZE, config.data.workers, progress=accelerator.is_local_main_process)
+    if config.dry_run and accelerator.is_main_process:
+        print(f"{describe_head(classifier, model)}\n{describe_splits(labelled)}", flush=True)
+    if before_embedding is not None:
+        before_embedding(labelled, classifier)
+    return Setup(
+        splits=labelled,
+        classifier=classifier.to(accelerator.device),
+        vlm=vlm,
+        texts=vlm.embed_classes(labelled.class_names, tuple(config.vlm.templates)).to(accelerator.device),
+        embeddings=embed_splits(vlm, (splits.bank, splits.audit, splits.test), passes),  # the labels do not matter
+        info=describe_pair(classifier, vlm),
+        passes=passes,
+    )
+
+
+def model_name(name: str, kind: str) -> str:
+    """Return the packaged folder of a kind (classifier, vlm) for "demo", any other name as it is."""
+    return f"local-dir:{ASSETS / f'demo_{kind}'}" if name == "demo" else name
+
+
+def build_classifier(
+    model: ModelConfig, splits: Splits, *, image_size: int | None = None, allow_empty: bool = False
+) -> Classifier:
+    """Build the classifier with its head kept, sliced to the splits' classes, or new.
+
+    Raises:
+        ValueError: classes whose rows in the head are not known; a head without a null space, unless `allow_empty`.
+    """
+    sliced = model.head == "slice"
+    classifier = Classifier.from_timm(
+        model_name(model.name, "classifier"),
+        pretrained=model.pretrained,
+        head_mode=model.head,
+        class_indices=splits.class_indices if sliced else None,
+        class_names=splits.class_names,
+        imagenet_rows=sliced,
+        num_classes=len(splits.class_names) if model.head == "new" else None,
+        image_size=image_size,
+    )
+    NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=allow_empty)  # or say so now
+    if model.gradient_checkpointing:
+        _checkpoint_gradients(classifier, model)
+    if model.compile and not hasattr(classifier.model, "forward_features"):
+        raise ValueError(f"model.compile: timm's {model.name} has no forward_features to compile; set it to false")
+    return classifier.to(memory_format=torch.channels_last)
+
+
+def _checkpoint_gradients(classifier: Classifier, model: ModelConfig) -> None:
+    switch: Any = getattr(classifier.model, "set_grad_checkpointing", None)
+    try:
+        assert switch is not None, "it has no such switch"
+        switch(True)
+    except AssertionError as error:  # what timm's models without it raise
+        raise ValueError(
+            f"model.gradient_checkpointing: timm's {model.name} cannot ({error}); set it to false"
+        ) from error
+    if model.batch_norm == "train":
+        raise ValueError(
+            "model.gradient_checkpointing runs every layer twice, which would update batch-norm statistics twice; set "
+            "model.batch_norm to eval"
+        )
+
+
+def labels_for_head(splits: Splits, classifier: Classifier, model: ModelConfig) -> Splits:
+    """With a kept head, give labels and names among all its rows; rows without names count in the data's order.
+
+    Raises:
+        ValueError: it is not known what the head's rows mean, or they have the data's classes in another order.
+    """
+    if model.head != "keep":
+        return splits
+    stored: Any = getattr(classifier.model, "pretrained_cfg", {}).get("label_names")  # type: ignore[union-attr, operator]
+    own = tuple(stored[row] for row in sorted(stored, key=int)) if isinstance(stored, dict) else tuple(stored or ())
+    if own != splits.class_names and sorted(own) == sorted(splits.class_names):
+        raise ValueError(
+            f"the head of {classifier.tag} has the data's classes in another order ({', '.join(own[:4])}, ...), so its "
+            "rows would be taken for other classes; use model.head: slice, which goes by name"
+        )
+    if classifier.num_classes == len(splits.class_names):
+        if not own and splits.class_indices != tuple(range(classifier.num_classes)):
+            logger.warning(
+                "model.head: keep: no class names are stored with %s, so its %d rows are taken in the data's order",
+                classifier.tag,
+                classifier.num_classes,
+            )
+        return splits
+    among = splits.among_imagenet()
+    if len(among.class_names) != classifier.num_classes:
+        raise ValueError(
+            f"model.head: keep needs to know what the {classifier.num_classes} rows of {classifier.tag} mean: they are "
+            f"neither the data's {len(splits.class_names)} classes nor ImageNet-1k's; use model.head: slice or new"
+        )
+    return among
+
+
+def open_vlm(config: VLMConfig, accelerator: Accelerator) -> VisionLanguageModel:
+    """Open the vision-language model on the accelerator's device."""
+    return VisionLanguageModel.from_open_clip(
+        model_name(config.name, "vlm"), config.pretrained, device=str(accelerator.device)
+    )
+
+
+def embed_splits(vlm: VisionLanguageModel, splits: Sequence[ImageSplit], passes: PassSettings) -> dict[str, np.ndarray]:
+    """Return image embeddings (N, n) by the split's name, computed once and memory-mapped from the cache."""
+    settings = {"batch_size": passes.batch_size, "workers": passes.workers, "progress": passes.progress}
+    return {split.name: cached_embeddings(vlm, split, cache_folder(), **settings) for split in splits}
+
+
+def describe_pair(
+    classifier: Classifier, vlm: VisionLanguageModel, *, normalized_targets: bool = False
+) -> TranslatorInfo:
+    """Return what a translator between two models is fitted on, for its file."""
+    return TranslatorInfo(
+        classifier=classifier.tag,
+        head_hash=classifier.head_hash(),
+        classifier_preprocessing=sha256_of_json(classifier.preprocessing),
+        vlm=vlm.tag,
+        vlm_weights_hash=vlm.weights_hash,
+        vlm_preprocessing=sha256_of_json(vlm.preprocessing),
+        normalized_targets=normalized_targets,
+    )
+
+
+def describe_head(classifier: Classifier, model: ModelConfig) -> str:
+    """Return rank and nullity of a head in words, for a dry run."""
+    space = NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=True)
+    share = space.nullity / classifier.feature_dim
+    return f"head: rank {space.rank}, nullity {space.nullity} ({share:.1%} of the dimensions)"
+
+
+def describe_splits(splits: Splits) -> str:
+    """Return the number of images in each split and what is about to be done to them, for a dry run."""
+    counts = {split.name: len(split) for split in (splits.train, splits.bank, splits.audit, splits.test)}
+    embedded = counts["bank"] + counts["audit"] + counts["test"]
+    return (
+        f"images: {', '.join(f'{name} {count}' for name, count in counts.items())}\n"
+        f"embedding the {embedded} images of bank, audit and test once; {cache_folder()} keeps them"
+    )
+
+
+def _old(data: DataConfig) -> OldDataConfig:
+    """Until data/ reads the new configuration."""
+    if data.source == "scenes":
+        n = data.scene_counts
+        own: dict[str, Any] = {f"scenes_{k}": int(n[k]) for k in ("train", "audit", "test", "bank")}
+        own |= {"scene_background_bias": n["bias"], "seed": int(n["seed"])}
+    else:
+        own = {f"{k}_per_class": v for k, v in data.per_class.items()}
+        own |= {"unlabeled": data.unlabeled, "unlabeled_to_audit": data.unlabeled_to_audit, "classes": data.classes}
+        own |= {"unreadable": "skip" if data.bad_images == "drop" else "stop", "duplicates": data.bad_images}
+    names = ("source", "streaming", "train_split", "test_split", "image_size", "augmentation", "workers")
+    return OldDataConfig(**own, **{k: getattr(data, k) for k in names}, cache_dir=str(cache_folder()))
