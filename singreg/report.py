@@ -1,0 +1,198 @@
+"""A run's report: its tables and figures as JSON, Parquet, Markdown, HTML and in the trackers. Computes nothing."""
+
+from __future__ import annotations
+
+import base64
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from accelerate import Accelerator
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL import Image
+
+from singreg.runs import Run, describe_machine
+from singreg.utils import atomic_write, plain, write_json, write_text
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A PNG file and its caption."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it in that order: paragraphs, tables, figures."""
+
+    title: str
+    blocks: Sequence[str | pd.DataFrame | Figure]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Write a figure, or a dash where there is none; what rounds to nothing has no sign.
+
+    Example:
+        >>> number(-0.001), number(float("nan")), number(float("inf"))
+        ('0.00', '–', '∞')
+    """
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("inf", "∞")
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Write a share in [0, 1] as a percentage."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}%}"
+
+
+def interval(value: float | None, low: float | None, high: float | None, digits: int = 2) -> str:
+    """Write a figure with its 95 % interval.
+
+    Example:
+        >>> interval(1.234, 1.1, 1.3)
+        '1.23 [1.10, 1.30]'
+    """
+    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def write_report(
+    run: Run,
+    *,
+    title: str,
+    verdict: Sequence[str],
+    warnings: Sequence[str] = (),
+    sections: Sequence[Section] = (),
+    figures: Mapping[str, Any],
+    rows: pd.DataFrame | None = None,
+) -> None:
+    """Write report.json, report.md, report.html and scores.parquet of a run, then print its last lines.
+
+    Only the main process writes. `figures` go into report.json as they are; `rows` are per-image scores.
+    """
+    if not run.accelerator.is_main_process:
+        return
+    settings = {**asdict(run.config), "command": " ".join([f"recipes/{run.recipe}.py", *sys.argv[1:]])}
+    machine = describe_machine(run.accelerator)
+    if rows is not None:
+        with atomic_write(run.folder / "scores.parquet") as temporary:
+            rows.to_parquet(temporary, index=False)
+    facts = {"settings": settings, "machine": machine, "seconds": run.seconds}
+    made = Section("How this was made", [_facts(settings, machine, run.seconds)])
+    page = {"title": title, "verdict": verdict, "warnings": warnings, "sections": [*sections, made]}
+    write_text(run.folder / "report.md", _markdown(run.folder, **page))
+    write_text(run.folder / "report.html", _html(**page))
+    report = {"kind": run.recipe, "format": FORMAT, "verdict": verdict, "warnings": warnings, **facts, **figures}
+    write_json(run.folder / "report.json", report)  # last: a run with a report.json is whole
+    print("\n".join([*verdict, *warnings]))
+    print(f"report       {run.folder / 'report.html'}")
+    print(f"tensorboard  tensorboard --logdir {run.folder / 'tensorboard'}", flush=True)
+
+
+def _facts(settings: Mapping[str, Any], machine: Mapping[str, Any], seconds: Mapping[str, float]) -> pd.DataFrame:
+    rows = [("command", settings["command"]), ("machine", ", ".join(f"{k} {v}" for k, v in machine.items()))]
+    rows.append(("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())))
+    return pd.DataFrame(rows, columns=["", "value"])
+
+
+def _cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Every cell as text: floats with three digits, nothing as a dash."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, (float, np.floating)):
+            return number(float(value), 3)
+        return "–" if value is None else str(value).encode("utf-8", "backslashreplace").decode()
+
+    return table.map(cell)
+
+
+def _markdown(
+    folder: Path, title: str, verdict: Sequence[str], warnings: Sequence[str], sections: list[Section]
+) -> str:
+    def text(value: str) -> str:  # a folder's or class's name cannot break a table or bring markup
+        return value.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "\\`")
+
+    def block(value: str | pd.DataFrame | Figure) -> str:
+        if isinstance(value, Figure):
+            return f"![{text(value.caption)}]({value.path.relative_to(folder).as_posix()})"
+        if isinstance(value, str):
+            return text(value)
+        table = _cells(value).map(text)
+        table.columns = [text(str(name)) for name in table.columns]
+        return str(table.to_markdown(index=False, disable_numparse=True))
+
+    parts = [f"# {text(title)}", *map(text, verdict), *[f"**{text(warning)}**" for warning in warnings]]
+    for section in sections:
+        parts += [f"## {text(section.title)}", *[block(each) for each in section.blocks]]
+    return "\n\n".join(parts) + "\n"
+
+
+def _html(title: str, verdict: Sequence[str], warnings: Sequence[str], sections: list[Section]) -> str:
+    def block(value: str | pd.DataFrame | Figure) -> dict[str, str]:
+        if isinstance(value, Figure):
+            data = base64.b64encode(value.path.read_bytes()).decode("ascii")
+            return {"kind": "figure", "data": data, "caption": value.caption}
+        if isinstance(value, str):
+            return {"kind": "text", "text": value}
+        return {"kind": "table", "html": _cells(value).to_html(index=False, border=0, justify="left")}
+
+    loader = PackageLoader("singreg", "templates")
+    template = Environment(loader=loader, autoescape=select_autoescape(["html", "j2"])).get_template("report.html.j2")
+    blocks = [{"title": section.title, "blocks": [block(each) for each in section.blocks]} for section in sections]
+    page = template.render(title=title, verdict=verdict, warnings=warnings, sections=blocks)
+    return page.encode("utf-8", "backslashreplace").decode()
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Flatten nested settings to what trackers take; TensorBoard drops or refuses the rest (None, lists, nested).
+
+    Example:
+        >>> flatten({"loss": {"weight": 0.1, "terms": None}, "templates": ["a", "b"]})
+        {'loss.weight': 0.1, 'loss.terms': 'none', 'templates': 'a, b'}
+    """
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            flat[f"{prefix}{key}"] = ", ".join(map(str, value))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float, str)) else str(value).lower()
+    return flat
+
+
+def track(accelerator: Accelerator, name: str, config: Any) -> None:
+    """Begin a tracker run of that name (a curve's colour in TensorBoard) with the configuration, on every tracker."""
+    if accelerator.log_with:
+        accelerator.init_trackers(name, config=flatten(asdict(config)))
+
+
+def log(accelerator: Accelerator, figures: Mapping[str, Any], step: int) -> None:
+    """Log numbers on every tracker; anything with one element is a number, anything else is refused.
+
+    Raises:
+        TypeError: a figure that is not one real number; names it.
+    """
+    values = {name: plain(value) for name, value in figures.items()}
+    wrong = [name for name, value in values.items() if not isinstance(value, (bool, int, float, type(None)))]
+    if wrong:
+        raise TypeError(f"expected one real number for each figure, got others for {', '.join(wrong)}")
+    accelerator.log({name: float(value) for name, value in values.items() if value is not None}, step=step)
+
+
+def log_figures(accelerator: Accelerator, figures: Sequence[Figure], step: int = 0) -> None:
+    """Log PNG figures as images on every tracker that takes images."""
+    for tracker in accelerator.trackers:
+        for figure in figures if hasattr(tracker, "log_images") else ():
+            image = np.asarray(Image.open(figure.path).convert("RGB"))[None]
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({f"plots/{figure.path.stem}": image}, step=step, **layout)
