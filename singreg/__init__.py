@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from singreg.analysis.chance import measure_chance
     from singreg.analysis.comparing.differences import model_differences, order_check, paired_figures
     from singreg.analysis.features import PassSettings, cached_features, iterate_features
-    from singreg.analysis.fitting import fit_on_part
-    from singreg.analysis.fitting_mlp import fit_mlp_on_part
+    from singreg.analysis.fitting import fit_mlp_on_split, fit_on_split
     from singreg.analysis.information import fit_blocks, measure_information
     from singreg.analysis.levels.classes import analyze_classes
     from singreg.analysis.levels.concepts import analyze_concepts
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from singreg.analysis.levels.images import analyze_images
     from singreg.analysis.levels.joint import joint_distribution
     from singreg.analysis.levels.pairs import EquivalentPairs
-    from singreg.analysis.model import analyze_model
+    from singreg.analysis.scores import analyze_model
     from singreg.analysis.passport import compare_passports, head_passport
     from singreg.analysis.perturbation import measure_perturbations
     from singreg.analysis.steering.curves import Budgets, steer_curves
@@ -67,13 +66,12 @@ _HOMES = {
     "singreg.analysis.comparing.differences": ("model_differences", "order_check", "paired_figures"),
     "singreg.analysis.levels.concepts": ("analyze_concepts",),
     "singreg.analysis.features": ("PassSettings", "cached_features", "iterate_features"),
-    "singreg.analysis.fitting": ("fit_on_part",),
-    "singreg.analysis.fitting_mlp": ("fit_mlp_on_part",),
+    "singreg.analysis.fitting": ("fit_mlp_on_split", "fit_on_split"),
     "singreg.analysis.levels.gallery": ("Gallery", "nearest_pictures"),
     "singreg.analysis.levels.images": ("analyze_images",),
     "singreg.analysis.information": ("fit_blocks", "measure_information"),
     "singreg.analysis.levels.joint": ("joint_distribution",),
-    "singreg.analysis.model": ("analyze_model",),
+    "singreg.analysis.scores": ("analyze_model",),
     "singreg.analysis.steering.on_manifold": ("fit_conditional", "natural_radii"),
     "singreg.analysis.levels.pairs": ("EquivalentPairs",),
     "singreg.analysis.passport": ("compare_passports", "head_passport"),
@@ -114,7 +112,7 @@ __all__ = [  # noqa: RUF022  (in the order of the data's flow)
     "drop_null", "interpolate_weights",
     "SingLoss", "resolve_terms", "AttributeScore", "ImageScore", "SemanticLeakage",
     "DataConfig", "load_splits", "cached_embeddings", "ConceptBank", "load_concepts", "embed_concepts",
-    "PassSettings", "iterate_features", "cached_features", "fit_on_part", "fit_mlp_on_part", "EquivalentPairs",
+    "PassSettings", "iterate_features", "cached_features", "fit_on_split", "fit_mlp_on_split", "EquivalentPairs",
     "analyze_model", "analyze_classes", "analyze_concepts", "analyze_images", "joint_distribution",
     "measure_chance", "fit_blocks", "measure_information", "measure_perturbations", "head_passport", "compare_passports",
     "Gallery", "nearest_pictures", "paired_figures", "model_differences", "order_check",

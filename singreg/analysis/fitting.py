@@ -1,8 +1,8 @@
-"""Fitting translators on a part, and the reference figures a SingLoss starts from (METHOD sections 2, 6 and 8.6)."""
+"""Fit translators on a split, and the reference figures a SingLoss starts from (METHOD sections 2, 6 and 8.6)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.features import PassSettings, gathered, iterate_features
-from singreg.data.datasets import ImageSplit
+from singreg.analysis.features import FeatureBatch, PassSettings, cached_features, gathered, iterate_features
+from singreg.data.datasets import ImageSplit, Splits
 from singreg.functional import image_score
+from singreg.mlp import MLPSettings, MLPTranslator, fit_mlp_translator
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics, Standardize
@@ -20,38 +21,47 @@ from singreg.translator import LinearTranslator, TranslatorInfo, translator_from
 from singreg.utils import all_reduce_sum
 
 VALIDATION_EVERY = 5
+Standardization = Literal["blocks", "features", "none"]
 
 
 @dataclass(frozen=True)
 class FittedTranslator:
-    """A translator with the mean feature (m,) and class means (C, m; NaN where unseen) of the pictures behind it."""
+    """A translator and the images behind it.
+
+    Attributes:
+        mean: (m,) mean feature.
+        class_means: (C, m), NaN for a class without images.
+    """
 
     translator: LinearTranslator
     mean: Tensor
     class_means: Tensor
 
 
-def fit_on_part(
+def fit_on_split(
     classifier: Classifier,
-    part: ImageSplit,
+    split: ImageSplit,
     embeddings: np.ndarray,
     *,
     ridges: Sequence[float] = DEFAULT_RIDGES,
-    standardize: bool | Literal["blocks", "features", "no"] = False,
+    standardize: Standardization = "blocks",
     invariance: Invariance = "logits",
     normalize_targets: bool = False,
     info: TranslatorInfo | None = None,
     settings: PassSettings | None = None,
     description: str = "translator",
 ) -> FittedTranslator:
-    """Fit T on all pictures of a part in one pass; every fifth picture chooses λ. Exact over processes.
+    """Fit T on all images of a split in one pass; every fifth image chooses λ. Exact over processes.
 
-    Shapes: embeddings (N, n). The auditor is the same call on other pictures with `standardize="blocks"` (METHOD section 8.6):
-    the row-space and the null block of the head are brought to unit scale, so that neither turning nor shrinking the null block
-    moves it; True or "features" scales feature by feature, which only a head aligned with the axes makes as safe, and only from shrinking.
+    Args:
+        standardize: "blocks" brings the row-space and the null block of the head to unit scale, so that neither turning
+            nor shrinking the null block moves the fit (METHOD section 8.6); "features" scales feature by feature, which
+            is as safe only for a head aligned with the axes.
+
+    Shape: embeddings (N, n).
 
     Raises:
-        ValueError: another `standardize` than "blocks", "features" (True) or "no" (False).
+        ValueError: another `standardize`.
     """
     scale = standardization(classifier, standardize, invariance)
     width, dim = classifier.feature_dim, embeddings.shape[1]
@@ -59,9 +69,9 @@ def fit_on_part(
     fit, validation = (RidgeStatistics(width, dim, device=device) for _ in range(2))
     sums = torch.zeros(classifier.num_classes, width, dtype=torch.float64, device=device)
     counts = torch.zeros(classifier.num_classes, dtype=torch.float64, device=device)
-    for batch in gathered(iterate_features(classifier, part, embeddings, settings or PassSettings(), description)):
-        targets = torch.nn.functional.normalize(batch.embeddings, dim=-1) if normalize_targets else batch.embeddings
-        # By position in the part, so that the split is the same on any number of processes.
+    for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), description)):
+        targets = targets_of(batch, normalize_targets)
+        # By position in the split, so that the draw is the same on any number of processes.
         held_out = (batch.indices % VALIDATION_EVERY == 0).to(device)
         fit.update(batch.features[~held_out], targets[~held_out])
         validation.update(batch.features[held_out], targets[held_out])
@@ -76,76 +86,93 @@ def fit_on_part(
     return FittedTranslator(translator.to(device), mean.float(), (sums / counts[:, None]).float())
 
 
-def fold_statistics(
-    classifier: Classifier,
-    part: ImageSplit,
-    embeddings: np.ndarray,
-    folds: int,
-    *,
-    seed: int = 0,
-    normalize_targets: bool = False,
-    settings: PassSettings | None = None,
-    description: str = "fitting the loop's translators",
-) -> list[RidgeStatistics]:
-    """Sums of `folds` disjoint random shares of a part, from one pass over it; merged they are the whole part's. Exact over processes.
-
-    Shapes: embeddings (N, n); each holds (m, m) and (m, n) sums over N / folds pictures. The shares hang on the seed alone.
-    """
-    fold = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed)) % folds
-    width, dim, device = classifier.feature_dim, embeddings.shape[1], classifier.weight.device
-    found = [RidgeStatistics(width, dim, device=device) for _ in range(folds)]
-    for batch in gathered(iterate_features(classifier, part, embeddings, settings or PassSettings(), description)):
-        targets = torch.nn.functional.normalize(batch.embeddings, dim=-1) if normalize_targets else batch.embeddings
-        for number, statistics in enumerate(found):
-            mine = (fold[batch.indices] == number).to(device)
-            statistics.update(batch.features[mine], targets[mine])
-    return [statistics.reduce() for statistics in found]
+def targets_of(batch: FeatureBatch, normalize: bool) -> Tensor:
+    """Return what a translator is fitted to: a batch's embeddings (B, n), as they are or as unit rows."""
+    return torch.nn.functional.normalize(batch.embeddings, dim=-1) if normalize else batch.embeddings
 
 
-def standardization(classifier: Classifier, standardize: bool | str, invariance: Invariance) -> Standardize:
-    """What `RidgeStatistics.solve` takes for "blocks" (a basis (m, r) of the head's row space), "features" or "no".
+def standardization(classifier: Classifier, standardize: str, invariance: Invariance) -> Standardize:
+    """Return what `RidgeStatistics.solve` takes for a name: a basis (m, r) of the head's row space, True or False.
 
     Raises:
-        ValueError: another word.
+        ValueError: another name than "blocks", "features" or "none".
     """
-    if isinstance(standardize, bool):
-        return standardize
-    if standardize not in ("blocks", "features", "no"):
-        raise ValueError(f'standardize must be "blocks", "features" or "no", got {standardize!r}')
+    if standardize not in ("blocks", "features", "none"):
+        raise ValueError(f'standardize must be "blocks", "features" or "none", got {standardize!r}')
     if standardize != "blocks":
         return standardize == "features"
     return NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).basis
 
 
-def refit(
+def fit_translators(
     classifier: Classifier,
-    part: ImageSplit,
-    embeddings: np.ndarray,
-    previous: LinearTranslator,
+    splits: Splits,
+    embeddings: Mapping[str, np.ndarray],
     *,
-    settings: PassSettings,
+    ridge: float | None = None,
     invariance: Invariance = "logits",
-    description: str = "refreshing the translator",
-) -> LinearTranslator:
-    """The same fit on today's features, at the ridge already chosen: the loop's refresh. Shapes: embeddings (N, n)."""
-    fitted = fit_on_part(
-        classifier,
-        part,
+    info: TranslatorInfo | None = None,
+    settings: PassSettings | None = None,
+) -> dict[str, FittedTranslator]:
+    """Fit the two translators of every measurement: "fitted" on the bank, "auditor" on the audit split (METHOD 8.6).
+
+    Args:
+        embeddings: (N, n) by the split's name.
+        ridge: of both; None lets each choose its own.
+    """
+    ridges = DEFAULT_RIDGES if ridge is None else (ridge,)
+
+    def fit(split: ImageSplit, name: str) -> FittedTranslator:
+        return fit_on_split(
+            classifier,
+            split,
+            embeddings[name],
+            ridges=ridges,
+            invariance=invariance,
+            info=info,
+            settings=settings,
+            description="fitting a translator",
+        )
+
+    return {"fitted": fit(splits.bank, "bank"), "auditor": fit(splits.audit, "audit")}
+
+
+def fit_mlp_on_split(
+    classifier: Classifier,
+    split: ImageSplit,
+    embeddings: np.ndarray,
+    *,
+    mlp: MLPSettings | None = None,
+    normalize_targets: bool = False,
+    info: TranslatorInfo | None = None,
+    settings: PassSettings,
+) -> MLPTranslator:
+    """Fit an MLP translator on all images of a split; every fifth image decides when to stop (METHOD section 2).
+
+    The features are read once an epoch, so `settings.cache` must name a folder.
+
+    Shape: embeddings (N, n).
+
+    Raises:
+        ValueError: no cache folder; or see `fit_mlp_translator`.
+    """
+    if settings.cache is None:
+        raise ValueError("an MLP translator reads the features once an epoch; give PassSettings(cache=FOLDER)")
+    options = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": settings.progress}
+    return fit_mlp_translator(
+        cached_features(classifier, split, settings.cache, **options),  # type: ignore[arg-type]
         embeddings,
-        ridges=(previous.info.ridge,),
-        standardize="blocks" if previous.info.by_block else previous.info.standardized,
-        invariance=invariance,
-        normalize_targets=previous.info.normalized_targets,
-        info=previous.info,
-        settings=settings,
-        description=description,
+        settings=mlp,
+        normalize_targets=normalize_targets,
+        info=info,
+        device=classifier.weight.device,
+        progress=settings.progress,
     )
-    return fitted.translator
 
 
 def reference_image_scores(
     classifier: Classifier,
-    part: ImageSplit,
+    split: ImageSplit,
     embeddings: np.ndarray,
     fitted: FittedTranslator,
     *,
@@ -153,19 +180,19 @@ def reference_image_scores(
     invariance: Invariance = "logits",
     settings: PassSettings | None = None,
 ) -> Tensor:
-    """IS_ref of every class, (C,) in degrees: mean image score of the centred removal over its first `per_class` pictures.
+    """Return IS_ref (C,) in degrees: a class's mean image score of the centred removal over its first images.
 
-    NaN for a class without labelled pictures in the part.
+    NaN for a class without labelled images in the split.
     """
-    labels = np.asarray(part.labels)
+    labels = np.asarray(split.labels)
     rank_in_class = np.zeros(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         rank_in_class[labels == label] = np.arange((labels == label).sum())
     chosen = np.flatnonzero((labels >= 0) & (rank_in_class < per_class))
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(classifier.weight.device)
     sums = torch.zeros(2, classifier.num_classes, dtype=torch.float64, device=classifier.weight.device)
-    sample = part.subset(chosen)
-    for batch in iterate_features(classifier, sample, embeddings[chosen], settings or PassSettings(), "reference IS"):
+    passes = settings or PassSettings()
+    for batch in iterate_features(classifier, split.subset(chosen), embeddings[chosen], passes, "reference IS"):
         equivalent = space.remove(batch.features, mean=fitted.mean)
         scores = image_score(fitted.translator(batch.features), fitted.translator(equivalent)).double()
         sums[0].index_add_(0, batch.labels, scores)

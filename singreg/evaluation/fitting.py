@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from singreg.analysis.features import PassSettings
-from singreg.analysis.fitting import FittedTranslator, fit_on_part
+from singreg.analysis.old_fitting import FittedTranslator, fit_on_part
 from singreg.data.datasets import Splits
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from singreg.analysis.comparison import no_claim
 from singreg.analysis.features import PassSettings
-from singreg.analysis.fitting import FittedTranslator, fit_on_part, reference_image_scores
+from singreg.analysis.old_fitting import FittedTranslator, fit_on_part, reference_image_scores
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import ModelMeasurement
 from singreg.data.datasets import ImageSplit, Splits

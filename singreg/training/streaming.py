@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from singreg.analysis.features import PassSettings
-from singreg.analysis.fitting import fold_statistics, standardization
+from singreg.analysis.old_fitting import fold_statistics, standardization
 from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import take_rows
 from singreg.losses import SingLoss

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import iterate_features, process_share
-from singreg.analysis.fitting import fit_on_part, reference_image_scores
+from singreg.analysis.old_fitting import fit_on_part, reference_image_scores
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import ModelMeasurement
 from singreg.nullspace import Invariance

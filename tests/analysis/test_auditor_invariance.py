@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singreg.analysis.fitting import fit_on_part, refit
+from singreg.analysis.old_fitting import fit_on_part, refit
 from singreg.analysis.model import analyze_model
 from singreg.metrics import score_columns, summarize_columns
 from singreg.models.classifier import Classifier

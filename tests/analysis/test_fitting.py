@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from singreg.analysis.fitting import VALIDATION_EVERY, FittedTranslator, fit_on_part, reference_image_scores, refit
+from singreg.analysis.old_fitting import VALIDATION_EVERY, FittedTranslator, fit_on_part, reference_image_scores, refit
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.translator import TranslatorInfo
 from tests.analysis import in_processes, toy

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from singreg.analysis.fitting import fit_on_part
+from singreg.analysis.old_fitting import fit_on_part
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import CENTRED, ModelMeasurement
 from singreg.analysis.steering.pairs import steering_targets

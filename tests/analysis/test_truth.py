@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recipes.build_demo import PROMPTS
 from singreg.analysis.features import PassSettings
-from singreg.analysis.fitting import fit_on_part
+from singreg.analysis.old_fitting import fit_on_part
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import CENTRED
 from singreg.data.datasets import SceneSplit

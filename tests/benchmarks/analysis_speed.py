@@ -18,7 +18,7 @@ import torch
 from paired import machine, pairs, ratio_line
 
 from singreg.analysis.features import PassSettings
-from singreg.analysis.fitting import fit_on_part
+from singreg.analysis.old_fitting import fit_on_part
 from singreg.analysis.model import analyze_model
 from singreg.data.config import DataConfig
 from singreg.data.datasets import ImageSplit, load_splits, make_loader

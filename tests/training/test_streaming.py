@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from singreg.analysis.fitting import fold_statistics, standardization
+from singreg.analysis.old_fitting import fold_statistics, standardization
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from singreg.analysis.fitting import VALIDATION_EVERY, fit_on_part
+from singreg.analysis.old_fitting import VALIDATION_EVERY, fit_on_part
 from singreg.analysis.study.agreement import translator_agreement
 from singreg.analysis.study.auditors import Auditor, auditor_agreement_curve, fit_auditors
 from singreg.mlp import MLPSettings, MLPTranslator

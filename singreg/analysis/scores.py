@@ -1,0 +1,272 @@
+"""Model level: every figure of METHOD sections 3 and 8 for one classifier on a split, by several translators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from singreg.analysis.features import FeatureBatch, PassSettings, evenly, gathered, iterate_features
+from singreg.analysis.statistics import mean_interval, ratio_interval, resampled_means
+from singreg.analysis.steering.pairs import measure_steering
+from singreg.data.datasets import ImageSplit
+from singreg.metrics import COLUMNS, HISTOGRAM_BINS, score_columns, summarize_columns
+from singreg.models.classifier import Classifier
+from singreg.nullspace import Invariance, NullSpace, null_share
+from singreg.translator import Translator
+from singreg.utils import all_reduce_max, all_reduce_sum, gather_rows, plain
+
+Rows = dict[str, np.ndarray]
+CENTRED = "centred "  # before the names of the figures of f - Π_n (f - μ), METHOD section 8.4
+ROW_FIGURES = ("AS", "IS", "kappa")
+INTERVALS = ("AS", "AS_neg", "AS_pos", "AS_abs", "IS", "kappa")
+LOOSE = 1e-3
+"""The second tolerance of a head's rank, relative to the largest singular value."""
+STEERING_IMAGES = 1024
+
+
+def analyze_model(
+    classifier: Classifier,
+    split: ImageSplit,
+    embeddings: np.ndarray,
+    texts: Tensor,
+    translators: Mapping[str, Translator],
+    *,
+    mean: Tensor,
+    invariance: Invariance = "logits",
+    settings: PassSettings | None = None,
+    steering_image_score: float = 40.0,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Measure one classifier on the images of a split, once through, with all translators at the same time.
+
+    Exact over processes: every image is counted once. Angles in degrees.
+
+    Args:
+        mean: feature mean for the centred removal (METHOD section 8.4).
+        steering_image_score: image score at which features are steered to another class (paper table 1).
+
+    Shape: embeddings (N, n), texts (C, n) unit rows, mean (m,).
+
+    Returns:
+        One row an image ("index", "label", "correct", "vlm_correct", "null_share", "null_energy", "energy", "image";
+        "AS/NAME", "IS/NAME", "kappa/NAME" of each translator, also with "centred " before them), and a dict of figures:
+        images, top1, null_share (mean |Π_n f| / |f|), logit_change_float64 and _float32 (largest |Δlogit| between f and
+        f~), vlm_zero_shot, head (see `describe_head`), translators and steering by name.
+
+    Raises:
+        ValueError: the split has no or unlabelled images, or the head has no null space.
+
+    Example:
+        >>> from torchvision.transforms.functional import to_tensor
+        >>> from singreg.data.datasets import SceneSplit
+        >>> from singreg.data.scenes import sample_scenes
+        >>> from singreg.translator import LinearTranslator
+        >>> split, settings = SceneSplit("test", sample_scenes(20, seed=0)), PassSettings(progress=False)
+        >>> net = torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(48, 10))
+        >>> classifier = Classifier.from_module(net, "2", transform=to_tensor)
+        >>> texts, z = torch.eye(10, 16), np.ones((20, 16), np.float32)
+        >>> T = {"T": LinearTranslator(torch.randn(16, 48), torch.zeros(16))}
+        >>> rows, found = analyze_model(classifier, split, z, texts, T, mean=torch.zeros(48), settings=settings)
+        >>> len(rows), found["head"]["nullity"], found["logit_change_float64"] < 1e-12
+        (20, 38, True)
+    """
+    unlabelled = int((np.asarray(split.labels) < 0).sum())
+    if not len(split) or unlabelled:
+        raise ValueError(
+            f"split {split.name!r} must hold labelled images to be measured on; it has {len(split)} images, "
+            f"{unlabelled} of them unlabelled"
+        )
+    space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
+    sums = {name: torch.zeros(4 + texts.shape[1], dtype=torch.float64, device=texts.device) for name in translators}
+    columns: list[Rows] = []
+    kept: list[Rows] = []
+    steered = evenly(len(split), STEERING_IMAGES)
+    change = torch.zeros(2, dtype=torch.float64, device=texts.device)
+    for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), "measuring")):
+        null = space.component(batch.features)
+        removed = {"": batch.features - null, CENTRED: space.remove(batch.features, mean=mean)}
+        figures = _image_figures(batch, null, texts)
+        change = torch.maximum(change, _logit_change(classifier, batch.features, space))
+        for name, translator in translators.items():
+            scores, more = _read(translator, batch, removed, texts)
+            figures |= {f"{figure}/{name}": value for figure, value in scores.items()}
+            sums[name] += more
+        columns.append({name: value.cpu().numpy() for name, value in figures.items()})
+        kept.append(_steered(batch, steered))
+    rows = gather_rows(columns, sort_by="index")
+    rows["image"] = np.array([split.identifier(int(i)) for i in rows["index"]])
+    accuracy, *interval = mean_interval(rows["correct"], groups=rows["label"])
+    change = all_reduce_max(change)
+    found = {
+        "images": len(rows["index"]),
+        "top1": accuracy,
+        "top1_interval": interval,
+        "null_share": rows["null_share"].mean(),
+        "null_energy": rows["null_energy"].sum() / rows["energy"].sum(),
+        "logit_change_float64": change[0],
+        "logit_change_float32": change[1],
+        "vlm_zero_shot": rows["vlm_correct"].mean(),
+        "head": describe_head(classifier, space),
+        "translators": {
+            name: _translator_figures(translator, rows, name, all_reduce_sum(sums[name]), len(texts))
+            for name, translator in translators.items()
+        },
+        "steering": _steering(kept, texts, space, translators, steering_image_score),
+    }
+    return pd.DataFrame(rows), plain(found)
+
+
+def describe_head(classifier: Classifier, space: NullSpace) -> dict[str, Any]:
+    """Return the sizes, ranks, null share of the dimensions, σ_min / σ_max and hash of a head; needs no data."""
+    sigma = space.singular_values
+    classes, features = classifier.weight.shape
+    return {
+        "tag": classifier.tag,
+        "classes": classes,
+        "features": features,
+        "rank": space.rank,
+        "rank_loose": int((sigma > LOOSE * sigma[0]).sum()),
+        "nullity": space.nullity,
+        "null_dimensions": space.nullity / features,
+        "conditioning": float(sigma[space.rank - 1] / sigma[0]) if space.rank else 0.0,
+        "head_hash": classifier.head_hash(),
+    }
+
+
+def _image_figures(batch: FeatureBatch, null: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    """The figures of each image (B,) that need no translator."""
+    vlm = torch.nn.functional.normalize(batch.embeddings, dim=-1) @ texts.T
+    return {
+        "index": batch.indices,
+        "label": batch.labels,
+        "correct": (batch.logits.argmax(1) == batch.labels).double(),
+        "vlm_correct": (vlm.argmax(1) == batch.labels).double(),
+        "null_share": null_share(batch.features, null).double(),
+        "null_energy": null.double().square().sum(1),
+        "energy": batch.features.double().square().sum(1),
+    }
+
+
+def _logit_change(classifier: Classifier, features: Tensor, space: NullSpace) -> Tensor:
+    """Largest |Δlogit| between f and f~, (2,): in float64, and in the classifier's own float32 arithmetic.
+
+    The softmax null lets all logits of an image move together, which no probability sees: that much is taken out.
+    """
+    exact = features.double()
+    equivalent = space.remove(exact)
+    wide = (exact - equivalent) @ classifier.weight.detach().double().T
+    with torch.no_grad():
+        narrow = classifier.logits(features) - classifier.logits(equivalent.float())
+    changes = (wide, narrow.double())
+    if space.invariance == "softmax":
+        changes = (wide - wide.mean(1, keepdim=True), (narrow - narrow.mean(1, keepdim=True)).double())
+    return torch.stack([change.abs().max() for change in changes])
+
+
+def _read(
+    translator: Translator, batch: FeatureBatch, removed: Mapping[str, Tensor], texts: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One translator's figures (B,) of a batch by removal, and the sums (4 + n,) behind its quality.
+
+    The sums are of the cosine to the embedding, zero-shot hits, |T f - z|² and |z|², and z itself for R²'s mean.
+    """
+    z, text = translator(batch.features), texts[batch.labels]
+    scores: dict[str, Tensor] = {}
+    for kind, equivalent in removed.items():
+        columns = score_columns(z, translator(equivalent), text)
+        scores |= {f"{kind}{figure}": columns[COLUMNS.index(figure)] for figure in ROW_FIGURES}
+    target = batch.embeddings
+    if translator.info.normalized_targets:
+        target = torch.nn.functional.normalize(target, dim=-1)
+    hits = (torch.nn.functional.normalize(z, dim=-1) @ texts.T).argmax(1) == batch.labels
+    cosine = torch.nn.functional.cosine_similarity(z, target, dim=-1)
+    sums = [cosine.sum(), hits.sum(), (z - target).double().square().sum(), target.double().square().sum()]
+    return scores, torch.cat([torch.stack([value.double() for value in sums]), target.double().sum(0)])
+
+
+def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Tensor, classes: int) -> dict[str, Any]:
+    """One translator's scores from all images' rows, and its quality from the sums of `_read` over all processes."""
+    label = torch.from_numpy(rows["label"])
+    tables = {kind: _columns(*(rows[f"{kind}{figure}/{name}"] for figure in ROW_FIGURES)) for kind in ("", CENTRED)}
+    by_class = {
+        kind: torch.zeros(len(COLUMNS), classes, dtype=torch.float64).index_add_(1, label, table)
+        for kind, table in tables.items()
+    }
+    info, count = translator.info, len(label)
+    cosine, hits, residual, squared = sums[:4].tolist()
+    spread = squared - float(sums[4:] @ sums[4:]) / count
+    return {
+        "overall": summarize_columns(by_class[""].sum(1)),
+        "centred": summarize_columns(by_class[CENTRED].sum(1)),
+        "intervals": _intervals({kind: table.numpy() for kind, table in tables.items()}, rows["label"]),
+        "per_class": summarize_columns(by_class[""]),
+        "quantiles": {
+            f"{figure}_{round(100 * q)}": _quantile(rows[f"{figure}/{name}"], q)
+            for figure in ("AS", "IS")
+            for q in (0.05, 0.5, 0.95)
+        },
+        "cosine": cosine / count,
+        "r2": 1 - residual / spread,
+        "zero_shot": hits / count,
+        "ridge": info.ridge,
+        "fit_images": info.images,
+        "standardized": info.standardized,
+        "validation_r2": info.validation_r2,
+    }
+
+
+def _columns(attribute: np.ndarray, image: np.ndarray, kappa: np.ndarray) -> Tensor:
+    """`score_columns` (10, N) again, from what the rows keep of them."""
+    a, i, k = (torch.from_numpy(values) for values in (attribute, image, kappa))
+    return torch.stack([torch.ones_like(a), a, a**2, (-a).clamp_min(0), a.clamp_min(0), a.abs(), i, i**2, k, k**2])
+
+
+def _quantile(values: np.ndarray, q: float) -> float:
+    """The middle of the quantile's bin of `SemanticLeakage`, a quarter of a degree wide."""
+    scale = HISTOGRAM_BINS / 360
+    found = np.quantile(values, q, method="inverted_cdf")
+    return float((np.floor((found + 180) * scale) + 0.5) / scale - 180)
+
+
+def _intervals(tables: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, list[float]]:
+    """95 % bootstrap intervals of each overall figure, of both removals, images clustered in classes."""
+    places = [COLUMNS.index(name) for name in INTERVALS]
+    names = [f"{kind}{name}" for kind in tables for name in INTERVALS]
+    table = np.concatenate([values[places] for values in tables.values()]).T
+    drawn = resampled_means(table, groups=labels)  # one draw for all of them
+    bounds = np.quantile(drawn, [0.025, 0.975], axis=0)
+    intervals = {name: bounds[:, place].tolist() for place, name in enumerate(names)}
+    for kind in tables:
+        pair = [names.index(f"{kind}{figure}") for figure in ("IS", "AS_abs")]
+        intervals[f"{kind}ratio"] = list(ratio_interval(table[:, pair].mean(0), drawn[:, pair])[1:])
+    return intervals
+
+
+def _steered(batch: FeatureBatch, chosen: np.ndarray) -> Rows:
+    """What steering needs of those images of a batch that are among the chosen indices."""
+    mine = np.isin(batch.indices.numpy(), chosen)
+    kept = torch.from_numpy(mine).to(batch.features.device)
+    features, labels = batch.features[kept].cpu().numpy(), batch.labels[kept].cpu().numpy()
+    return {"features": features, "labels": labels, "indices": batch.indices.numpy()[mine]}
+
+
+def _steering(
+    kept: list[Rows], texts: Tensor, space: NullSpace, translators: Mapping[str, Translator], degrees: float
+) -> dict[str, Any]:
+    """Table-1 steering for each translator as its own attacker and judge, on images from all over the split."""
+    rows = gather_rows(kept, sort_by="indices")
+    features, labels, indices = (
+        torch.from_numpy(rows[key]).to(texts.device) for key in ("features", "labels", "indices")
+    )
+    found = {
+        name: measure_steering(
+            features, labels, indices, texts=texts, null_space=space, attacker=translator, image_score=degrees
+        )
+        for name, translator in translators.items()
+    }
+    return {name: asdict(value) if is_dataclass(value) else value for name, value in found.items()}
