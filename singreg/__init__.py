@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from singreg.analysis.levels.images import analyze_images
     from singreg.analysis.levels.joint import joint_distribution
     from singreg.analysis.levels.pairs import EquivalentPairs
-    from singreg.analysis.scores import analyze_model
+    from singreg.analysis.old_steering.curves import Budgets, steer_curves
+    from singreg.analysis.old_steering.on_manifold import fit_conditional, natural_radii
+    from singreg.analysis.old_steering.pairs import steer_pairs
+    from singreg.analysis.old_steering.plan import PairPlan, plan_pairs
     from singreg.analysis.passport import compare_passports, head_passport
     from singreg.analysis.perturbation import measure_perturbations
-    from singreg.analysis.steering.curves import Budgets, steer_curves
-    from singreg.analysis.steering.on_manifold import fit_conditional, natural_radii
-    from singreg.analysis.steering.pairs import measure_steering, steer_pairs
-    from singreg.analysis.steering.plan import PairPlan, plan_pairs
+    from singreg.analysis.scores import analyze_model
+    from singreg.analysis.steering import measure_steering
     from singreg.data.concepts import ConceptBank, embed_concepts, load_concepts
     from singreg.data.config import DataConfig
     from singreg.data.datasets import load_splits
@@ -72,13 +73,14 @@ _HOMES = {
     "singreg.analysis.information": ("fit_blocks", "measure_information"),
     "singreg.analysis.levels.joint": ("joint_distribution",),
     "singreg.analysis.scores": ("analyze_model",),
-    "singreg.analysis.steering.on_manifold": ("fit_conditional", "natural_radii"),
+    "singreg.analysis.old_steering.on_manifold": ("fit_conditional", "natural_radii"),
     "singreg.analysis.levels.pairs": ("EquivalentPairs",),
     "singreg.analysis.passport": ("compare_passports", "head_passport"),
     "singreg.analysis.perturbation": ("measure_perturbations",),
-    "singreg.analysis.steering.pairs": ("measure_steering", "steer_pairs"),
-    "singreg.analysis.steering.curves": ("Budgets", "steer_curves"),
-    "singreg.analysis.steering.plan": ("PairPlan", "plan_pairs"),
+    "singreg.analysis.old_steering.pairs": ("steer_pairs",),
+    "singreg.analysis.steering": ("measure_steering",),
+    "singreg.analysis.old_steering.curves": ("Budgets", "steer_curves"),
+    "singreg.analysis.old_steering.plan": ("PairPlan", "plan_pairs"),
     "singreg.data.concepts": ("ConceptBank", "embed_concepts", "load_concepts"),
     "singreg.data.config": ("DataConfig",),
     "singreg.data.embeddings": ("cached_embeddings",),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.results import Rows
-from singreg.analysis.steering.plan import in_its_own_dtype
+from singreg.analysis.steering import in_its_own_dtype
 from singreg.functional import angle
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator

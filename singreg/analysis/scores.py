@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, PassSettings, evenly, gathered, iterate_features
 from singreg.analysis.statistics import mean_interval, ratio_interval, resampled_means
-from singreg.analysis.steering.pairs import measure_steering
+from singreg.analysis.steering import measure_steering
 from singreg.data.datasets import ImageSplit
 from singreg.metrics import COLUMNS, HISTOGRAM_BINS, score_columns, summarize_columns
 from singreg.models.classifier import Classifier
@@ -263,10 +262,9 @@ def _steering(
     features, labels, indices = (
         torch.from_numpy(rows[key]).to(texts.device) for key in ("features", "labels", "indices")
     )
-    found = {
+    return {
         name: measure_steering(
             features, labels, indices, texts=texts, null_space=space, attacker=translator, image_score=degrees
         )
         for name, translator in translators.items()
     }
-    return {name: asdict(value) if is_dataclass(value) else value for name, value in found.items()}

@@ -34,7 +34,7 @@ from singreg.analysis.passport import head_passport
 from singreg.analysis.perturbation import IMAGES as PERTURBED_IMAGES
 from singreg.analysis.perturbation import PerturbationReport, measure_perturbations
 from singreg.analysis.results import ModelMeasurement
-from singreg.analysis.steering.pairs import steering_targets
+from singreg.analysis.steering import steering_targets
 from singreg.analysis.study.agreement import translator_agreement
 from singreg.data.concepts import ConceptBank, embed_concepts, load_concepts
 from singreg.evaluation.analyze_config import AnalyzeConfig

@@ -17,13 +17,13 @@ from singreg.analysis.features import FeatureBatch, iterate_features
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.fitting_mlp import fit_mlp_on_part
 from singreg.analysis.model import analyze_model
+from singreg.analysis.old_steering.curves import Budgets, steer_curves
+from singreg.analysis.old_steering.findings import steering_findings, steering_warnings
+from singreg.analysis.old_steering.on_manifold import fit_conditional, natural_radii
+from singreg.analysis.old_steering.pairs import steer_pairs
+from singreg.analysis.old_steering.plan import PairPlan, plan_pairs
+from singreg.analysis.old_steering.results import SteeringCurve, SteeringPairs, SteerReport
 from singreg.analysis.results import ModelMeasurement
-from singreg.analysis.steering.curves import Budgets, steer_curves
-from singreg.analysis.steering.findings import steering_findings, steering_warnings
-from singreg.analysis.steering.on_manifold import fit_conditional, natural_radii
-from singreg.analysis.steering.pairs import steer_pairs
-from singreg.analysis.steering.plan import PairPlan, plan_pairs
-from singreg.analysis.steering.results import SteeringCurve, SteeringPairs, SteerReport
 from singreg.data.classes import resolve_classes
 from singreg.evaluation.fitting import fit_translators
 from singreg.evaluation.steer_config import ALL, SteerConfig

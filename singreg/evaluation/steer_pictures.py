@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from singreg.analysis.features import iterate_features
-from singreg.analysis.steering.plan import PairPlan
-from singreg.analysis.steering.results import ShownSteering
+from singreg.analysis.old_steering.plan import PairPlan
+from singreg.analysis.old_steering.results import ShownSteering
 from singreg.data.datasets import ImageSplit
 from singreg.nullspace import NullSpace
 from singreg.reporting.unclip import UnclipRenderer, check_extra, draw_rows, shift_columns

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from singreg.analysis.steering.curves import BUDGETS
-from singreg.analysis.steering.results import Matrix, SteeringCurve, SteerReport
+from singreg.analysis.old_steering.curves import BUDGETS
+from singreg.analysis.old_steering.results import Matrix, SteeringCurve, SteerReport
 from singreg.reporting.plots import drawable, save_figure
 
 COLOURS = {"fitted": "#2563eb", "auditor": "#d97706", "mlp3": "#059669", "mlp4": "#9333ea", "residual": "#dc2626"}

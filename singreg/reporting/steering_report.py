@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from singreg.analysis.steering.findings import LINEAR
-from singreg.analysis.steering.results import SteerReport
+from singreg.analysis.old_steering.findings import LINEAR
+from singreg.analysis.old_steering.results import SteerReport
 from singreg.reporting import steering_tables as tables
 from singreg.reporting.html import write_html
 from singreg.reporting.page import page_from_markdown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from singreg.analysis.steering.results import SteeringCurve, SteeringPairs, SteerReport
+from singreg.analysis.old_steering.results import SteeringCurve, SteeringPairs, SteerReport
 from singreg.reporting.tables import escape, number, percent, render
 
 BUDGET_TITLES = {

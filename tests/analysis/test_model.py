@@ -16,7 +16,7 @@ from singreg.analysis import model as room
 from singreg.analysis.model import analyze_model, summarize_head
 from singreg.analysis.results import CENTRED, ModelMeasurement
 from singreg.analysis.statistics import mean_interval, paired_ratio
-from singreg.analysis.steering.pairs import measure_steering
+from singreg.analysis.steering import measure_steering
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator
@@ -134,7 +134,7 @@ def test_steering_is_that_of_pictures_from_all_over_the_part(monkeypatch: pytest
         expected = measure_steering(
             f[used], labels[used], torch.from_numpy(used), texts=toy.texts(), null_space=space, attacker=toy.translator()
         )
-        assert asdict(got) == pytest.approx(asdict(expected), abs=1e-4)
+        assert asdict(got) == pytest.approx(expected, abs=1e-4)
         assert got.images == min(limit, COUNT)
 
 

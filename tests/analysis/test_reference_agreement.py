@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from singreg.analysis.old_fitting import fit_on_part
 from singreg.analysis.model import analyze_model
+from singreg.analysis.old_fitting import fit_on_part
 from singreg.analysis.results import CENTRED, ModelMeasurement
-from singreg.analysis.steering.pairs import steering_targets
+from singreg.analysis.steering import steering_targets
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.steering import steer

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recipes.steer import main
-from singreg.analysis.steering.results import SteerReport
+from singreg.analysis.old_steering.results import SteerReport
 from singreg.evaluation.steer import Steering, SteeringBench
 from singreg.evaluation.steer_config import SteerConfig, parse_steer
 from singreg.reporting.plots import save_figure

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.steering.curves import Budgets
-from singreg.analysis.steering.plan import SteeringRows, steering_arguments
+from singreg.analysis.old_steering.curves import Budgets
+from singreg.analysis.old_steering.plan import SteeringRows
+from singreg.analysis.steering import steering_arguments
 from singreg.maximiser import Directions, Maximiser, NearNull
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator, similarity_gradient, unit_in_null

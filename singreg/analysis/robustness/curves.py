@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from singreg.analysis.old_steering.curves import INTERVAL, mean_height
+from singreg.analysis.old_steering.plan import SteeringRows
+from singreg.analysis.old_steering.results import Matrix
 from singreg.analysis.results import Rows
 from singreg.analysis.robustness.attacks import MAXIMISER, SINGLE, Attack, Grids
 from singreg.analysis.robustness.reachable import Reach
 from singreg.analysis.robustness.results import FIGURES, RobustnessCurve, SuccessMatrix
 from singreg.analysis.statistics import resampled_means
-from singreg.analysis.steering.curves import INTERVAL, mean_height
-from singreg.analysis.steering.plan import SteeringRows
-from singreg.analysis.steering.results import Matrix
 from singreg.utils import all_reduce_sum, gather_rows
 
 CELLS = ("success", "AS", "eligible", "rows")

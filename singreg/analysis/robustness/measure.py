@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, PassSettings, iterate_features
+from singreg.analysis.old_steering.curves import Budgets
+from singreg.analysis.old_steering.plan import PairPlan, SteeringRows, plan_pairs
 from singreg.analysis.robustness.attacks import (
     MAXIMISER,
     SINGLE,
@@ -26,8 +28,7 @@ from singreg.analysis.robustness.checks import feature_checks
 from singreg.analysis.robustness.curves import Tables, curves_of, limit_success, matrices_of, reachable_share
 from singreg.analysis.robustness.reachable import Reach
 from singreg.analysis.robustness.results import RobustnessFigures
-from singreg.analysis.steering.curves import Budgets
-from singreg.analysis.steering.plan import PairPlan, SteeringRows, in_its_own_dtype, outranks, own_prompt, plan_pairs
+from singreg.analysis.steering import in_its_own_dtype, outranks, own_prompt
 from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
@@ -91,7 +92,7 @@ def measure_robustness(
     Args:
         translators: by name; all of them are attacked and all judge, so each is the others' transfer and adaptive attacker.
         plan: which pictures towards which prompts; None: every class with pictures towards every other class's prompt.
-        radii: budgets of `singreg.analysis.steering.curves`, for curves over the natural Mahalanobis radius too.
+        radii: budgets of `singreg.analysis.old_steering.curves`, for curves over the natural Mahalanobis radius too.
         outsiders: other models' translator and null space, the pretrained one's for a fine-tuned classifier: see `outsider_attacks`.
         attacks: in place of the usual ones.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from singreg.analysis.steering.plan import outranks, own_prompt, steering_arguments
+from singreg.analysis.steering import outranks, own_prompt, steering_arguments
 from singreg.maximiser import FAINT, FAR, ROUNDED
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from singreg.analysis.old_steering.results import Matrix
 from singreg.analysis.results import nulls_for_nan
 from singreg.analysis.robustness.sanity import Check
-from singreg.analysis.steering.results import Matrix
 
 FIGURES = ("success", "decision_success", "AS", "AS_abs", "kept", "similarity")
 """What a curve shows; see `RobustnessCurve`."""

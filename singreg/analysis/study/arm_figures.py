@@ -14,10 +14,10 @@ from singreg.analysis.features import FeatureBatch, PassSettings, evenly, iterat
 from singreg.analysis.information import fit_blocks, measure_information
 from singreg.analysis.information_results import UniqueInformation
 from singreg.analysis.model import STEERING_IMAGES, analyze_model
+from singreg.analysis.old_steering.curves import Budgets
+from singreg.analysis.old_steering.on_manifold import fit_conditional, natural_radii
 from singreg.analysis.results import ModelMeasurement, Rows
 from singreg.analysis.statistics import paired_ratio
-from singreg.analysis.steering.curves import Budgets
-from singreg.analysis.steering.on_manifold import fit_conditional, natural_radii
 from singreg.analysis.study.agreement import translator_agreement
 from singreg.analysis.study.arm_results import RELATIVE_STEPS, ArmFigures, OodScores, SideEffects
 from singreg.analysis.study.auditors import Auditor, fit_auditors

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
+from singreg.analysis.old_steering.curves import FIGURES, Budgets, mean_height, read_along
+from singreg.analysis.old_steering.plan import SteeringRows
 from singreg.analysis.results import Rows
-from singreg.analysis.steering.curves import FIGURES, Budgets, mean_height, read_along
-from singreg.analysis.steering.pairs import steering_targets
-from singreg.analysis.steering.plan import SteeringRows, in_its_own_dtype, outranks, own_prompt, steering_arguments
+from singreg.analysis.steering import in_its_own_dtype, outranks, own_prompt, steering_arguments, steering_targets
 from singreg.analysis.study.arm_results import RELATIVE_STEPS, EqualEffort
 from singreg.functional import angle
 from singreg.nullspace import NullSpace

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-import singreg.analysis.steering.plan as planning
+import singreg.analysis.old_steering.plan as planning
+from singreg.analysis.old_steering.curves import Budgets
+from singreg.analysis.old_steering.results import NaturalRadii
 from singreg.analysis.robustness.attacks import (
     MAXIMISER,
     RANDOM,
@@ -27,8 +29,6 @@ from singreg.analysis.robustness.attacks import (
 )
 from singreg.analysis.robustness.measure import RobustnessSettings, usual_attacks
 from singreg.analysis.robustness.results import RobustnessFigures
-from singreg.analysis.steering.curves import Budgets
-from singreg.analysis.steering.results import NaturalRadii
 from singreg.maximiser import Directions, Maximiser, maximise_similarity
 from singreg.models.edits import drop_null
 from singreg.nullspace import NullSpace

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singreg.analysis.steering.pairs import measure_steering, steering_targets
+from singreg.analysis.steering import measure_steering, steering_targets
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator
 from tests.analysis import toy
@@ -68,23 +68,23 @@ def test_the_summary_is_that_of_plain_loops(own_judge: bool, wanted: float) -> N
     got = measure_steering(
         f, labels, indices, texts=texts, null_space=space, attacker=attacker, judge=None if own_judge else judge, image_score=wanted
     )
-    assert got.image_score == wanted
-    assert got.images == COUNT
+    assert got["image_score"] == wanted
+    assert got["images"] == COUNT
     assert (0 < len(moved) < COUNT) == (wanted > 80)
-    assert got.reachable == pytest.approx(len(moved) / COUNT)
-    assert got.success == pytest.approx(won / COUNT)  # of all pictures: out of reach is no success
-    assert got.attribute_score == pytest.approx(np.mean(moved), abs=1e-4)
-    assert got.attribute_score_std == pytest.approx(np.std(moved), abs=1e-4)
-    assert got.step == pytest.approx(np.mean(steps), rel=1e-4)
+    assert got["reachable"] == pytest.approx(len(moved) / COUNT)
+    assert got["success"] == pytest.approx(won / COUNT)  # of all pictures: out of reach is no success
+    assert got["attribute_score"] == pytest.approx(np.mean(moved), abs=1e-4)
+    assert got["attribute_score_std"] == pytest.approx(np.std(moved), abs=1e-4)
+    assert got["step"] == pytest.approx(np.mean(steps), rel=1e-4)
 
 
 def test_float32_features_give_the_same_to_rounding() -> None:
     f, labels, indices, space = inputs()
     exact = measure_steering(f, labels, indices, texts=toy.texts().double(), null_space=space, attacker=wide(toy.translator()))
     rounded = measure_steering(f.float(), labels, indices, texts=toy.texts(), null_space=space, attacker=toy.translator())
-    assert rounded.attribute_score == pytest.approx(exact.attribute_score, abs=1e-3)
-    assert rounded.step == pytest.approx(exact.step, rel=1e-4)
-    assert (rounded.reachable, rounded.success) == (pytest.approx(exact.reachable), pytest.approx(exact.success))
+    assert rounded["attribute_score"] == pytest.approx(exact["attribute_score"], abs=1e-3)
+    assert rounded["step"] == pytest.approx(exact["step"], rel=1e-4)
+    assert (rounded["reachable"], rounded["success"]) == (pytest.approx(exact["reachable"]), pytest.approx(exact["success"]))
 
 
 def test_another_judge_sees_less_than_the_attackers_own() -> None:
@@ -92,8 +92,8 @@ def test_another_judge_sees_less_than_the_attackers_own() -> None:
     options = {"texts": toy.texts(), "null_space": space, "attacker": toy.translator(), "image_score": WANTED}
     own = measure_steering(f.float(), labels, indices, **options)  # type: ignore[arg-type]
     other = measure_steering(f.float(), labels, indices, judge=toy.translator(9), **options)  # type: ignore[arg-type]
-    assert own.attribute_score > abs(other.attribute_score) + 10
-    assert own.step == other.step  # the attack is the same
+    assert own["attribute_score"] > abs(other["attribute_score"]) + 10
+    assert own["step"] == other["step"]  # the attack is the same
 
 
 def test_targets_are_other_classes_all_of_them_and_hang_on_picture_and_seed_alone() -> None:
@@ -116,8 +116,8 @@ def test_a_translator_blind_to_the_null_space_reaches_nothing_and_gives_no_figur
     kept = torch.eye(toy.WIDTH).double() - formulas.null_projector(toy.classifier().weight)
     blind = LinearTranslator(seeing.matrix @ kept, seeing.offset)
     got = measure_steering(f, labels, indices, texts=toy.texts().double(), null_space=space, attacker=blind)
-    assert (got.reachable, got.success, got.images) == (0.0, 0.0, COUNT)
-    assert all(math.isnan(value) for value in (got.attribute_score, got.attribute_score_std, got.step))
+    assert (got["reachable"], got["success"], got["images"]) == (0.0, 0.0, COUNT)
+    assert all(math.isnan(value) for value in (got["attribute_score"], got["attribute_score_std"], got["step"]))
 
 
 def test_one_class_has_no_target() -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import singreg.analysis.steering.plan as planning
+import singreg.analysis.old_steering.plan as planning
 from singreg.analysis.features import FeatureBatch
-from singreg.analysis.steering.curves import Budgets, steer_curves
-from singreg.analysis.steering.pairs import measure_steering, steer_pairs, steering_targets
-from singreg.analysis.steering.plan import PairPlan, plan_pairs
-from singreg.analysis.steering.results import NaturalRadii, SteeringCurve
+from singreg.analysis.old_steering.curves import Budgets, steer_curves
+from singreg.analysis.old_steering.pairs import steer_pairs
+from singreg.analysis.old_steering.plan import PairPlan, plan_pairs
+from singreg.analysis.old_steering.results import NaturalRadii, SteeringCurve
+from singreg.analysis.steering import measure_steering, steering_targets
 from singreg.nullspace import NullSpace
 from singreg.steering import ConditionalGaussian, bisect_step
 from singreg.translator import LinearTranslator
@@ -230,10 +231,10 @@ def test_one_pair_is_what_measure_steering_reads() -> None:
         [batch], plan, texts=texts, weight=world.weight[:2], null_space=head,
         attackers={"one": attacker}, judges={"two": judge}, image_score=30.0,
     )  # fmt: skip
-    assert found.overall["AS"] == pytest.approx(single.attribute_score, abs=1e-3)
-    assert found.overall["step"] == pytest.approx(single.step, rel=1e-4)
-    assert found.overall["reachable"] == pytest.approx(single.reachable)
-    assert found.overall["success"] == pytest.approx(single.success)
+    assert found.overall["AS"] == pytest.approx(single["attribute_score"], abs=1e-3)
+    assert found.overall["step"] == pytest.approx(single["step"], rel=1e-4)
+    assert found.overall["reachable"] == pytest.approx(single["reachable"])
+    assert found.overall["success"] == pytest.approx(single["success"])
 
 
 def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

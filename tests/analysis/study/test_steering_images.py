@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from singreg.analysis.old_steering.curves import FIGURES, Budgets
 from singreg.analysis.results import Rows
-from singreg.analysis.steering.curves import FIGURES, Budgets
-from singreg.analysis.steering.pairs import measure_steering, steering_targets
+from singreg.analysis.steering import measure_steering, steering_targets
 from singreg.analysis.study.steering_images import equal_effort, steer_images
 from singreg.steering import bisect_step
 from singreg.translator import LinearTranslator
@@ -106,8 +106,8 @@ def test_figures_are_means_over_what_was_steered_and_agree_with_table_1(degrees:
         world.features, world.labels, torch.arange(COUNT), texts=world.texts, null_space=world.space,
         attacker=world.translators["one"], image_score=degrees,
     )  # fmt: skip
-    assert (got.AS, got.step) == pytest.approx((expected.attribute_score, expected.step), abs=1e-4)
-    assert (got.reachable, got.success, got.images) == pytest.approx((expected.reachable, expected.success, COUNT))
+    assert (got.AS, got.step) == pytest.approx((expected["attribute_score"], expected["step"]), abs=1e-4)
+    assert (got.reachable, got.success, got.images) == pytest.approx((expected["reachable"], expected["success"], COUNT))
     assert got.at_steps["25 %"]["AS"] == pytest.approx(np.nanmean(columns["AS25/one"]))
     assert got.on_manifold["95 %"]["success"] == pytest.approx(np.nanmean(columns["manifold_success95/one"]))
     assert list(got.on_manifold) == ["50 %", "95 %", "99 %"]

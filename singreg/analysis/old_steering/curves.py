@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
+from singreg.analysis.old_steering.plan import Along, PairPlan, SteeringRows
+from singreg.analysis.old_steering.results import NaturalRadii, SteeringCurve
 from singreg.analysis.results import Rows
 from singreg.analysis.statistics import resampled_means
-from singreg.analysis.steering.plan import Along, PairPlan, SteeringRows, outranks, own_prompt, steering_arguments
-from singreg.analysis.steering.results import NaturalRadii, SteeringCurve
+from singreg.analysis.steering import outranks, own_prompt, steering_arguments
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator, ConditionalGaussian, similarity_gradient, unit_in_null
 from singreg.utils import gather_rows

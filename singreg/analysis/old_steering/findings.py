@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from singreg.analysis.old_steering.results import NaturalRadii, SteeringCurve, SteeringPairs
 from singreg.analysis.results import ModelMeasurement
-from singreg.analysis.steering.results import NaturalRadii, SteeringCurve, SteeringPairs
 
 SMALL_STEP = 0.1
 LINEAR = ("fitted", "auditor")

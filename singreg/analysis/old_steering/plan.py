@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
+from singreg.analysis.steering import SAME_PROMPT, in_its_own_dtype
 from singreg.steering import AnyTranslator
 from singreg.translator import LinearTranslator
 
-SAME_PROMPT = 1 - 1e-6  # cosine above which two prompts are one: a class is no rival of its own prompt
 CHUNK_ELEMENTS = 2**22  # of the widest array of a chunk of rows: 32 MiB in float64
 
 
@@ -128,28 +127,6 @@ def _drawn(wanted: Tensor, count: int, seed: int) -> Tensor:
     return torch.from_numpy(kept.reshape(wanted.shape)).to(wanted.device)
 
 
-def steering_arguments(translator: AnyTranslator, like: Tensor) -> dict[str, Any]:
-    """How `steer` and its parts take this translator: matrix and offset in the dtype of `like`, or a callable (no shapes)."""
-    if isinstance(translator, LinearTranslator):
-        return {"matrix": translator.matrix.to(like), "offset": translator.offset.to(like)}
-    return {"translator": in_its_own_dtype(translator)}
-
-
-def in_its_own_dtype(translator: AnyTranslator) -> AnyTranslator:
-    """A translator that is called in the dtype of its weights and answers in that of its input; (..., m) to (..., n)."""
-    if isinstance(translator, LinearTranslator) or not isinstance(translator, nn.Module):
-        return translator
-    dtype = next((p.dtype for p in [*translator.parameters(), *translator.buffers()] if p.is_floating_point()), None)
-    if dtype is None:
-        return translator
-
-    def call(features: Tensor) -> Tensor:
-        translated: Tensor = translator(features.to(dtype))
-        return translated.to(features.dtype)
-
-    return call
-
-
 class Along:
     """Cosines of T(f + ε d) to the target prompt and to all class prompts, for many ε.
 
@@ -182,13 +159,3 @@ class Along:
         start, travel, alpha, beta, gamma = self._linear
         length = (alpha + step * (2 * beta + step * gamma)).clamp_min(torch.finfo(step.dtype).tiny).sqrt()
         return (start + step[:, None] * travel) / length[:, None]
-
-
-def own_prompt(text: Tensor, class_texts: Tensor) -> Tensor:
-    """Where a class prompt is the target prompt itself, and so no rival. Shapes: (R, n), (C, n) to (R, C) bool."""
-    return text @ class_texts.T >= SAME_PROMPT
-
-
-def outranks(own: Tensor, classes: Tensor, same: Tensor) -> Tensor:
-    """Whether the target prompt is nearer than every class prompt but its own, from cosines. (R,), (R, C), (R, C) to (R,) bool."""
-    return own > classes.masked_fill(same, -torch.inf).amax(-1)

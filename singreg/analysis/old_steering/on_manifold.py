@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from singreg.analysis.features import PassSettings, gathered, iterate_features
-from singreg.analysis.steering.results import NaturalRadii
+from singreg.analysis.old_steering.results import NaturalRadii
 from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
