@@ -1,0 +1,200 @@
+"""Figures in README.md and recipes/README.md: written between markers from runs' report.json, never typed.
+
+python .github/docs.py                       # fill every block from the reports kept in this folder
+python .github/docs.py demo=runs/demo        # first keep that run's report as .github/demo.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pandas as pd
+from docstring_parser import parse as parse_docstring
+
+from singreg.config import FinetuneConfig
+from singreg.report import interval, number, percent
+from singreg.utils import write_json, write_text
+
+HERE = Path(__file__).parent
+PAGES = (HERE.parent / "README.md", HERE.parent / "recipes" / "README.md", HERE.parent / "configs" / "README.md")
+FLAGS = ("--out", "--runs", "--cache", "--resume", "--name")
+PLOTS = {"finetune": ("summary",), "study": ("pareto",), "attack": ("rises", "features")}
+STAGES = {"before": "before", "control": "plain fine-tuning", "sing": "SingLoss"}
+PAIRED = ("AS_neg", "AS_abs", "IS", "step", "success25", "top1")
+MEAN = ("top1", "AS_neg/auditor", "AS_abs/auditor", "IS/auditor", "audit_gap", "harmless_r2")
+
+
+def kind_of(report: Mapping[str, Any]) -> str:
+    """Name the recipe that wrote a report."""
+    if "arms" in report:
+        return "study"
+    return "attack" if "summaries" in report else "finetune"
+
+
+def keep(run: Path, target: Path) -> None:
+    """Copy what the pages show of a run's report, and its figures, into this folder."""
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    kind = kind_of(report)
+    words = str(report["settings"]["command"]).split()
+    places = {place for place, word in enumerate(words) if word in FLAGS}
+    command = [word for place, word in enumerate(words) if place not in places and place - 1 not in places]
+    kept = {name: report[name] for name in ("warnings", "machine", "seconds")}
+    kept |= {"settings": {"command": " ".join(command)}, "verdict": report.get("verdict", report.get("sentences", []))}
+    kept |= {"finetune": _kept_finetune, "study": _kept_study, "attack": _kept_attack}[kind](report)
+    for plot in PLOTS[kind]:
+        shutil.copy(run / "plots" / f"{plot}.png", target.with_name(f"{target.stem}-{plot}.png"))
+    write_json(target, _rounded(kept))
+
+
+def _kept_finetune(report: Mapping[str, Any]) -> dict[str, Any]:
+    measurements = {}
+    for stage, found in report["measurements"].items():
+        scores = found["translators"]["auditor"]
+        measurements[stage] = {
+            "top1": found["top1"],
+            "images": found["images"],
+            "translators": {"auditor": {name: scores[name] for name in ("overall", "intervals")}},
+        }
+    return {"measurements": measurements, "comparisons": report["comparisons"], "audit_gap": report["audit_gap"]}
+
+
+def _kept_study(report: Mapping[str, Any]) -> dict[str, Any]:
+    arms = []
+    for arm in report["arms"]:
+        kept = {name: arm[name] for name in ("arm", "role", "seeds", "note")}
+        kept["mean"] = {name: arm["mean"].get(name) for name in MEAN}
+        kept["paired"] = {name: arm["paired"][name] for name in PAIRED if name in arm["paired"]}
+        arms.append(kept)
+    return {"arms": arms, "reference": report["reference"], "images": report["images"]}
+
+
+def _kept_attack(report: Mapping[str, Any]) -> dict[str, Any]:
+    summaries = [
+        {n: s[n] for n in ("model", "budget", "kept", "rise")} for s in report["summaries"] if s["arm"] == "attack"
+    ]
+    return {"summaries": summaries, "tau": report["tau"], "images": report.get("images", report.get("pictures"))}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def block(kept: Mapping[str, Any], name: str, page: Path) -> str:
+    """Write what a page says about a kept report: sentences, table, figures, command and machine."""
+    kind = kind_of(kept)
+    table = {"finetune": _finetune_table, "study": _study_table, "attack": _attack_table}[kind](kept)
+    machine, minutes = kept["machine"], sum(kept["seconds"].values()) / 60
+    where = f"{machine['cores']} cores ({machine['processor']}), {machine['device']}, torch {machine['torch']}"
+    up = "" if page.parent == HERE.parent else "../"
+    shown = PLOTS[kind] if kind != "finetune" else ()  # README shows that one above
+    figures = [path for plot in shown if (path := HERE / f"{name}-{plot}.png").is_file()]
+    sentences = kept["verdict"] if kind != "study" else [f"- {sentence}" for sentence in kept["verdict"]]
+    return "\n\n".join(
+        [
+            table,
+            ("\n" if kind == "study" else " ").join([*sentences, *kept["warnings"]]),
+            *[f"![{path.stem}]({up}.github/{path.name})" for path in figures],
+            f"Generated from report.json of `{kept['settings']['command']}`: {where}, {minutes:.1f} minutes.",
+        ]
+    )
+
+
+def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
+
+
+def _finetune_table(kept: Mapping[str, Any]) -> str:
+    rows = []
+    for stage, found in kept["measurements"].items():
+        scores = found["translators"]["auditor"]
+        row = {"model": STAGES[stage], "top-1": percent(found["top1"])}
+        for figure, title in (("AS_neg", "AS⁻ °"), ("AS_abs", "abs. AS °"), ("IS", "IS °")):
+            row[title] = interval(scores["overall"][figure], *scores["intervals"][figure])
+        rows.append(row)
+    gap = {stage: number(kept["audit_gap"]) if stage == "sing" else "" for stage in kept["measurements"]}
+    return _markdown([{**row, "audit gap": gap[stage]} for stage, row in zip(kept["measurements"], rows, strict=True)])
+
+
+def _study_table(kept: Mapping[str, Any]) -> str:
+    titles = {"AS_neg": "AS⁻ ×", "AS_abs": "abs. AS ×", "IS": "IS ×", "success25": "success at 25 % ×"}
+    rows = []
+    for arm in kept["arms"]:
+        if not arm["paired"] and arm["arm"] != kept["reference"]:
+            continue
+        row = {"arm": arm["arm"], "seeds": str(len(arm["seeds"])), "top-1": percent(arm["mean"]["top1"])}
+        for figure, title in titles.items():
+            found = arm["paired"].get(figure)
+            row[title] = interval(found["value"], found["low"], found["high"]) if found else "1"
+        rows.append(row)
+    return _markdown(rows)
+
+
+def _attack_table(kept: Mapping[str, Any]) -> str:
+    rows = []
+    for summary in kept["summaries"]:
+        row = {"model": summary["model"], "budget": summary["budget"], "kept": percent(summary["kept"], 0)}
+        rows.append({**row, **{f"{judge} °": interval(*rise, 1) for judge, rise in summary["rise"].items()}})
+    return _markdown(rows)
+
+
+def options(kind: type, prefix: str = "") -> list[dict[str, str]]:
+    """List every option of a configuration with its default and what its docstring says."""
+    texts = {found.arg_name: found.description or "" for found in parse_docstring(kind.__doc__ or "").params}
+    hints, rows = get_type_hints(kind), []
+    for field in dataclasses.fields(kind):
+        name, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            rows += options(hint, f"{name}.")  # type: ignore[arg-type]
+            continue
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        text = " ".join(texts[field.name].split()).replace("|", "\\|")
+        rows.append({"option": f"`{name}`", "default": f"`{json.dumps(default)}`", "meaning": text})
+    return rows
+
+
+def fill(page: Path) -> str:
+    """Return a page with each generated block written anew.
+
+    Raises:
+        FileNotFoundError: a block has no kept report.
+    """
+    text = page.read_text(encoding="utf-8")
+
+    def written(match: re.Match[str]) -> str:
+        kept = json.loads((HERE / f"{match[1]}.json").read_text(encoding="utf-8"))
+        begin, end = (f"<!-- {word} generated: {match[1]} -->" for word in ("begin", "end"))
+        return f"{begin}\n\n{block(kept, match[1], page)}\n\n{end}"
+
+    table = _markdown(options(FinetuneConfig))
+    text = re.sub(
+        r"<!-- begin options -->.*?<!-- end options -->",
+        lambda _: f"<!-- begin options -->\n\n{table}\n\n<!-- end options -->",
+        text,
+        flags=re.DOTALL,
+    )
+    return re.sub(r"<!-- begin generated: (\w+) -->.*?<!-- end generated: \1 -->", written, text, flags=re.DOTALL)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Keep the reports named, then fill all pages."""
+    for pair in arguments:
+        name, _, run = pair.partition("=")
+        keep(Path(run), HERE / f"{name}.json")
+    for page in PAGES:
+        write_text(page, fill(page))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
