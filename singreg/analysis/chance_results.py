@@ -67,3 +67,10 @@ class ChanceReport:
 
 def _scores_from_json(value: dict[str, Any]) -> ChanceScores:
     return ChanceScores(**{**value, "levels": {kind: ChanceLevel(**level) for kind, level in value["levels"].items()}})
+
+
+def measure_chance(batches: Any, **options: Any) -> dict[str, ChanceReport]:
+    """chance.measure_chance as the old dataclasses."""
+    from singreg.analysis.chance import measure_chance as measured
+
+    return {name: ChanceReport.from_json(value) for name, value in measured(batches, **options).items()}

@@ -21,6 +21,8 @@ from singreg.translator import LinearTranslator, TranslatorInfo, translator_from
 from singreg.utils import all_reduce_sum
 
 VALIDATION_EVERY = 5
+IMAGES_PER_FEATURE = 6.0
+"""With fewer images a feature an auditor is not identified well, AS⁻ reads too high, and a report makes no claim."""
 Standardization = Literal["blocks", "features", "none"]
 
 
@@ -135,6 +137,33 @@ def fit_translators(
         )
 
     return {"fitted": fit(splits.bank, "bank"), "auditor": fit(splits.audit, "audit")}
+
+
+def translator_agreement(first: LinearTranslator, second: LinearTranslator, texts: Tensor) -> float:
+    """Return the mean cosine over classes of the directions Aᵀ(t_k - t̄) of two translators; 1 is full agreement.
+
+    The test of whether there were images enough (METHOD section 8.6). What all prompts share says nothing about a class.
+
+    Shape: texts (C, n); both A (n, m).
+
+    Raises:
+        ValueError: fewer than two classes, or translators of other widths.
+
+    Example:
+        >>> T = LinearTranslator(torch.randn(4, 6), torch.zeros(4))
+        >>> round(translator_agreement(T, T, torch.eye(4)[:3]), 6)
+        1.0
+    """
+    if len(texts) < 2:
+        raise ValueError(f"class directions need at least 2 classes, got texts {tuple(texts.shape)}")
+    if first.matrix.shape != second.matrix.shape or texts.shape[1] != first.matrix.shape[0]:
+        raise ValueError(
+            f"expected two translators (n, m) and texts (C, n), got {tuple(first.matrix.shape)}, "
+            f"{tuple(second.matrix.shape)} and {tuple(texts.shape)}"
+        )
+    contrasts = (texts - texts.mean(0)).double()
+    one, other = (contrasts @ translator.matrix.to(contrasts) for translator in (first, second))
+    return float(torch.nn.functional.cosine_similarity(one, other, dim=1).mean())
 
 
 def fit_mlp_on_split(

@@ -68,7 +68,7 @@ def analyze_model(
         >>> split, settings = SceneSplit("test", sample_scenes(20, seed=0)), PassSettings(progress=False)
         >>> net = torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(48, 10))
         >>> classifier = Classifier.from_module(net, "2", transform=to_tensor)
-        >>> texts, z = torch.eye(10, 16), np.ones((20, 16), np.float32)
+        >>> texts, z = torch.eye(10, 16), np.eye(20, 16, dtype=np.float32)
         >>> T = {"T": LinearTranslator(torch.randn(16, 48), torch.zeros(16))}
         >>> rows, found = analyze_model(classifier, split, z, texts, T, mean=torch.zeros(48), settings=settings)
         >>> len(rows), found["head"]["nullity"], found["logit_change_float64"] < 1e-12
@@ -210,7 +210,7 @@ def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Ten
             for q in (0.05, 0.5, 0.95)
         },
         "cosine": cosine / count,
-        "r2": 1 - residual / spread,
+        "r2": 1 - residual / spread if spread > 0 else np.nan,
         "zero_shot": hits / count,
         "ridge": info.ridge,
         "fit_images": info.images,

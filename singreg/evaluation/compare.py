@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 from accelerate.logging import get_logger
 
-from singreg.analysis.chance import measure_chance
+from singreg.analysis.chance_results import measure_chance
 from singreg.analysis.chance_results import ChanceReport
 from singreg.analysis.comparing.differences import FIGURES, model_differences, order_check, paired_figures
 from singreg.analysis.comparing.findings import compare_findings, compare_warnings

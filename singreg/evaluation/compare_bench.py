@@ -14,7 +14,7 @@ from torch import Tensor
 
 from singreg.analysis.comparing.results import ComparedHead
 from singreg.analysis.features import PassSettings
-from singreg.analysis.passport import head_passport
+from singreg.analysis.old_passport import head_passport
 from singreg.data.datasets import Splits, load_splits
 from singreg.evaluation.compare_config import CompareConfig, ComparedModelConfig
 from singreg.models.classifier import Classifier

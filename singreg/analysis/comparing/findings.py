@@ -8,7 +8,7 @@ from singreg.analysis.analysis_findings import AGREEMENT, ZERO_SHOT
 from singreg.analysis.analysis_results import PRIMARY
 from singreg.analysis.comparing.differences import Measured, PairedFigures
 from singreg.analysis.comparing.results import ComparedHead, ModelDifference, OrderCheck
-from singreg.analysis.passport import compare_passports
+from singreg.analysis.old_passport import compare_passports
 
 
 def compare_findings(

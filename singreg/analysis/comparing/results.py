@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from singreg.analysis.chance_results import ChanceReport
-from singreg.analysis.passport import HeadPassport
+from singreg.analysis.old_passport import HeadPassport
 from singreg.analysis.results import ModelMeasurement, nulls_for_nan
 
 

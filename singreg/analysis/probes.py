@@ -1,0 +1,254 @@
+"""Unique information: can anything be read from f that cannot be read from Π_p f? (METHOD section 8.5)
+
+AS moves as much for a copy of the row space's content in the null space as for content that is nowhere else. Fits on
+other images tell them apart: of the image embedding by ridge regression, of the class by a fresh linear probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from singreg.analysis.features import FeatureBatch
+from singreg.analysis.fitting import VALIDATION_EVERY, targets_of
+from singreg.analysis.statistics import mean_interval, paired_difference, resampled_means
+from singreg.nullspace import NullSpace
+from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
+from singreg.utils import all_reduce_sum, gather_rows, plain
+
+BLOCKS = ("features", "row_space", "null_space")
+"""What a fit was given: f, Π_p f or Π_n f."""
+Pair = tuple[RidgeStatistics, RidgeStatistics]  # sums to fit on, and sums that choose the penalty
+
+
+# Why not logistic regression: it needs every feature in memory or many passes over them, a stopping rule, and answers
+# in the last digits by how it was run. Linear discriminant analysis needs only the sums of a ridge regression on one-
+# hot targets. The regression itself would do, but its largest output masks classes that lie between others (three in a
+# row in one dimension: the middle one never wins), and a null space may have far fewer dimensions than classes.
+@dataclass(frozen=True)
+class LinearProbe:
+    """Class scores g = f Bᵀ + b, of which the largest is the class.
+
+    Attributes:
+        matrix: B (C, k) float64.
+        offset: b (C,) float64; -inf for a class that was never seen, so it is never named.
+        majority: the class seen most often.
+    """
+
+    matrix: Tensor
+    offset: Tensor
+    majority: int
+    ridge: float
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Return the class of every feature. Shape: (B, k) to (B,) int64."""
+        return (features.to(self.matrix) @ self.matrix.T + self.offset).argmax(1)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Return labels (B,) as targets (B, C) float64, for `RidgeStatistics.update`."""
+    return torch.nn.functional.one_hot(labels, classes).double()
+
+
+def fit_probe(statistics: RidgeStatistics, ridge: float) -> LinearProbe:
+    """Fit linear discriminant analysis from the sums of features (k) with one-hot targets (C).
+
+    B = M Σ⁻¹, b_c = log π_c - μ_c·Σ⁻¹μ_c / 2, with Σ the scatter within classes over N plus ridge · (mean variance), M
+    the class means (C, k), π the class shares.
+
+    Raises:
+        ValueError: fewer than two classes were seen.
+
+    Example:
+        >>> f, y = torch.tensor([[0.0], [0.2], [1.0], [1.2], [2.0], [2.2]]), torch.tensor([0, 0, 1, 1, 2, 2])
+        >>> fit_probe(RidgeStatistics(1, 3).update(f, one_hot(y, 3)), ridge=0.0).predict(f).tolist()
+        [0, 0, 1, 1, 2, 2]
+    """
+    counts = statistics.z
+    seen = int((counts > 0).sum())
+    if seen < 2:
+        raise ValueError(f"a probe for the class needs images of at least 2 classes, got {seen} of {len(counts)}")
+    means = (statistics.fz / counts.clamp_min(1)).T
+    total, _, _ = statistics.centred()
+    within = statistics.ff - (means.T * counts) @ means
+    penalty = ridge * torch.diagonal(total).mean()
+    covariance = ((within + within.T) / 2 + penalty * torch.eye(len(within)).to(within)) / statistics.count
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    # Without a penalty a singular scatter may pass a Cholesky by rounding alone.
+    singular = bool(failed) or ridge < 1e-9
+    matrix = (
+        means @ torch.linalg.pinv(covariance, hermitian=True) if singular else torch.cholesky_solve(means.T, factor).T
+    )
+    offset = (counts / statistics.count).log() - (matrix * means).sum(1) / 2
+    return LinearProbe(matrix, offset, int(counts.argmax()), ridge)
+
+
+@dataclass(frozen=True)
+class BlockFits:
+    """Fits on f, Π_p f and Π_n f by name.
+
+    Attributes:
+        basis: (m, k) of each block, in whose coordinates the fits are.
+        seen: (C,) whether the probe saw the class.
+    """
+
+    basis: dict[str, Tensor]
+    solutions: dict[str, RidgeSolution]
+    probes: dict[str, LinearProbe]
+    target_mean: Tensor
+    images: int
+    labelled: int
+    seen: Tensor
+    normalize_targets: bool
+
+
+def fit_blocks(
+    batches: Iterable[FeatureBatch],
+    *,
+    null_space: NullSpace,
+    classes: int,
+    target_dim: int,
+    ridges: Sequence[float] = DEFAULT_RIDGES,
+    normalize_targets: bool = False,
+) -> BlockFits:
+    """Fit z and the class on f, Π_p f and Π_n f, in one pass over this process's batches; every fifth image chooses λ.
+
+    Only the sums for f are streamed, O(m²): those of the blocks follow from them. For f the two blocks are standardised
+    each as a whole, so a null space that was shrunk or turned gives the same fits. Exact over processes.
+
+    Raises:
+        ValueError: no null space, no images, or labelled ones of fewer than 2 classes.
+    """
+    if null_space.nullity == 0:
+        raise ValueError("this head has no null space, so there is no information in it to measure")
+    width, device = null_space.basis.shape[0], null_space.basis.device
+    embedding, label = (
+        (RidgeStatistics(width, size, device=device), RidgeStatistics(width, size, device=device))
+        for size in (target_dim, classes)
+    )
+    for batch in batches:
+        held_out = (batch.indices % VALIDATION_EVERY == 0).to(batch.features.device)
+        targets, known = targets_of(batch, normalize_targets), batch.labels >= 0
+        for place, chosen in enumerate((~held_out, held_out)):
+            embedding[place].update(batch.features[chosen], targets[chosen])
+            both = chosen & known
+            label[place].update(batch.features[both], one_hot(batch.labels[both], classes))
+    for statistics in (*embedding, *label):
+        statistics.reduce()
+    whole, labels = _merged(embedding), _merged(label)
+    basis = _bases(whole, null_space)
+    return BlockFits(
+        basis=basis,
+        solutions={name: _chosen(embedding, columns, ridges) for name, columns in basis.items()},
+        probes={
+            name: fit_probe(labels.mapped(columns), _chosen(label, columns, ridges).ridge)
+            for name, columns in basis.items()
+        },
+        target_mean=whole.z / whole.count,
+        images=int(whole.count),
+        labelled=int(labels.count),
+        seen=labels.z > 0,
+        normalize_targets=normalize_targets,
+    )
+
+
+def _merged(pair: Pair) -> RidgeStatistics:
+    return RidgeStatistics(*pair[0].fz.shape, device=pair[0].ff.device).merge(pair[0]).merge(pair[1])
+
+
+def _bases(whole: RidgeStatistics, space: NullSpace) -> dict[str, Tensor]:
+    """Coordinates of every block: Q, N, and for f both side by side, each over its root mean standard deviation."""
+    row, null = space.basis, space.null_basis()
+    scatter, _, _ = whole.centred()
+    level = [((scatter @ part) * part).sum() / max(part.shape[1], 1) for part in (row, null)]
+    # A block that does not vary stays as it is: whatever its scale, ridge gives it nothing.
+    least = torch.finfo(scatter.dtype).eps * torch.diagonal(whole.ff).sum()
+    scaled = [
+        part / (value / whole.count).sqrt() if bool(value > least) else part
+        for part, value in zip((row, null), level, strict=True)
+    ]
+    return dict(zip(BLOCKS, (torch.cat(scaled, dim=1), row, null), strict=True))
+
+
+def _chosen(pair: Pair, basis: Tensor, ridges: Sequence[float]) -> RidgeSolution:
+    """λ by held-out R², then the fit to all images."""
+    fit, held_out = (statistics.mapped(basis) for statistics in pair)
+    best, _ = fit.validate(held_out, ridges=ridges)
+    return fit.merge(held_out).solve(best.ridge)
+
+
+def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits, *, resamples: int = 1000) -> dict[str, Any]:
+    """Measure R² and class accuracy of the fits on other images than theirs, with paired bootstrap intervals.
+
+    One pass over this process's batches, one row of figures an image. R² is against the mean of these images'
+    embeddings.
+
+    Returns:
+        r2 and accuracy by block; unique, R²(z|f) - R²(z|Π_p f), what of the image embedding only the null space tells;
+        unique_accuracy, the same difference of accuracies; chance, the accuracy of always naming the class most
+        frequent in the fit; intervals [low, high] by name or "r2 BLOCK", "accuracy BLOCK"; ridges under the same
+        names; images, labelled, unseen (images of classes the probe never saw), fit_images and fit_labelled.
+
+    Raises:
+        ValueError: no images, or no labelled ones.
+    """
+    rows, target_sum = [], torch.zeros_like(fits.target_mean)
+    for batch in batches:
+        targets = targets_of(batch, fits.normalize_targets).to(target_sum)
+        target_sum += targets.sum(0)
+        spread = (targets - fits.target_mean).square().sum(1)
+        figures = {"index": batch.indices, "label": batch.labels, "spread": spread}
+        figures["seen"] = (batch.labels >= 0) & fits.seen[batch.labels.clamp_min(0)]
+        for name, basis in fits.basis.items():
+            inside = batch.features.to(basis) @ basis
+            solution = fits.solutions[name]
+            figures[f"r2 {name}"] = (targets - inside @ solution.matrix.T - solution.offset).square().sum(1)
+            figures[f"accuracy {name}"] = (fits.probes[name].predict(inside) == batch.labels).double()
+        rows.append({name: value.cpu().numpy() for name, value in figures.items()})
+    table = gather_rows(rows, sort_by="index")
+    labelled = table["label"] >= 0
+    if not labelled.any():
+        raise ValueError(f"none of the {len(labelled)} images has a label, so no probe for the class can be judged")
+    # Σ|z - z̄|² about these images' own mean, from the sums about the fit's.
+    shift = float((all_reduce_sum(target_sum) / len(labelled) - fits.target_mean).square().sum())
+    of_r2, r2_intervals = _r2(table, shift, resamples)
+    of_class, class_intervals = _accuracy(table, labelled, fits.probes["features"].majority, resamples)
+    ridges = {f"r2 {name}": solution.ridge for name, solution in fits.solutions.items()}
+    ridges |= {f"accuracy {name}": probe.ridge for name, probe in fits.probes.items()}
+    counts = {"images": len(labelled), "labelled": labelled.sum(), "unseen": (labelled & ~table["seen"]).sum()}
+    counts |= {"fit_images": fits.images, "fit_labelled": fits.labelled}
+    intervals = {"intervals": r2_intervals | class_intervals, "ridges": ridges}
+    found: dict[str, Any] = plain(of_r2 | of_class | intervals | counts)
+    return found
+
+
+def _r2(table: dict[str, np.ndarray], shift: float, resamples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """R² of every block and what only the null space tells, with intervals."""
+    residuals = np.stack([table[f"r2 {name}"] for name in BLOCKS] + [table["spread"]], axis=1)
+    drawn = resampled_means(residuals, groups=table["label"], resamples=resamples)
+    means = np.concatenate([residuals.mean(0)[None], drawn])
+    r2 = 1 - means[:, :3] / (means[:, 3:] - shift)
+    values = {f"r2 {name}": r2[:, place] for place, name in enumerate(BLOCKS)} | {"unique": r2[:, 0] - r2[:, 1]}
+    intervals = {name: np.quantile(value[1:], [0.025, 0.975]) for name, value in values.items()}
+    return {"r2": dict(zip(BLOCKS, r2[0], strict=True)), "unique": values["unique"][0]}, intervals
+
+
+def _accuracy(
+    table: dict[str, np.ndarray], labelled: np.ndarray, majority: int, resamples: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Accuracy of every block's probe and of always naming the majority, with intervals."""
+    classes = table["label"][labelled]
+    hits = {f"accuracy {name}": table[f"accuracy {name}"][labelled] for name in BLOCKS}
+    hits["chance"] = (classes == majority).astype(np.float64)
+    intervals: dict[str, Any] = {}
+    for name, hit in hits.items():
+        _, *intervals[name] = mean_interval(hit, groups=classes, resamples=resamples)
+    pair = hits["accuracy features"], hits["accuracy row_space"]
+    gain, *intervals["unique_accuracy"] = paired_difference(*pair, groups=classes, resamples=resamples)
+    accuracy = {name: hits[f"accuracy {name}"].mean() for name in BLOCKS}
+    return {"accuracy": accuracy, "unique_accuracy": gain, "chance": hits["chance"].mean()}, intervals
