@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from singreg.functional import angle, attribute_score, image_score, kappa, pairwise_angles
     from singreg.losses import SingLoss, resolve_terms
     from singreg.metrics import AttributeScore, ImageScore, SemanticLeakage
-    from singreg.mlp import MLPSettings, MLPTranslator, fit_mlp_translator
+    from singreg.mlp import MLPSettings
     from singreg.models.classifier import Classifier
     from singreg.models.edits import (
         AlignedHead,
@@ -57,7 +57,14 @@ if TYPE_CHECKING:
         steering_direction,
         step_for_image_score,
     )
-    from singreg.translator import LinearTranslator, TranslatorInfo, fit_translator, load_translator
+    from singreg.translator import (
+        LinearTranslator,
+        MLPTranslator,
+        TranslatorInfo,
+        fit_mlp_translator,
+        fit_translator,
+        load_translator,
+    )
 
 __version__ = "0.1.0"
 
@@ -97,9 +104,16 @@ _HOMES = {
     ),
     "singreg.models.classifier": ("Classifier",),
     "singreg.models.vlm": ("VisionLanguageModel",),
-    "singreg.mlp": ("MLPSettings", "MLPTranslator", "fit_mlp_translator"),
+    "singreg.mlp": ("MLPSettings",),
     "singreg.ridge": ("RidgeStatistics",),
-    "singreg.translator": ("LinearTranslator", "TranslatorInfo", "fit_translator", "load_translator"),
+    "singreg.translator": (
+        "LinearTranslator",
+        "MLPTranslator",
+        "TranslatorInfo",
+        "fit_mlp_translator",
+        "fit_translator",
+        "load_translator",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from singreg.utils import sha256_of_file, sha256_of_json, write_json, write_text
 
@@ -103,22 +101,6 @@ def _announced(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)  # type: ignore[no-untyped-call]
     return shape, dtype
-
-
-def seal_of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a safetensors file with the SHA-256 of tensors (any shape and dtype) and of the metadata itself."""
-    plain = {key: value for key, value in metadata.items() if key != SEAL}
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return {**plain, SEAL: digest.hexdigest()}
-
-
-def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Raise a DamagedFileError unless tensors and metadata are those that were sealed; a file without a seal passes (any shapes)."""
-    if SEAL in metadata and seal_of_tensors(tensors, metadata)[SEAL] != metadata[SEAL]:
-        raise DamagedFileError("it is damaged: its content is not what was written")
 
 
 def seal_folder(folder: Path) -> None:

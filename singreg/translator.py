@@ -1,4 +1,4 @@
-"""Translators of features into a vision-language model's space (METHOD section 2)."""
+"""Translators of features into a vision-language model's space, their fits and their files (METHOD section 2)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from singreg.old_seals import check_tensors, seal_of_tensors
+from singreg.mlp import Array, MLPNetwork, MLPSettings, train_mlp
 from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics, Standardize
 from singreg.utils import atomic_write
+
+HELD_OUT_EVERY = 5  # every fifth row chooses λ
 
 
 @dataclass(frozen=True)
 class TranslatorInfo:
-    """What a translator was fitted on. It is stored in the file and checked when the file is loaded.
+    """What a translator was fitted on; stored in its file and checked when the file is loaded.
 
-    kind is "linear", "mlp3", "mlp4" or "residual"; ridge belongs to the linear one only. by_block: standardised by the head's
-    row-space and null block, not feature by feature.
+    Attributes:
+        kind: "linear", "mlp3", "mlp4" or "residual".
+        ridge: the relative ridge, of a linear one only.
+        standardized: whether the features were brought to unit scale for the fit.
+        by_block: whether by the head's row-space and null block, not feature by feature.
+        normalized_targets: whether it was fitted to unit image embeddings and not to the paper's raw ones.
     """
 
     classifier: str = ""
@@ -44,75 +50,50 @@ class TranslatorInfo:
 
 
 class Translator(nn.Module):
-    """Base of all translators: T maps (..., m) to (..., n), has no parameter to train, and lets gradients through to features."""
+    """A fixed map T from features (..., m) to (..., n) that lets gradients through to the features.
 
+    All it holds are buffers, so nobody trains it by accident.
+
+    Attributes:
+        info: what it was fitted on.
+        feature_dim: m, the width of the features.
+        target_dim: n, the width of the vision-language model's space.
+    """
+
+    FORMAT: str
     info: TranslatorInfo
-
-    @property
-    def feature_dim(self) -> int:
-        """m, the width of the features it takes."""
-        raise NotImplementedError(f"{type(self).__name__} must define feature_dim")
-
-    @property
-    def target_dim(self) -> int:
-        """n, the width of the vision-language model's space."""
-        raise NotImplementedError(f"{type(self).__name__} must define target_dim")
+    feature_dim: int
+    target_dim: int
 
     def forward(self, features: Tensor) -> Tensor:
-        """Translated features. Shapes: (..., m) to (..., n)."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward")
+        """Translate features, in their dtype. Shape: (..., m) to (..., n).
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file to the path, atomically; `load_translator` opens it (no shapes)."""
-        raise NotImplementedError(f"{type(self).__name__} must define save")
-
-    def check_width(self, features: Tensor) -> None:
-        """Raise a ValueError unless features are (..., m)."""
+        Raises:
+            ValueError: features that are not (..., m).
+        """
         if features.shape[-1] != self.feature_dim:
             raise ValueError(f"this translator takes features (..., {self.feature_dim}), got {tuple(features.shape)}")
+        with torch.autocast(features.device.type, enabled=False):  # angles of a degree are lost in bfloat16
+            return self._translate(features)
 
+    def save(self, path: str | Path) -> None:
+        """Write the tensors (float32) and the info to a safetensors file, which `load_translator` opens."""
+        tensors = {name: value.float().cpu().contiguous() for name, value in self.state_dict().items()}
+        metadata = {"format": self.FORMAT, "info": json.dumps(asdict(self.info)), **self._metadata()}
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
 
-def info_from_stored(stored: Any) -> TranslatorInfo:
-    """The info as a file has it (a mapping; keys of later versions are left out; no shapes).
+    def _translate(self, features: Tensor) -> Tensor:
+        raise NotImplementedError
 
-    Raises:
-        TypeError: it is no mapping.
-    """
-    if not isinstance(stored, dict):
-        raise TypeError(f"expected a mapping of what it was fitted on, got {type(stored).__name__}")
-    known = {field.name for field in fields(TranslatorInfo)}
-    return TranslatorInfo(**{key: value for key, value in stored.items() if key in known})
-
-
-def check_fit(info: TranslatorInfo, expected: TranslatorInfo, path: str) -> None:
-    """Raise a ValueError that names every field in which a translator (read from `path`) is not the expected one.
-
-    The kind is not compared: it says what a translator is, not what it belongs to.
-    """
-    differences = [
-        f"  {field.name}: it was fitted on {getattr(info, field.name)!r}, here it is {getattr(expected, field.name)!r}"
-        for field in fields(TranslatorInfo)
-        if isinstance(getattr(expected, field.name), str)
-        and field.name != "kind"
-        and getattr(expected, field.name)
-        and getattr(info, field.name) != getattr(expected, field.name)
-    ]
-    if differences:
-        raise ValueError(f"the translator {path} belongs to another setting; fit a new one:\n" + "\n".join(differences))
-
-
-__all__ = [
-    "FORMAT", "LinearTranslator", "Translator", "TranslatorInfo", "check_fit", "fit_translator", "load_translator",
-    "translator_from_statistics",
-]  # fmt: skip
-
-FORMAT = "singreg-linear-translator-1"
+    def _metadata(self) -> dict[str, str]:
+        return {}
 
 
 class LinearTranslator(Translator):
-    """T(f) = f Aᵀ + a (paper eq. 4). Buffers, not parameters: nobody trains it by accident.
+    """T(f) = f Aᵀ + a (paper eq. 4).
 
-    Shapes: matrix A (n, m), offset a (n,); forward (..., m) to (..., n).
+    Shape: matrix A (n, m), offset a (n,).
 
     Example:
         >>> T = LinearTranslator(torch.eye(2), torch.ones(2))
@@ -120,95 +101,88 @@ class LinearTranslator(Translator):
         [[2.0, 3.0]]
     """
 
+    FORMAT = "singreg-linear-translator-1"
     matrix: Tensor
     offset: Tensor
 
     def __init__(self, matrix: Tensor, offset: Tensor, info: TranslatorInfo | None = None) -> None:
         super().__init__()
         if matrix.ndim != 2 or offset.shape != matrix.shape[:1]:
-            raise ValueError(f"expected matrix (n, m) and offset (n,), got {tuple(matrix.shape)} and {tuple(offset.shape)}")
+            got = f"{tuple(matrix.shape)} and {tuple(offset.shape)}"
+            raise ValueError(f"expected matrix (n, m) and offset (n,), got {got}")
         self.register_buffer("matrix", matrix.detach().clone())
         self.register_buffer("offset", offset.detach().clone())
+        self.target_dim, self.feature_dim = matrix.shape
         self.info = info or TranslatorInfo()
 
     @classmethod
     def from_solution(cls, solution: RidgeSolution, info: TranslatorInfo | None = None) -> LinearTranslator:
-        """From a float64 ridge solution, stored in float32; ridge and image count go into the info."""
+        """Store a float64 ridge solution in float32; its ridge and image count go into the info."""
         known = replace(info or TranslatorInfo(), ridge=solution.ridge, images=solution.count)
         return cls(solution.matrix.float(), solution.offset.float(), known)
 
-    @property
-    def feature_dim(self) -> int:
-        """m, the width of the features it takes."""
-        return self.matrix.shape[1]
-
-    @property
-    def target_dim(self) -> int:
-        """n, the width of the vision-language model's space."""
-        return self.matrix.shape[0]
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Translated features, outside autocast: angles of a degree are lost in bfloat16. Shapes: (..., m) to (..., n)."""
-        self.check_width(features)
-        with torch.autocast(features.device.type, enabled=False):
-            return nn.functional.linear(features, self.matrix.to(features), self.offset.to(features))
-
-    def save(self, path: str | Path) -> None:
-        """Write A, a (float32) and the info to a safetensors file at the path, atomically."""
-        tensors = {"matrix": self.matrix.cpu().contiguous(), "offset": self.offset.cpu().contiguous()}
-        metadata = {"format": FORMAT, "info": json.dumps(asdict(self.info))}
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata=seal_of_tensors(tensors, metadata))
+    def _translate(self, features: Tensor) -> Tensor:
+        return nn.functional.linear(features, self.matrix.to(features), self.offset.to(features))
 
 
-def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None) -> Translator:
-    """Read a translator file of either kind, linear or MLP; nothing in it is unpickled, and shapes are checked before use.
+class MLPTranslator(Translator):
+    """T(f) = μ_z + s · net((f − μ_f) / σ_f): an MLP that standardises its input itself; see `fit_mlp_translator`.
+
+    It stays in eval mode whatever is asked, and computes in the features' precision, at least float32.
 
     Args:
-        path: a .safetensors file written by a translator's `.save`.
-        expected: what it must have been fitted on; its non-empty text fields (classifier, head hash, VLM, preprocessing) are
-            compared and every difference is named.
+        state: feature_mean and feature_scale (m,), target_mean (n,), target_scale () and the weights as "network.NAME".
 
     Raises:
-        FileNotFoundError, ValueError: no such file; not a translator; damaged; or fitted on something else.
+        ValueError: a tensor of `state` is missing, unknown, or of another shape than the settings ask for.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "t.safetensors"
-        >>> LinearTranslator(torch.eye(2), torch.zeros(2), TranslatorInfo(vlm="A")).save(path)
-        >>> load_translator(path, expected=TranslatorInfo(vlm="A")).info.vlm
-        'A'
+        >>> f = torch.randn(64, 3)
+        >>> T = fit_mlp_translator(f, f[:, :2] ** 2, settings=MLPSettings(hidden=8, epochs=2), progress=False)
+        >>> T(f).shape, len(list(T.parameters())), T.info.kind
+        (torch.Size([64, 2]), 0, 'mlp3')
     """
-    from singreg.mlp import FORMAT as MLP_FORMAT
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no translator file at {path}; fit one with `fit_translator` and `.save(path)`")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            kind = metadata.get("format")
-            if kind not in (FORMAT, MLP_FORMAT):
-                raise ValueError(f"it is not a translator file: expected format {FORMAT!r} or {MLP_FORMAT!r}, got {kind!r}")
-            info = info_from_stored(json.loads(metadata["info"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        check_tensors(tensors, metadata)
-        translator = _assemble(str(kind), tensors, metadata, info)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not a translator file: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"the translator file {path} cannot be used: {error}") from error
-    if expected is not None:
-        check_fit(info, expected, str(path))
-    return translator
+    FORMAT = "singreg-mlp-translator-1"
+    feature_mean: Tensor
+    feature_scale: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
 
+    def __init__(self, settings: MLPSettings, state: Mapping[str, Tensor], info: TranslatorInfo | None = None) -> None:
+        super().__init__()
+        scales = ("feature_mean", "feature_scale", "target_mean", "target_scale")
+        if missing := [name for name in scales if name not in state]:
+            raise ValueError(f"the state of an MLP translator has no {', '.join(missing)}")
+        self.feature_dim, self.target_dim = state["feature_mean"].numel(), state["target_mean"].numel()
+        self.settings, self.info = settings, info or TranslatorInfo(kind=settings.kind)
+        with torch.device("meta"):  # nothing is allocated before the shapes are known to fit
+            self.network = MLPNetwork(self.feature_dim, self.target_dim, settings)
+            for name, size in zip(scales, ((self.feature_dim,),) * 2 + ((self.target_dim,), ()), strict=True):
+                self.register_buffer(name, torch.empty(size))
+        for module in self.network.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+        try:
+            self.load_state_dict({name: value.detach().float().clone() for name, value in state.items()}, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"the state does not fit the MLP translator's settings: {error}") from error
+        self.train(False)
 
-def _assemble(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], info: TranslatorInfo) -> Translator:
-    """The module of what a file holds; each constructor checks the shapes."""
-    if kind == FORMAT:
-        return LinearTranslator(tensors["matrix"], tensors["offset"], info)
-    from singreg.mlp import MLPSettings, MLPTranslator
+    def train(self, mode: bool = True) -> MLPTranslator:
+        """Stay in eval mode: a fixed measuring instrument."""
+        return super().train(False)
 
-    return MLPTranslator(MLPSettings(**json.loads(metadata["settings"])), tensors, info)
+    def _translate(self, features: Tensor) -> Tensor:
+        f = features.to(torch.promote_types(features.dtype, torch.float32))
+        weights = {name: value.to(f) for name, value in self.network.named_buffers()}
+        standard = (f - self.feature_mean.to(f)) * self.feature_scale.to(f)
+        y: Tensor = torch.func.functional_call(self.network, weights, (standard,))
+        return (self.target_mean.to(f) + self.target_scale.to(f) * y).to(features.dtype)
+
+    def _metadata(self) -> dict[str, str]:
+        return {"settings": json.dumps(asdict(self.settings))}
 
 
 def fit_translator(
@@ -216,14 +190,17 @@ def fit_translator(
     *,
     ridges: Sequence[float] = DEFAULT_RIDGES,
     standardize: Standardize = False,
-    validation_every: int = 5,
     info: TranslatorInfo | None = None,
 ) -> LinearTranslator:
-    """Fit T on a stream of (features (B, m), VLM embeddings (B, n)); every 5th row chooses λ, then all rows fit T.
+    """Fit T on a stream of (features, embeddings): every fifth row chooses λ, then all rows fit T (METHOD section 2).
 
     Over several processes each passes its own batches and all get the same translator.
-    `standardize`: a basis (m, r) of the head's row space scales its two blocks, which makes the fit blind to a rotation or a
-    rescaling of the null block (METHOD section 8.6); True scales single features.
+
+    Args:
+        standardize: see `RidgeStatistics`; a basis (m, r) of the head's row space makes the fit blind to a rotation or
+            a rescaling of the null block (METHOD section 8.6).
+
+    Shape: each batch (B, m) and (B, n).
 
     Raises:
         ValueError: the stream is empty, or its shapes change.
@@ -236,16 +213,17 @@ def fit_translator(
     parts: list[RidgeStatistics] = []
     seen = 0
     for features, targets in batches:
-        parts = parts or [RidgeStatistics(features.shape[1], targets.shape[1], device=features.device) for _ in range(2)]
-        held_out = (torch.arange(seen, seen + len(features), device=features.device) % validation_every) == 0
+        if not parts:
+            width, dim = features.shape[1], targets.shape[1]
+            parts = [RidgeStatistics(width, dim, device=features.device) for _ in range(2)]
+        held_out = (torch.arange(seen, seen + len(features), device=features.device) % HELD_OUT_EVERY) == 0
         parts[0].update(features[~held_out], targets[~held_out])
         parts[1].update(features[held_out], targets[held_out])
         seen += len(features)
     if not parts:
         raise ValueError("no images to fit a translator on: the stream of (features, embeddings) was empty")
-    return translator_from_statistics(
-        parts[0].reduce(), parts[1].reduce(), ridges=ridges, standardize=standardize, info=info
-    )
+    fit, validation = (part.reduce() for part in parts)
+    return translator_from_statistics(fit, validation, ridges=ridges, standardize=standardize, info=info)
 
 
 def translator_from_statistics(
@@ -256,12 +234,101 @@ def translator_from_statistics(
     standardize: Standardize = False,
     info: TranslatorInfo | None = None,
 ) -> LinearTranslator:
-    """Choose λ by R² on `validation`, then solve on both parts together; sums over (m, m) and (m, n) only."""
+    """Choose λ by R² on `validation`, then solve on both parts together."""
     chosen, scores = fit.validate(validation, ridges=ridges, standardize=standardize)
-    ridge = chosen.ridge
     whole = RidgeStatistics(*fit.fz.shape, device=fit.ff.device).merge(fit).merge(validation)
     blocks = isinstance(standardize, Tensor)
     described = replace(
-        info or TranslatorInfo(), standardized=bool(blocks or standardize), by_block=blocks, validation_r2=scores[ridge]
+        info or TranslatorInfo(),
+        standardized=bool(blocks or standardize),
+        by_block=blocks,
+        validation_r2=scores[chosen.ridge],
     )
-    return LinearTranslator.from_solution(whole.solve(ridge, standardize=standardize), described)
+    return LinearTranslator.from_solution(whole.solve(chosen.ridge, standardize=standardize), described)
+
+
+def fit_mlp_translator(
+    features: Array,
+    targets: Array,
+    *,
+    settings: MLPSettings | None = None,
+    normalize_targets: bool = False,
+    info: TranslatorInfo | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> MLPTranslator:
+    """Fit a non-linear T by mean squared error on rows (f, z); see `mlp.train_mlp` for memory, seeds and processes.
+
+    Shape: features (N, m), targets (N, n).
+
+    Example:
+        >>> f = torch.randn(200, 4); settings = MLPSettings(hidden=16, epochs=3)
+        >>> fit_mlp_translator(f, f.abs(), settings=settings, progress=False)(f).shape
+        torch.Size([200, 4])
+    """
+    settings = settings or MLPSettings()
+    options: dict[str, Any] = {"normalize_targets": normalize_targets, "device": device, "progress": progress}
+    trained = train_mlp(features, targets, settings, **options)
+    described = replace(
+        info or TranslatorInfo(),
+        kind=settings.kind,
+        images=trained.images,
+        ridge=0.0,
+        standardized=True,
+        normalized_targets=normalize_targets,
+        validation_r2=trained.validation_r2,
+    )
+    return MLPTranslator(settings, trained.state, described).to(device)
+
+
+def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None) -> Translator:
+    """Read a translator file of either kind; nothing in it is unpickled, and shapes are checked before use.
+
+    Args:
+        path: a .safetensors file written by a translator's `.save`.
+        expected: what it must have been fitted on; its non-empty text fields but the kind are compared.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a translator; damaged; or fitted on something else, with every difference named.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "t.safetensors"
+        >>> LinearTranslator(torch.eye(2), torch.zeros(2), TranslatorInfo(vlm="A")).save(path)
+        >>> load_translator(path, expected=TranslatorInfo(vlm="A")).info.vlm
+        'A'
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no translator file at {path}; fit one with `fit_translator` and `.save(path)`")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") not in (LinearTranslator.FORMAT, MLPTranslator.FORMAT):
+                raise ValueError(f"unknown format {metadata.get('format')!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        translator = _assemble(metadata, tensors)
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not a translator file: {error}") from error
+    if expected is not None:
+        _check_fit(translator.info, expected, str(path))
+    return translator
+
+
+def _assemble(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Translator:
+    """The module of what a file holds; keys of the info that later versions wrote are left out."""
+    known = {field.name for field in fields(TranslatorInfo)}
+    info = TranslatorInfo(**{key: value for key, value in json.loads(metadata["info"]).items() if key in known})
+    if metadata["format"] == LinearTranslator.FORMAT:
+        return LinearTranslator(tensors["matrix"], tensors["offset"], info)
+    return MLPTranslator(MLPSettings(**json.loads(metadata["settings"])), tensors, info)
+
+
+def _check_fit(info: TranslatorInfo, expected: TranslatorInfo, path: str) -> None:
+    differences = [
+        f"  {name}: it was fitted on {getattr(info, name)!r}, here it is {wanted!r}"
+        for name, wanted in asdict(expected).items()
+        if isinstance(wanted, str) and wanted and name != "kind" and getattr(info, name) != wanted
+    ]
+    if differences:
+        raise ValueError(f"the translator {path} belongs to another setting; fit a new one:\n" + "\n".join(differences))

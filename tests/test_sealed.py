@@ -7,18 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from singreg.old_seals import (
     CHECKSUMS,
     DamagedFileError,
     check_folder,
-    check_tensors,
     read_rows,
     read_sealed,
     read_sealed_text,
     seal_folder,
-    seal_of_tensors,
     write_sealed,
     write_sealed_text,
 )
@@ -102,20 +99,6 @@ def test_a_text_with_a_seal(tmp_path: Path) -> None:
             read_sealed_text(file)
     file.write_bytes(whole.partition(b"\n")[2])
     assert read_sealed_text(file) == text
-
-
-def test_tensors_and_their_metadata() -> None:
-    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([True, False]), "empty": torch.zeros(0, 2)}
-    sealed = seal_of_tensors(tensors, {"info": "{}"})
-    check_tensors(tensors, sealed)
-    check_tensors(tensors, {"info": "an older file"})
-    for changed, metadata in (
-        ({**tensors, "a": tensors["a"] + 1e-6}, sealed), ({**tensors, "a": tensors["a"].reshape(3, 2)}, sealed),
-        ({**tensors, "a": tensors["a"].int()}, sealed), (tensors, {**sealed, "info": "{ }"}),
-        ({key: tensors[key] for key in ("a", "b")}, sealed),
-    ):  # fmt: skip
-        with pytest.raises(DamagedFileError, match="not what was written"):
-            check_tensors(changed, metadata)
 
 
 def test_rows_come_back_and_cut_ones_are_named(tmp_path: Path) -> None:

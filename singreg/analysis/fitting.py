@@ -13,11 +13,17 @@ from torch import Tensor
 from singreg.analysis.features import FeatureBatch, PassSettings, cached_features, gathered, iterate_features
 from singreg.data.datasets import ImageSplit, Splits
 from singreg.functional import image_score
-from singreg.mlp import MLPSettings, MLPTranslator, fit_mlp_translator
+from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics, Standardize
-from singreg.translator import LinearTranslator, TranslatorInfo, translator_from_statistics
+from singreg.translator import (
+    LinearTranslator,
+    MLPTranslator,
+    TranslatorInfo,
+    fit_mlp_translator,
+    translator_from_statistics,
+)
 from singreg.utils import all_reduce_sum
 
 VALIDATION_EVERY = 5

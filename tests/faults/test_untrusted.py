@@ -25,7 +25,7 @@ from singreg.old_seals import DamagedFileError, read_rows, read_sealed
 from singreg.reporting.report_files import write_report
 from singreg.training.checkpoint import _whole
 from singreg.training.config import parse_finetune
-from singreg.translator import FORMAT, load_translator
+from singreg.translator import LinearTranslator, load_translator
 from tests.data.pictures_for_tests import config, names, write_parquet, write_picture, write_tree
 from tests.faults import untrusted
 from tests.reporting.small_report import finetune_report
@@ -196,7 +196,7 @@ def test_markup_in_class_names_stays_text(tmp_path: Path) -> None:
 
 
 def test_a_weights_file_that_announces_absurd_shapes(tmp_path: Path) -> None:
-    file = untrusted.absurd_safetensors(tmp_path / "translator.safetensors", {"format": FORMAT, "info": "{}"})
+    file = untrusted.absurd_safetensors(tmp_path / "translator.safetensors", {"format": LinearTranslator.FORMAT, "info": "{}"})
     with pytest.raises(ValueError, match=r"translator\.safetensors"):
         load_translator(file)
     untrusted.long_header_safetensors(file)

@@ -16,9 +16,9 @@ from singreg.analysis.levels.concept_results import ConceptMeasurement
 from singreg.analysis.levels.concepts import analyze_concepts
 from singreg.data.scenes import ATTRIBUTES, sample_scenes
 from singreg.functional import image_score, kappa
-from singreg.mlp import MLPSettings, fit_mlp_translator
+from singreg.mlp import MLPSettings
 from singreg.nullspace import NullSpace
-from singreg.translator import LinearTranslator, fit_translator
+from singreg.translator import LinearTranslator, fit_mlp_translator, fit_translator
 from tests.analysis.levels.level_data import World, measure_in_process
 from tests.processes import run_processes
 from tests.reference import levels

@@ -12,10 +12,10 @@ import torch
 from singreg.analysis.old_fitting import VALIDATION_EVERY, fit_on_part
 from singreg.analysis.study.agreement import translator_agreement
 from singreg.analysis.study.auditors import Auditor, auditor_agreement_curve, fit_auditors
-from singreg.mlp import MLPSettings, MLPTranslator
+from singreg.mlp import MLPSettings
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
-from singreg.translator import LinearTranslator, TranslatorInfo
+from singreg.translator import LinearTranslator, MLPTranslator, TranslatorInfo
 from tests.analysis import planted, toy
 from tests.processes import run_processes
 from tests.reference.formulas import angle_degrees, null_projector
