@@ -1,0 +1,136 @@
+"""Configurations: read from YAML and flags, all their mistakes shown at once, written so that they read the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from singreg.config import FinetuneConfig, ModelConfig, RunConfig, dump, overridden, parse
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Listed(RunConfig):
+    """A configuration with a list of sections.
+
+    Args:
+        models: classifiers.
+    """
+
+    models: list[ModelConfig] = field(default_factory=list)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, kind: type = FinetuneConfig) -> list[str]:
+    with pytest.raises(SystemExit) as stop:
+        parse(kind, arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return [line[4:] for line in said.splitlines() if line.startswith("  - ")]
+
+
+def written(folder: Path, text: str) -> str:
+    (folder / "c.yaml").write_text(text, encoding="utf-8")
+    return str(folder / "c.yaml")
+
+
+def test_files_and_flags_apply_in_order(tmp_path: Path) -> None:
+    file = written(tmp_path, "training: {epochs: 7, batch_size: 8}\nloss: {terms: {leak: 2}}\n")
+    config = parse(FinetuneConfig, ["--config", file, "--training.epochs", "3", "--loss.terms.hinge", "1"])
+    assert (config.training.epochs, config.training.batch_size) == (3, 8)
+    assert config.loss.terms == {"leak": 2.0, "hinge": 1.0}
+    assert config.model == ModelConfig()
+
+
+def test_dump_reads_back_as_the_same_run(tmp_path: Path) -> None:
+    config = parse(FinetuneConfig, ["--data.scenes.test", "50", "--vlm.templates", '["a {class}", "the {class}"]'])
+    assert parse(FinetuneConfig, ["--config", written(tmp_path, dump(config))]) == config
+    models = parse(Listed, ["--models", "[{name: a}, {name: b, head: keep}]"])
+    assert [model.head for model in models.models] == ["slice", "keep"]
+    assert parse(Listed, ["--config", written(tmp_path, dump(models))]) == models
+
+
+def test_a_later_list_replaces_an_earlier_one(tmp_path: Path) -> None:
+    file = written(tmp_path, "models: [{name: a, head: keep}, {name: b}]\n")
+    found = parse(Listed, ["--config", file, "--models", "[{name: c}]"])
+    assert found.models == [ModelConfig(name="c")]
+
+
+def test_all_mistakes_are_shown_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(
+        tmp_path,
+        "ot: x\ndata: {scenes: {trai: 2, bias: 1.6}, workers: -1}\nloss: {terms: {leek: 2}, weight: heavy}\n"
+        "training: {epochs: 4.5, batch_size: null}\n",
+    )
+    found = refusal(capsys, "--config", file, "--seed", "-3", "--training.epoch", "4", "--config", "/nowhere.yaml")
+    keys = [line.partition(":")[0] for line in found]
+    wanted = ["ot", "loss.weight", "training.epochs", "training.epoch", "data.scenes.trai", "data.scenes.bias"]
+    wanted += ["data.workers", "loss.terms.leek", "training.batch_size", "seed", "--config"]
+    assert sorted(keys) == sorted(wanted)
+    assert any("did you mean training.epochs" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["--loss.preset", "sings"], "loss.preset"),
+        (["--loss.terms", "{leak: 0, hinge: 0, band: 0, class_share: 0, capacity: 0}"], "loss.terms"),
+        (["--vlm.templates", "[an image]"], "vlm.templates"),
+        (["--vlm.templates", "[]"], "vlm.templates"),
+        (["--data.streaming", "true"], "data.streaming"),
+        (["--data.unlabeled", "x"], "data.source"),
+        (["--data.per_class", "{train: 0}"], "data.per_class.train"),
+        (["--data.unlabeled_to_audit", "2"], "data.unlabeled_to_audit"),
+        (["--training.learning_rate", "0"], "training.learning_rate"),
+        (["--translator.ridge", "-1"], "translator.ridge"),
+        (["--loss.balance", "0.1", "--loss.terms", "{leak: 0, hinge: 0, band: 0, class_share: 0}"], "loss.balance"),
+        (["--out", ""], "out"),
+        (["--data.augmentation", "cutmix"], "data.augmentation"),
+    ],
+)
+def test_bad_values_are_refused_by_name(arguments: list[str], key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert any(line.startswith(f"{key}:") for line in refusal(capsys, *arguments))
+
+
+def test_a_section_that_stands_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML itself would keep the last one without a word."""
+    (line,) = refusal(
+        capsys, "--config", written(tmp_path, "loss: {weight: 1}\ntraining: {epochs: 1}\nloss: {balance: 1}")
+    )
+    assert "listed twice: loss" in line
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "text"])
+def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(refusal(capsys, "--config", written(tmp_path, text))) == 1
+
+
+def test_overridden_copies_with_other_values() -> None:
+    config = FinetuneConfig()
+    changed = overridden(config, {"loss.weight": 0.5, "loss.terms.leak": 3, "training.l2_sp": 1})
+    assert (changed.loss.weight, changed.loss.terms, changed.training.l2_sp) == (0.5, {"leak": 3.0}, 1.0)
+    assert config == FinetuneConfig()
+    with pytest.raises(ValueError, match=r"(?s)loss\.weigh: no such key.*training\.epochs: expected int"):
+        overridden(config, {"loss.weigh": 0.5, "training.epochs": "x"})
+
+
+def test_finetune_has_at_most_45_options_and_each_has_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(FinetuneConfig, ["--help"])
+    text = capsys.readouterr().out
+    options = [line for line in text.splitlines() if line.startswith("  --") and "CONFIG" not in line]
+    options = [line for line in options if "--print_config" not in line]
+    assert 40 <= len(options) <= 45
+    assert "(type: str, default: null)" not in text.replace("\n", " ").split("--seed")[0]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_files_open_with_their_command(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert "Command" in text.partition("\n\n")[0] or "Command" in text[:800]
+    assert f"--config configs/{file.name}" in text
+    assert isinstance(yaml.safe_load(text), dict)

@@ -1,0 +1,175 @@
+"""A run's folder: refused when it is another run's, resumed when it is the same, and named when something ends it."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from singreg import runs
+from singreg.config import FinetuneConfig, parse
+from singreg.runs import OtherRunError, Run, StopRequest, describe_machine, explained, start
+
+
+@pytest.fixture
+def accelerator(tmp_path: Path) -> Iterator[Accelerator]:
+    AcceleratorState._reset_state(True)
+    yield start(config(tmp_path))
+    AcceleratorState._reset_state(True)
+
+
+def config(folder: Path, **changes: Any) -> FinetuneConfig:
+    return FinetuneConfig(**{"out": str(folder / "one"), **changes})
+
+
+def open_run(folder: Path, accelerator: Accelerator, **changes: Any) -> Run:
+    return Run(config(folder, **changes), accelerator, "finetune").open()
+
+
+def test_a_new_folder_holds_the_resolved_configuration(accelerator: Accelerator, tmp_path: Path) -> None:
+    Run(config(tmp_path), accelerator, "finetune").check()
+    assert list(tmp_path.iterdir()) == [], "checking makes nothing"
+    run = open_run(tmp_path, accelerator)
+    assert [path.name for path in run.folder.iterdir()] == ["config.yaml"]
+    assert parse(FinetuneConfig, ["--config", str(run.folder / "config.yaml")]) == run.config
+
+
+def test_a_folder_with_another_run_is_refused(accelerator: Accelerator, tmp_path: Path) -> None:
+    open_run(tmp_path, accelerator, resume=True)  # a cluster's job script gives the same command every time
+    open_run(tmp_path, accelerator, resume=True)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        open_run(tmp_path, accelerator)
+    with pytest.raises(ValueError, match="differs from the configuration given"):
+        open_run(tmp_path, accelerator, resume=True, seed=1)
+
+
+class Failure(Exception):
+    """Any error in the middle of a run."""
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Failure])
+def test_what_ends_a_run_says_how_to_go_on(
+    kind: type[BaseException], accelerator: Accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(tmp_path, accelerator)
+    with pytest.raises(kind), run.guarded():
+        raise kind
+    command = capsys.readouterr().err.partition("go on with: ")[2].strip()
+    resumed = parse(FinetuneConfig, command.split()[3:])
+    assert Run(resumed, accelerator, "finetune").open().folder == run.folder
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Failure, True), (SystemExit, False)])
+def test_another_process_speaks_of_its_own_failure_only(
+    kind: type[BaseException], said: bool, accelerator: Accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(tmp_path, accelerator)
+    other: Any = SimpleNamespace(is_main_process=False)
+    run.accelerator = other
+    with pytest.raises(kind), run.guarded():
+        raise kind
+    assert ("go on with" in capsys.readouterr().err) is said
+
+
+def test_a_full_disk_is_a_sentence(accelerator: Accelerator, tmp_path: Path) -> None:
+    run = open_run(tmp_path, accelerator)
+    for error in (OSError(errno.ENOSPC, "No space left"), RuntimeError("failed (os error 28)")):
+        with pytest.raises(SystemExit, match="while writing in"), run.guarded():
+            raise error
+    with pytest.raises(OSError, match="other"), run.guarded():
+        raise OSError(errno.ENOENT, "other")
+    with pytest.raises(SystemExit, match="error: other images"), run.guarded():
+        raise OtherRunError("other images")
+
+
+def test_sigterm_ends_a_run_and_is_handled_inside_only(accelerator: Accelerator, tmp_path: Path) -> None:
+    run = open_run(tmp_path, accelerator)
+    outside = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as stop, run.guarded():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, outside)
+    assert stop.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(("repeated", "waits"), [(0.0, False), (5.0, True)])
+def test_a_loop_takes_the_first_signal_and_a_late_second_one_ends(
+    repeated: float, waits: bool, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "REPEATED", repeated)
+    steps: list[str] = []
+    with pytest.raises(SystemExit), open_run(tmp_path, accelerator).guarded(), StopRequest(accelerator) as request:
+        signal.raise_signal(signal.SIGTERM)
+        assert request.came()
+        signal.raise_signal(signal.SIGTERM)
+        steps.append("saved")
+        request.end()
+    assert bool(steps) is waits
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(accelerator: Accelerator, tmp_path: Path) -> None:
+    run, finished = open_run(tmp_path, accelerator), []
+
+    def work() -> None:
+        with run.guarded():
+            finished.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert finished == [True]
+
+
+def test_a_users_mistake_is_a_sentence_and_a_bug_is_not() -> None:
+    with pytest.raises(SystemExit, match="error: what is wrong"), explained():
+        raise FileNotFoundError("what is wrong")
+    with pytest.raises(RuntimeError), explained():
+        raise RuntimeError
+
+
+def test_the_machine_is_described(accelerator: Accelerator) -> None:
+    machine = describe_machine(accelerator)
+    assert (machine["processes"], machine["accumulation"], machine["mixed_precision"]) == (1, 1, "no")
+    assert machine["torch"] == torch.__version__
+
+
+def test_equal_seeds_give_equal_draws(tmp_path: Path) -> None:
+    drawn = []
+    for seed in (3, 3, 4):
+        AcceleratorState._reset_state(True)
+        start(config(tmp_path, seed=seed))
+        drawn.append(torch.rand(2).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "model.compile"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "needs a GPU"),
+    ],
+)
+def test_what_accelerate_cannot_do_here_is_refused(
+    key: str, value: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    AcceleratorState._reset_state(True)
+    start(config(tmp_path))
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv(key, value)
+    with pytest.raises(SystemExit, match=said):
+        start(config(tmp_path))
+    AcceleratorState._reset_state(True)

@@ -1,0 +1,103 @@
+"""Files whole or not at all, hashes that do not hang on the machine, rows and sums over processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from singreg.utils import (
+    all_reduce_max,
+    all_reduce_mean,
+    all_reduce_sum,
+    atomic_write,
+    cache_folder,
+    gather_rows,
+    progress,
+    sha256_of_tensor,
+    sweep,
+    write_json,
+    write_text,
+)
+from tests.processes import run_processes
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    write_text(target, "old")
+    with pytest.raises(RuntimeError), atomic_write(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_sweeping_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        left = tmp_path / "below" / temporary.name
+    left.parent.mkdir()
+    others = [tmp_path / "below" / ".keep", tmp_path / "b-writing-abcdefgh"]
+    for path in (left, *others):
+        path.write_text("")
+    sweep(tmp_path)
+    assert not left.exists()
+    assert all(path.exists() for path in others)
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [np.float32(0.5), float("inf")], "b": torch.tensor([1.0]), 3: Path("x")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [0.5, None], "b": [1.0], "3": "x"}
+
+
+def test_a_tensors_hash_does_not_hang_on_layout() -> None:
+    x = torch.randn(4, 6)
+    assert sha256_of_tensor(x) == sha256_of_tensor(x.T.contiguous().T)
+    assert sha256_of_tensor(x) != sha256_of_tensor(x.reshape(6, 4))
+
+
+def test_the_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SINGREG_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("SINGREG_CACHE")
+    assert cache_folder().name == "singreg"
+
+
+def test_progress_prints_lines_with_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("singreg.utils.SECONDS_BETWEEN_LINES", 0.0)
+    assert list(progress([1, 2], "counting", total=4, done=2)) == [1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["counting: 3/4 (75%)", "counting: 4/4 (100%)"]
+    assert all("s left" in line for line in lines)
+    list(progress([1], "silent", enabled=False))
+    assert capsys.readouterr().err == ""
+
+
+def test_gathering_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no process has any row"):
+        gather_rows([])
+
+
+def _work(rank: int, world: int) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Five rows on two processes, or one of three without any."""
+    mine = np.arange(rank, 5, world) if rank < 2 else np.zeros(0, dtype=np.int64)
+    rows = [{"index": mine, "pair": np.stack([mine, -mine], 1) * 0.5, "flag": mine > 2}] if len(mine) else []
+    values = torch.arange(rank + 1.0)
+    sums = [all_reduce_sum(values.sum()), all_reduce_max(values.max()), all_reduce_mean(values)]
+    return gather_rows(rows, sort_by="index"), [float(value) for value in sums]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_rows_and_sums_over_processes(world: int) -> None:
+    for rows, sums in run_processes(world, _work):
+        wanted = sorted(i for rank in range(min(world, 2)) for i in range(rank, 5, world))
+        assert rows["index"].tolist() == wanted
+        assert rows["pair"].dtype == np.float64
+        np.testing.assert_array_equal(rows["pair"][:, 1], -0.5 * np.array(wanted))
+        assert rows["flag"].tolist() == [i > 2 for i in wanted]
+        values = [float(i) for rank in range(world) for i in range(rank + 1)]
+        assert sums == pytest.approx([sum(values), max(values), sum(values) / len(values)])
