@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from singreg.analysis.perturbation import measure_perturbations
     from singreg.analysis.scores import analyze_model
     from singreg.analysis.steering import measure_steering
+    from singreg.config import DataConfig
     from singreg.data.concepts import ConceptBank, embed_concepts, load_concepts
-    from singreg.data.config import DataConfig
     from singreg.data.datasets import load_splits
     from singreg.data.embeddings import cached_embeddings
     from singreg.functional import angle, attribute_score, image_score, kappa, pairwise_angles
@@ -89,7 +89,7 @@ _HOMES = {
     "singreg.analysis.old_steering.curves": ("Budgets", "steer_curves"),
     "singreg.analysis.old_steering.plan": ("PairPlan", "plan_pairs"),
     "singreg.data.concepts": ("ConceptBank", "embed_concepts", "load_concepts"),
-    "singreg.data.config": ("DataConfig",),
+    "singreg.config": ("DataConfig",),
     "singreg.data.embeddings": ("cached_embeddings",),
     "singreg.data.datasets": ("load_splits",),
     "singreg.functional": ("pairwise_angles", "kappa", "angle", "attribute_score", "image_score"),

@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from singreg.analysis.features import PassSettings
-from singreg.config import DataConfig, ModelConfig, RunConfig, VLMConfig
-from singreg.data.config import DataConfig as OldDataConfig
+from singreg.config import ModelConfig, RunConfig, VLMConfig
 from singreg.data.datasets import ImageSplit, Splits, load_splits
 from singreg.data.embeddings import cached_embeddings
 from singreg.models.classifier import Classifier
@@ -65,7 +64,7 @@ def prepare(
     Raises:
         ValueError: an empty audit split, a head without a null space, classes or images that are not there.
     """
-    splits = load_splits(_old(config.data))
+    splits = load_splits(config.data)
     if not len(splits.audit):
         raise ValueError(
             "the audit split is empty, so no auditor can be fitted; give data.per_class.audit or unlabeled"
@@ -178,8 +177,8 @@ def open_vlm(config: VLMConfig, accelerator: Accelerator) -> VisionLanguageModel
 
 def embed_splits(vlm: VisionLanguageModel, splits: Sequence[ImageSplit], passes: PassSettings) -> dict[str, np.ndarray]:
     """Return image embeddings (N, n) by the split's name, computed once and memory-mapped from the cache."""
-    settings = {"batch_size": passes.batch_size, "workers": passes.workers, "progress": passes.progress}
-    return {split.name: cached_embeddings(vlm, split, cache_folder(), **settings) for split in splits}
+    settings: dict[str, Any] = {"batch_size": passes.batch_size, "workers": passes.workers, "progress": passes.progress}
+    return {split.name: cached_embeddings(vlm, split, **settings) for split in splits}
 
 
 def describe_pair(
@@ -212,17 +211,3 @@ def describe_splits(splits: Splits) -> str:
         f"images: {', '.join(f'{name} {count}' for name, count in counts.items())}\n"
         f"embedding the {embedded} images of bank, audit and test once; {cache_folder()} keeps them"
     )
-
-
-def _old(data: DataConfig) -> OldDataConfig:
-    """Until data/ reads the new configuration."""
-    if data.source == "scenes":
-        n = data.scene_counts
-        own: dict[str, Any] = {f"scenes_{k}": int(n[k]) for k in ("train", "audit", "test", "bank")}
-        own |= {"scene_background_bias": n["bias"], "seed": int(n["seed"])}
-    else:
-        own = {f"{k}_per_class": v for k, v in data.per_class.items()}
-        own |= {"unlabeled": data.unlabeled, "unlabeled_to_audit": data.unlabeled_to_audit, "classes": data.classes}
-        own |= {"unreadable": "skip" if data.bad_images == "drop" else "stop", "duplicates": data.bad_images}
-    names = ("source", "streaming", "train_split", "test_split", "image_size", "augmentation", "workers")
-    return OldDataConfig(**own, **{k: getattr(data, k) for k in names}, cache_dir=str(cache_folder()))

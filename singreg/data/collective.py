@@ -1,67 +1,47 @@
-"""Work of one process for all, and work of all that one may fail: a failure reaches everybody, so that nobody waits for ever."""
+"""Work that all processes wait for: a failure on one of them reaches all, so that none waits for ever."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
+import torch.distributed as dist
 
-from singreg.utils import is_distributed
+from singreg.utils import rank_and_world
 
 Value = TypeVar("Value")
 
 
-class ElsewhereError(RuntimeError):
-    """Another process failed, so this one cannot go on; the text names process and failure."""
+def together(work: Callable[[], Value], what: str, *, first_only: bool = False) -> Value:
+    """Run `work` on every process and wait for all; return this process's result.
 
-
-def rank() -> int:
-    """This process's number in its group; 0 without one (no shapes)."""
-    return torch.distributed.get_rank() if is_distributed() else 0
-
-
-def world() -> int:
-    """How many processes the group has; 1 without one (no shapes)."""
-    return torch.distributed.get_world_size() if is_distributed() else 1
-
-
-def first_for_all(work: Callable[[], Value], what: str) -> Value:
-    """Run `work` on the first process only and give its result to all; `what` it is, for messages (no shapes).
+    Args:
+        what: the work in words, for messages.
+        first_only: run it on the first process alone and return its result, pickled, on all.
 
     Raises:
-        Exception: on the first process its own failure, on the others an ElsewhereError that tells it.
+        Exception: where the work failed its own failure; elsewhere a ValueError that names process and failure, or a
+            RuntimeError where the failure is not a user's mistake (ValueError or OSError).
     """
-    result: list[Value] = []
-
-    def first_only() -> None:
-        if rank() == 0:
-            result.append(work())
-
-    everywhere(first_only, what)
-    if not is_distributed():
-        return result[0]
-    sent: list[Value | None] = [result[0] if result else None]
-    torch.distributed.broadcast_object_list(sent, src=0)
-    return sent[0]  # type: ignore[return-value]
-
-
-def everywhere(work: Callable[[], None], what: str) -> None:
-    """Run `work` on every process and wait for all; `what` it is, for messages (no shapes).
-
-    Raises:
-        Exception: where it failed its own failure, elsewhere an ElsewhereError that names process and failure.
-    """
+    rank, world = rank_and_world()
+    results: list[Any] = [None]
     failure: Exception | None = None
-    try:
-        work()
-    except Exception as error:  # handed on below, once the others know: they would wait for ever otherwise
-        failure = error
-    texts: list[str | None] = [None] * world()
-    if is_distributed():
-        torch.distributed.all_gather_object(texts, None if failure is None else f"{type(failure).__name__}: {failure}")
+    if rank == 0 or not first_only:
+        try:
+            results = [work()]
+        except Exception as error:  # raised below, once the others know
+            failure = error
+    if world > 1:
+        told: list[tuple[bool, str] | None] = [None] * world
+        mistake = isinstance(failure, (ValueError, OSError))
+        dist.all_gather_object(told, None if failure is None else (mistake, f"{type(failure).__name__}: {failure}"))
+        failed = [f"process {place}: {text[1]}" for place, text in enumerate(told) if text is not None]
+        if failed and failure is None:
+            kind = ValueError if all(text is None or text[0] for text in told) else RuntimeError
+            raise kind(f"{what} failed elsewhere: {'; '.join(failed)}")
     if failure is not None:
         raise failure
-    failed = [f"process {place}: {text}" for place, text in enumerate(texts) if text is not None]
-    if failed:
-        raise ElsewhereError(f"{what} failed elsewhere: {'; '.join(failed)}")
+    if first_only and world > 1:
+        dist.broadcast_object_list(results, src=0)
+    value: Value = results[0]
+    return value

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageFilter
 
-from singreg.data.splits import ImageSplit
+from singreg.data.splits import ImageSplit, SubsetSplit
 
 KINDS = ("blur", "noise", "contrast")
 BLUR = (0.005, 0.01, 0.015, 0.02, 0.03)
@@ -52,8 +52,8 @@ def check_corruptions(kinds: Sequence[str], severity: int) -> None:
         raise ValueError("; ".join(problems))
 
 
-class CorruptedSplit(ImageSplit):
-    """Another part's pictures, corrupted; picture i always gets the same noise, and the fingerprint is one of its own.
+class CorruptedSplit(SubsetSplit):
+    """Another split's images, corrupted; an image always gets the same noise, and the fingerprint is one of its own.
 
     Raises:
         ValueError: another kind than `KINDS` or severity than 1 to 5.
@@ -61,16 +61,16 @@ class CorruptedSplit(ImageSplit):
 
     def __init__(self, parent: ImageSplit, kind: str, severity: int = 3, *, seed: int = 0) -> None:
         check_corruptions([kind], severity)
+        super().__init__(parent, np.arange(len(parent)), f"{parent.name} {kind}")
         note = f"{kind} {severity} {seed}".encode()
-        # The noise follows the content, not the place: a picture is corrupted alike in every selection of it.
+        # The noise follows the content, not the place: an image is corrupted alike in every selection of it.
         rows = [hashlib.sha256(digest.tobytes() + note).digest() for digest in parent.digests]
-        digests = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 32)
-        super().__init__(f"{parent.name} {kind}", parent.class_names, parent.labels, digests)
-        self.parent, self.kind, self.severity = parent, kind, severity
+        self.digests = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 32)
+        self.kind, self.severity = kind, severity
 
     def image(self, index: int) -> Image.Image:
         drawn = int.from_bytes(self.digests[index, :8].tobytes(), "little")
-        return corrupt(self.parent.image(index), self.kind, self.severity, seed=drawn)
+        return corrupt(super().image(index), self.kind, self.severity, seed=drawn)
 
     def identifier(self, index: int) -> str:
-        return f"{self.parent.identifier(index)} ({self.kind} {self.severity})"
+        return f"{super().identifier(index)} ({self.kind} {self.severity})"

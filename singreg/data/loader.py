@@ -1,58 +1,51 @@
-"""Pictures as tensors, in an order and with random draws that depend on seed, epoch and index alone."""
+"""Batches of a split, in an order and with random draws that depend on seed, epoch and index alone."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-if TYPE_CHECKING:
-    from singreg.data.splits import ImageSplit
+from singreg.data.splits import ImageSplit
 
 Transform = Callable[[Image.Image], Tensor]
 
 
 class TensorView(Dataset[tuple[Any, ...]]):
-    """A part's pictures through a transform: items (tensor, label, index), or (tensor, clean tensor, label, index).
+    """A split's images through one transform or two: items (tensor, label, index) or (tensor, clean tensor, label, index).
 
-    The random draws of item i in epoch e hang on (seed, e, i): not on the number of workers or processes, and not on
-    whether the run was interrupted. The clean view is of the same picture, through the second transform.
+    The draws of image i in epoch e depend on (seed, e, i): not on workers, processes or an interruption before.
     """
 
     def __init__(
-        self, part: ImageSplit, transform: Transform, clean_transform: Transform | None = None, *, seed: int = 0
+        self, split: ImageSplit, transform: Transform, clean_transform: Transform | None = None, *, seed: int = 0
     ) -> None:
-        self.part, self.transform, self.clean_transform = part, transform, clean_transform
+        self.split, self.transform, self.clean_transform = split, transform, clean_transform
         self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
-        return len(self.part)
+        return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        image = self.part.image(index)
-        label = int(self.part.labels[index])
+        image, label = self.split.image(index), int(self.split.labels[index])
         with _seeded(self.seed, self.epoch, index):
             view = self.transform(image)
         if self.clean_transform is None:
             return view, label, index
         return view, self.clean_transform(image), label, index
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentations of this epoch from now on (no shapes)."""
-        self.epoch = epoch
-
 
 class EpochSampler(Sampler[int]):
     """The order of one epoch: 0..N-1, or a permutation that depends on (seed, epoch) alone.
 
-    accelerate calls `set_epoch` on a loader's sampler only, once several processes share it, so it is passed on to the view.
+    accelerate calls `set_epoch` on a loader's sampler only, so the view hears of the epoch from here.
     """
 
     def __init__(self, view: TensorView, *, shuffle: bool, seed: int = 0) -> None:
@@ -68,22 +61,47 @@ class EpochSampler(Sampler[int]):
         return iter(order.tolist())
 
     def set_epoch(self, epoch: int) -> None:
-        """Move the order and the view's augmentations to this epoch (no shapes)."""
-        self.epoch = epoch
-        self.view.set_epoch(epoch)
+        """Move the order and the view's augmentations to this epoch."""
+        self.epoch = self.view.epoch = epoch
+
+
+def make_loader(
+    split: ImageSplit,
+    transform: Transform,
+    batch_size: int,
+    *,
+    clean_transform: Transform | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    drop_last: bool = False,
+) -> DataLoader[Any]:
+    """Return batches (images (B, 3, H, W), labels (B,), indices (B,)); with `clean_transform` the clean view comes second.
+
+    Order and augmentation of an epoch depend on (seed, epoch, index): call `loader.sampler.set_epoch(epoch)`, or leave
+    it to accelerate, which calls it on the loaders it has prepared.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    view = TensorView(split, transform, clean_transform, seed=seed)
+    sampler = EpochSampler(view, shuffle=shuffle, seed=seed)
+    generator = torch.Generator().manual_seed(seed)  # or every pass would draw from the training's dropout
+    return DataLoader(
+        view, batch_size=batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, generator=generator
+    )
 
 
 @contextmanager
 def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Run with torch's, numpy's and Python's generators at a state of (seed, epoch, index); put the old ones back after."""
-    state = np.random.SeedSequence([seed, epoch, index, 2]).generate_state(3)
-    kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    """Run with the CPU generators of torch, numpy and Python seeded; what they had before is put back."""
+    state = [int(word) for word in np.random.SeedSequence([seed, epoch, index, 2]).generate_state(3)]
+    kept = np.random.get_state(), random.getstate()
     try:
-        torch.default_generator.manual_seed(int(state[0]))
-        np.random.seed(int(state[1]))
-        random.seed(int(state[2]))
-        yield
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(state[0])  # torch.manual_seed would reset a GPU's generator too
+            np.random.seed(state[1])
+            random.seed(state[2])
+            yield
     finally:
-        torch.set_rng_state(kept[0])
-        np.random.set_state(kept[1])
-        random.setstate(kept[2])
+        np.random.set_state(kept[0])
+        random.setstate(kept[1])

@@ -1,285 +1,192 @@
-"""Where pictures are stored: a folder tree or a `datasets` data set, seen as numbered rows with class labels."""
+"""Where images are stored: folders of class folders, and data sets that Hugging Face `datasets` loads or streams."""
 
 from __future__ import annotations
 
 import logging
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
-from singreg.data.pictures import SUFFIXES, Checked, PictureChecker
-from singreg.data.reading import Origin
-from singreg.data.splits import UNLABELLED, FolderSplit, HubSplit, ImageSplit
+from singreg.config import DataConfig
+from singreg.data.splits import UNLABELLED, TableSplit, cell_bytes, examine
+from singreg.utils import atomic_write, cache_folder, progress, sha256_of_json
 
 logger = logging.getLogger(__name__)
-
-NAMED = 10  # a message that lists more than this is read by nobody
-
-
-class Split(ABC):
-    """All rows of one split before any is chosen: `where` (for messages) and `labels` (N,), -1 where not wanted.
-
-    `links`: those found in a folder that are not followed, because they lead out of the data source or to a folder.
-    """
-
-    def __init__(self, where: str, labels: np.ndarray, links: Sequence[str] = ()) -> None:
-        self.where, self.labels, self.links = where, labels, tuple(links)
-
-    @abstractmethod
-    def identifier(self, row: int) -> str:
-        """The path or name of a row (no shapes)."""
-
-    @abstractmethod
-    def check(self, rows: np.ndarray, checker: PictureChecker) -> Checked:
-        """Digests and unreadable ones of rows (M,)."""
-
-    @abstractmethod
-    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str], digests: np.ndarray) -> ImageSplit:
-        """Rows (M,) as a part, with the digests (M, 32) found before."""
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+STREAMED_ROWS = 500  # held in memory at once
 
 
-class FolderRows(Split):
-    """Files under `root/split`, of the classes whose folders are `keys`; without keys, every picture, unlabelled."""
-
-    def __init__(self, root: Path, folder: Path, keys: Sequence[str] | None) -> None:
-        self.paths: list[str] = []
-        labels: list[int] = []
-        links: list[str] = []
-        for label, top in [(UNLABELLED, folder)] if keys is None else enumerate(folder / key for key in keys):
-            found = list(_pictures(top, root, links))
-            self.paths += found
-            labels += [label] * len(found)
-        super().__init__(str(folder), np.asarray(labels, dtype=np.int64), links)
-
-    def identifier(self, row: int) -> str:
-        return self.paths[row]
-
-    def check(self, rows: np.ndarray, checker: PictureChecker) -> Checked:
-        return checker.check_files([self.paths[row] for row in rows])
-
-    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str], digests: np.ndarray) -> ImageSplit:
-        return FolderSplit(name, [self.paths[row] for row in rows], class_names, self.labels[rows], digests)
+def open_source(config: DataConfig) -> Folder | HuggingFace:
+    """Return the folder of images that `config.source` names, else the Hugging Face data set."""
+    path = Path(config.source).expanduser()
+    if path.is_dir() and not any((*path.glob("*.parquet"), *path.glob("*/*.parquet"))) and not config.streaming:
+        return Folder(path.resolve())
+    if not path.is_dir() and config.source.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"there is no folder {path} (data.source); expected one of SPLIT/CLASS/image files")
+    return HuggingFace(config)
 
 
-class FolderSource:
-    """A folder with SPLIT/CLASS/... picture files; a class folder may hold subfolders. `key`: the option that named it."""
+def read_unlabelled(folder: str, class_names: Sequence[str]) -> TableSplit:
+    """Return every image below a folder, at any depth, without labels."""
+    root = Path(folder).expanduser().resolve()
+    paths = list(_images_below(root))
+    if not paths:
+        endings = " ".join(sorted(SUFFIXES))
+        raise FileNotFoundError(f"there is no image below {root} (data.unlabeled); expected files ending in {endings}")
+    return TableSplit.from_files(str(root), paths, class_names, [UNLABELLED] * len(paths))
 
-    def __init__(self, source: str, key: str = "data.source") -> None:
-        self.root = Path(source).expanduser().resolve()
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.root} ({key}); expected one with pictures")
 
-    def keys(self, split: str, option: str = "data.train_split") -> tuple[str, ...]:
-        """The class folders of a split, sorted (no shapes); `option` is the one that named the split.
+class Folder:
+    """A folder of SPLIT/CLASS/image files; a class folder may hold subfolders."""
 
-        Raises:
-            FileNotFoundError: the split is not there; those that are, are named.
-            ValueError: it holds no class folder, or it or a class folder is a link that leads out of the data source.
-        """
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def keys(self, split: str, option: str) -> tuple[str, ...]:
+        """Return the class folders, sorted, of the split that `option` named."""
         folder = self.root / split
         if not folder.is_dir():
-            there = ", ".join(_subfolders(self.root, self.root)[0]) or "none"
+            there = ", ".join(_subfolders(self.root)) or "none"
             raise FileNotFoundError(
-                f"no split {split!r} in {self.root}: expected {folder}/CLASS/PICTURE; folders there: {there}; set {option} to one of them"
+                f"there is no split {split!r} in {self.root}; folders there: {there}; set {option} to one of them"
             )
-        if not _inside(folder, self.root):
-            raise ValueError(
-                f"{folder} leads to {folder.resolve()}, out of {self.root}, and is not followed; copy it, or make the folder that holds "
-                f"the splits data.source and set {option}"
-            )
-        keys, links = _subfolders(folder, self.root)
-        if links:
-            raise ValueError(
-                f"{len(links)} class folders in {folder} are links that lead out of {self.root} or nowhere ({_first(links)}) and are not "
-                "followed; copy them, or make the target folder data.source and pick classes with data.classes"
-            )
-        if not keys:
-            raise ValueError(f"{folder} ({option}) holds no class folder: expected {folder}/CLASS/PICTURE")
-        return tuple(keys)
+        if not _subfolders(folder):
+            raise ValueError(f"{folder} ({option}) holds no class folder; expected {folder}/CLASS/image files")
+        return _subfolders(folder)
 
-    def read(self, split: str, keys: Sequence[str]) -> Split:
-        """All pictures of the classes `keys`, labelled by their place in it."""
-        return FolderRows(self.root, self.root / split, keys)
-
-    @staticmethod
-    def read_unlabelled(folder: str) -> Split:
-        """Every picture under a folder, at any depth, without labels."""
-        root = FolderSource(folder, "data.unlabeled").root
-        split = FolderRows(root, root, None)
-        if not split.paths:
-            links = f"; {len(split.links)} links are not followed ({_first(split.links)})" if split.links else ""
-            endings = ", ".join(sorted(SUFFIXES))
-            raise ValueError(f"no picture in {root} (data.unlabeled); the endings known are {endings}{links}")
-        return split
+    def read(self, split: str, keys: Sequence[str], class_names: Sequence[str]) -> TableSplit:
+        """Return all images of the classes `keys`, labelled by their place in it."""
+        found = [list(_images_below(self.root / split / key)) for key in keys]
+        labels = np.repeat(np.arange(len(keys)), [len(paths) for paths in found])
+        paths = [path for of_class in found for path in of_class]
+        return TableSplit.from_files(str(self.root / split), paths, class_names, labels)
 
 
-class HubRows(Split):
-    """Rows of a `datasets` split; labels are places in `keys`, -1 for rows of other classes; `origin`: what rows may point to."""
+class HuggingFace:
+    """A data set of the hub, or a folder of Parquet files; streamed, it is read once and what is wanted is kept."""
 
-    def __init__(self, where: str, table: datasets.Dataset, column: str, labels: np.ndarray, origin: Origin) -> None:
-        super().__init__(where, labels)
-        self.table, self.column, self.origin = table, column, origin
+    def __init__(self, config: DataConfig) -> None:
+        self.source, self.streaming = config.source, config.streaming
+        self.opened: dict[str, tuple[Any, str, str]] = {}
+        counts = config.per_class
+        self.wanted: dict[str, int | None] = {}
+        if config.train_split != config.test_split:
+            rest = "train" not in counts or "audit" not in counts
+            self.wanted[config.train_split] = None if rest else counts["train"] + counts["audit"]
+            self.wanted[config.test_split] = counts.get("test")
 
-    def identifier(self, row: int) -> str:
-        return f"{self.where}#{row}"
+    def keys(self, split: str, option: str) -> tuple[str, ...]:
+        """Return the class names, in the data set's own order, of the split that `option` named."""
+        rows, _, label = self._open(split, option)
+        if isinstance(rows.features[label], datasets.ClassLabel):
+            return tuple(rows.features[label].names)
+        names = {value for value in _labels(rows, label) if value is not None}
+        if not names:
+            raise ValueError(f"{self.source}/{split}: expected class names in the column {label!r}, got only nulls")
+        return tuple(sorted(names))
 
-    def check(self, rows: np.ndarray, checker: PictureChecker) -> Checked:
-        return checker.check_rows(self.table, rows, self.column, self.origin)
+    def read(self, split: str, keys: Sequence[str], class_names: Sequence[str]) -> TableSplit:
+        """Return the images of the split, those of the classes `keys` labelled by their place in it."""
+        rows, column, label = self._open(split)
+        where, place = f"{self.source}/{split}", {key: index for index, key in enumerate(keys)}
+        if self.streaming:
+            kept = self._kept(split, keys)
+            return TableSplit(where, kept.select_columns(["image"]), class_names, kept["label"][:], where=where)
+        names = list(_labels(rows, label))
+        if None in names:
+            text = "%s: %d rows are unlabelled (no value in the column %r) and are left out"
+            logger.warning(text, where, names.count(None), label)
+        table = rows.select_columns([column])
+        table = table if column == "image" else table.rename_column(column, "image")
+        labels = [UNLABELLED if name is None else place.get(name, UNLABELLED) for name in names]
+        return TableSplit(where, table, class_names, labels, where=where)
 
-    def part(self, name: str, rows: np.ndarray, class_names: Sequence[str], digests: np.ndarray) -> ImageSplit:
-        return HubSplit(
-            name, self.table, class_names, self.labels[rows], digests, column=self.column, where=self.where, rows=rows,
-            origin=self.origin,
-        )  # fmt: skip
-
-
-class HubSource:
-    """A data set that `datasets.load_dataset` can load: on the hub, in its cache, or a folder of Parquet files."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self._splits: dict[str, tuple[datasets.Dataset, str, str]] = {}
-
-    def keys(self, split: str, option: str = "data.train_split") -> tuple[str, ...]:
-        """The class names of a split, in the data set's own label order (no shapes); `option` is the one that named the split.
-
-        Raises:
-            ValueError: the split cannot be loaded, or has no label.
-        """
-        table, _, label = self._load(split, option)
-        feature = table.features[label]
-        if isinstance(feature, datasets.ClassLabel):
-            return tuple(feature.names)
-        return text_labels(table.unique(label), label, f"{self.source}/{split}")
-
-    def read(self, split: str, keys: Sequence[str]) -> Split:
-        """All rows of the split, those of classes `keys` labelled by their place in it."""
-        table, column, label = self._load(split)
-        own = table.select_columns([label]).with_format(None)[:][label]
-        own = [label_name(value, table.features[label]) for value in own]
-        warn_unlabelled(own.count(None), f"{self.source}/{split}", label)
-        place = {key: index for index, key in enumerate(keys)}
-        labels = np.asarray([place.get(value, UNLABELLED) for value in own], dtype=np.int64)
-        return HubRows(f"{self.source}/{split}", table, column, labels, self._origin(table))
-
-    def _load(self, split: str, option: str = "data.train_split") -> tuple[datasets.Dataset, str, str]:
-        if split not in self._splits:
+    def _open(self, split: str, option: str = "") -> tuple[Any, str, str]:
+        """Return the split's rows with undecoded images, and its image and label columns."""
+        if split not in self.opened:
             try:
-                table = datasets.load_dataset(self.source, split=split)
+                rows = datasets.load_dataset(self.source, split=split, streaming=self.streaming)
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"data.source {self.source!r}, split {split!r} ({option}), is neither a folder here nor a data set that could be "
-                    f"loaded; datasets says: {error}"
+                    f"data.source {self.source!r}, split {split!r} ({option}), is no folder here and no data set that "
+                    f"could be opened; datasets says: {error}"
                 ) from error
-            column, label = columns_of(table.features, self.source)
-            self._splits[split] = table.cast_column(column, datasets.Image(decode=False)), column, label
-        return self._splits[split]
+            features = rows.features or {}
+            images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+            labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+            texts = [n for n in ("label", "class", "category") if getattr(features.get(n), "dtype", "") == "string"]
+            if not images or not labels + texts:
+                raise ValueError(
+                    f"data.source {self.source!r}: expected an image column and a ClassLabel column (or a text column "
+                    f"label, class or category), got {dict(features)}"
+                )
+            rows = rows.cast_column(images[0], datasets.Image(decode=False))
+            self.opened[split] = rows, images[0], (labels + texts)[0]
+        return self.opened[split]
 
-    def _origin(self, table: datasets.Dataset) -> Origin:
-        """Rows may point into the folder itself, or into what was downloaded of this very data set."""
-        if Path(self.source).is_dir():
-            return Origin(self.source, [self.source])
-        folders = [Path(datasets.config.HF_HUB_CACHE) / f"datasets--{self.source.replace('/', '--')}"]
-        if (
-            table.info.builder_name == "imagefolder"
-        ):  # its paths are those that `datasets` itself unpacked, not somebody's text
-            folders += [Path(datasets.config.DOWNLOADED_DATASETS_PATH), Path(datasets.config.EXTRACTED_DATASETS_PATH)]
-        return Origin(self.source, folders)
+    def _kept(self, split: str, keys: Sequence[str]) -> datasets.Dataset:
+        """Stream the split unless that was done before; the first readable images of each class are kept as Arrow."""
+        rows, column, label = self._open(split)
+        place, wanted = {key: index for index, key in enumerate(keys)}, self.wanted.get(split)
+        facts = {"source": self.source, "split": split, "keys": list(keys), "wanted": wanted}
+        facts["data"] = datasets.load_dataset_builder(self.source).hash
+        target = cache_folder() / f"stream-{sha256_of_json(facts)[:32]}.arrow"
+        if not target.is_file():
+            schema = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}).arrow_schema
+            taken = _taken(rows, column, label, place, wanted)
+            shown = progress(taken, f"streaming {self.source}/{split}")
+            with atomic_write(target) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
+                held: list[dict[str, Any]] = []
+                for row in shown:
+                    held.append(row)
+                    if len(held) == STREAMED_ROWS:
+                        writer.write_batch(pa.RecordBatch.from_pylist(held, schema))
+                        held = []
+                writer.write_batch(pa.RecordBatch.from_pylist(held, schema))
+        return datasets.Dataset.from_file(str(target)).cast_column("image", datasets.Image(decode=False))
 
 
-def label_name(value: Any, feature: Any) -> str | None:
-    """A row's label as text; None where it has none (null, or -1 as in published test splits) (no shapes)."""
+def _taken(rows: Any, column: str, label: str, place: dict[str, int], wanted: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the wanted classes, until each has as many readable images as wanted (None: all there are)."""
+    missing = dict.fromkeys(place.values(), wanted or 0)
+    for row in rows:
+        name = _label_name(row[label], rows.features[label])
+        if name not in place or (wanted is not None and not missing[place[name]]):
+            continue
+        cell = row[column]
+        if cell is not None and cell["bytes"] is None and cell["path"] is not None:
+            cell = {"bytes": cell_bytes(cell), "path": None}
+        yield {"image": cell, "label": place[name]}
+        missing[place[name]] -= examine(cell)[1] is None
+        if wanted is not None and not any(missing.values()):
+            return
+
+
+def _labels(rows: Any, label: str) -> Iterable[str | None]:
+    """The label of every row as text."""
+    feature = rows.features[label]
+    return (_label_name(row[label], feature) for row in rows.select_columns([label]))
+
+
+def _label_name(value: Any, feature: Any) -> str | None:
+    """A row's label as text; None where it has none (null, or -1 as in published test splits)."""
     if isinstance(feature, datasets.ClassLabel):
-        return feature.names[value] if value is not None and value >= 0 else None
+        return str(feature.names[value]) if value is not None and value >= 0 else None
     return None if value is None else str(value)
 
 
-def text_labels(values: Iterable[str | None], label: str, where: str) -> tuple[str, ...]:
-    """The class names among the values of a text column, sorted (no shapes); a null is no class.
-
-    Raises:
-        ValueError: all are null.
-    """
-    names = {str(value) for value in values if value is not None}
-    if not names:
-        raise ValueError(f"{where}: the column {label!r} holds no label, only nulls; expected a class name in each row")
-    return tuple(sorted(names))
+def _subfolders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
 
 
-def warn_unlabelled(count: int, where: str, label: str) -> None:
-    """Say how many rows are left out because they have no label (no shapes)."""
-    if count:
-        logger.warning("%s: %d rows are unlabelled (no value in the column %r) and are left out", where, count, label)
-
-
-def open_source(source: str) -> FolderSource | HubSource:
-    """The source a name stands for: an existing folder (of Parquet files, or of class folders), otherwise the hub."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        parquet = [*path.glob("*.parquet"), *path.glob("*/*.parquet")]
-        return HubSource(str(path)) if parquet else FolderSource(source)
-    if source.startswith(("/", ".", "~")):
-        raise FileNotFoundError(
-            f"there is no folder {path} (data.source); expected one with SPLIT/CLASS/PICTURE or Parquet files"
-        )
-    return HubSource(source)
-
-
-def columns_of(features: Mapping[str, Any], source: str) -> tuple[str, str]:
-    """The picture column and the label column of a data set's features (no shapes).
-
-    Raises:
-        ValueError: it has none of the one or the other.
-    """
-    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    texts = [name for name in ("label", "class", "category") if getattr(features.get(name), "dtype", None) == "string"]
-    if not pictures or not labels + texts:
-        raise ValueError(
-            f"{source!r} needs a picture column and a ClassLabel column (or a text column label, class or category); "
-            f"it has {dict(features)}"
-        )
-    return pictures[0], (labels + texts)[0]
-
-
-def _subfolders(folder: Path, root: Path) -> tuple[list[str], list[str]]:
-    """The folders in a folder, and the links in it that lead to a folder outside the root, or nowhere; both sorted."""
-    names, links = [], []
-    for entry in os.scandir(folder):
-        if entry.name.startswith(".") or entry.is_file():
-            continue
-        if not entry.is_symlink():
-            names += [entry.name] if entry.is_dir() else []
-        elif entry.is_dir() and _inside(entry.path, root):
-            names.append(entry.name)
-        else:  # nowhere may be a disk that is not mounted: a class all the same
-            links.append(entry.name)
-    return sorted(names), sorted(links)
-
-
-def _inside(path: str | Path, root: Path) -> bool:
-    return Path(path).resolve().is_relative_to(root)
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-
-
-def _pictures(top: Path, root: Path, links: list[str]) -> Iterator[str]:
-    """Picture files under a folder in sorted order; links out of the root, or to folders (they may go round), are added to `links`."""
-    for folder, subfolders, files in os.walk(top):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        links += [path for name in subfolders if os.path.islink(path := os.path.join(folder, name))]
+def _images_below(folder: Path) -> Iterator[str]:
+    for where, subfolders, files in os.walk(folder, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         for name in sorted(files):
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in SUFFIXES:
-                continue
-            path = os.path.join(folder, name)
-            if os.path.islink(path) and not _inside(path, root):
-                links.append(path)
-            else:
-                yield path
+            if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES:
+                yield os.path.join(where, name)

@@ -1,51 +1,117 @@
-"""The parts of a data set (train, bank, audit, test): numbered pictures with labels and a fingerprint of their content."""
+"""Image splits: numbered images with labels and a fingerprint of their content."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import io
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from singreg.data.classes import imagenet_names
-from singreg.data.loader import TensorView, Transform
-from singreg.data.pictures import PictureChecker, UnreadableImageError, open_rgb
-from singreg.data.reading import FAILURES, Origin, cell_bytes, reason
-
-if TYPE_CHECKING:
-    from singreg.data.scenes import SceneTable
+from singreg.data.scenes import SHAPES, SceneTable, render_scene, shape_labels
+from singreg.utils import progress
 
 UNLABELLED = -1
-_SCENES_KEPT_BYTES = 2**28
+SCENES_KEPT_BYTES = 2**28
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+# What PIL raises on broken files: a damaged EXIF block gives struct.error, an absurd size MemoryError.
+FAILURES = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError, MemoryError),
+    *(struct.error, Image.DecompressionBombError),
+)
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be read; the text names it."""
+
+
+def open_rgb(source: bytes | str | Path, identifier: str) -> Image.Image:
+    """Decode an image from its bytes or path as RGB, upright by its EXIF tag, under PIL's own limit of size.
+
+    Raises:
+        UnreadableImageError: truncated, not an image, missing or too large.
+    """
+    try:
+        content = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(content, formats=_formats()) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FAILURES as error:
+        raise UnreadableImageError(f"cannot read the image {identifier}: {_reason(error)}") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """FORMATS that PIL was built with; it knows stranger ones too, one of which starts another program."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).split(' <_io')[0]}"
+
+
+def cell_bytes(cell: Mapping[str, Any] | None) -> bytes:
+    """Return the encoded bytes of an undecoded image cell of `datasets`."""
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise ValueError("the row holds no image (null)")
+    if cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    if "://" not in cell["path"]:
+        return Path(cell["path"]).read_bytes()
+    with fsspec.open(cell["path"], "rb") as file:
+        return bytes(file.read())
+
+
+def examine(cell: Mapping[str, Any] | None) -> tuple[bytes, str | None]:
+    """Return an image cell's SHA-256 and why it cannot be decoded, or None; JPEG is tried at 1/8 scale."""
+    try:
+        content = cell_bytes(cell)
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            image.draft("RGB", (1, 1))
+            ImageOps.exif_transpose(image).convert("RGB")
+    except FAILURES as error:
+        return bytes(32), _reason(error)
+    return hashlib.sha256(content).digest(), None
 
 
 class ImageSplit(Dataset[tuple[Image.Image, int, int]]):
-    """N numbered pictures: the base of every source, itself without pictures.
+    """N numbered images, the base of every source; a new source needs `image` and `identifier` only.
 
-    Attributes: `name` ("train", "bank", "audit", "test"), `class_names`, `labels` (N,) int64 with -1 for unlabelled,
-    `digests` (N, 32) uint8, the SHA-256 of every picture. A new source needs `image` and `identifier` only.
+    Args:
+        name: train, bank, audit or test.
+        class_names: C names.
+        labels: (N,) class of each image, -1 for unlabelled.
+        digests: (N, 32) uint8, SHA-256 of each image's content.
     """
 
     def __init__(self, name: str, class_names: Sequence[str], labels: np.ndarray, digests: np.ndarray) -> None:
         labels = np.asarray(labels, dtype=np.int64)
         if labels.ndim != 1 or digests.shape != (len(labels), 32):
-            raise ValueError(f"part {name!r}: labels {labels.shape} must be (N,) and digests {digests.shape} (N, 32)")
+            raise ValueError(
+                f"split {name!r}: expected labels (N,) and digests (N, 32), got {labels.shape} and {digests.shape}"
+            )
         if len(labels) and not UNLABELLED <= labels.min() <= labels.max() < len(class_names):
             raise ValueError(
-                f"part {name!r}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes"
+                f"split {name!r}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes"
             )
         self.name, self.class_names = name, tuple(class_names)
         self.labels, self.digests = labels, np.asarray(digests, dtype=np.uint8)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the content and label of every picture in order: equal wherever the files lie (no shapes)."""
+        """SHA-256 over content and label of every image in order, wherever the files lie."""
         digest = hashlib.sha256(f"{len(self)} {self.class_names}".encode())
         digest.update(np.ascontiguousarray(self.digests).tobytes())
         digest.update(self.labels.astype("<i8").tobytes())
@@ -58,7 +124,7 @@ class ImageSplit(Dataset[tuple[Image.Image, int, int]]):
         return self.image(index), int(self.labels[index]), index
 
     def image(self, index: int) -> Image.Image:
-        """Picture `index` as RGB, any size.
+        """Return image `index` as RGB.
 
         Raises:
             UnreadableImageError: it cannot be decoded; the text names it.
@@ -66,26 +132,22 @@ class ImageSplit(Dataset[tuple[Image.Image, int, int]]):
         raise NotImplementedError(f"{type(self).__name__} must define image(index)")
 
     def identifier(self, index: int) -> str:
-        """The name of picture `index` for messages and tables: a path, or "scene-SEED-INDEX" (no shapes)."""
+        """Return the name of image `index` for messages and tables: a path, SOURCE/SPLIT#ROW or scene-SEED-INDEX."""
         raise NotImplementedError(f"{type(self).__name__} must define identifier(index)")
 
     def subset(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> ImageSplit:
-        """The pictures at `indices` (M,), in that order, as a part of their own."""
+        """Return the images at `indices` (M,), in that order."""
         return SubsetSplit(self, indices, name)
-
-    def tensors(self, transform: Transform, clean_transform: Transform | None = None, *, seed: int = 0) -> TensorView:
-        """Items (tensor, label, index), or (tensor, clean tensor, label, index) with a second transform; (3, H, W) each."""
-        return TensorView(self, transform, clean_transform, seed=seed)
 
 
 class SubsetSplit(ImageSplit):
-    """Some pictures of another part: `indices` (M,) into it."""
+    """Some images of another split: `indices` (M,) into it."""
 
     def __init__(self, parent: ImageSplit, indices: Sequence[int] | np.ndarray, name: str | None = None) -> None:
         chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
         if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(parent):
             raise ValueError(
-                f"indices {chosen.min()}..{chosen.max()} are outside part {parent.name!r} of {len(parent)} pictures"
+                f"expected indices below {len(parent)} (split {parent.name!r}), got {chosen.min()}..{chosen.max()}"
             )
         super().__init__(name or parent.name, parent.class_names, parent.labels[chosen], parent.digests[chosen])
         self.parent, self.indices = parent, chosen
@@ -97,128 +159,107 @@ class SubsetSplit(ImageSplit):
         return self.parent.identifier(int(self.indices[index]))
 
 
-class RelabelledSplit(ImageSplit):
-    """Another part's pictures among more classes: label k becomes `indices[k]`, unlabelled stays unlabelled."""
+class RelabelledSplit(SubsetSplit):
+    """Another split's images among more classes: label k becomes `indices[k]`, unlabelled stays unlabelled."""
 
     def __init__(self, parent: ImageSplit, indices: Sequence[int], class_names: Sequence[str]) -> None:
-        labels = np.append(np.asarray(indices, dtype=np.int64), UNLABELLED)[parent.labels]
-        super().__init__(parent.name, class_names, labels, parent.digests)
-        self.parent = parent
-
-    def image(self, index: int) -> Image.Image:
-        return self.parent.image(index)
-
-    def identifier(self, index: int) -> str:
-        return self.parent.identifier(index)
+        super().__init__(parent, np.arange(len(parent)))
+        self.labels = np.append(np.asarray(indices, dtype=np.int64), UNLABELLED)[parent.labels]
+        self.class_names = tuple(class_names)
 
 
 class ConcatSplit(ImageSplit):
-    """Several parts of the same classes, one after the other."""
+    """Several splits of the same classes, one after the other."""
 
-    def __init__(self, name: str, parts: Sequence[ImageSplit]) -> None:
-        labels = np.concatenate([part.labels for part in parts])
-        super().__init__(name, parts[0].class_names, labels, np.concatenate([part.digests for part in parts]))
-        self.parts = tuple(parts)
-        self._ends = np.cumsum([len(part) for part in parts])
+    def __init__(self, name: str, splits: Sequence[ImageSplit]) -> None:
+        labels = np.concatenate([split.labels for split in splits])
+        super().__init__(name, splits[0].class_names, labels, np.concatenate([split.digests for split in splits]))
+        self.splits, self.ends = tuple(splits), np.cumsum([len(split) for split in splits])
+
+    def locate(self, index: int) -> tuple[ImageSplit, int]:
+        """Return the split that image `index` is from, and its number there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside split {self.name!r} of {len(self)} images")
+        place = int(np.searchsorted(self.ends, index, side="right"))
+        return self.splits[place], int(index - self.ends[place] + len(self.splits[place]))
 
     def image(self, index: int) -> Image.Image:
-        part, row = self._locate(index)
-        return part.image(row)
+        split, row = self.locate(index)
+        return split.image(row)
 
     def identifier(self, index: int) -> str:
-        part, row = self._locate(index)
-        return part.identifier(row)
-
-    def _locate(self, index: int) -> tuple[ImageSplit, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside part {self.name!r} of {len(self)} pictures")
-        place = int(np.searchsorted(self._ends, index, side="right"))
-        return self.parts[place], int(index - self._ends[place] + len(self.parts[place]))
+        split, row = self.locate(index)
+        return split.identifier(row)
 
 
 class TableSplit(ImageSplit):
-    """Pictures in a `datasets` table, read and decoded one at a time, only when asked for.
+    """Images in a `datasets` table with an undecoded column "image", opened one at a time.
 
-    `table` has its picture column undecoded: `table.cast_column(column, datasets.Image(decode=False))`. Without an `origin` every path
-    in it is read, so it must be one that was listed here and not one that somebody wrote into a file.
+    Args:
+        where: names rows as WHERE#ROW; None names them by their path.
     """
 
     def __init__(
-        self, name: str, table: datasets.Dataset, class_names: Sequence[str], labels: Sequence[int] | np.ndarray,
-        digests: np.ndarray, *, column: str = "image", origin: Origin | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(name, class_names, np.asarray(labels), digests)
-        if len(table) != len(self.labels):
-            raise ValueError(f"part {name!r}: {len(table)} pictures and {len(self.labels)} labels must agree")
-        self.table, self.column, self.origin = table, column, origin
+        self,
+        name: str,
+        table: datasets.Dataset,
+        class_names: Sequence[str],
+        labels: Sequence[int] | np.ndarray,
+        *,
+        where: str | None = None,
+    ) -> None:
+        super().__init__(name, class_names, np.asarray(labels), np.zeros((len(table), 32), dtype=np.uint8))
+        self.table, self.where = table, where
 
-    def image(self, index: int) -> Image.Image:
-        name, cell = self.identifier(index), self.table[int(index)][self.column]
-        try:
-            content = cell_bytes(cell, self.origin)
-        except FAILURES as error:
-            raise UnreadableImageError(f"cannot read the picture {name}: {reason(error)}") from error
-        return open_rgb(content, name)
+    @classmethod
+    def from_files(
+        cls, name: str, paths: Sequence[str], class_names: Sequence[str], labels: Sequence[int] | np.ndarray
+    ) -> TableSplit:
+        """Return image files as a split whose digests are not known before `examine`.
 
-
-class FolderSplit(TableSplit):
-    """Picture files by path; identifiers are the paths.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> file = Path(tempfile.mkdtemp()) / "a.png"
-        >>> Image.new("RGB", (9, 7), "red").save(file)
-        >>> part = FolderSplit("train", [str(file)], ["red"], [0])
-        >>> len(part), part.image(0).size, part.labels.tolist()
-        (1, (9, 7), [0])
-    """
-
-    def __init__(
-        self, name: str, paths: Sequence[str], class_names: Sequence[str], labels: Sequence[int] | np.ndarray,
-        digests: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
-        if digests is None:
-            checked = PictureChecker().check_files(paths)
-            if checked.bad:
-                raise UnreadableImageError(
-                    f"unreadable pictures: {[(paths[i], why) for i, why in checked.bad.items()]}"
-                )
-            digests = checked.digests
+        Example:
+            >>> import tempfile
+            >>> file = f"{tempfile.mkdtemp()}/a.png"
+            >>> Image.new("RGB", (9, 7), "red").save(file)
+            >>> split = TableSplit.from_files("train", [file], ["red"], [0])
+            >>> split.examine([0]), split.image(0).size
+            ({}, (9, 7))
+        """
         features = datasets.Features({"image": datasets.Value("string")})
         table = datasets.Dataset.from_dict({"image": list(paths)}, features=features)
-        super().__init__(name, table.cast_column("image", datasets.Image(decode=False)), class_names, labels, digests)
+        return cls(name, table.cast_column("image", datasets.Image(decode=False)), class_names, labels)
+
+    def examine(self, rows: Sequence[int] | np.ndarray) -> dict[int, str]:
+        """Read rows (M,) once, keep their digests and return what is wrong with those that cannot be decoded."""
+        bad: dict[int, str] = {}
+        rows = np.asarray(rows, dtype=np.int64)
+        # Chunks, since a million waiting tasks would take a gigabyte.
+        chunks = np.split(rows, range(1024, len(rows), 1024))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
+            for chunk in progress(chunks, f"checking images [{self.name}]"):
+                found = pool.map(lambda row: examine(self.table[int(row)]["image"]), chunk)
+                for row, (digest, problem) in zip(chunk.tolist(), found, strict=True):
+                    self.digests[row] = np.frombuffer(digest, dtype=np.uint8)
+                    if problem is not None:
+                        bad[row] = problem
+        return bad
+
+    def image(self, index: int) -> Image.Image:
+        name = self.identifier(index)
+        try:
+            content = cell_bytes(self.table[int(index)]["image"])
+        except FAILURES as error:
+            raise UnreadableImageError(f"cannot read the image {name}: {_reason(error)}") from error
+        return open_rgb(content, name)
 
     def identifier(self, index: int) -> str:
-        # from the table itself: a tuple of a million strings would double what a process holds
-        return str(self.table.data.column("image")[range(len(self))[index]]["path"])
-
-
-class HubSplit(TableSplit):
-    """Rows of a data set from the Hugging Face hub (or of Parquet files); identifiers are "SOURCE/SPLIT#ROW".
-
-    A row without bytes is read only from where `origin` allows it, by default from nowhere.
-    """
-
-    def __init__(
-        self, name: str, table: datasets.Dataset, class_names: Sequence[str], labels: Sequence[int] | np.ndarray,
-        digests: np.ndarray, *, column: str, where: str, rows: np.ndarray, origin: Origin | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            name, table.select(rows), class_names, labels, digests, column=column, origin=origin or Origin(where)
-        )
-        self.where, self.rows = where, rows
-
-    def identifier(self, index: int) -> str:
-        return f"{self.where}#{self.rows[int(index)]}"
+        return f"{self.where}#{index}" if self.where else str(self.table[int(index)]["image"]["path"])
 
 
 class SceneSplit(ImageSplit):
     """Built-in rendered scenes; the label is the shape. `table` holds the hidden attributes of every scene."""
 
     def __init__(self, name: str, table: SceneTable, *, pixels: int = 64) -> None:
-        from singreg.data.scenes import SHAPES, shape_labels
-
         rows = [hashlib.sha256(f"{table.fingerprint} {pixels} {i}".encode()).digest() for i in range(len(table))]
         digests = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 32)
         super().__init__(name, SHAPES, shape_labels(table), digests)
@@ -226,13 +267,11 @@ class SceneSplit(ImageSplit):
         self._drawn: dict[int, np.ndarray] = {}
 
     def image(self, index: int) -> Image.Image:
-        from singreg.data.scenes import render_scene
-
-        # Drawing costs more than a small network's forward pass and every pass asks for the same pictures.
+        # Drawing costs more than a small network's forward pass and every pass asks for the same images.
         drawn = self._drawn.get(int(index))
         if drawn is None:
             drawn = render_scene(self.table, int(index), pixels=self.pixels)
-            if len(self._drawn) * drawn.nbytes < _SCENES_KEPT_BYTES:
+            if len(self._drawn) * drawn.nbytes < SCENES_KEPT_BYTES:
                 self._drawn[int(index)] = drawn
         return Image.fromarray(drawn)
 
@@ -242,7 +281,7 @@ class SceneSplit(ImageSplit):
 
 @dataclass(frozen=True)
 class Splits:
-    """The four parts of a run: train, audit and test share no picture; bank is train (first) and the unlabelled ones.
+    """The four splits of a run: train, audit and test share no image; bank is train (first) and the unlabelled ones.
 
     `class_indices` are the classes' places in ImageNet-1k, or None; `bank[: len(train)]` is `train` in the same order.
     """
@@ -258,16 +297,16 @@ class Splits:
         return iter((self.train, self.bank, self.audit, self.test))
 
     def among_imagenet(self) -> Splits:
-        """The same pictures with their labels and names among all 1000 classes of ImageNet-1k (for a head kept whole).
+        """Return the same images with labels and names among all 1000 classes of ImageNet-1k, for a head kept whole.
 
         Raises:
             ValueError: the classes are not ImageNet-1k's.
         """
         if self.class_indices is None:
             raise ValueError(
-                f"these {len(self.class_names)} classes are not all ImageNet-1k's ({', '.join(self.class_names[:4])}, ...), so "
-                "their rows in a kept head are not known; use model.head: new"
+                f"these {len(self.class_names)} classes are not all ImageNet-1k's ({', '.join(self.class_names[:4])}, "
+                "...), so their rows in a kept head are not known; use model.head: new"
             )
         names = imagenet_names()
-        train, bank, audit, test = (RelabelledSplit(part, self.class_indices, names) for part in self)
+        train, bank, audit, test = (RelabelledSplit(split, self.class_indices, names) for split in self)
         return Splits(train, bank, audit, test, names, tuple(range(len(names))))

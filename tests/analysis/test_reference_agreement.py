@@ -22,7 +22,7 @@ from singreg.nullspace import NullSpace
 from singreg.steering import steer
 from singreg.translator import LinearTranslator
 from tests.analysis import toy
-from tests.data.encoding import to_tensor
+from tests.images import to_tensor
 from tests.reference import formulas
 
 HEADS = {"test_resnet": torch.nn.Linear, "resnetv2_18": torch.nn.Conv2d}

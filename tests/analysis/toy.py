@@ -13,7 +13,7 @@ from singreg.analysis.features import PassSettings
 from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.translator import LinearTranslator, TranslatorInfo
-from tests.data.encoding import to_tensor
+from tests.images import to_tensor
 
 SIDE, WIDTH, CLASSES, DIM = 6, 24, 5, 7
 NAMES = ("alpha", "beta", "gamma", "delta", "epsilon")

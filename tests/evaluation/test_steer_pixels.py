@@ -28,7 +28,7 @@ from singreg.analysis.pixels.results import PixelReport
 from singreg.analysis.robustness.attacks import MAXIMISER
 from singreg.analysis.robustness.results import RobustnessFigures
 from singreg.analysis.robustness.sanity import ATTACK_LOG, FEATURES, FILES
-from singreg.data.datasets import FolderSplit, ImageSplit
+from singreg.data.datasets import ImageSplit, TableSplit
 from singreg.evaluation import steer_pixels
 from singreg.evaluation.steer_pixels_bench import choose_pictures
 from singreg.evaluation.steer_pixels_config import asks_for_pixels, parse_pixels
@@ -310,7 +310,7 @@ def test_pictures_of_one_colour_are_left_out_and_named(tmp_path: Path) -> None:
         noise = np.random.default_rng(place).integers(0, 255, (8, 8, 3), dtype=np.uint8)
         (Image.new("RGB", (8, 8), colour) if colour else Image.fromarray(noise)).save(path)
         paths.append(str(path))
-    part: ImageSplit = FolderSplit("test", paths, ["a", "b"], [0, 1, 0, 1])
+    part: ImageSplit = TableSplit.from_files("test", paths, ["a", "b"], [0, 1, 0, 1])
     chosen = choose_pictures(part, 4, "all", seed=0)
     assert sorted(chosen.indices.tolist()) == [2, 3]
     assert sorted(chosen.left_out) == paths[:2]

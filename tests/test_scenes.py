@@ -92,7 +92,9 @@ def test_every_value_is_drawn_equally_often_and_attributes_are_independent() -> 
         table = np.zeros((len(ATTRIBUTES[one]), len(ATTRIBUTES[other])))
         np.add.at(table, (codes[one], codes[other]), 1)
         assert chi2_contingency(table).pvalue > 1e-3, (one, other)
-    skewed = np.bincount(codes["shape"] % 9)  # the control: the same test does see one value in nine drawn twice as often
+    skewed = np.bincount(
+        codes["shape"] % 9
+    )  # the control: the same test does see one value in nine drawn twice as often
     assert chisquare(skewed).pvalue < 1e-100
 
 
@@ -145,7 +147,9 @@ def test_colour_and_texture_paint_the_shape_only_and_the_background_what_lies_ar
     table = sample_scenes(30, seed=1)
     for index in range(len(table)):
         shape, around, texture = (effect(table, index, name) for name in ("color", "background", "texture"))
-        x, y = {"left": (-13, 0), "right": (13, 0), "top": (0, -13), "bottom": (0, 13), "centre": (0, 0)}[table.names(index)["place"]]
+        x, y = {"left": (-13, 0), "right": (13, 0), "top": (0, -13), "bottom": (0, 13), "centre": (0, 0)}[
+            table.names(index)["place"]
+        ]
         rows, columns = np.nonzero(shape)
         distance = np.hypot(columns - 31.5 - x, rows - 31.5 - y)
         assert distance.max() < (12, 16, 21)[table.codes["size"][index]] * 1.15 + 4  # jitter 2, pixel edges 1
@@ -161,7 +165,9 @@ def test_the_outline_is_what_shape_size_and_place_move() -> None:
     for index in range(len(table)):
         areas = [effect(with_value(table, index, size=size), 0, "color").sum() for size in range(3)]
         assert areas[0] < areas[1] < areas[2]
-        centres = [np.argwhere(effect(with_value(table, index, place=p), 0, "color")).mean(0) for p in range(len(PLACES))]
+        centres = [
+            np.argwhere(effect(with_value(table, index, place=p), 0, "color")).mean(0) for p in range(len(PLACES))
+        ]
         (left, right, top, bottom, centre) = centres
         assert left[1] + 15 < right[1]
         assert top[0] + 15 < bottom[0]

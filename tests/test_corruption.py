@@ -48,7 +48,9 @@ def test_noise_follows_the_seed_and_the_picture_not_its_place() -> None:
     whole, some = CorruptedSplit(part, "noise"), CorruptedSplit(part.subset([5, 2]), "noise")
     assert np.array_equal(whole.image(5), some.image(0))
     assert np.array_equal(whole.image(2), some.image(1))
-    assert not np.array_equal(np.asarray(whole.image(5), int) - part.image(5), np.asarray(whole.image(2), int) - part.image(2))
+    assert not np.array_equal(
+        np.asarray(whole.image(5), int) - part.image(5), np.asarray(whole.image(2), int) - part.image(2)
+    )
     assert not np.array_equal(whole.image(5), CorruptedSplit(part, "noise", seed=1).image(5))
 
 
@@ -67,7 +69,9 @@ def test_a_corrupted_part_keeps_labels_and_has_a_fingerprint_of_its_own() -> Non
 
 
 def test_everything_unknown_is_named_at_once() -> None:
-    with pytest.raises(ValueError, match="no such corruption: fog; known are blur, noise, contrast; severity must be 1 to 5, got 6"):
+    with pytest.raises(
+        ValueError, match="no such corruption: fog; known are blur, noise, contrast; severity must be 1 to 5, got 6"
+    ):
         corrupt(photo(), "fog", 6)
     with pytest.raises(ValueError, match="severity must be 1 to 5, got 0"):
         CorruptedSplit(ToyPart(2), "blur", 0)

@@ -27,7 +27,9 @@ def test_the_banks_of_the_package_are_whole() -> None:
     assert together.repeated < 20
 
 
-def test_blank_and_repeated_lines_are_left_out_counted_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_blank_and_repeated_lines_are_left_out_counted_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "mine.txt"
     file.write_bytes("\ufeff# my own\r\nred car\r\n\r\n  Blue sky  # as seen\nRED  CAR\n \t\nblue sky\nC#\n".encode())
     with caplog.at_level(logging.WARNING):
@@ -123,6 +125,6 @@ def test_templates_without_a_place_for_the_concept_are_refused(templates: list[s
 
 def test_the_banks_are_part_of_what_is_installed() -> None:
     """The wheel's package data must name the folder, or only a checkout would have the banks."""
-    settings = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    settings = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert '"concepts/*.txt"' in settings
     assert {path.suffix for path in CONCEPTS_FOLDER.iterdir()} == {".txt"}

@@ -12,7 +12,9 @@ from singreg.data.classes import expand_classes, named_sets, read_class_list, re
 SYNSETS = ImageNetInfo().label_names()
 
 
-@pytest.mark.parametrize(("name", "count"), [("imagenet16", 16), ("imagenet100", 100), ("imagenette", 10), ("imagewoof", 10)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("imagenet16", 16), ("imagenet100", 100), ("imagenette", 10), ("imagewoof", 10)]
+)
 def test_named_sets_are_complete_and_known(name: str, count: int) -> None:
     subset = resolve_classes(name)
     assert len(subset) == count == len(set(subset.wnids or ()))
@@ -34,7 +36,9 @@ def test_every_imagenet_class_has_its_own_name_that_leads_back_to_it() -> None:
     assert resolve_classes(list(subset.names)).indices == tuple(range(1000))
 
 
-@pytest.mark.parametrize("entry", ["goldfish", "Goldfish", "n01443537", "Carassius_auratus", "goldfish, Carassius auratus"])
+@pytest.mark.parametrize(
+    "entry", ["goldfish", "Goldfish", "n01443537", "Carassius_auratus", "goldfish, Carassius auratus"]
+)
 def test_any_way_to_name_a_class(entry: str) -> None:
     assert resolve_classes([entry]).indices == (1,)
     assert resolve_classes([entry], ["n01443537", "n02123394"]).keys == ("n01443537",)

@@ -1,0 +1,386 @@
+"""Folders, Parquet files and streams to splits: exact counts, disjoint, the same draw every time, errors that name files."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from singreg.config import DataConfig
+from singreg.data.datasets import ConcatSplit, ImageSplit, SceneSplit, Splits, load_splits, without_copies
+from singreg.data.scenes import sample_scenes
+from singreg.data.splits import TableSplit, UnreadableImageError, open_rgb
+from tests.images import contents, file_split, names, per_class, write_image, write_parquet, write_tree
+from tests.processes import run_processes
+
+WANTED = ["goldfish", "lion"]
+GOLDFISH, CATS = ("n01443537/3", "n01443537/6"), ("n02123394/0", "n02123394/1")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    train = {"n01443537": 7, "n02123394": 5, "my_thing": 9}
+    test = {"n01443537": 3, "n02123394": 2, "my_thing": 4}
+    root = write_tree(tmp_path_factory.mktemp("tree") / "data", {"train": train, "validation": test})
+    for index in range(11):
+        write_image(root.parent / "pool" / "deep" / f"{index}.png", 9000 + index)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    monkeypatch.setenv("SINGREG_CACHE", str(tmp_path / "cache"))
+
+
+def load(source: Path, **changes: Any) -> Splits:
+    return load_splits(DataConfig(source=str(source), **changes))
+
+
+def check_disjoint(splits: Splits) -> None:
+    for one, other in ((splits.bank, splits.audit), (splits.bank, splits.test), (splits.audit, splits.test)):
+        assert not contents(one) & contents(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "audit", "test"),
+    [
+        ({}, [5, 4, 3], [4, 3, 2], [4, 3, 2]),
+        ({"per_class": {"train": 2}}, [2, 2, 2], [7, 5, 3], [4, 3, 2]),
+        ({"per_class": {"audit": 1, "test": 2}}, [8, 6, 4], [1, 1, 1], [2, 2, 2]),
+        ({"per_class": {"train": 3, "audit": 2, "test": 1}}, [3, 3, 3], [2, 2, 2], [1, 1, 1]),
+        ({"per_class": {"audit": 0}}, [9, 7, 5], [0, 0, 0], [4, 3, 2]),
+        ({"classes": ["Persian cat", "goldfish"]}, [3, 4], [2, 3], [2, 3]),
+    ],
+)
+def test_counts_follow_the_rule(tree: Path, changes: Any, train: list[int], audit: list[int], test: list[int]) -> None:
+    splits = load(tree, **changes)
+    assert [per_class(split) for split in (splits.train, splits.audit, splits.test)] == [train, audit, test]
+    assert names(splits.bank) == names(splits.train)
+    assert [split.name for split in splits] == ["train", "bank", "audit", "test"]
+    check_disjoint(splits)
+
+
+def test_the_drawn_images_are_those_of_earlier_versions(tree: Path) -> None:
+    drawn = [name.removeprefix(f"{tree}/") for name in names(load(tree, per_class={"train": 2, "test": 1}).bank)]
+    assert drawn == [f"train/{name}.png" for name in ("my_thing/1", "my_thing/2", *GOLDFISH, *CATS)]
+
+
+def test_labels_names_and_images_belong_together(tree: Path) -> None:
+    splits = load(tree)
+    assert splits.class_names == ("my thing", "goldfish", "Persian cat")
+    assert splits.class_indices is None
+    for split in splits:
+        for index, name in enumerate(names(split)):
+            assert ["my_thing", "n01443537", "n02123394"][split.labels[index]] == Path(name).parent.name
+            assert np.array_equal(split.image(index), Image.open(name))
+    subset = load(tree, classes=["n02123394", "goldfish"])
+    assert subset.class_indices == (283, 1)
+    among = subset.among_imagenet()
+    assert set(among.test.labels.tolist()) == {1, 283}
+    assert among.test.class_names[283] == "Persian cat"
+    assert np.array_equal(among.test.image(0), subset.test.image(0))
+    with pytest.raises(ValueError, match="model.head: new"):
+        splits.among_imagenet()
+
+
+def test_unlabelled_images_go_to_bank_and_auditor(tree: Path) -> None:
+    splits = load(tree, unlabeled=str(tree.parent / "pool"), unlabeled_to_audit=0.3)
+    assert [len(split) for split in splits] == [12, 12 + 8, 9 + 3, 9]
+    assert names(splits.bank)[:12] == names(splits.train)
+    assert splits.bank.labels[12:].tolist() == [-1] * 8
+    assert (splits.audit.labels == -1).sum() == 3
+    check_disjoint(splits)
+    assert len(load(tree, unlabeled=str(tree.parent / "pool"), unlabeled_to_audit=1.0).bank) == 12
+
+
+def test_a_class_keeps_its_images_whatever_else_is_chosen(tree: Path) -> None:
+    both, alone = load(tree, per_class={"train": 2}), load(tree, per_class={"train": 2}, classes=["goldfish"])
+    assert names(alone.train) == [name for name in names(both.train) if "n01443537" in name]
+    assert both.train.fingerprint == load(tree, per_class={"train": 2}).train.fingerprint
+
+
+def test_the_fingerprint_is_of_content_not_of_place(tmp_path: Path) -> None:
+    one, moved, fewer = file_split(tmp_path / "a", 3), file_split(tmp_path / "b", 3), file_split(tmp_path / "c", 2)
+    assert one.fingerprint == moved.fingerprint != fewer.fingerprint
+    assert one.subset([1, 0]).fingerprint != fewer.fingerprint == one.subset([0, 1]).fingerprint
+    relabelled = TableSplit("audit", one.table, ["x"], [-1, 0, 0])
+    relabelled.examine(range(3))
+    assert relabelled.fingerprint != one.fingerprint
+
+
+def test_subset_and_concatenation_keep_rows_together(tree: Path) -> None:
+    train = load(tree).train
+    both = ConcatSplit("both", [train.subset([3, 1]), train.subset([]), train.subset([7])])
+    assert names(both) == [train.identifier(i) for i in (3, 1, 7)]
+    assert both.labels.tolist() == train.labels[[3, 1, 7]].tolist()
+    assert np.array_equal(both.image(2), train.image(7))
+    with pytest.raises(ValueError, match="below 12 .split 'train'"):
+        train.subset([12])
+    with pytest.raises(IndexError, match="split 'both' of 3"):
+        both.image(3)
+
+
+def test_errors_name_every_class_and_what_to_do(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too few images") as caught:
+        load(tree, per_class={"train": 4, "audit": 3, "test": 3})
+    text = str(caught.value)
+    assert "n02123394 has 5 for train (4) + audit (3)" in text
+    assert "n02123394 has 2 for test (3)" in text
+    assert "my_thing" not in text
+    assert "data.per_class" in text
+    with pytest.raises(ValueError, match="n02123394 has 5 for train"):
+        load(tree, per_class={"train": 5})
+    with pytest.raises(FileNotFoundError, match=r"no split 'val'.*: train, validation; set data\.test_split"):
+        load(tree, test_split="val")
+    with pytest.raises(FileNotFoundError, match=r"nowhere"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no image below .*data\.unlabeled"):
+        load(tree, unlabeled=str(tmp_path))
+    write_image(tmp_path / "flat" / "train" / "flat.png")
+    with pytest.raises(ValueError, match="holds no class folder"):
+        load(tmp_path / "flat")
+    root = write_tree(tmp_path, {"train": {"a": 3, "b": 0, "c": 3}, "validation": {"a": 1, "b": 1, "d": 1}})
+    with pytest.raises(ValueError, match=r"split 'validation'.*1 of the classes are not among the 3 there: 'c'"):
+        load(root)
+    with pytest.raises(ValueError, match="b has 0 for train"):
+        load(root, classes=["a", "b"])
+    with pytest.raises(ValueError, match=r"2 of the classes.*'e'.*'f'"):
+        load(root, classes=["a", "e", "f"])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    Image.new("RGB", (5, 4), (200, 200, 200)).convert(mode).save(path)
+    for source in (path, path.read_bytes()):
+        assert (open_rgb(source, "x").mode, open_rgb(source, "x").size) == ("RGB", (5, 4))
+    assert not TableSplit.from_files("x", [str(path)], ["x"], [0]).examine([0])
+
+
+def test_an_image_is_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (9, 7)).save(tmp_path / "x.jpg", exif=exif)
+    assert open_rgb(tmp_path / "x.jpg", "x").size == (7, 9)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A truncated JPEG, a truncated PNG and a text file with an image's name, one in every place."""
+    root = write_tree(tmp_path, {"train": {"a": 4, "b": 5}, "validation": {"a": 2, "b": 3}, "pool": {"x": 4}})
+    cut = write_image(root / "train" / "a" / "cut.jpg", size=(64, 48))
+    cut.write_bytes(cut.read_bytes()[:900])
+    second = write_image(root / "validation" / "b" / "cut.png", size=(64, 48))
+    second.write_bytes(second.read_bytes()[:-300])
+    text = root / "pool" / "text.JPEG"
+    text.write_text("not an image")
+    return root, [cut, second, text]
+
+
+def test_unreadable_images_stop_and_are_all_named(damaged: tuple[Path, list[Path]]) -> None:
+    with pytest.raises(UnreadableImageError, match="3 images cannot be read") as caught:
+        load(damaged[0], unlabeled=str(damaged[0] / "pool"))
+    assert all(str(path) in str(caught.value) for path in damaged[1])
+
+
+def test_unreadable_images_are_replaced_on_request(
+    damaged: tuple[Path, list[Path]], caplog: pytest.LogCaptureFixture
+) -> None:
+    root, bad = damaged
+    with caplog.at_level(logging.WARNING):
+        counts = {"train": 2, "audit": 2}
+        splits = load(root, unlabeled=str(root / "pool"), bad_images="drop", per_class=counts)
+    assert all(str(path) in caplog.text for path in bad)
+    assert [per_class(split) for split in (splits.train, splits.audit, splits.test)] == [[2, 2], [2, 2], [2, 3]]
+    used = {*names(splits.bank), *names(splits.audit), *names(splits.test)}
+    assert not used & {str(path) for path in bad}
+    assert len(used) == 2 * 4 + 5 + 4
+    with pytest.raises(ValueError, match=r"1 unreadable ones not counted.*a has 4 for train .4."):
+        load(root, bad_images="drop", per_class={"train": 4, "audit": 1})
+
+
+def test_a_decompression_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_tree(tmp_path, {"train": {"a": 3}, "validation": {"a": 2}})
+    big = write_image(root / "train" / "a" / "big.png", size=(60, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UnreadableImageError, match=r"big\.png .DecompressionBombError"):
+        load(root)
+    with pytest.raises(UnreadableImageError, match=r"big\.png"):
+        open_rgb(big, str(big))
+
+
+def test_an_image_lost_after_loading_is_named(tmp_path: Path) -> None:
+    test = load(write_tree(tmp_path, {"train": {"a": 3}, "validation": {"a": 2}})).test
+    victim = Path(test.identifier(1))
+    for damage in (lambda: victim.write_bytes(b"gone bad"), victim.unlink):
+        damage()
+        with pytest.raises(UnreadableImageError, match=f"cannot read the image {victim}"):
+            test.image(1)
+
+
+def test_equal_images_in_two_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_tree(tmp_path, {"train": {"a": 6, "b": 6}, "validation": {"a": 2, "b": 2}})
+    copies = [write_image(root / place / "copy.png", 5) for place in ("train/a", "validation/b")]
+    with pytest.raises(ValueError, match="1 images are in two splits") as caught:
+        load(root, per_class={"audit": 1})
+    assert all(str(copy) in str(caught.value) for copy in copies)
+    with caplog.at_level(logging.WARNING):
+        splits = load(root, per_class={"audit": 1}, bad_images="drop")
+    assert "1 images that are in another split too were dropped" in caplog.text
+    assert per_class(splits.test) == [2, 3]
+    assert len(splits.train) + len(splits.audit) == 12
+    check_disjoint(splits)
+    for name in ("one", "two"):
+        write_image(root / "pool" / f"{name}.png", 6)
+    kept = load(root, unlabeled=str(root / "pool"), unlabeled_to_audit=0.0, bad_images="drop")
+    assert len(kept.bank) == len(kept.train) + 2, "copies within one side are no leak"
+
+
+def test_copies_are_found_as_by_a_set_of_all() -> None:
+    rng = np.random.default_rng(0)
+
+    def split(name: str, count: int) -> ImageSplit:
+        made = SceneSplit(name, sample_scenes(count, seed=1))
+        made.digests = np.zeros((count, 32), np.uint8)
+        made.digests[:, [0, 31]] = rng.integers(0, 8, (count, 2))  # many equal, many that differ in the last byte only
+        return made
+
+    groups = [[split("test", 20)], [split("audit", 15), split("more", 0)], [split("train", 30), split("bank", 9)]]
+    seen: set[bytes] = set()
+    for before, after in zip(groups, without_copies(groups, drop=True), strict=True):
+        for one, left in zip(before, after, strict=True):
+            assert [bytes(d) for d in left.digests] == [bytes(d) for d in one.digests if bytes(d) not in seen]
+        seen |= {content for one in before for content in contents(one)}
+
+
+def test_scenes_need_nothing_and_repeat() -> None:
+    settings = DataConfig(scenes={"train": 30, "audit": 20, "test": 10, "bank": 7, "seed": 3})
+    splits, again = load_splits(settings), load_splits(settings)
+    assert [len(split) for split in splits] == [30, 37, 20, 10]
+    assert [split.fingerprint for split in splits] == [split.fingerprint for split in again]
+    check_disjoint(splits)
+    assert isinstance(splits.train, SceneSplit)
+    assert splits.train.table.codes["shape"].tolist() == splits.train.labels.tolist()
+    assert np.array_equal(splits.train.image(4), again.bank.image(4))
+    assert len({split.identifier(0) for split in (splits.train, splits.audit, splits.test)}) == 3
+    other = load_splits(DataConfig(scenes={"train": 30, "audit": 20, "test": 10, "bank": 7, "seed": 4}))
+    assert other.train.fingerprint != splits.train.fingerprint
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 training and 15 validation images of three classes in Parquet files, of which one is not wanted."""
+    base = tmp_path_factory.mktemp("parquet")
+    kind = datasets.ClassLabel(names=["lion", "goldfish", "teapot"])
+    for split, count in (("train", 60), ("validation", 15)):
+        paths = [write_image(base / "raw" / split / f"{i}.png") for i in range(count)]
+        for half in range(2):
+            rows = range(half * count // 2, (half + 1) * count // 2)
+            file = base / "set" / f"{split}-0000{half}.parquet"
+            write_parquet(file, [paths[i] for i in rows], [i % 3 for i in rows], kind)
+    return base / "set"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_loaded_and_streamed(parquet: Path, streaming: bool) -> None:
+    splits = load(parquet, classes=WANTED, streaming=streaming)
+    assert (splits.class_names, splits.class_indices) == (tuple(WANTED), (1, 291))
+    counts = [per_class(split) for split in (splits.train, splits.audit, splits.test)]
+    assert counts == [[10, 10], [10, 10], [5, 5]]
+    check_disjoint(splits)
+    raw = {contents_of(path): path for path in (parquet.parent / "raw").rglob("*.png")}
+    for split in splits:
+        for index, digest in enumerate(split.digests):
+            path = raw[bytes(digest)]
+            assert ["goldfish", "lion"][split.labels[index]] == ["lion", "goldfish", "teapot"][int(path.stem) % 3]
+            assert np.array_equal(split.image(index), Image.open(path))
+    assert splits.test.identifier(0).startswith(f"{parquet}/validation#")
+
+
+def contents_of(path: Path) -> bytes:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def test_a_stream_is_read_as_far_as_wanted_and_once(
+    parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    real = datasets.IterableDataset.__iter__
+    monkeypatch.setattr(
+        datasets.IterableDataset, "__iter__", lambda self: (read.append(1) or row for row in real(self))
+    )
+    counts = {"train": 4, "audit": 3, "test": 2}
+    splits = load(parquet, classes=WANTED, streaming=True, per_class=counts)
+    assert [per_class(split) for split in (splits.train, splits.audit, splits.test)] == [[4, 4], [3, 3], [2, 2]]
+    assert len(read) == 20 + 5  # rows 0 to 19 hold seven of both classes
+    again = load(parquet, classes=WANTED, streaming=True, per_class=counts)
+    assert [split.fingerprint for split in again] == [split.fingerprint for split in splits]
+    assert len(read) == 20 + 5
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "no temporary file stays"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_image_or_label_are_named(
+    streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [write_image(tmp_path / f"{i}.png") for i in range(24)]
+    broken: list[Any] = [None, {"bytes": None, "path": None}, {"bytes": b"no image", "path": "x"}]
+    write_parquet(tmp_path / "set/train.parquet", [*paths[:14], *broken], [*WANTED * 6, None, None, *WANTED, WANTED[0]])
+    write_parquet(tmp_path / "set/validation.parquet", paths[14:], WANTED * 5)
+    with pytest.raises(UnreadableImageError, match="3 images cannot be read") as stop:
+        load(tmp_path / "set", streaming=streaming)
+    assert str(stop.value).count("the row holds no image (null)") == 2
+    splits = load(tmp_path / "set", streaming=streaming, bad_images="drop")
+    assert splits.class_names == tuple(WANTED)
+    assert len(splits.train) + len(splits.audit) == 12
+    assert streaming or "set/train: 2 rows are unlabelled" in caplog.text
+    write_parquet(tmp_path / "none/train.parquet", paths[:1], [None])
+    with pytest.raises(ValueError, match="'class', got only nulls"):
+        load(tmp_path / "none", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unknown_data_set_says_what_was_tried(streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("couldn't reach the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match=r"'someone/things', split 'train' .data\.train_split.*couldn't reach the hub"):
+        load_splits(DataConfig(source="someone/things", streaming=streaming))
+
+
+def _load_in_a_group(rank: int, world: int, source: str, changes: dict[str, Any]) -> tuple[int, Any]:
+    looked: list[int] = []
+    real = TableSplit.examine
+    TableSplit.examine = lambda self, rows: (looked.extend(rows), real(self, rows))[1]  # type: ignore[method-assign]
+    try:
+        splits = load(Path(source), **changes)
+        return len(looked), [(split.fingerprint, np.asarray(split.image(1)).tobytes()) for split in splits]
+    except (ValueError, RuntimeError) as error:
+        return len(looked), f"{type(error).__name__}: {error}"
+    finally:
+        TableSplit.examine = real  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_process_looks_at_the_images_for_all(tree: Path, parquet: Path, streaming: bool) -> None:
+    source = parquet if streaming else tree
+    expected = _load_in_a_group(0, 1, str(source), {"streaming": streaming})
+    first, second, third = run_processes(3, _load_in_a_group, str(source), {"streaming": streaming})
+    assert first == expected
+    assert second == third == (0, expected[1])
+
+
+def test_what_fails_in_the_first_process_reaches_the_others(tree: Path) -> None:
+    first, second = run_processes(2, _load_in_a_group, str(tree), {"per_class": {"train": 100}})
+    assert first[1].startswith("ValueError: ")
+    assert "too few images" in first[1]
+    assert second[1].startswith("ValueError: reading the data failed elsewhere: process 0: ValueError: ")

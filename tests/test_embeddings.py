@@ -1,0 +1,169 @@
+"""The embedding cache: row i is image i, the key follows what matters, processes share the work to the same bits."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from singreg.data.embeddings import cached_embeddings, encode_split
+from singreg.data.splits import TableSplit
+from tests.images import file_split, to_tensor
+from tests.processes import run_processes
+
+
+class Encoder:
+    """A fixed linear map of the pixels, which counts the images it has seen."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.weight = torch.randn(9 * 7 * 3, 4, generator=torch.Generator().manual_seed(seed))
+        self.weights_hash, self.dim = f"weights-{seed}", 4
+        self.preprocessing: dict[str, Any] = {"size": [9, 7]}
+        self.transform: Callable[[Any], Tensor] = to_tensor
+        self.seen = 0
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        return images.flatten(1) @ self.weight
+
+
+def embed(encoder: Encoder, split: Any, cache: Path, **options: Any) -> np.ndarray:
+    return cached_embeddings(encoder, split, cache, progress=False, **options)
+
+
+def one_by_one(encoder: Encoder, split: TableSplit) -> np.ndarray:
+    rows = [encoder.embed_images(encoder.transform(split.image(index))[None])[0] for index in range(len(split))]
+    return torch.stack(rows).numpy()
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> TableSplit:
+    return file_split(tmp_path / "images")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def test_row_i_is_image_i_read_only_and_computed_once(split: TableSplit, cache: Path) -> None:
+    encoder = Encoder()
+    rows = embed(encoder, split, cache, batch_size=4)
+    assert isinstance(rows, np.memmap)
+    assert (rows.dtype, rows.shape, rows.flags.writeable) == (np.float32, (11, 4), False)
+    assert np.allclose(rows, one_by_one(Encoder(), split), rtol=1e-5)
+    again = embed(encoder, split, cache, batch_size=7)
+    assert encoder.seen == 11
+    assert np.array_equal(rows, again)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_cache_folder_is_the_environments(split: TableSplit, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SINGREG_CACHE", str(cache))
+    cached_embeddings(Encoder(), split, progress=False)
+    assert len(list(cache.glob("embeddings-*.npy"))) == 1
+
+
+def test_the_key_follows_all_that_matters_and_not_the_place(split: TableSplit, tmp_path: Path, cache: Path) -> None:
+    def files_after(encoder: Encoder, which: Any) -> int:
+        embed(encoder, which, cache)
+        return len(list(cache.iterdir()))
+
+    assert files_after(Encoder(), split) == 1
+    assert files_after(Encoder(), file_split(tmp_path / "moved")) == 1
+    assert files_after(Encoder(1), split) == 2
+    other = Encoder()
+    other.preprocessing = {"size": [8, 8]}
+    assert files_after(other, split) == 3
+    assert files_after(Encoder(), split.subset(range(10, -1, -1))) == 4
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def other_shape(file: Path) -> None:
+    np.save(file, np.zeros((12, 4), np.float32))
+
+
+def objects(file: Path) -> None:
+    file.write_bytes(pickle.dumps(Path("never made")))
+
+
+@pytest.mark.parametrize("damage", [truncated, other_shape, objects, Path.unlink])
+def test_a_damaged_file_is_made_anew(split: TableSplit, cache: Path, damage: Callable[[Path], None]) -> None:
+    rows = embed(Encoder(), split, cache)
+    expected = np.array(rows)
+    damage(next(cache.iterdir())) if damage is not truncated else None
+    if damage is truncated:
+        del rows  # a map of a file that shrinks would kill the process
+        damage(next(cache.iterdir()))
+    encoder = Encoder()
+    assert np.array_equal(embed(encoder, split, cache), expected)
+    assert encoder.seen == 11
+    assert np.array_equal(embed(encoder, split, cache), expected)
+    assert encoder.seen == 11
+
+
+def test_a_failed_run_names_the_image_and_leaves_nothing(split: TableSplit, cache: Path) -> None:
+    encoder = Encoder()
+    fine, target = encoder.embed_images, encoder.transform(split.image(7))
+
+    def spoil(images: Tensor) -> Tensor:
+        rows = fine(images)
+        rows[(images == target).flatten(1).all(1), 2] = float("nan")
+        return rows
+
+    options: dict[str, Any] = {"key": {"spoilt": 1}, "batch_size": 4, "progress": False}
+    with pytest.raises(ValueError, match=r"not finite for 1 images: .*/7\.png$"):
+        encode_split(spoil, encoder.transform, split, 4, cache, **options)
+    assert list(cache.iterdir()) == []
+    with pytest.raises(ValueError, match=r"gave \(4, 4\), expected \(4, 5\)"):
+        encode_split(fine, encoder.transform, split, 5, cache, **options)
+    with pytest.raises(ValueError, match="split 'none' has no images"):
+        embed(encoder, split.subset([], "none"), cache)
+
+
+def test_with_a_real_model(split: TableSplit, tmp_path: Path, cache: Path) -> None:
+    from singreg.models.vlm import VisionLanguageModel
+    from tests.models.tiny_vlm import write_tiny_vlm
+
+    vlm = VisionLanguageModel.from_open_clip(write_tiny_vlm(tmp_path / "vlm"))
+    rows = cached_embeddings(vlm, split, cache, batch_size=3, progress=False)
+    expected = vlm.embed_images(torch.stack([vlm.transform(split.image(index)) for index in range(11)]))
+    assert rows.shape == (11, vlm.dim)
+    assert np.allclose(rows, expected.numpy(), atol=1e-5)
+
+
+def _encode_in_a_group(rank: int, world: int, folder: str, count: int) -> tuple[int, bytes, str]:
+    split, encoder = file_split(Path(folder) / f"images-{rank}", count), Encoder()
+    cache = Path(folder) / f"cache-{world}"
+    rows = embed(encoder, split, cache, batch_size=3)
+    seen = encoder.seen
+    if rank == 0:
+        encoder.embed_images = lambda images: images.flatten(1)[:, :4] / 0  # type: ignore[method-assign]
+    encoder.weights_hash = "failing"
+    try:
+        embed(encoder, split, cache)
+        failure = "none"
+    except ValueError as error:
+        failure = str(error)
+    return seen, rows.tobytes(), failure
+
+
+@pytest.mark.parametrize("count", [1, 11])
+def test_processes_share_the_work_to_the_same_bits(tmp_path: Path, count: int) -> None:
+    _, expected, _ = _encode_in_a_group(0, 1, str(tmp_path), count)
+    for world in (2, 3):
+        found = run_processes(world, _encode_in_a_group, str(tmp_path), count)
+        assert [rows for _, rows, _ in found] == [expected] * world
+        assert sum(seen for seen, _, _ in found) == count
+        assert f"not finite for {min(count, 11)} images" in found[0][2]
+        assert "embedding failed elsewhere: process 0: ValueError" in found[1][2]
+        assert len(list((tmp_path / f"cache-{world}").iterdir())) == 1
