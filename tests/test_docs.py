@@ -11,12 +11,14 @@ from types import ModuleType
 import pytest
 import timm
 import torch
-
-from singreg.config import RunConfig, parse
 from singreg.terms import PRESETS, TERMS
 
+from singreg.config import RunConfig, parse
+
 ROOT = Path(__file__).parents[1]
-PAGES = {path: (ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "recipes/README.md", "configs/README.md")}
+PAGES = {
+    path: (ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "recipes/README.md", "configs/README.md")
+}
 README = PAGES["README.md"]
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"recipes/\w+\.py --config [^`\n|]+", "\n".join(PAGES.values()))))
