@@ -1,125 +1,139 @@
-"""The arms against each other, paired by image, and what may be said about it in plain words (METHOD section 8)."""
+"""The arms against each other, paired by image, and what may be said about it (METHOD section 8)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from singreg.analysis.results import CENTRED, Comparison, ModelMeasurement
 from singreg.analysis.statistics import paired_difference, paired_ratio
 
-MARGIN = 0.005  # accuracy counts as kept when the interval of its change stays above minus this (equivalence, not p > 0.05)
+Measured = tuple[pd.DataFrame, dict[str, Any]]
+"""What `analyze_model` returns of one model: a row an image, and the figures."""
+
+MARGIN = 0.005  # top-1 counts as kept when the interval of its change stays above minus this
 GAMED = 1.5
+IMAGES_PER_FEATURE = 6.0  # fewer for the auditor support no claim
 
 
-def _harm(measurement: ModelMeasurement, translator: str, kind: str = "") -> np.ndarray:
-    return np.maximum(-measurement.rows[f"{kind}AS/{translator}"], 0)
+def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:
+    """Compare SingLoss with the control: differences and ratios of means, paired by image, with 95 % intervals.
 
+    Args:
+        measurements: `analyze_model`'s results of "before", "control" and "sing".
 
-def compare_arms(measurements: Mapping[str, ModelMeasurement]) -> list[Comparison]:
-    """SingLoss against the control (against before without one): differences and ratios of means, paired; degrees, points."""
-    reference = measurements.get("control", measurements["before"])
-    after = measurements["sing"]
-    found = [Comparison("top-1", "-", *_points(after, reference), unit="points")]
+    Returns:
+        Columns name, translator, value, low, high, unit (× of means, degrees, points).
+    """
+    after, control = measurements["sing"][0], measurements["control"][0]
+    classes = control["label"].to_numpy()
+
+    def column(rows: pd.DataFrame, name: str) -> np.ndarray:
+        return rows[name].to_numpy()
+
+    def harm(rows: pd.DataFrame, name: str) -> np.ndarray:
+        return np.maximum(-column(rows, name), 0)
+
+    hits = [100 * column(rows, "correct") for rows in (after, control)]
+    found = [("top-1", "-", *paired_difference(*hits, groups=classes), "points")]
     for translator in ("frozen", "auditor"):
         pairs = {
-            "AS⁻ ratio": (_harm(after, translator), _harm(reference, translator)),
-            "AS⁻ centred ratio": (_harm(after, translator, CENTRED), _harm(reference, translator, CENTRED)),
-            "|AS| ratio": (np.abs(after.rows[f"AS/{translator}"]), np.abs(reference.rows[f"AS/{translator}"])),
-            "IS ratio": (after.rows[f"IS/{translator}"], reference.rows[f"IS/{translator}"]),
-            "IS centred ratio": (after.rows[f"{CENTRED}IS/{translator}"], reference.rows[f"{CENTRED}IS/{translator}"]),
+            "AS⁻": [harm(rows, f"AS/{translator}") for rows in (after, control)],
+            "AS⁻ centred": [harm(rows, f"centred AS/{translator}") for rows in (after, control)],
+            "|AS|": [np.abs(column(rows, f"AS/{translator}")) for rows in (after, control)],
+            "IS": [column(rows, f"IS/{translator}") for rows in (after, control)],
+            "IS centred": [column(rows, f"centred IS/{translator}") for rows in (after, control)],
         }
-        classes = reference.rows["label"]
-        found += [Comparison(name, translator, *paired_ratio(*pair, groups=classes), unit="×") for name, pair in pairs.items()]
-        difference = paired_difference(*pairs["AS⁻ ratio"], groups=classes)
-        found.append(Comparison("AS⁻ difference", translator, *difference, unit="°"))
-    return found
+        for name, pair in pairs.items():
+            found.append((f"{name} ratio", translator, *paired_ratio(*pair, groups=classes), "×"))
+        found.append(("AS⁻ difference", translator, *paired_difference(*pairs["AS⁻"], groups=classes), "°"))
+    return pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
 
 
-def _points(after: ModelMeasurement, reference: ModelMeasurement) -> tuple[float, float, float]:
-    hits = (100 * after.rows["correct"], 100 * reference.rows["correct"])
-    value, low, high = paired_difference(*hits, groups=reference.rows["label"])
-    return value, low, high
+def audit_gap(figures: Mapping[str, Any]) -> float | None:
+    """Return the auditor's AS⁻ over the loop translator's (METHOD section 8.6); above 1.5 the loss was gamed."""
+    scores = figures["translators"]
+    loop = scores["loop"]["overall"]["AS_neg"]
+    return scores["auditor"]["overall"]["AS_neg"] / loop if loop > 0 else None
 
 
-def no_claim(pictures: int, features: int, images_per_feature: float) -> str | None:
-    """Why an auditor fitted on that many pictures supports no claim; None where it does (no shapes).
+def no_claim(images: int, features: int) -> str | None:
+    """Say why an auditor fitted on that many images supports no claim; None where it does.
 
     Example:
-        >>> no_claim(500, 100, 6.0)
-        'No claim: the auditor has 500 pictures, 600 are needed (data.audit_per_class, data.unlabeled; of scenes data.scenes_audit).'
+        >>> no_claim(500, 100)
+        'No claim: the auditor has 500 images, 600 are needed (data.per_class.audit, data.unlabeled, data.scenes.audit).'
     """
-    needed = math.ceil(images_per_feature * features)
-    if pictures >= needed:
+    needed = math.ceil(IMAGES_PER_FEATURE * features)
+    if images >= needed:
         return None
-    where = "data.audit_per_class, data.unlabeled; of scenes data.scenes_audit"
-    return f"No claim: the auditor has {pictures} pictures, {needed} are needed ({where})."
+    where = "data.per_class.audit, data.unlabeled, data.scenes.audit"
+    return f"No claim: the auditor has {images} images, {needed} are needed ({where})."
 
 
-def verdict(
-    measurements: Mapping[str, ModelMeasurement], *, images_per_feature: float = 0.0, trained: bool = True
-) -> list[str]:
-    """Three or four sentences: what leaks, what the loss changed by the auditor's reading, at what price (degrees, points).
-
-    Without training (`trained=False`) there is nothing to compare, and it says so in place of the other sentences. An auditor of
-    fewer than `images_per_feature` pictures a feature supports no claim, which then stands in place of the effect.
-    """
-    before, after = measurements["before"], measurements["sing"]
-    auditor = before.translators["auditor"].overall
-    sentences = [
-        f"Before: the null space holds {before.null_share:.0%} of the feature norm; removing it costs the true class "
-        f"{auditor['AS_neg']:.2f}° (AS⁻) and moves the picture's meaning by {auditor['IS']:.1f}° (IS), by the auditor's reading "
-        f"of {before.images} test pictures."
+def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, trained: bool = True) -> list[str]:
+    """Say in at most four lines what leaks, whether the audit passed, what the loss changed and at what price."""
+    (_, before), (_, after) = measurements["before"], measurements["sing"]
+    auditor = before["translators"]["auditor"]["overall"]
+    lines = [
+        f"Before: the null space holds {before['null_share']:.0%} of the feature norm; removing it costs the true class "
+        f"{auditor['AS_neg']:.2f}° (AS⁻) and moves the image's meaning by {auditor['IS']:.1f}° (IS), by the auditor's "
+        f"reading of {before['images']} test images."
     ]
     if not trained:
-        return [*sentences, "Nothing was trained (training.epochs: 0): every arm is the starting classifier, so no effect is claimed."]
-    against = "plain fine-tuning" if "control" in measurements else "the model before (no control was trained)"
-    found = {(c.name, c.translator): c for c in compare_arms(measurements)}
-    image, top1 = found["IS ratio", "auditor"], found["top-1", "-"]
-    harm, neutral = found["AS⁻ ratio", "auditor"], 1
-    if math.isnan(harm.value):  # nothing to divide by: the other arm leaks nowhere
-        harm, neutral = found["AS⁻ difference", "auditor"], 0
+        return [*lines, "Nothing was trained (training.epochs: 0), so no effect is claimed."]
+    gap = audit_gap(after)
+    if gap is not None:
+        gamed = "was gamed: do not believe its figure" if gap > GAMED else "agrees with the auditor"
+        lines.append(f"Audit: the auditor's AS⁻ is {gap:.2f} times the loop translator's, which {gamed}.")
+    fits = [(m["translators"]["auditor"]["fit_images"], m["head"]["features"]) for m in (before, after)]
+    refused = next(filter(None, (no_claim(*fit) for fit in fits)), None)
+    return [*lines, refused or _effect(after, comparisons), _price(comparisons)]
+
+
+def _effect(after: Mapping[str, Any], comparisons: pd.DataFrame) -> str:
+    harm, neutral = _found(comparisons, "AS⁻ ratio"), 1
+    if math.isnan(harm.value):  # nothing to divide by: the control leaks nowhere
+        harm, neutral = _found(comparisons, "AS⁻ difference"), 0
     direction = "lower" if harm.high < neutral else "higher" if harm.low > neutral else "not distinguishable"
-    refused = [no_claim(m.translators["auditor"].fit_images, m.head.features, images_per_feature) for m in (before, after)]
-    sentences.append(
-        next(filter(None, refused), None)
-        or f"Against {against}, SingLoss leaves an AS⁻ that is {direction}: {harm.value:.2f}{harm.unit} [{harm.low:.2f}, {harm.high:.2f}] "
-        f"by the auditor ({after.translators['auditor'].overall['AS_neg']:.2f}°), with IS {image.value:.2f}× "
+    image = _found(comparisons, "IS ratio")
+    return (
+        f"Against plain fine-tuning, SingLoss leaves an AS⁻ that is {direction}: {harm.value:.2f}{harm.unit} "
+        f"[{harm.low:.2f}, {harm.high:.2f}] by the auditor "
+        f"({after['translators']['auditor']['overall']['AS_neg']:.2f}°), with IS {image.value:.2f}× "
         f"[{image.low:.2f}, {image.high:.2f}]."
     )
+
+
+def _price(comparisons: pd.DataFrame) -> str:
+    top1 = _found(comparisons, "top-1", "-")
     kept = "kept" if top1.low > -100 * MARGIN else "lost" if top1.high < 0 else "not shown to be kept"
-    sentences.append(
-        f"Top-1 is {kept}: {top1.value:+.2f} points [{top1.low:+.2f}, {top1.high:+.2f}] (margin {100 * MARGIN:.1f} points)."
-    )
-    loop = after.translators["loop"].overall["AS_neg"]
-    if loop > 0:
-        gap = after.translators["auditor"].overall["AS_neg"] / loop
-        gamed = "the loop's translator was gamed: do not believe its figure" if gap > GAMED else "loop and auditor agree"
-        sentences.append(f"Audit gap {gap:.2f} (auditor AS⁻ over the loop's own): {gamed}.")
-    return sentences
+    interval = f"{top1.value:+.2f} points [{top1.low:+.2f}, {top1.high:+.2f}]"
+    return f"Top-1 is {kept}: {interval} (margin {100 * MARGIN:.1f} points)."
 
 
-def report_warnings(measurements: Mapping[str, ModelMeasurement], images_per_feature: float) -> list[str]:
-    """Reasons not to believe a figure: too few auditor pictures for its width, a poor translator, no control (sentences)."""
+def _found(comparisons: pd.DataFrame, name: str, translator: str = "auditor") -> Any:
+    wanted = (comparisons["name"] == name) & (comparisons["translator"] == translator)
+    return next(comparisons[wanted].itertuples(index=False))
+
+
+def finetune_warnings(before: Mapping[str, Any]) -> list[str]:
+    """Give the reasons not to believe a figure: too few auditor images for the width, a poor translator or VLM."""
+    auditor, width, own = before["translators"]["auditor"], before["head"]["features"], before["vlm_zero_shot"]
     warnings = []
-    before = measurements["before"]
-    auditor, width = before.translators["auditor"], before.head.features
-    if auditor.fit_images < images_per_feature * width:
+    if auditor["fit_images"] < IMAGES_PER_FEATURE * width:
         warnings.append(
-            f"Warning: the auditor was fitted on {auditor.fit_images} pictures for {width} features; below "
-            f"{images_per_feature:g} a feature it is not identified well, AS⁻ reads too high, and no claim should be made."
+            f"Warning: the auditor was fitted on {auditor['fit_images']} images for {width} features; below "
+            f"{IMAGES_PER_FEATURE:g} a feature AS⁻ reads too high."
         )
-    if auditor.zero_shot < 0.5 * before.vlm_zero_shot:
+    if auditor["zero_shot"] < 0.5 * own:
         warnings.append(
-            f"Warning: translated features name {auditor.zero_shot:.0%} of the classes where the vision-language model's own "
-            f"embeddings name {before.vlm_zero_shot:.0%}; the translator loses too much for AS to mean the class."
+            f"Warning: translated features name {auditor['zero_shot']:.0%} of the classes where the vision-language "
+            f"model's own embeddings name {own:.0%}; the translator loses too much for AS to mean the class."
         )
-    if before.vlm_zero_shot < 0.5:
-        warnings.append(
-            f"Warning: the vision-language model itself names only {before.vlm_zero_shot:.0%} of the test pictures' classes."
-        )
-    if "control" not in measurements:
-        warnings.append("Warning: no control arm was trained, so nothing here shows an effect of the loss.")
+    if own < 0.5:
+        warnings.append(f"Warning: the vision-language model itself names only {own:.0%} of the test images' classes.")
     return warnings

@@ -1,0 +1,233 @@
+"""What a run keeps to go on with: an arm's checkpoints, finished stages, and what the run was begun with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from singreg.models.vlm import hash_of_state
+from singreg.runs import OtherRunError, Run
+from singreg.setup import Setup
+from singreg.utils import atomic_write, plain, seed_process, write_json
+
+logger = get_logger(__name__)
+KEEP = 2
+"""Checkpoints of an arm that stay."""
+BROKEN = (OSError, ValueError, TypeError, KeyError, SafetensorError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where an arm stands.
+
+    Args:
+        step: optimiser steps done.
+        epoch: the current one.
+        batches: micro-batches of it already used.
+        due: what follows this step (the translator's refresh, the curves) is still to be done.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batches: int = 0
+    due: bool = False
+
+
+class Checkpoints:
+    """The last checkpoints of one arm, each a folder that accelerate fills under another name and that is then renamed.
+
+    Args:
+        folder: of the arm's checkpoints.
+        accelerator: holds the prepared task, optimiser and schedule.
+        keep: how many stay.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int = KEEP) -> None:
+        self.folder, self.accelerator, self.keep = folder, accelerator, keep
+
+    def save(self, position: Position, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Save the training's state, the position and further tensors, which are the same on every process."""
+        target = self.folder / f"step-{position.step:08d}"
+        temporary = self.folder / f".writing-{position.step:08d}"
+        if self.accelerator.is_main_process:
+            for left in self.folder.glob(".writing-*"):  # by a killed run or a full disk
+                shutil.rmtree(left, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary), safe_serialization=True)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            save_file(_on_cpu(tensors or {}), temporary / "tensors.safetensors")
+            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+            place = {**asdict(position), "processes": self.accelerator.num_processes, "files": sizes}
+            write_json(temporary / "position.json", place)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            others = [path for path in sorted(self.folder.glob("step-*")) if path != target]
+            for old in others[: len(others) - self.keep + 1]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load_latest(self, *, seed: int = 0) -> tuple[Position, dict[str, Tensor]]:
+        """Restore the newest whole checkpoint; without one, the position is the beginning.
+
+        The main process chooses, or processes could go on from different ones; a broken checkpoint is named, renamed to
+        broken-..., and the one before it is used. On another number of processes the run goes on, but not to the bit,
+        which is said; a process that has no random state in it draws from (seed, its number, step).
+        """
+        chosen = [self._newest() if self.accelerator.is_main_process else None]
+        broadcast_object_list(chosen)
+        if chosen[0] is None:
+            return Position(), {}
+        folder, position, processes = chosen[0]
+        self.accelerator.load_state(str(folder))
+        if self.accelerator.is_main_process:
+            logger.info("resuming from %s (step %d)", folder, position.step)
+        if processes != self.accelerator.num_processes:
+            logger.warning(
+                "%s was written by %d process(es), this run has %d: it goes on, but not to the same bits",
+                *(folder, processes, self.accelerator.num_processes),
+            )
+            if self.accelerator.process_index >= processes:
+                seed_process(seed, self.accelerator.process_index, position.step)
+        return position, load_file(folder / "tensors.safetensors")
+
+    def _newest(self) -> tuple[Path, Position, int] | None:
+        for folder in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                return folder, *_whole(folder)
+            except BROKEN as error:
+                logger.warning("checkpoint %s is broken (%s); trying the one before", folder, error)
+                _set_aside(folder)
+        return None
+
+
+def _whole(folder: Path) -> tuple[Position, int]:
+    """Position and number of processes of a checkpoint whose every file can be read, before anything of it is loaded.
+
+    A load that fails half-way would leave its weights behind, and accelerate passes over random states it cannot read.
+    """
+    stored = json.loads((folder / "position.json").read_text(encoding="utf-8"))
+    for name, size in stored.pop("files").items():
+        path = folder / name
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, {size} were written")
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif zipfile.ZipFile(path).testzip() is not None:  # what torch.save writes, with check sums
+            raise ValueError(f"{path} is not what was written")
+    processes = int(stored.pop("processes"))
+    return Position(**stored), processes
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a broken checkpoint, so that it is neither counted nor chosen again; nothing is overwritten."""
+    target, number = folder.with_name(f"broken-{folder.name}"), 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"broken-{folder.name}-{number}")
+    os.rename(folder, target)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a finished stage of a run ("before", "control", "sing") leaves.
+
+    Args:
+        rows: figures of every image.
+        figures: everything else that was measured, JSON-able.
+        tensors, notes: what later stages need, any shapes; JSON-able.
+    """
+
+    rows: pd.DataFrame
+    figures: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def stage(run: Run, name: str, compute: Callable[[], Stage]) -> Stage:
+    """Return a stage's result: read back from the run's folder where it had finished, else computed, timed and stored.
+
+    The JSON is written last and marks the stage as done. A fresh stage is what a stored one would be: figures that are
+    not defined are None.
+    """
+    folder = run.folder / "checkpoints" / "stages" / name
+    done = folder / "stage.json"
+    if done.is_file():
+        logger.info("stage %s is done already, read from %s", name, folder)
+        stored = json.loads(done.read_text(encoding="utf-8"))
+        run.seconds[name] = stored["seconds"]
+        # In memory of torch's own, as they were when they were computed: products round by where it begins.
+        tensors = {key: tensor.clone() for key, tensor in load_file(folder / "tensors.safetensors").items()}
+        return Stage(pd.read_parquet(folder / "rows.parquet"), stored["figures"], tensors, stored["notes"])
+    with run.timed(name):
+        found = compute()
+    found = replace(found, figures=plain(found.figures))
+    if run.accelerator.is_main_process:
+        with atomic_write(folder / "tensors.safetensors") as temporary:
+            save_file(_on_cpu(found.tensors), temporary)
+        with atomic_write(folder / "rows.parquet") as temporary:
+            found.rows.to_parquet(temporary)
+        write_json(done, {"figures": found.figures, "notes": found.notes, "seconds": run.seconds[name]})
+    run.accelerator.wait_for_everyone()
+    return found
+
+
+def fingerprints(setup: Setup) -> dict[str, str]:
+    """Return hashes of all that a run starts from beside its configuration, by what they are called in messages."""
+    names = ("train", "bank", "audit", "test")
+    return {
+        **{f"{name} images": getattr(setup.splits, name).fingerprint for name in names},
+        "starting classifier": hash_of_state(setup.classifier.model),
+        "classifier's preprocessing": setup.info.classifier_preprocessing,
+        "vision-language model": setup.info.vlm_weights_hash,
+        "vision-language model's preprocessing": setup.info.vlm_preprocessing,
+    }
+
+
+def refuse_other_inputs(run: Run, inputs: Mapping[str, str]) -> None:
+    """Note what a run starts from, or, when it is resumed, see that this is still the same.
+
+    Raises:
+        OtherRunError: it is not; names what differs.
+    """
+    path = run.folder / "checkpoints" / "inputs.json"
+    if path.is_file() and (other := other_inputs(json.loads(path.read_text(encoding="utf-8")), inputs)):
+        raise OtherRunError(
+            f"{path}: the run was begun with {other}, so this would not be the same run; resume where they are as they "
+            "were, or use another --out"
+        )
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process and not path.is_file():
+        write_json(path, inputs)
+    run.accelerator.wait_for_everyone()
+
+
+def other_inputs(stored: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say what differs, with the beginnings of both hashes; empty where nothing does.
+
+    Example:
+        >>> other_inputs({"test images": "aaaaaaaaaa", "texts": "b"}, {"test images": "cccccccccc", "texts": "b"})
+        'other test images (then aaaaaaaa, now cccccccc)'
+    """
+    names = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+    return ", ".join(f"other {name} (then {str(stored.get(name))[:8]}, now {str(now.get(name))[:8]})" for name in names)

@@ -1,0 +1,370 @@
+"""One training step as a module, what AdamW is given, and how the steps are laid out (METHOD section 6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor, nn
+
+from singreg.analysis.fitting import FittedTranslator
+from singreg.config import FinetuneConfig
+from singreg.losses import SingLoss, resolve_terms
+from singreg.models.classifier import Classifier
+from singreg.utils import all_reduce_sum, rank_and_world
+
+LR_WARMUP = 0.1  # share of the steps with a linear warm-up of the learning rate
+WARMUP, RAMP = 0.1, 0.2  # shares of the steps with λ = 0, and of the cosine ramp that follows
+
+
+class FinetuneTask(nn.Module):
+    """Cross-entropy + SingLoss + ½ · l2_sp · |θ - θ0|² over the trained backbone, in one forward (METHOD section 6).
+
+    Everything trainable goes through this one `forward`, so that DDP sees all of it. With `clean` views the SING terms
+    read those, the very images the vision-language model embedded, and cross-entropy reads the augmented ones.
+
+    θ0 are the weights at construction. Checkpoints leave them out: a resumed run builds the task from the same
+    classifier before it loads one, and so finds the same θ0.
+
+    Args:
+        sing: None for the control.
+        compile: hand timm's `forward_features` to torch.compile. The head stays as it is: SingLoss differentiates its
+            weight. Only `forward` runs compiled; copies of the classifier, measuring passes and files do not.
+
+    Shape:
+        images and clean (B, 3, H, W), labels (B,).
+
+    Returns:
+        {"loss": (), "ce": (), "correct": (), ...terms}, all but "loss" detached.
+    """
+
+    def __init__(
+        self, classifier: Classifier, sing: SingLoss | None = None, *, l2_sp: float = 0.0, compile: bool = False
+    ) -> None:
+        super().__init__()
+        self.classifier, self.sing, self.l2_sp = classifier, sing, l2_sp
+        self.seen_features: Tensor | None = None  # (B, m), what the SING terms read last
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        if compile:
+            self._compiled = torch.compile(classifier.model.forward_features)  # type: ignore[arg-type]
+        for number, parameter in enumerate(trained_backbone(classifier) if l2_sp else []):
+            self.register_buffer(f"start_{number}", parameter.detach().clone(), persistent=False)
+
+    def forward(self, images: Tensor, labels: Tensor, clean: Tensor | None = None) -> dict[str, Tensor]:
+        """Return one step's loss and its named parts."""
+        with self._compiled_features():
+            ce, sing, correct = self.losses(images, labels, clean)
+        loss, terms = (ce, {}) if self.sing is None else (ce + sing, self.sing.last_terms)
+        if self.l2_sp:
+            penalty = self._distance_penalty()
+            loss, terms = loss + penalty, {**terms, "l2_sp": penalty.detach()}
+        return {"loss": loss, "ce": ce.detach(), "correct": correct, **terms}
+
+    def losses(
+        self, images: Tensor, labels: Tensor, clean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return cross-entropy and λ · SING terms (or None), both with their graph, and the share of correct answers."""
+        features, logits = self.classifier.features_and_logits(images)
+        ce = nn.functional.cross_entropy(logits.float(), labels)
+        correct = (logits.detach().argmax(1) == labels).float().mean()
+        if self.sing is None:
+            return ce, None, correct
+        features = features if clean is None else self._clean_features(clean)
+        self.seen_features = features.detach()
+        return ce, self.sing(features, labels), correct
+
+    @contextmanager
+    def _compiled_features(self) -> Iterator[None]:
+        """Let the model's own `forward` find the compiled function for as long as this lasts."""
+        if self._compiled is None:
+            yield
+            return
+        own = vars(self.classifier.model)
+        own["forward_features"] = self._compiled
+        try:
+            yield
+        finally:
+            del own["forward_features"]
+
+    def _distance_penalty(self) -> Tensor:
+        moved = [
+            (parameter - self.get_buffer(f"start_{number}")).square().sum()
+            for number, parameter in enumerate(trained_backbone(self.classifier))
+        ]
+        return 0.5 * self.l2_sp * torch.stack(moved).sum() if moved else self.classifier.weight.new_zeros(())
+
+    def _clean_features(self, clean: Tensor) -> Tensor:
+        """Features of the clean view with dropout and batch norm in eval, as the translator was fitted."""
+        was_training = self.classifier.training
+        self.classifier.eval()
+        try:
+            return self.classifier.features(clean)
+        finally:
+            self.classifier.train(was_training)
+
+
+def make_sing(
+    config: FinetuneConfig,
+    classifier: Classifier,
+    fitted: FittedTranslator,
+    texts: Tensor,
+    image_score_ref: Tensor,
+    *,
+    images: int,
+    accumulation: int = 1,
+) -> SingLoss:
+    """Build a configuration's SingLoss for a copy of the starting classifier, its references from the model before.
+
+    Args:
+        fitted: the loop's translator, with the mean and the class means of the features it was fitted on.
+        images: how many images are trained on, from which the schedule of λ follows.
+        accumulation: forwards a step.
+
+    Shape:
+        texts (C, n) unit rows, image_score_ref (C,) in degrees.
+    """
+    total = Schedule.from_config(config, images).total
+    sing = SingLoss(
+        classifier,
+        fitted.translator,
+        texts,
+        weight=config.loss.weight,
+        terms=resolve_terms(config.loss.preset, config.loss.terms),
+        placebo=config.loss.placebo,
+        warmup_steps=round(WARMUP * total),
+        ramp_steps=round(RAMP * total),
+        accumulation=accumulation,
+        invariance=config.model.invariance,
+    )
+    return sing.to(texts.device).calibrate(fitted.mean, fitted.class_means, image_score_ref)
+
+
+def trained_backbone(classifier: Classifier) -> list[nn.Parameter]:
+    """Return the parameters outside the head that train, in the module's order; empty where the head alone does."""
+    head = {id(parameter) for parameter in classifier.head.parameters()}
+    return [parameter for parameter in classifier.parameters() if parameter.requires_grad and id(parameter) not in head]
+
+
+def train_head_only(classifier: Classifier) -> None:
+    """Set the training mode that `classifier.tune("head")` has: the backbone's batch norms and dropout rest.
+
+    For the steps of LP-FT in which the backbone stays in the optimiser but its gradients are thrown away.
+    """
+    backbone = trained_backbone(classifier)
+    try:
+        for parameter in backbone:
+            parameter.requires_grad_(False)
+        classifier.train()
+    finally:
+        for parameter in backbone:
+            parameter.requires_grad_(True)
+
+
+def parameter_groups(classifier: Classifier, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """Return AdamW's groups: the head at `head_factor` times the rate; no decay on norms and biases (shape (k,)).
+
+    Raises:
+        ValueError: every parameter is frozen.
+    """
+    training = config.training
+    head = {id(parameter) for parameter in classifier.head.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in classifier.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in head, parameter.ndim <= 1), []).append(parameter)
+    if not groups:
+        raise ValueError("nothing is left to train: every parameter of the classifier is frozen")
+    return [
+        {
+            "params": parameters,
+            "lr": training.learning_rate * (training.head_factor if is_head else 1.0),
+            "weight_decay": 0.0 if is_flat else training.weight_decay,
+        }
+        for (is_head, is_flat), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of an arm, all in optimiser steps.
+
+    Args:
+        refresh_at: after which steps the loop's translator is refitted on the bank.
+        head_only: in how many steps, at the beginning, the head alone trains.
+    """
+
+    steps_per_epoch: int
+    total: int
+    warmup: int
+    refresh_at: tuple[int, ...]
+    head_only: int = 0
+
+    @classmethod
+    def from_config(cls, config: FinetuneConfig, images: int) -> Schedule:
+        """Lay out the steps for a number of training images; the last incomplete batch of an epoch is dropped.
+
+        Raises:
+            ValueError: there are fewer images than one batch.
+        """
+        training = config.training
+        per_epoch = images // training.batch_size
+        if per_epoch == 0 and training.epochs:
+            raise ValueError(
+                f"expected at least training.batch_size = {training.batch_size} training images, got {images}; "
+                "lower the batch size or give more images"
+            )
+        total = per_epoch * training.epochs
+        count = config.translator.refreshes + 1
+        refresh = sorted({round(total * i / count) for i in range(1, count)} - {0, total})
+        return cls(per_epoch, total, math.ceil(LR_WARMUP * total), tuple(refresh), round(training.head_first * total))
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Return the rate's factor in [0, 1]: a linear warm-up, then a cosine decay to 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        span = max(1, self.total - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.warmup) / span)))
+
+
+def micro_batch(config: FinetuneConfig, accumulation: int, processes: int) -> int:
+    """Return the images of one forward over all processes: the batch size over the accumulation steps.
+
+    Raises:
+        ValueError: the batch cannot be split evenly.
+    """
+    micro, rest = divmod(config.training.batch_size, accumulation)
+    if rest or micro % processes:
+        raise ValueError(
+            f"training.batch_size = {config.training.batch_size} cannot be split evenly into {accumulation} "
+            f"accumulation step(s) over {processes} process(es); choose a multiple of their product"
+        )
+    return micro
+
+
+def refuse_batch_norm(config: FinetuneConfig, accelerator: Accelerator) -> None:
+    """Refuse to train batch norms on several processes without GPUs: torch gathers their statistics on GPUs alone.
+
+    Raises:
+        ValueError: model.batch_norm is train on several processes without GPUs.
+    """
+    trains = config.model.batch_norm == "train" and config.model.tuning != "head"
+    if trains and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        raise ValueError(
+            f"model.batch_norm: train on {accelerator.num_processes} processes needs GPUs: on CPUs every process would "
+            "keep statistics of its own images, and so another model; set model.batch_norm to eval, or use one process"
+        )
+
+
+def synchronise_batch_norm(classifier: Classifier, config: FinetuneConfig, accelerator: Accelerator) -> None:
+    """Let batch norms that train take their statistics over all processes, in place, weights and buffers kept.
+
+    Raises:
+        ValueError: as `refuse_batch_norm`, or for a batch norm in the head, which must stay of the kind that is folded.
+    """
+    refuse_batch_norm(config, accelerator)
+    if accelerator.num_processes == 1 or config.model.batch_norm != "train":
+        return
+    if any(getattr(module, "running_var", None) is not None for module in classifier.head.modules()):
+        raise ValueError(
+            f"model.batch_norm: train on {accelerator.num_processes} processes: the head {classifier.head_name!r} of "
+            f"{classifier.tag} has a batch norm of its own, which would differ between them; set model.batch_norm to "
+            "eval, or use one process"
+        )
+    # timm's own: torch's would lose the activation inside timm's BatchNormAct2d.
+    convert_sync_batchnorm(classifier.model)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """‖∇ CE‖ and ‖∇ λ·SING‖ at the current λ, and ‖∇ SING‖ without λ; the same on every process."""
+
+    ce: float
+    sing: float
+    unweighted: float
+
+    def figures(self) -> dict[str, Tensor]:
+        """Return the norms that are logged, shapes ()."""
+        return {"gradient_ce": torch.tensor(self.ce), "gradient_sing": torch.tensor(self.sing)}
+
+
+def measure_gradients(task: FinetuneTask, images: Tensor, labels: Tensor, clean: Tensor | None = None) -> GradientNorms:
+    """Take the norms of both gradients over the trained backbone (over the head where it alone trains) on one batch.
+
+    A pass of its own through the unwrapped task, in float32: neither DDP's reducer, nor `.grad`, nor the random state,
+    nor a buffer notices it. Gradients are averaged over processes before their norm, so every process must call it. The
+    head is left out otherwise: its gradient of cross-entropy is large and says nothing about features.
+
+    Raises:
+        ValueError: the task has no SingLoss.
+    """
+    sing = task.sing
+    if sing is None:
+        raise ValueError("gradients are balanced between cross-entropy and SingLoss; this task has no SingLoss")
+    parameters = trained_backbone(task.classifier) or [p for p in task.classifier.head.parameters() if p.requires_grad]
+    weight = float(sing.current_weight)
+    with _unnoticed(task, images.device), torch.autocast(images.device.type, enabled=False):
+        ce, weighted, _ = task.losses(images, labels, clean)
+        assert weighted is not None
+        ce_norm = _norm(ce, parameters)
+        sing_norm = _norm(weighted, parameters) if weight else 0.0
+    return GradientNorms(ce_norm, sing_norm, sing_norm / weight if weight else 0.0)
+
+
+def ramp_begins(sing: SingLoss) -> bool:
+    """Return True at the first forward with λ > 0, where `balance` is called; it depends on saved state alone."""
+    return sing.weight > 0 and int(sing.step) == sing.warmup_steps * sing.accumulation
+
+
+def balance(sing: SingLoss, norms: GradientNorms, share: float) -> GradientNorms:
+    """Set `sing.scale` so that ‖∇ λ·SING‖ is `share` times ‖∇ CE‖ at full λ; return the norms with that scale.
+
+    Raises:
+        ValueError: a norm is 0 or not finite, so that no scale can do that.
+    """
+    scale = share * norms.ce / (sing.weight * norms.unweighted) if norms.unweighted > 0 else math.inf
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"loss.balance = {share} cannot be reached: on this batch the gradient of cross-entropy has norm "
+            f"{norms.ce:g} and that of the terms {sorted(sing.terms)} has norm {norms.unweighted:g}; use other terms, "
+            "a larger batch or loss.balance: 0"
+        )
+    sing.scale.fill_(scale)
+    return GradientNorms(norms.ce, float(sing.current_weight) * norms.unweighted, norms.unweighted)
+
+
+def _norm(loss: Tensor, parameters: Sequence[nn.Parameter]) -> float:
+    """Norm of a loss's gradient, averaged over processes; a parameter that it does not depend on counts as 0."""
+    found: Sequence[Tensor | None] = [None] * len(parameters)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    world = rank_and_world()[1]
+    squares = [
+        (all_reduce_sum(torch.zeros_like(parameter) if gradient is None else gradient) / world).double().square().sum()
+        for parameter, gradient in zip(parameters, found, strict=True)
+    ]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+@contextmanager
+def _unnoticed(task: FinetuneTask, device: torch.device) -> Iterator[None]:
+    """Put buffers, random state, the loss's mode and last values back afterwards."""
+    assert task.sing is not None
+    sing, training = task.sing, task.sing.training
+    kept = [(buffer, buffer.clone()) for buffer in task.classifier.buffers()]
+    last = sing.last_terms, task.seen_features
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            sing.eval()  # neither counts a step nor moves its means
+            yield
+        finally:
+            sing.train(training)
+            sing.last_terms, task.seen_features = last
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
