@@ -109,7 +109,7 @@ def prepare_arm(
     loader = make_loader(
         split,
         classifier.train_transform(augmentation),
-        micro_batch(config, accelerator.gradient_accumulation_steps, accelerator.num_processes),
+        micro_batch(config, accelerator),
         clean_transform=classifier.transform if sing is not None and augmentation != "none" else None,
         shuffle=True,
         seed=config.seed,
@@ -162,11 +162,9 @@ def steps(arm: Arm, start: Position) -> Iterator[Step]:
     Raises:
         TrainingFailed: a loss or gradient that is not finite; nothing was updated with it.
     """
-    total = arm.schedule.total
-    return progress(
-        _steps(arm, start), f"training {arm.name}", total=total, done=start.step,
-        enabled=arm.accelerator.is_local_main_process,
-    )  # fmt: skip
+    described = f"training {arm.name}"
+    shown = arm.accelerator.is_local_main_process
+    return progress(_steps(arm, start), described, total=arm.schedule.total, done=start.step, enabled=shown)
 
 
 def follow(arm: Arm, step: Step) -> None:
@@ -216,13 +214,13 @@ def _train_mode(arm: Arm, step: int) -> None:
 
 
 def micro_step(arm: Arm, batch: Sequence[Tensor], step: int) -> dict[str, Tensor]:
-    """Forward and backward of one micro-batch, and the optimiser's step where it is the last of its batch."""
+    """Run forward and backward of one micro-batch, and the optimiser's step where it is the last of its batch."""
     *views, labels, indices = batch
     accelerator, task = arm.accelerator, arm.plain
     with accelerator.accumulate(arm.task):
         measured = _balance(arm, views, labels, step)
         with accelerator.autocast():
-            outputs = arm.task(views[0], labels, *views[1:])
+            outputs: dict[str, Tensor] = arm.task(views[0], labels, *views[1:])
         outputs.update(measured)
         if not bool(torch.isfinite(outputs["loss"])):
             raise TrainingFailed(_failure(arm, "loss", outputs, indices, step))

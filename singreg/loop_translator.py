@@ -42,7 +42,6 @@ class LoopTranslator:
         embeddings: np.ndarray,
         config: LoopTranslatorConfig,
         accelerator: Accelerator,
-        *,
         invariance: Invariance = "logits",
         passes: PassSettings | None = None,
     ) -> None:
@@ -55,9 +54,9 @@ class LoopTranslator:
         """True where checkpoints need the sums, and where the first refresh comes before the first step."""
         return self.config.stream_every > 0
 
-    def current(self, sing: SingLoss) -> LinearTranslator:
-        """Return the translator the loss reads now."""
-        return LinearTranslator(sing.matrix, sing.offset, self.info)
+    def current(self, sing: SingLoss | None) -> dict[str, LinearTranslator]:
+        """Return the translator the loss reads now, as "loop"; nothing for the control."""
+        return {} if sing is None else {"loop": LinearTranslator(sing.matrix, sing.offset, self.info)}
 
     def refresh(self, classifier: Classifier, sing: SingLoss) -> None:
         """Encode the bank with today's classifier and give the loss the translator fitted on it."""

@@ -172,8 +172,17 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | i
 
 def track(accelerator: Accelerator, name: str, config: Any) -> None:
     """Begin a tracker run of that name (a curve's colour in TensorBoard) with the configuration, on every tracker."""
+    for tracker in accelerator.trackers:  # accelerate would go on logging to the runs begun before
+        tracker.finish()
+    accelerator.trackers.clear()
     if accelerator.log_with:
-        accelerator.init_trackers(name, config=flatten(asdict(config)))
+        accelerator.init_trackers(name)
+    settings = flatten(asdict(config))
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":  # whose own way would add a run in a folder named by the clock
+            tracker.log({"config": "\n".join(f"    {key}: {value}" for key, value in settings.items())}, step=0)
+        else:
+            tracker.store_init_configuration(settings)
 
 
 def log(accelerator: Accelerator, figures: Mapping[str, Any], step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class FinetuneTask(nn.Module):
         """Return one step's loss and its named parts."""
         with self._compiled_features():
             ce, sing, correct = self.losses(images, labels, clean)
-        loss, terms = (ce, {}) if self.sing is None else (ce + sing, self.sing.last_terms)
+        loss, terms = (ce, {}) if sing is None or self.sing is None else (ce + sing, self.sing.last_terms)
         if self.l2_sp:
             penalty = self._distance_penalty()
             loss, terms = loss + penalty, {**terms, "l2_sp": penalty.detach()}
@@ -69,7 +70,7 @@ class FinetuneTask(nn.Module):
     def losses(
         self, images: Tensor, labels: Tensor, clean: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return cross-entropy and λ · SING terms (or None), both with their graph, and the share of correct answers."""
+        """Return cross-entropy and λ · SING terms (or None), with their graphs, and the share of correct answers."""
         features, logits = self.classifier.features_and_logits(images)
         ce = nn.functional.cross_entropy(logits.float(), labels)
         correct = (logits.detach().argmax(1) == labels).float().mean()
@@ -115,7 +116,6 @@ def make_sing(
     fitted: FittedTranslator,
     texts: Tensor,
     image_score_ref: Tensor,
-    *,
     images: int,
     accumulation: int = 1,
 ) -> SingLoss:
@@ -232,12 +232,33 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.warmup) / span)))
 
 
-def micro_batch(config: FinetuneConfig, accumulation: int, processes: int) -> int:
+def describe_training(config: FinetuneConfig, accelerator: Accelerator, classifier: Classifier, images: int) -> str:
+    """Say what training takes in steps, weights and memory.
+
+    Raises:
+        ValueError: fewer images than a batch, a batch that cannot be split evenly, batch norms that cannot train.
+    """
+    micro_batch(config, accelerator)
+    refuse_batch_norm(config, accelerator)
+    schedule = Schedule.from_config(config, images)
+    tuned = copy.deepcopy(classifier).tune(config.model.tuning, batch_norm=config.model.batch_norm)
+    every = sum(parameter.numel() for parameter in tuned.parameters())
+    trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
+    return (
+        f"steps: {schedule.total} ({schedule.steps_per_epoch} an epoch), translator refreshed after "
+        f"{list(schedule.refresh_at)}\nclassifier {tuned.tag}: {tuned.num_classes} classes, {tuned.feature_dim} "
+        f"features, {trained:,} of {every:,} weights trained; {4 * (every + 3 * trained) / 2**20:.0f} MiB with the "
+        "optimiser, beside activations"
+    )
+
+
+def micro_batch(config: FinetuneConfig, accelerator: Accelerator) -> int:
     """Return the images of one forward over all processes: the batch size over the accumulation steps.
 
     Raises:
         ValueError: the batch cannot be split evenly.
     """
+    accumulation, processes = int(accelerator.gradient_accumulation_steps), int(accelerator.num_processes)
     micro, rest = divmod(config.training.batch_size, accumulation)
     if rest or micro % processes:
         raise ValueError(

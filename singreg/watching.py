@@ -23,7 +23,7 @@ WATCHED = 256
 
 
 def watch(
-    classifier: Classifier, setup: Setup, translators: Mapping[str, Translator], *, invariance: Invariance = "logits"
+    classifier: Classifier, setup: Setup, translators: Mapping[str, Translator], invariance: Invariance = "logits"
 ) -> dict[str, SemanticLeakage]:
     """Return AS and IS of some labelled audit images by each translator, from one pass: curves, no evidence."""
     split = setup.splits.audit

@@ -32,10 +32,10 @@ def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:
     classes = control["label"].to_numpy()
 
     def column(rows: pd.DataFrame, name: str) -> np.ndarray:
-        return rows[name].to_numpy()
+        return np.asarray(rows[name])
 
     def harm(rows: pd.DataFrame, name: str) -> np.ndarray:
-        return np.maximum(-column(rows, name), 0)
+        return np.asarray(np.maximum(-column(rows, name), 0))
 
     hits = [100 * column(rows, "correct") for rows in (after, control)]
     found = [("top-1", "-", *paired_difference(*hits, groups=classes), "points")]
@@ -50,7 +50,8 @@ def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:
         for name, pair in pairs.items():
             found.append((f"{name} ratio", translator, *paired_ratio(*pair, groups=classes), "×"))
         found.append(("AS⁻ difference", translator, *paired_difference(*pairs["AS⁻"], groups=classes), "°"))
-    return pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
+    table: pd.DataFrame = pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
+    return table
 
 
 def audit_gap(figures: Mapping[str, Any]) -> float | None:
@@ -65,12 +66,12 @@ def no_claim(images: int, features: int) -> str | None:
 
     Example:
         >>> no_claim(500, 100)
-        'No claim: the auditor has 500 images, 600 are needed (data.per_class.audit, data.unlabeled, data.scenes.audit).'
+        'No claim: the auditor has 500 images, 600 are needed (data.per_class.audit or data.scenes.audit).'
     """
     needed = math.ceil(IMAGES_PER_FEATURE * features)
     if images >= needed:
         return None
-    where = "data.per_class.audit, data.unlabeled, data.scenes.audit"
+    where = "data.per_class.audit or data.scenes.audit"
     return f"No claim: the auditor has {images} images, {needed} are needed ({where})."
 
 
@@ -79,9 +80,9 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
     (_, before), (_, after) = measurements["before"], measurements["sing"]
     auditor = before["translators"]["auditor"]["overall"]
     lines = [
-        f"Before: the null space holds {before['null_share']:.0%} of the feature norm; removing it costs the true class "
-        f"{auditor['AS_neg']:.2f}° (AS⁻) and moves the image's meaning by {auditor['IS']:.1f}° (IS), by the auditor's "
-        f"reading of {before['images']} test images."
+        f"Before: the null space holds {before['null_share']:.0%} of the feature norm; removing it costs the true "
+        f"class {auditor['AS_neg']:.2f}° (AS⁻) and moves the image's meaning by {auditor['IS']:.1f}° (IS), by the "
+        f"auditor's reading of {before['images']} test images."
     ]
     if not trained:
         return [*lines, "Nothing was trained (training.epochs: 0), so no effect is claimed."]
