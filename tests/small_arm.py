@@ -1,0 +1,167 @@
+"""A training arm that takes milliseconds: a small net in float64 on random images, driven by the recipe's own loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch import Tensor, nn
+
+from recipes import finetune
+from singreg import loop
+from singreg.analysis.features import PassSettings
+from singreg.config import FinetuneConfig, overridden
+from singreg.data.datasets import ImageSplit
+from singreg.loop_translator import LoopTranslator
+from singreg.losses import SingLoss
+from singreg.models.classifier import Classifier
+from singreg.runs import start
+from singreg.translator import LinearTranslator, TranslatorInfo
+
+COUNT, SIDE, CLASSES, WIDTH, DIM = 43, 4, 3, 12, 6
+# Plain means over images: what accumulation and processes split may not change them.
+PLAIN = {"terms": {"hinge": 1.0, "band": 0.3, "capacity": 10.0}, "momentum": 1.0}
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run at a moment it did not choose."""
+
+
+class Pixels(ImageSplit):
+    """COUNT small images of noise; which of them were asked for, in order, is in `asked`."""
+
+    def __init__(self, labelled: bool = True) -> None:
+        labels = np.arange(COUNT) % CLASSES if labelled else np.full(COUNT, -1)
+        super().__init__("train", [f"class {n}" for n in range(CLASSES)], labels, np.zeros((COUNT, 32), np.uint8))
+        self.pixels = np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
+        self.asked: list[int] = []
+
+    def image(self, index: int) -> Image.Image:
+        self.asked.append(int(index))
+        return Image.fromarray(self.pixels[index])
+
+    def identifier(self, index: int) -> str:
+        return f"pixels-{index}"
+
+
+def as_double(image: Image.Image) -> Tensor:
+    """An image as (3, H, W) in float64, so that the order of sums can be told from mistakes."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).double() / 127.5 - 1
+
+
+def small_classifier(*, dropout: float = 0.5) -> Classifier:
+    """With a batch norm that trains and a dropout before the head: what a resumed run could get wrong."""
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.add_module("flat", nn.Flatten())
+    net.add_module("first", nn.Linear(3 * SIDE * SIDE, WIDTH))
+    net.add_module("norm", nn.BatchNorm1d(WIDTH))
+    net.add_module("act", nn.ReLU())
+    net.add_module("drop", nn.Dropout(dropout))
+    net.add_module("fc", nn.Linear(WIDTH, CLASSES))
+    classifier = Classifier.from_module(net.double(), head="fc", transform=as_double)
+    return classifier.tune("all", batch_norm="train" if dropout else "eval")
+
+
+def small_sing(classifier: Classifier, **options: Any) -> SingLoss:
+    """SingLoss with a random translator, calibrated, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    translator = LinearTranslator(torch.randn(DIM, WIDTH, generator=generator), torch.randn(DIM, generator=generator))
+    texts = nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1)
+    sing = SingLoss(classifier, translator, texts, **{"weight": 0.5, "ramp_steps": 4, **options}).double()
+    class_means = torch.randn(CLASSES, WIDTH, generator=generator)
+    return sing.calibrate(class_means.mean(0), class_means, torch.full((CLASSES,), 10.0))
+
+
+def embeddings() -> np.ndarray:
+    """Random embeddings of the images."""
+    return np.random.default_rng(2).standard_normal((COUNT, DIM), dtype=np.float32)
+
+
+def small_keeper(sing: SingLoss, bank: ImageSplit, config: FinetuneConfig, accelerator: Accelerator) -> LoopTranslator:
+    """A keeper of the loop's translator at a ridge of a hundredth."""
+    first = LinearTranslator(sing.matrix, sing.offset, TranslatorInfo(ridge=0.01, by_block=True))
+    passes = PassSettings(16, 0, progress=False)
+    return LoopTranslator(first, bank, embeddings(), config.translator, accelerator, passes=passes)
+
+
+@dataclass
+class Arm:
+    """One call of the recipe's `train`: what to train, and what came of it.
+
+    options: of SingLoss. values: of the configuration, by dotted keys.
+    """
+
+    folder: Path
+    regularised: bool = True
+    dropout: float = 0.5
+    accumulation: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    split: Pixels = field(default_factory=Pixels)
+    logged: dict[int, dict[str, float]] = field(default_factory=dict)
+    sing: SingLoss | None = None
+
+    def config(self) -> FinetuneConfig:
+        """11 optimiser steps an epoch at most, checkpoints that do not fall on epochs."""
+        usual = {"training.epochs": 2, "training.batch_size": 8, "training.learning_rate": 0.01}
+        usual |= {"training.checkpoint_every": 3, "translator.refreshes": 1, "data.augmentation": "flip"}
+        return overridden(FinetuneConfig(out=str(self.folder)), {**usual, **self.values})
+
+    def run(self, *, stop_after: int | None = None) -> dict[str, Tensor]:
+        """The trained classifier's state, from the newest checkpoint on; `Stop` comes after a step, before saving it."""
+        AcceleratorState._reset_state(True)
+        config, threads = self.config(), torch.get_num_threads()
+        accelerator = start(config)
+        accelerator.gradient_accumulation_steps = self.accumulation
+        torch.set_num_threads(1)  # more only wait for one another on sums this small
+        classifier = small_classifier(dropout=self.dropout)
+        classifier.tune(config.model.tuning, batch_norm=classifier.batch_norm)
+        options = {"accumulation": self.accumulation, **self.options}
+        self.sing = small_sing(classifier, **options) if self.regularised else None
+
+        def log(_: Accelerator, figures: dict[str, float], step: int) -> None:
+            self.logged[step] = {name.removeprefix("train/"): value for name, value in figures.items()}
+            if step == stop_after:
+                raise Stop
+
+        bank, passes = Pixels(), PassSettings(16, 0, progress=False)
+        splits = SimpleNamespace(train=self.split, bank=bank, audit=Pixels(labelled=False))
+        setup: Any = SimpleNamespace(
+            splits=splits, embeddings={"bank": embeddings()}, texts=torch.eye(CLASSES), passes=passes
+        )
+        run: Any = SimpleNamespace(accelerator=accelerator, folder=self.folder)
+        frozen = LinearTranslator(torch.zeros(DIM, WIDTH), torch.zeros(DIM), TranslatorInfo(ridge=0.01, by_block=True))
+        name = "sing" if self.regularised else "control"
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(finetune, "log", log)
+                patch.setattr(finetune, "track", lambda *_: None)
+                patch.setattr(loop, "LOG_EVERY", 1)
+                trained, self.judges = finetune.train(name, classifier, self.sing, frozen, config, setup, run)
+        finally:
+            torch.set_num_threads(threads)
+            AcceleratorState._reset_state(True)
+        return {key: value.clone() for key, value in trained.state_dict().items()}
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoints that are there."""
+        return sorted(path.name for path in self.folder.glob("checkpoints/*/step-*"))
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

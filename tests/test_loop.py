@@ -1,0 +1,575 @@
+"""An arm on the recipe's loop: accumulation, resuming to the same bits, data order, processes, what is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from singreg import loop
+from singreg.config import FinetuneConfig, overridden
+from singreg.loop import TrainingFailed, head_batches, own_random_numbers, train_head
+from singreg.loop_translator import LoopTranslator
+from singreg.losses import SingLoss
+from singreg.models.classifier import Classifier
+from singreg.models.edits import constrain_to_rows, release_rows
+from singreg.nullspace import NullSpace
+from singreg.ridge import RidgeStatistics
+from singreg.runs import StopRequest, start
+from singreg.task import Schedule
+from tests.processes import run_processes
+from tests.small_arm import (
+    COUNT,
+    DIM,
+    PLAIN,
+    WIDTH,
+    Arm,
+    Pixels,
+    Stop,
+    as_double,
+    embeddings,
+    largest_difference,
+    same_bits,
+    small_classifier,
+    small_keeper,
+    small_sing,
+)
+
+ARMS = pytest.mark.parametrize("regularised", [False, True], ids=["control", "sing"])
+Straight = Callable[..., tuple[Arm, dict[str, Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """Uninterrupted arms and their weights, trained when first asked for."""
+
+    @cache
+    def train(regularised: bool = True, accumulation: int = 1) -> tuple[Arm, dict[str, Tensor]]:
+        arm = Arm(tmp_path_factory.mktemp("straight"), regularised, accumulation=accumulation)
+        return arm, arm.run()
+
+    return train
+
+
+def resumed(folder: Path, stop_after: int, **options: Any) -> tuple[Arm, dict[str, Tensor]]:
+    """An arm that was stopped after a step and then went on to its end."""
+    with pytest.raises(Stop):
+        Arm(folder, **options).run(stop_after=stop_after)
+    again = Arm(folder, **options)
+    return again, again.run()
+
+
+@ARMS
+def test_accumulating_two_times_four_is_a_batch_of_eight(regularised: bool, tmp_path: Path) -> None:
+    def train(name: str, accumulation: int = 1, size: int = 8) -> dict[str, Tensor]:
+        values = {"training.batch_size": size}
+        return Arm(tmp_path / name, regularised, 0.0, accumulation, options=PLAIN, values=values).run()
+
+    whole = train("8")
+    assert largest_difference(whole, train("4+4", accumulation=2)) < 1e-6
+    assert largest_difference(whole, train("4", size=4)) > 1e-3  # without accumulation it is another run
+
+
+@pytest.mark.parametrize(
+    ("regularised", "accumulation", "stop_after", "saved"),
+    # In the first epoch of five steps; at its end, before that is saved; in the second.
+    [(False, 1, 4, 3), (True, 2, 4, 3), (True, 1, 5, 3), (True, 1, 9, 6), (False, 2, 9, 6)],
+)
+def test_a_stopped_arm_resumes_to_the_same_bits(
+    regularised: bool, accumulation: int, stop_after: int, saved: int, straight: Straight, tmp_path: Path
+) -> None:
+    """Mirroring, dropout, batch norm, Adam's moments, λ, running means and the refreshed translator all come back."""
+    whole, expected = straight(regularised, accumulation)
+    again, weights = resumed(tmp_path, stop_after, regularised=regularised, accumulation=accumulation)
+    assert same_bits(weights, expected)
+    assert list(again.logged) == list(range(saved + 1, 11)), "it goes on after the newest checkpoint"
+    assert {step: whole.logged[step] for step in again.logged} == again.logged
+    if again.sing is not None and whole.sing is not None:
+        assert same_bits(again.sing.state_dict(), whole.sing.state_dict())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"training.l2_sp": 30.0},
+        {"training.head_first": 0.4},
+        {"loss.balance": 0.2},
+        {"translator.stream_every": 2},
+        {"translator.stream_every": 2, "data.augmentation": "none"},
+    ],
+    ids=["l2-sp", "head first", "balance", "streaming", "streaming, one view"],
+)
+def test_every_option_resumes_to_the_same_bits(values: dict[str, Any], straight: Straight, tmp_path: Path) -> None:
+    options = {"values": values, "options": {"warmup_steps": 3}}
+    whole = Arm(tmp_path / "whole", **options)
+    expected = whole.run()
+    for stop_after in (4, 8):
+        again, weights = resumed(tmp_path / str(stop_after), stop_after, **options)
+        assert same_bits(weights, expected)
+        assert again.sing is not None
+        assert whole.sing is not None
+        assert same_bits(again.sing.state_dict(), whole.sing.state_dict())
+    assert largest_difference(expected, straight()[1]) > 1e-6
+
+
+def test_a_finished_arm_resumes_to_itself(straight: Straight) -> None:
+    whole, expected = straight()
+    again = Arm(whole.folder)
+    assert same_bits(again.run(), expected)
+    assert again.logged == {}
+    assert again.split.asked == []
+
+
+def test_both_arms_see_the_same_images_in_the_same_order(straight: Straight) -> None:
+    asked = straight(False)[0].split.asked
+    assert asked == straight(True)[0].split.asked
+    first, second = np.array(asked).reshape(2, 5 * 8)  # the incomplete batch is left out
+    assert [len(set(first)), len(set(second))] == [40, 40]
+    assert list(first) != list(second)
+    assert set(first) != set(second), "what is left out is not always the same either"
+
+
+def test_the_translator_is_refreshed_where_the_schedule_says(
+    straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refreshed: list[int] = []
+    original = LoopTranslator.refresh
+
+    def counted(self: LoopTranslator, classifier: Classifier, sing: SingLoss) -> None:
+        refreshed.append(int(sing.step))
+        original(self, classifier, sing)
+
+    monkeypatch.setattr(LoopTranslator, "refresh", counted)
+    arm = Arm(tmp_path)
+    assert same_bits(arm.run(), straight()[1])
+    Arm(tmp_path / "control", regularised=False).run()
+    assert refreshed == [5]
+    assert arm.sing is not None
+    assert torch.equal(arm.judges["loop"].matrix, arm.sing.matrix)
+
+
+def test_every_epoch_mirrors_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step an epoch on all images, no dropout: only the mirroring can make epochs differ."""
+    seen: list[dict[int, Tensor]] = []
+    original = loop.micro_step
+
+    def noted(arm: loop.Arm, batch: Sequence[Tensor], step: int) -> Any:
+        seen.append(dict(zip(batch[-1].tolist(), batch[0], strict=True)))
+        return original(arm, batch, step)
+
+    monkeypatch.setattr(loop, "micro_step", noted)
+    Arm(tmp_path, regularised=False, dropout=0.0, values={"training.batch_size": COUNT}).run()
+    first, second = seen
+    assert first.keys() == second.keys()
+    assert 10 < sum(not torch.equal(first[index], second[index]) for index in first) < COUNT - 10
+
+
+def test_without_a_weight_the_regularised_arm_is_the_control(straight: Straight, tmp_path: Path) -> None:
+    """The clean view, the loss's own buffers and the refresh change nothing by themselves."""
+    control = straight(False)[1]
+    assert same_bits(control, Arm(tmp_path, options={"weight": 0.0}).run())
+    assert largest_difference(control, straight(True)[1]) > 1e-3
+
+
+def test_loader_processes_change_nothing(straight: Straight, tmp_path: Path) -> None:
+    elsewhere = Arm(tmp_path, values={"data.workers": 2})
+    assert same_bits(elsewhere.run(), straight()[1])
+    assert not elsewhere.split.asked, "the images were read by other processes"
+
+
+def poison(patch: pytest.MonkeyPatch, step: int, *, gradient: bool) -> None:
+    """Put NaN into the images or the head's gradient of a step."""
+    original = loop.micro_step
+
+    def poisoned(arm: loop.Arm, batch: Sequence[Tensor], now: int) -> Any:
+        head, handle = cast(Any, arm.plain.classifier.head).weight, None
+        if now == step and gradient:
+            handle = head.register_hook(lambda value: value * float("nan"))
+        elif now == step:
+            batch = [*(torch.full_like(view, float("nan")) for view in batch[:-2]), *batch[-2:]]
+        try:
+            return original(arm, batch, now)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    patch.setattr(loop, "micro_step", poisoned)
+
+
+@ARMS
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    regularised: bool, straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = Arm(tmp_path, regularised)
+    with monkeypatch.context() as patch:
+        poison(patch, 7, gradient=False)
+        with pytest.raises(TrainingFailed, match=r"the loss is not finite at step 8 .*'ce': nan") as failed:
+            arm.run()
+    words = [word.rstrip(".,") for word in str(failed.value).split() if word.startswith("pixels-")]
+    images = [int(word.removeprefix("pixels-")) for word in words]
+    assert len(images) == 8
+    assert images == [index for index in arm.split.asked if index in images][-8:]
+    assert arm.checkpoints == ["step-00000005", "step-00000006"]
+    assert same_bits(Arm(tmp_path, regularised).run(), straight(regularised)[1])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finite loss can have no finite gradient; the step would spoil the weights and the next checkpoint keep them."""
+    poison(monkeypatch, 5, gradient=True)
+    arm = Arm(tmp_path)
+    with pytest.raises(TrainingFailed, match=r"the gradient is not finite at step 6 .*pixels-\d+"):
+        arm.run()
+    assert arm.checkpoints == ["step-00000003", "step-00000005"]
+
+
+def test_fp16_may_skip_nineteen_steps_in_a_row_and_not_one_more() -> None:
+    arm: Any = SimpleNamespace(name="control", split=Pixels(), skipped=0, accelerator=SimpleNamespace(scaler=object()))
+
+    def gradient(norm: float, step: int) -> None:
+        loop._check_gradient(arm, {"gradient_norm": torch.tensor(norm)}, torch.tensor([4, 2]), step)
+
+    for norm in [*[float("inf")] * 19, 1.0, *[float("nan")] * 19]:
+        gradient(norm, 7)
+    with pytest.raises(TrainingFailed, match=r"the gradient, the 20th in a row .* at step 9 .*pixels-4, pixels-2"):
+        gradient(float("inf"), 8)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_what_interrupts_a_checkpoint_leaves_the_one_before(
+    kind: type[BaseException], straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Accelerator.save_state, [0]
+
+    def interrupted(self: Accelerator, folder: str, **options: Any) -> str:
+        calls[0] += 1
+        if calls[0] == 2:
+            (Path(folder) / "model.safetensors").write_bytes(b"half of i")
+            raise kind
+        return str(original(self, folder, **options))
+
+    arm = Arm(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", interrupted)
+        with pytest.raises(kind):
+            arm.run()
+    assert arm.checkpoints == ["step-00000003"]
+    assert same_bits(arm.run(), straight()[1])
+    assert not list(tmp_path.rglob(".writing-*")), "what the interruption left was cleared away"
+
+
+def test_a_request_to_stop_saves_the_step_and_leaves_the_refresh_due(
+    straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter(range(1, 99))
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "came", lambda _: next(asked) == 5)  # the refresh is due after step 5
+        patch.setattr(LoopTranslator, "refresh", lambda *_: pytest.fail("the refresh comes after the request"))
+        arm = Arm(tmp_path)
+        with pytest.raises(SystemExit):
+            arm.run()
+    assert arm.checkpoints[-1] == "step-00000005"
+    assert same_bits(Arm(tmp_path).run(), straight()[1])
+
+
+@ARMS
+def test_head_first_all_the_way_is_training_the_head_alone(
+    regularised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight decay, momentum, clipping, batch norm and dropout: to the bit as if the backbone were frozen."""
+    monkeypatch.setattr(loop, "CLIP", 0.1)
+    values = {"training.weight_decay": 0.5}
+    first = Arm(tmp_path / "first", regularised, values={**values, "training.head_first": 1.0}).run()
+    head = Arm(tmp_path / "head", regularised, values={**values, "model.tuning": "head"}).run()
+    assert same_bits(first, head)
+    begun = small_classifier().state_dict()
+    changed = {name for name in begun if not torch.equal(begun[name], first[name])}
+    assert {name.split(".")[-2] for name in changed} == {"fc"}
+
+
+def test_the_backbone_joins_after_its_share_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps, four of the head alone: checkpoints of every step show when the backbone begins to move."""
+    from singreg.checkpoints import Checkpoints
+
+    monkeypatch.setitem(cast(Any, Checkpoints.__init__).__kwdefaults__, "keep", 99)
+    Arm(tmp_path, values={"training.head_first": 0.4, "training.checkpoint_every": 1}).run()
+    folders = sorted(tmp_path.glob("checkpoints/sing/step-*"))
+    stored = [load_file(folder / "model.safetensors")["classifier.model.first.weight"] for folder in folders]
+    begun = cast(Any, small_classifier().model).first.weight.detach()
+    assert [torch.equal(value, begun) for value in stored] == [True] * 4 + [False] * 6
+
+
+def test_l2_sp_keeps_the_backbone_near(straight: Straight, tmp_path: Path) -> None:
+    begun = small_classifier().state_dict()
+
+    def distance(weights: dict[str, Tensor]) -> float:
+        return sum(float((weights[name] - begun[name]).square().sum()) for name in begun if ".first." in name)
+
+    assert 0 < distance(Arm(tmp_path, values={"training.l2_sp": 30.0}).run()) < 0.7 * distance(straight()[1])
+
+
+def test_balance_sets_the_gradients_share_whatever_lambda_is(tmp_path: Path) -> None:
+    options = {"warmup_steps": 3, "ramp_steps": 2}
+    arm = Arm(tmp_path / "one", dropout=0.0, options={**options, "weight": 7.0}, values={"loss.balance": 0.2})
+    weights = arm.run()
+    shares = {step: figures["gradient_sing"] / figures["gradient_ce"] for step, figures in arm.logged.items()}
+    assert [shares[step] for step in (1, 2, 3)] == [0, 0, 0]
+    assert shares[4] == pytest.approx(0.2 * 0.25)  # the first of two steps of the cosine ramp: (1 - cos 60°) / 2
+    other = {"options": {**options, "weight": 0.1}, "values": {"loss.balance": 0.2}}
+    assert largest_difference(weights, Arm(tmp_path / "other", dropout=0.0, **other).run()) < 1e-6
+    unbalanced = Arm(tmp_path / "unbalanced", dropout=0.0, options={**options, "weight": 7.0})
+    assert largest_difference(weights, unbalanced.run()) > 1e-3
+    assert "gradient_ce" not in unbalanced.logged[4]
+
+
+def _in_process(rank: int, world: int, folder: str, stop_after: int | None, values: dict[str, Any], plain: bool) -> Any:
+    arm = Arm(Path(folder), dropout=0.0, values=values, options={**PLAIN, "warmup_steps": 2} if plain else {})
+    try:
+        weights = arm.run(stop_after=stop_after)
+    except Stop:
+        return None
+    assert arm.sing is not None
+    return weights, arm.split.asked, arm.sing.state_dict(), arm.logged
+
+
+@pytest.mark.parametrize(
+    ("values", "plain"),
+    [({}, False), ({"translator.stream_every": 2}, False), ({"loss.balance": 0.2}, True)],
+    ids=["all terms", "streaming", "balance"],
+)
+def test_two_processes_take_the_steps_of_one_and_resume(values: dict[str, Any], plain: bool, tmp_path: Path) -> None:
+    """Ratios, running means and sums are over the batch of all processes, so nothing but rounding differs."""
+    alone = _in_process(0, 1, str(tmp_path / "one"), None, values, plain)
+    together = run_processes(2, _in_process, str(tmp_path / "two"), None, values, plain)
+    for weights, _, state, logged in together:
+        assert largest_difference(weights, alone[0]) < (1e-4 if values else 1e-6)
+        assert same_bits(weights, together[0][0])
+        assert same_bits(state, together[0][2])
+        if plain:
+            for name in ("gradient_ce", "gradient_sing"):
+                assert logged[3][name] == pytest.approx(alone[3][3][name], rel=1e-5)
+    both = np.concatenate([np.array(asked).reshape(10, 4) for _, asked, *_ in together], axis=1)
+    assert [set(step) for step in both] == [set(step) for step in np.array(alone[1]).reshape(10, 8)]
+    assert run_processes(2, _in_process, str(tmp_path / "stopped"), 8, values, plain) == [None, None]
+    for weights, *_ in run_processes(2, _in_process, str(tmp_path / "stopped"), None, values, plain):
+        assert same_bits(weights, together[0][0])
+
+
+def _masks(rank: int, world: int, folder: str) -> tuple[list[float], list[float]]:
+    """What dropout would draw in the steps, and what is drawn after the arm."""
+    drawn: list[float] = []
+    original = loop.micro_step
+
+    def noted(arm: loop.Arm, batch: Sequence[Tensor], step: int) -> Any:
+        drawn.append(float(torch.rand(1)))
+        return original(arm, batch, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "micro_step", noted)
+        Arm(Path(folder), dropout=0.0).run()
+    return drawn, torch.rand(2).tolist()
+
+
+def test_every_process_draws_its_own_masks_and_all_alike_afterwards(tmp_path: Path) -> None:
+    one = _masks(0, 1, str(tmp_path / "one"))
+    first, second = run_processes(2, _masks, str(tmp_path / "two"))
+    assert first[0] == one[0], "the first draws as one process alone"
+    assert not set(first[0]) & set(second[0])
+    assert first[1] == second[1] == one[1]
+    torch.manual_seed(3)
+    wanted = torch.rand(2).tolist()
+    torch.manual_seed(3)
+    with own_random_numbers(cast(Accelerator, SimpleNamespace(num_processes=1)), 9):
+        assert torch.rand(2).tolist() == wanted
+
+
+def features_of(classifier: Classifier) -> Tensor:
+    classifier.eval()
+    with torch.no_grad():
+        return classifier.features(torch.stack([as_double(Pixels().image(index)) for index in range(COUNT)])).float()
+
+
+def slow_fit(features: Tensor, targets: np.ndarray, classifier: Classifier, weights: Tensor) -> Tensor:
+    """Weighted centred normal equations, in the two blocks of the head."""
+    f, z, w = features.double(), torch.from_numpy(targets).double(), weights
+    f, z = f - (w @ f) / w.sum(), z - (w @ z) / w.sum()
+    basis = NullSpace.from_weight(classifier.weight).basis
+    row = basis @ basis.T
+    blocks = [row, torch.eye(WIDTH, dtype=torch.float64) - row]
+    scatter = f.T @ (w[:, None] * f)
+    energy = [((b @ scatter @ b) @ (b @ scatter @ b)).trace() / (b @ scatter @ b).trace() / w.sum() for b in blocks]
+    scale = torch.stack([b / e.sqrt() for b, e in zip(blocks, energy, strict=True)]).sum(0)
+    g = f @ scale
+    scaled = g.T @ (w[:, None] * g)
+    penalty = 0.01 * scaled.trace() / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
+    return (scale @ torch.linalg.solve(scaled + penalty, g.T @ (w[:, None] * z))).T.float()
+
+
+def test_streamed_sums_are_a_regression_in_which_old_features_fade(monkeypatch: pytest.MonkeyPatch) -> None:
+    AcceleratorState._reset_state(True)
+    monkeypatch.setattr("singreg.loop_translator.FORGETTING", 0.8)
+    config = overridden(FinetuneConfig(), {"translator.stream_every": 2})
+    classifier = small_classifier()
+    sing = small_sing(classifier)
+    keeper = small_keeper(sing, Pixels(), config, start(config))
+    keeper.refresh(classifier, sing)
+    bank, ones = features_of(classifier), torch.ones(COUNT, dtype=torch.float64)
+    first = slow_fit(bank, embeddings(), classifier, ones)
+    torch.testing.assert_close(sing.matrix, first, atol=1e-4, rtol=1e-4)
+    seen, targets, weights = [bank], [embeddings()], [ones]
+    for step in range(1, 5):
+        generator = torch.Generator().manual_seed(step)
+        indices = torch.randperm(COUNT, generator=generator)[:8]
+        moved = bank[indices] + 0.3 * torch.randn(8, WIDTH, generator=generator)
+        keeper.observe(moved, indices)
+        seen, targets, weights = [*seen, moved], [*targets, embeddings()[indices.numpy()]], [*weights, ones[:8]]
+        before = sing.matrix.clone()
+        keeper.step_ended(step, classifier, sing)
+        if step % 2:
+            assert torch.equal(sing.matrix, before)
+        else:
+            expected = slow_fit(torch.cat(seen), np.concatenate(targets), classifier, torch.cat(weights))
+            torch.testing.assert_close(sing.matrix, expected, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(expected, first, atol=1e-3)
+        weights = [0.8 * weight for weight in weights]
+    AcceleratorState._reset_state(True)
+
+
+def test_streaming_reads_the_training_images_own_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backbone that rests and nothing forgotten, two epochs count images up to three times."""
+    kept: list[LoopTranslator] = []
+    original = LoopTranslator.step_ended
+
+    def noted(self: LoopTranslator, *rest: Any) -> None:
+        kept.append(self)
+        original(self, *rest)
+
+    monkeypatch.setattr(LoopTranslator, "step_ended", noted)
+    monkeypatch.setattr("singreg.loop_translator.FORGETTING", 1.0)
+    values = {
+        "model.tuning": "head",
+        "translator.stream_every": 1,
+        "translator.refreshes": 0,
+        "data.augmentation": "none",
+    }
+    arm = Arm(tmp_path, dropout=0.0, values=values)
+    arm.run()
+    repeated = np.repeat(np.arange(COUNT), 1 + np.bincount(arm.split.asked, minlength=COUNT))
+    features = features_of(small_classifier(dropout=0.0))
+    expected = RidgeStatistics(WIDTH, DIM).update(features[repeated], torch.from_numpy(embeddings()[repeated]))
+    assert int(expected.count) == COUNT + 80
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(kept[-1].statistics.state_dict()[name], value, atol=1e-4, rtol=1e-5)
+
+
+HEAD = {"training.epochs": 3, "training.batch_size": 8, "training.learning_rate": 1e-2, "training.head_factor": 2.0}
+
+
+def head_config(**values: Any) -> FinetuneConfig:
+    return overridden(FinetuneConfig(seed=1), {**HEAD, **values})
+
+
+def head_data(classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
+    labels = np.arange(40) % classifier.num_classes
+    noise = np.random.default_rng(3).standard_normal((40, classifier.feature_dim))
+    return (noise + labels[:, None]).astype(np.float32), labels
+
+
+def head_network() -> Classifier:
+    return small_classifier().float().eval()
+
+
+def test_training_the_head_is_the_obvious_loop() -> None:
+    classifier, wanted = head_network(), head_config()
+    features, labels = head_data(classifier)
+    bias = classifier.bias
+    assert bias is not None
+    weight, bias = (each.detach().clone().requires_grad_() for each in (classifier.weight, bias))
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    schedule = Schedule.from_config(wanted, 40)
+    decay = [{"params": [weight], "weight_decay": 0.01}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(decay, lr=2e-2)
+    for step, rows in enumerate(head_batches(40, 8, 3, seed=1)):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-2 * schedule.learning_rate_factor(step)
+        logits = torch.from_numpy(features[rows]) @ weight.T + bias
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[rows])).backward()
+        torch.nn.utils.clip_grad_norm_([weight, bias], loop.CLIP)
+        optimizer.step()
+    torch.rand(7)  # what others drew before must not matter
+    trained = train_head(classifier, None, features, labels, wanted)
+    torch.testing.assert_close(trained.weight, weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(trained.bias, bias, rtol=1e-5, atol=1e-6)
+    moved = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"model.fc.weight", "model.fc.bias"}
+    assert not trained.training
+    first, second = np.split(np.concatenate(list(head_batches(24, 8, 2, seed=0))), 2)
+    assert sorted(first) == sorted(second) == list(range(24))
+    assert list(first) != list(second)
+
+
+def test_terms_of_the_head_move_it_at_the_pace_of_the_steps() -> None:
+    shares = {}
+    for name in ("without", "with"):
+        classifier = head_network()
+        sing = small_sing(classifier, terms={"capacity": 10.0}, weight=1.0, ramp_steps=0).float()
+        more = head_config(**{"training.epochs": 10})
+        trained = train_head(classifier, sing if name == "with" else None, *head_data(classifier), more)
+        directions = sing.texts @ sing.matrix
+        outside = NullSpace.from_weight(trained.weight).component(directions)
+        shares[name] = float(outside.square().sum() / directions.square().sum())
+    assert shares["with"] < 0.5 * shares["without"], shares
+    classifier = head_network()
+    sing = small_sing(classifier, terms={"capacity": 1.0}, accumulation=2).float()
+    train_head(classifier, sing, *head_data(classifier), head_config())
+    assert int(sing.step) == 2 * 15
+
+
+def test_a_constrained_head_stays_in_its_row_space() -> None:
+    outside = {}
+    for name in ("constrained", "free"):
+        classifier = head_network()
+        space = NullSpace.from_weight(classifier.weight)
+        if name == "constrained":
+            constrain_to_rows(classifier, classifier.weight.detach())
+        train_head(classifier, None, *head_data(classifier), head_config())
+        if name == "constrained":
+            release_rows(classifier)
+        outside[name] = float(space.component(classifier.weight.detach()).norm() / classifier.weight.detach().norm())
+    assert outside["constrained"] < 1e-5
+    assert outside["free"] > 1e-2
+
+
+def test_features_that_do_not_fit_or_are_not_finite_are_refused() -> None:
+    classifier = head_network()
+    features, labels = head_data(classifier)
+    with pytest.raises(ValueError, match=rf"expected features \(N, {classifier.feature_dim}\)"):
+        train_head(classifier, None, features[:, :-1], labels, head_config())
+    before = classifier.weight.detach().clone()
+    with pytest.raises(TrainingFailed, match=r"'broken'.*not finite at step 1"):
+        train_head(classifier, None, features * np.float32("nan"), labels, head_config(), name="broken")
+    assert torch.equal(classifier.weight, before)
+
+
+def _head(rank: int, world: int) -> Tensor:
+    """A process whose sums round otherwise: its features differ by a little."""
+    classifier = head_network()
+    features, labels = head_data(classifier)
+    return train_head(classifier, None, features + rank * 1e-3, labels, head_config()).weight.detach().clone()
+
+
+def test_a_trained_head_is_the_first_processes_everywhere() -> None:
+    first, second = run_processes(2, _head)
+    assert torch.equal(first, second)
+    assert torch.equal(first, _head(0, 1))
+    assert not torch.equal(first, _head(1, 1))
