@@ -26,7 +26,7 @@ from singreg.analysis.attack_images import (
     share_interval,
 )
 from singreg.analysis.statistics import mean_interval, paired_difference
-from singreg.data.corruption import KINDS, CorruptedPart
+from singreg.data.corruption import KINDS, CorruptedSplit
 from singreg.data.datasets import ImageSplit
 from singreg.functional import angle
 from singreg.models.vlm import VisionLanguageModel
@@ -145,7 +145,8 @@ def won(judged: pd.DataFrame, judge: str) -> pd.Series:
 
 def counted_rise(judged: pd.DataFrame, judge: str) -> pd.Series:
     """Return rises as they count: 0 for what was not kept, but for random directions, which are held to nothing."""
-    return judged[f"rise {judge}"].where(judged["kept"] | (judged["arm"] == RANDOM), 0.0)
+    found: pd.Series = judged[f"rise {judge}"].where(judged["kept"] | (judged["arm"] == RANDOM), 0.0)
+    return found
 
 
 def readings_of(judged: pd.DataFrame, encoders: Sequence[str]) -> pd.Series:
@@ -352,7 +353,7 @@ def corrupted_right(model: PixelModel, split: ImageSplit, labels: Tensor, *, bat
     """Return which images of a split are right when blurred, noisy or of low contrast, (N,) bool by kind."""
     found = {}
     for kind in KINDS:
-        corrupted = CorruptedPart(split, kind, SEVERITY)
+        corrupted = CorruptedSplit(split, kind, SEVERITY)
         right = []
         for start in range(0, len(split), batch_size):
             rows = range(start, min(start + batch_size, len(split)))
