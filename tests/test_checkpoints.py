@@ -1,0 +1,280 @@
+"""What a run keeps: the newest whole checkpoint is used, finished stages come back, other inputs are refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from singreg import checkpoints
+from singreg.checkpoints import Checkpoints, Position, Stage, refuse_other_inputs, stage
+from singreg.config import FinetuneConfig
+from singreg.runs import OtherRunError, Run, start
+from singreg.utils import seed_process
+from tests.processes import run_processes
+
+SUMS = {"sums": torch.arange(6.0).reshape(2, 3)}
+
+
+class Trained:
+    """A linear layer, its optimiser and a store; `step` moves the weights and Adam's moments."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.accelerator = start(FinetuneConfig(out=str(folder / "run")))
+        layer = nn.Linear(3, 2)
+        self.layer, self.optimizer = self.accelerator.prepare(layer, torch.optim.AdamW(layer.parameters(), lr=0.1))
+        self.store = Checkpoints(folder, self.accelerator, keep=keep)
+
+    def step(self, number: int) -> None:
+        self.layer(torch.full((1, 3), float(number))).sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        torch.rand(1)
+
+    def save(self, number: int) -> None:
+        self.step(number)
+        self.store.save(Position(number, 0, number), SUMS)
+
+    def state(self) -> list[Tensor]:
+        moments = [value for moment in self.optimizer.state_dict()["state"].values() for value in moment.values()]
+        return [value.clone() for value in (*self.layer.state_dict().values(), *moments, torch.get_rng_state())]
+
+    def load(self, **options: Any) -> Position:
+        return self.store.load_latest(**options)[0]
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Iterator[Trained]:
+    AcceleratorState._reset_state(True)
+    yield Trained(tmp_path)
+    AcceleratorState._reset_state(True)
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_comes_back_whole_and_only_the_last_stay(trained: Trained, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        trained.save(number)
+    saved = trained.state()
+    trained.step(9)
+    assert not same(saved, trained.state())
+    position, tensors = trained.store.load_latest()
+    assert position == Position(3, 0, 3)
+    assert torch.equal(tensors["sums"], SUMS["sums"])
+    assert same(saved, trained.state())
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    assert Checkpoints(tmp_path / "none", trained.accelerator).load_latest() == (Position(), {})
+    due = Position(4, 1, 2, due=True)
+    trained.store.save(due)
+    assert trained.load() == due
+
+
+FILES = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "tensors.safetensors", "position.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_broken_file_is_named_and_the_one_before_is_used(
+    name: str, damage: str, trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Random states too: accelerate passes over those it cannot read, and the resumed run would be another one."""
+    trained.save(1)
+    first = trained.state()
+    trained.save(2)
+    file = tmp_path / "step-00000002" / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    with caplog.at_level("WARNING"):
+        assert trained.load() == Position(1, 0, 1)
+    assert same(first, trained.state())
+    assert f"{tmp_path / 'step-00000002'} is broken" in caplog.text
+    assert names(tmp_path) == ["broken-step-00000002", "step-00000001"]
+
+
+def test_a_changed_byte_in_what_torch_wrote_is_seen(trained: Trained, tmp_path: Path) -> None:
+    trained.save(1)
+    trained.save(2)
+    file = tmp_path / "step-00000002" / "optimizer.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert trained.load() == Position(1, 0, 1)
+
+
+def test_broken_checkpoints_are_set_aside_and_do_not_crowd_out_new_ones(trained: Trained, tmp_path: Path) -> None:
+    """They sort last by name: counted among the last two, they would have every new one deleted once written."""
+    for number in (100, 200):
+        trained.save(number)
+        (tmp_path / f"step-{number:08d}" / "optimizer.bin").write_bytes(b"nothing")
+    (tmp_path / "broken-step-00000100").mkdir()
+    before = trained.state()
+    assert trained.load() == Position()
+    assert same(before, trained.state()), "the start stays as it was"
+    aside = ["broken-step-00000100", "broken-step-00000100-2", "broken-step-00000200"]
+    assert names(tmp_path) == aside
+    for number in (20, 40, 60):
+        trained.save(number)
+    assert names(tmp_path) == [*aside, "step-00000040", "step-00000060"]
+    assert trained.load() == Position(60, 0, 60)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_just_saved_is_never_deleted(keep: int, trained: Trained, tmp_path: Path) -> None:
+    for number in (100, 200):
+        trained.save(number)
+    store = Checkpoints(tmp_path, trained.accelerator, keep=keep)
+    for number in (20, 40, 60):
+        store.save(Position(number, 0, number))
+        assert f"step-{number:08d}" in names(tmp_path)
+        assert len(names(tmp_path)) == keep
+
+
+@pytest.mark.parametrize("where", ["save_state", "replace", "write_json"])
+def test_a_full_disk_keeps_the_one_before_and_the_next_save_clears_up(
+    where: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.save(1)
+    first = trained.state()
+
+    def full(*given: Any, **_: object) -> None:
+        if where == "save_state":
+            (Path(given[1]) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    owner: Any = {"save_state": Accelerator, "replace": checkpoints.os, "write_json": checkpoints}[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, full)
+        with pytest.raises(OSError, match="No space left"):
+            trained.save(2)
+    assert trained.load() == Position(1, 0, 1)
+    assert same(first, trained.state())
+    trained.save(3)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def _elsewhere(rank: int, world: int, folder: str) -> tuple[Position, list[float], list[str]]:
+    """Go on from what one process saved; rank 1 sees every checkpoint as broken, which must not matter."""
+    AcceleratorState._reset_state(True)
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    trained = Trained(Path(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.logger.logger, "handlers", [handler])
+        if rank:
+            patch.setattr(checkpoints, "_whole", None)
+        position = trained.load(seed=5)
+    drawn = torch.rand(3).tolist()
+    AcceleratorState._reset_state(True)
+    return position, drawn, heard
+
+
+def test_the_main_process_chooses_and_a_new_process_gets_its_own_random_state(trained: Trained, tmp_path: Path) -> None:
+    trained.save(1)
+    trained.save(2)
+    stored = torch.rand(3).tolist()
+    first, second = run_processes(2, _elsewhere, str(tmp_path))
+    assert first[0] == second[0] == Position(2, 0, 2)
+    assert first[1] == stored
+    seed_process(5, 1, 2)
+    assert second[1] == torch.rand(3).tolist()
+    assert any("was written by 1 process(es), this run has 2" in text for text in first[2])
+
+
+ROWS = pd.DataFrame({"index": [0, 1], "AS/auditor": [0.5, np.nan], "image": ["a.png", "ç.jpg"]})
+
+
+def measured(seed: int = 0) -> Stage:
+    tensors = {"matrix": torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)), "empty": torch.zeros(0, 2)}
+    return Stage(ROWS, {"top1": np.float64(0.5), "ratio": float("nan")}, tensors, {"vlm": "demo"})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    AcceleratorState._reset_state(True)
+    config = FinetuneConfig(out=str(tmp_path / "one"))
+    yield Run(config, start(config), "finetune")
+    AcceleratorState._reset_state(True)
+
+
+def test_a_finished_stage_comes_back_as_it_was_and_is_not_repeated(run: Run) -> None:
+    first = stage(run, "before", measured)
+    again = Run(run.config, run.accelerator, "finetune")
+    second = stage(again, "before", lambda: pytest.fail("it was done again"))
+    for found in (first, second):
+        pd.testing.assert_frame_equal(found.rows, ROWS)
+        assert found.figures == {"top1": 0.5, "ratio": None}
+        assert found.notes == {"vlm": "demo"}
+        assert all(torch.equal(found.tensors[name], value) for name, value in measured().tensors.items())
+    assert again.seconds["before"] == run.seconds["before"] >= 0
+    assert not list(run.folder.rglob(".*")), "temporary files were left behind"
+
+
+@pytest.mark.parametrize("failing", ["compute", "save_file", "write_json"])
+def test_a_stage_that_fails_is_computed_again(failing: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if failing != "compute":
+            patch.setattr(checkpoints, failing, full)
+        with pytest.raises(OSError, match="No space left"):
+            stage(run, "sing", full if failing == "compute" else measured)
+    assert stage(run, "sing", measured).notes == {"vlm": "demo"}
+    assert (run.folder / "checkpoints" / "stages" / "sing" / "stage.json").is_file()
+
+
+INPUTS = {"train images": "a" * 64, "test images": "b" * 64, "starting classifier": "c" * 64}
+
+
+def test_a_run_goes_on_only_where_images_and_models_are_as_they_were(run: Run) -> None:
+    refuse_other_inputs(run, INPUTS)
+    refuse_other_inputs(run, INPUTS)
+    note = run.folder / "checkpoints" / "inputs.json"
+    assert json.loads(note.read_text()) == INPUTS
+    changed = {**INPUTS, "test images": "d" * 64, "starting classifier": "e" * 64}
+    other = (
+        r"other test images \(then bbbbbbbb, now dddddddd\), other starting classifier \(then cccccccc, now eeeeeeee\)"
+    )
+    with pytest.raises(OtherRunError, match=rf"inputs\.json: the run was begun with {other}.*another --out"):
+        refuse_other_inputs(run, changed)
+    note.unlink()
+    refuse_other_inputs(run, changed)
+
+
+def _begin(rank: int, world: int, folder: str) -> str:
+    AcceleratorState._reset_state(True)
+    config = FinetuneConfig(out=folder)
+    run = Run(config, start(config), "finetune")
+    try:
+        refuse_other_inputs(run, INPUTS)
+        refuse_other_inputs(run, {**INPUTS, "test images": "d" * 64})
+    except OtherRunError as error:
+        return str(error)
+    finally:
+        AcceleratorState._reset_state(True)
+    return "begun"
+
+
+def test_two_processes_refuse_other_inputs_together(tmp_path: Path) -> None:
+    assert all("other test images" in said for said in run_processes(2, _begin, str(tmp_path)))

@@ -1,0 +1,337 @@
+"""One step's module: views, L2-SP, compile, gradient norms; parameter groups, the schedule, batches and batch norms."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from timm.layers.norm_act import SyncBatchNormAct
+from torch import Tensor, nn
+
+from singreg.analysis.fitting import FittedTranslator
+from singreg.config import FinetuneConfig, overridden
+from singreg.losses import SingLoss
+from singreg.models.classifier import Classifier
+from singreg.runs import start
+from singreg.task import (
+    FinetuneTask,
+    Schedule,
+    balance,
+    describe_training,
+    make_sing,
+    measure_gradients,
+    micro_batch,
+    parameter_groups,
+    ramp_begins,
+    refuse_batch_norm,
+    synchronise_batch_norm,
+    train_head_only,
+    trained_backbone,
+)
+from singreg.translator import LinearTranslator
+from tests.processes import run_processes
+from tests.small_arm import CLASSES, DIM, SIDE, WIDTH, small_classifier, small_sing
+
+BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+
+
+def configured(**values: Any) -> FinetuneConfig:
+    return overridden(FinetuneConfig(), {name.replace("__", "."): value for name, value in values.items()})
+
+
+def fake(processes: int = 1, device: str = "cpu", accumulation: int = 1) -> Accelerator:
+    found = {"num_processes": processes, "device": torch.device(device), "gradient_accumulation_steps": accumulation}
+    return cast(Accelerator, SimpleNamespace(**found))
+
+
+def timm_task(**options: Any) -> FinetuneTask:
+    torch.manual_seed(0)
+    classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=4, drop_rate=0.5)
+    classifier.tune("all", batch_norm="train")
+    translator = LinearTranslator(torch.randn(8, classifier.feature_dim), torch.zeros(8))
+    sing = SingLoss(classifier, translator, torch.nn.functional.normalize(torch.randn(4, 8), dim=1), weight=1.0)
+    return FinetuneTask(classifier, sing, **options).train()
+
+
+def small_task(**options: Any) -> tuple[FinetuneTask, Tensor, Tensor]:
+    classifier = small_classifier()
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(6, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
+    task = FinetuneTask(classifier, small_sing(classifier, **{"ramp_steps": 0, **options})).train()
+    return task, images, torch.arange(6) % CLASSES
+
+
+def test_sing_reads_the_clean_view_in_eval_mode_and_ce_the_augmented() -> None:
+    task = timm_task()
+    classifier, sing = task.classifier, task.sing
+    assert sing is not None
+    images, clean, labels = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.arange(4)
+    seen: list[Tensor] = []
+    sing.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    buffers = {name: value.clone() for name, value in classifier.named_buffers()}
+    outputs = task(images, labels, clean)
+    assert any(not torch.equal(value, buffers[name]) for name, value in classifier.named_buffers())
+    moved = {name: value.clone() for name, value in classifier.named_buffers()}
+    assert classifier.training, "the mode is put back"
+    torch.testing.assert_close(seen[0], classifier.eval().features(clean))
+    assert all(torch.equal(value, moved[name]) for name, value in classifier.named_buffers())
+    torch.testing.assert_close(outputs["loss"].detach(), outputs["ce"] + sing.weight * outputs["sing"])
+    task.train()(images, labels)
+    assert not torch.allclose(seen[1], classifier.features(images)), (
+        "without a clean view: the augmented one, dropout too"
+    )
+
+
+def test_l2_sp_is_the_squared_distance_of_the_backbone_from_its_start() -> None:
+    classifier = small_classifier(dropout=0.0)
+    model = cast(Any, classifier.model)
+    model.norm.weight.requires_grad_(False)
+    start_of = {name: value.detach().clone() for name, value in model.named_parameters()}
+    task = FinetuneTask(classifier, l2_sp=3.0).train()
+    images, labels = torch.randn(4, 3, SIDE, SIDE, dtype=torch.float64), torch.arange(4) % CLASSES
+    assert float(task(images, labels)["l2_sp"].detach()) == 0
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    outputs = task(images, labels)
+    moved = ["first.weight", "first.bias", "norm.bias"]  # neither the head nor what is frozen
+    expected = sum(1.5 * float((model.get_parameter(name).detach() - start_of[name]).square().sum()) for name in moved)
+    assert float(outputs["l2_sp"]) == pytest.approx(expected)
+    assert float((outputs["loss"] - outputs["ce"]).detach()) == pytest.approx(expected)
+    plain = FinetuneTask(classifier)(images, labels)["loss"]
+    (gradient,) = torch.autograd.grad(outputs["loss"] - plain, model.norm.bias)
+    torch.testing.assert_close(gradient, 3.0 * (model.norm.bias.detach() - start_of["norm.bias"]))
+    assert not [name for name in task.state_dict() if name.startswith("start_")], "checkpoints need not hold it"
+    head = small_classifier().tune("head")
+    assert float(FinetuneTask(head, l2_sp=3.0)(images, labels)["l2_sp"]) == 0
+
+
+def test_training_the_head_only_leaves_what_trains_as_it_was() -> None:
+    classifier = small_classifier()
+    backbone, norm = trained_backbone(classifier), cast(Any, classifier.model).norm
+    train_head_only(classifier)
+    assert trained_backbone(classifier) == backbone != []
+    assert not norm.training
+    classifier.train()
+    assert norm.training
+
+
+def test_groups_split_head_from_backbone_and_flat_from_matrices() -> None:
+    classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=4).tune("all")
+    config = configured(training__learning_rate=1e-3, training__head_factor=5.0, training__weight_decay=0.1)
+    groups = parameter_groups(classifier, config)
+    found = sorted((group["lr"], group["weight_decay"]) for group in groups)
+    assert found == [(1e-3, 0.0), (1e-3, 0.1), (5e-3, 0.0), (5e-3, 0.1)]
+    together = [id(p) for group in groups for p in group["params"]]
+    assert sorted(together) == sorted(id(p) for p in classifier.parameters())
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        parameter_groups(cast(Classifier, classifier.requires_grad_(False)), config)
+
+
+def test_schedule_drops_the_last_batch_warms_up_and_refreshes_evenly() -> None:
+    config = configured(training__epochs=3, training__batch_size=32, translator__refreshes=3, training__head_first=0.5)
+    schedule = Schedule.from_config(config, 1003)
+    assert (schedule.steps_per_epoch, schedule.total, schedule.warmup, schedule.head_only) == (31, 93, 10, 46)
+    assert schedule.refresh_at == (23, 46, 70)
+    factors = [schedule.learning_rate_factor(step) for step in range(94)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == factors[10] == 1
+    assert factors[52] == pytest.approx(0.5 * (1 + math.cos(math.pi * 42 / 83)))
+    assert factors[93] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match=r"training.batch_size = 32 training images, got 31"):
+        Schedule.from_config(config, 31)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "processes", "micro"), [(32, 1, 2, 32), (32, 4, 2, 8), (30, 4, 1, 0), (32, 4, 3, 0)]
+)
+def test_micro_batches_are_even_or_refused(batch: int, accumulation: int, processes: int, micro: int) -> None:
+    config, accelerator = configured(training__batch_size=batch), fake(processes, accumulation=accumulation)
+    if micro:
+        assert micro_batch(config, accelerator) == micro
+    else:
+        with pytest.raises(ValueError, match=f"{accumulation} accumulation step.* over {processes} process"):
+            micro_batch(config, accelerator)
+
+
+def test_a_dry_run_is_told_steps_refreshes_weights_and_memory() -> None:
+    config = configured(training__epochs=4, training__batch_size=16, translator__refreshes=2, model__tuning="head")
+    classifier = small_classifier()
+    told = describe_training(config, fake(), classifier, 48)
+    for words in ("steps: 12 (3 an epoch)", "after [4, 8]", "39 of 651 weights trained", f"{WIDTH} features", "MiB"):
+        assert words in told
+    assert all(parameter.requires_grad for parameter in classifier.parameters()), "only a copy is tuned"
+
+
+def sing_of(**values: Any) -> SingLoss:
+    generator = torch.Generator().manual_seed(4)
+    texts = torch.nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1)
+    translator = LinearTranslator(torch.randn(DIM, WIDTH), torch.zeros(DIM))
+    fitted = FittedTranslator(translator, torch.zeros(WIDTH), torch.zeros(CLASSES, WIDTH))
+    config = configured(training__batch_size=10, training__epochs=5, **values)
+    return make_sing(config, small_classifier().float(), fitted, texts, torch.full((CLASSES,), 10.0), 43, 2)
+
+
+def test_the_loss_is_what_the_configuration_says() -> None:
+    sing = sing_of(loss__preset="sing", loss__weight=0.3)
+    assert (sing.weight, sing.warmup_steps, sing.ramp_steps, sing.accumulation) == (0.3, 2, 4, 2)
+    assert sing_of(loss__preset="label_only").terms == {"class_share": 1.0}
+    changed = sing_of(loss__preset="sing", loss__terms={"leak": 0.0, "steer": 2.0}).terms
+    assert changed == {**{name: weight for name, weight in sing.terms.items() if name != "leak"}, "steer": 2.0}
+    true, shuffled, random = (sing_of(loss__placebo=name).texts for name in ("none", "shuffled", "random"))
+    assert not any(torch.equal(a, b) for a, b in zip(true, shuffled, strict=True))
+    torch.testing.assert_close(shuffled.sum(0), true.sum(0))
+    assert not torch.allclose(random.sum(0), true.sum(0))
+
+
+def slow_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    return float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm())
+
+
+@pytest.mark.parametrize("tuning", ["all", "head"])
+def test_norms_are_those_of_backward_over_the_backbone_or_head_alone(tuning: Any) -> None:
+    task, images, labels = small_task()
+    assert task.sing is not None
+    task.classifier.tune(tuning, batch_norm="train")
+    torch.manual_seed(5)
+    norms = measure_gradients(task, images, labels)
+    task.sing.eval()
+    torch.manual_seed(5)  # the same dropout
+    ce, weighted, _ = task.losses(images, labels)
+    assert weighted is not None
+    named = task.classifier.model.named_parameters()
+    measured = [p for name, p in named if name.startswith("fc.") == (tuning == "head")]
+    assert norms.ce == pytest.approx(slow_norm(ce, measured))
+    assert norms.sing == pytest.approx(slow_norm(weighted, measured))
+    assert norms.unweighted == pytest.approx(norms.sing / 0.5)
+    if tuning == "all":
+        assert slow_norm(ce, list(task.classifier.parameters())) > 1.01 * norms.ce, "the head's gradient is left out"
+
+
+def test_after_balancing_the_ratio_is_the_share_at_full_weight() -> None:
+    task, images, labels = small_task(ramp_steps=4)
+    sing = task.sing
+    assert sing is not None
+    torch.manual_seed(5)
+    before = measure_gradients(task, images, labels)
+    told = balance(sing, before, 0.2)
+    sing.step.fill_(99)
+    torch.manual_seed(5)
+    after = measure_gradients(task, images, labels)
+    assert after.sing / after.ce == pytest.approx(0.2)
+    assert before.sing / before.ce != pytest.approx(0.2, rel=0.5)
+    assert told.sing < after.sing, "while the ramp rises the share is smaller"
+    with pytest.raises(ValueError, match=r"loss.balance = 0.2 cannot be reached.*use other terms"):
+        balance(sing, type(before)(1.0, 0.0, 0.0), 0.2)
+    with pytest.raises(ValueError, match="this task has no SingLoss"):
+        measure_gradients(FinetuneTask(task.classifier), images, labels)
+
+
+def test_measuring_gradients_is_noticed_by_nothing() -> None:
+    task, images, labels = small_task()
+    assert task.sing is not None
+    task(images, labels)["loss"].backward()
+    state, random = copy.deepcopy(task.state_dict()), torch.get_rng_state()
+    gradients = [None if p.grad is None else p.grad.clone() for p in task.parameters()]
+    last, seen = task.sing.last_terms, task.seen_features
+    measure_gradients(task, images, labels, images.flip(0))
+    assert all(torch.equal(value, task.state_dict()[name]) for name, value in state.items())
+    assert torch.equal(random, torch.get_rng_state())
+    for parameter, gradient in zip(task.parameters(), gradients, strict=True):
+        assert parameter.grad is gradient is None or torch.equal(cast(Tensor, parameter.grad), cast(Tensor, gradient))
+    assert task.sing.last_terms is last
+    assert task.seen_features is seen
+    assert task.sing.training
+
+
+def test_the_ramp_begins_once_counted_in_forwards() -> None:
+    task, _, _ = small_task(warmup_steps=3, accumulation=2)
+    sing, found = task.sing, []
+    assert sing is not None
+    for forward in range(12):
+        sing.step.fill_(forward)
+        if ramp_begins(sing):
+            found.append(forward)
+    assert found == [6]
+
+
+@BACKENDS
+def test_a_compiled_step_has_the_loss_and_gradients_of_a_plain_one(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = functools.partial(torch.compile, backend=backend)
+
+    def counted(function: object) -> object:
+        compiled = real(function)
+        return lambda x: calls.append(len(x)) or compiled(x)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    plain, compiled = timm_task(), timm_task(compile=True)
+    images, clean, labels = torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64), torch.arange(4)
+    for each in (plain, compiled):
+        torch.manual_seed(1)
+        each(images, labels, clean)["loss"].backward()
+    assert calls == [4, 4], "the image and its clean view"
+    for (name, a), (_, b) in zip(plain.named_parameters(), compiled.named_parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(b.grad, a.grad, atol=1e-4 * float(a.grad.abs().max()), rtol=1e-3, msg=name)
+    measure_gradients(
+        compiled, images, labels, clean
+    )  # two gradients of one graph, which a compiled one need not allow
+    assert calls == [4, 4]
+    assert "forward_features" not in vars(compiled.classifier.model), "copies made later find the plain one"
+
+
+def _refused(rank: int, world: int) -> str:
+    AcceleratorState._reset_state(True)
+    try:
+        refuse_batch_norm(configured(model__batch_norm="train"), start(FinetuneConfig()))
+    except ValueError as error:
+        return str(error)
+    finally:
+        AcceleratorState._reset_state(True)
+    return "nothing was refused"
+
+
+def test_batch_norms_that_train_are_refused_on_processes_without_gpus() -> None:
+    for said in run_processes(2, _refused):
+        assert said.startswith("model.batch_norm: train on 2 processes needs GPUs")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "resnet10t", "test_efficientnet"])
+def test_batch_norms_keep_weights_statistics_and_activations(name: str) -> None:
+    """timm's BatchNormAct2d (in efficientnets) holds its activation, which torch's own conversion would drop."""
+    config = configured(model__batch_norm="train")
+    classifier = Classifier.from_timm(name, pretrained=False, num_classes=4).tune("all", batch_norm="train")
+    images = torch.randn(2, 3, 64, 64)
+    before, parameters, state = classifier(images), list(classifier.parameters()), classifier.state_dict()
+    count = sum(isinstance(module, nn.BatchNorm2d) for module in classifier.modules())
+    synchronise_batch_norm(classifier, config, fake(1))
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in classifier.modules()), "one process keeps them"
+    synchronise_batch_norm(classifier, config, fake(2, "cuda"))
+    synced = [module for module in classifier.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert len(synced) == count > 0
+    assert any(isinstance(module, SyncBatchNormAct) for module in synced) == (name == "test_efficientnet")
+    assert all(one is other for one, other in zip(parameters, classifier.parameters(), strict=True))
+    assert classifier.state_dict().keys() == state.keys()
+    torch.testing.assert_close(classifier(images), before, rtol=0, atol=0)
+    assert all(module.training for module in classifier.train().modules() if isinstance(module, nn.SyncBatchNorm))
+
+
+def test_a_batch_norm_in_the_head_is_refused_on_several_processes() -> None:
+    head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    classifier = Classifier.from_module(nn.Sequential(nn.Linear(3, 4), head), head="1")
+    with pytest.raises(ValueError, match=r"the head '1' .* has a batch norm of its own"):
+        synchronise_batch_norm(classifier, configured(model__batch_norm="train"), fake(2, "cuda"))
