@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from singreg.data.classes import expand_classes, named_sets, read_class_list, resolve_classes
+from singreg.data.classes import expand_classes, named_sets, resolve_classes
 
 SYNSETS = ImageNetInfo().label_names()
 
@@ -17,7 +17,7 @@ SYNSETS = ImageNetInfo().label_names()
 )
 def test_named_sets_are_complete_and_known(name: str, count: int) -> None:
     subset = resolve_classes(name)
-    assert len(subset) == count == len(set(subset.wnids or ()))
+    assert len(subset) == count == len(set(subset.indices or ()))
     assert [SYNSETS[index] for index in subset.indices or ()] == list(subset.keys)
     assert len(set(subset.names)) == count
     assert name in named_sets()
@@ -26,7 +26,7 @@ def test_named_sets_are_complete_and_known(name: str, count: int) -> None:
 def test_known_members_of_the_sets() -> None:
     assert resolve_classes("imagenette").names[:3] == ("tench", "English springer", "cassette player")
     assert resolve_classes("imagewoof").names[-1] == "dingo"
-    assert resolve_classes("imagenet100").wnids[0] == "n02869837"  # type: ignore[index]
+    assert resolve_classes("imagenet100").keys[0] == "n02869837"
     assert "sports car" in resolve_classes("imagenet16").names
 
 
@@ -53,19 +53,12 @@ def test_the_order_of_the_list_is_the_label_order() -> None:
 
 
 def test_folders_that_are_not_imagenets() -> None:
-    subset = resolve_classes("imagenette", [*read_class_list(set_file("imagenette")), "my_things"])
+    subset = resolve_classes("imagenette", [*expand_classes("imagenette"), "my_things"])
     assert len(subset) == 10
     mixed = resolve_classes(["goldfish", "my things"], ["n01443537", "my_things"])
     assert mixed.keys == ("n01443537", "my_things")
     assert mixed.names == ("goldfish", "my things")
     assert mixed.indices is None
-    assert mixed.wnids is None
-
-
-def set_file(name: str) -> Path:
-    import singreg.data.classes as module
-
-    return Path(module.__file__).parent / "named_sets" / f"{name}.txt"
 
 
 def test_a_list_file_with_comments(tmp_path: Path) -> None:
@@ -84,7 +77,7 @@ def test_missing_classes_are_named_together_with_their_neighbours() -> None:
     assert "'goldfsh' (near: goldfish" in str(caught.value)
     assert "'sportz car' (near: sport car, sports car" in str(caught.value)
     assert "'lion'" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"'imagenet_16' is no named set \(imagenet100, imagenet16"):
+    with pytest.raises(ValueError, match=r"'imagenet_16'.*named sets are imagenet100, imagenet16"):
         resolve_classes("imagenet_16")
 
 

@@ -1,1 +1,1 @@
-"""Images: folders, Hugging Face data sets and built-in scenes as splits; the embedding cache; class and concept names."""
+"""Images: folders, Hugging Face data sets and built-in scenes as splits; cached embeddings; class names, concepts."""

@@ -10,25 +10,23 @@ from pathlib import Path
 from typing import Any
 
 _SETS_FOLDER = Path(__file__).parent / "named_sets"
-
 # The four ImageNet-1k names that two classes share; the second words are those CLIP's authors use.
-_SHARED_NAMES = {
-    "n02012849": "crane bird", "n03126707": "construction crane",
-    "n02113186": "Cardigan Welsh corgi", "n03710721": "tank suit",
-}  # fmt: skip
+_SHARED_NAMES = {"n02012849": "crane bird", "n03126707": "construction crane"}
+_SHARED_NAMES |= {"n02113186": "Cardigan Welsh corgi", "n03710721": "tank suit"}
 
 
 @dataclass(frozen=True)
 class ClassSubset:
     """The chosen classes, in label order.
 
-    Attributes: `keys` as the data set has them (folder or label names), `names` for people and prompts ("goldfish"),
-    `wnids` and `indices` in ImageNet-1k, both None unless every class is one of ImageNet-1k's.
+    Attributes:
+        keys: as the data set has them (folder or label names).
+        names: for people and prompts ("goldfish").
+        indices: rows in ImageNet-1k; None unless every class is one of ImageNet-1k's.
     """
 
     keys: tuple[str, ...]
     names: tuple[str, ...]
-    wnids: tuple[str, ...] | None
     indices: tuple[int, ...] | None
 
     def __len__(self) -> int:
@@ -39,14 +37,12 @@ class ClassSubset:
 class _ImageNet:
     wnids: tuple[str, ...]
     names: dict[str, str]  # wnid -> the one name used for it
-    aliases: dict[str, frozenset[str]]  # normalised word -> wnids that go by it
+    aliases: dict[str, set[str]]  # normalised word -> wnids that go by it
 
 
 @lru_cache(maxsize=1)
 def _imagenet() -> _ImageNet:
-    from timm.data.imagenet_info import (
-        ImageNetInfo,
-    )  # here, since importing timm takes seconds and most folders need no ImageNet
+    from timm.data.imagenet_info import ImageNetInfo  # here, since importing timm takes seconds
 
     info: Any = ImageNetInfo()
     wnids = tuple(info.label_names())
@@ -61,7 +57,7 @@ def _imagenet() -> _ImageNet:
     for wnid, name in names.items():
         aliases[_normal(name)] = {wnid}  # the name itself always means this class, whatever other synonyms say
     aliases["crane"] = {"n02012849", "n03126707"}
-    return _ImageNet(wnids, names, {word: frozenset(owners) for word, owners in aliases.items()})
+    return _ImageNet(wnids, names, aliases)
 
 
 def _normal(word: str) -> str:
@@ -69,18 +65,17 @@ def _normal(word: str) -> str:
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """The 1000 names used for ImageNet-1k's classes, in label order: (C,) words.
+    """Return the 1000 names used for ImageNet-1k's classes, in label order.
 
     Example:
         >>> imagenet_names()[1]
         'goldfish'
     """
-    known = _imagenet()
-    return tuple(known.names[wnid] for wnid in known.wnids)
+    return tuple(_imagenet().names.values())
 
 
 def named_sets() -> tuple[str, ...]:
-    """The names of the sets that come with the package.
+    """Return the names of the sets that come with the package.
 
     Example:
         >>> named_sets()
@@ -89,21 +84,8 @@ def named_sets() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _SETS_FOLDER.glob("*.txt")))
 
 
-def read_class_list(path: str | Path) -> tuple[str, ...]:
-    """The entries of a list file, one wnid or class name a line; blank lines and what follows a `#` are left out.
-
-    Raises:
-        ValueError: the file holds no entry.
-    """
-    lines = [line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    entries = tuple(line for line in lines if line)
-    if not entries:
-        raise ValueError(f"{path} lists no class: expected one wnid or class name a line")
-    return entries
-
-
 def expand_classes(classes: Sequence[str] | str) -> tuple[str, ...]:
-    """The entries a specification stands for: a named set, a list file, one class, or a sequence of classes.
+    """Return the entries of a named set, a list file (one a line, `#` begins a comment), one class, or a sequence.
 
     Example:
         >>> expand_classes("imagenette")[:2], expand_classes("goldfish"), expand_classes(["cat", "dog"])
@@ -111,22 +93,25 @@ def expand_classes(classes: Sequence[str] | str) -> tuple[str, ...]:
     """
     if not isinstance(classes, str):
         return tuple(classes)
-    if classes in named_sets():
-        return read_class_list(_SETS_FOLDER / f"{classes}.txt")
-    if Path(classes).is_file():
-        return read_class_list(classes)
-    return (classes,)
+    path = _SETS_FOLDER / f"{classes}.txt" if classes in named_sets() else Path(classes)
+    if not path.is_file():
+        return (classes,)
+    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    entries = tuple(line for line in lines if line)
+    if not entries:
+        raise ValueError(f"{path} lists no class; expected one wnid or class name a line")
+    return entries
 
 
 def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str] | None = None) -> ClassSubset:
-    """Match a specification to the classes that are `available` (default: the 1000 of ImageNet-1k, by wnid).
+    """Match a specification to the classes that are `available` (None: the 1000 of ImageNet-1k, by wnid).
 
-    Wnids, class names and synonyms match in any case, with `_` or `-` for a blank; None takes all that are available, in
-    sorted order, otherwise the specification's order is the label order.
+    Wnids, class names and synonyms match in any case, with `_` or `-` for a blank. The specification's order is the
+    label order; None takes all that are available, sorted.
 
     Raises:
-        ValueError: classes that are not there (all of them at once, with the nearest names), that may mean two
-            different ones, or that are listed twice.
+        ValueError: classes that are not there (all of them, with the nearest names), that may mean two different ones,
+            or that are listed twice.
 
     Example:
         >>> subset = resolve_classes(["goldfish", "n02123394"])
@@ -138,17 +123,19 @@ def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str
         return _subset(keys if available is None else tuple(sorted(keys)))
     entries = expand_classes(classes)
     if not entries:
-        raise ValueError("classes is an empty list: name at least one class, or leave it out to take all")
+        raise ValueError("classes is an empty list; name at least one class, or leave it out to take all")
     owners = _owners(keys)
     found = [_match(entry, owners) for entry in entries]
-    _refuse_missing(
-        [entry for entry, match in zip(entries, found, strict=True) if not match], owners, classes, len(keys)
-    )
-    vague = [
-        f"{entry!r} ({', '.join(sorted(match))})" for entry, match in zip(entries, found, strict=True) if len(match) > 1
-    ]
+    missing = [entry for entry, match in zip(entries, found, strict=True) if not match]
+    if missing:
+        close = {entry: difflib.get_close_matches(_normal(entry), owners, n=3) for entry in missing}
+        hints = [repr(entry) + (f" (near: {', '.join(near)})" if near else "") for entry, near in close.items()]
+        sets = f"; named sets are {', '.join(named_sets())}" if isinstance(classes, str) else ""
+        there = f"are not among the {len(keys)} there"
+        raise ValueError(f"{len(missing)} of the classes {there}: {', '.join(hints)}{sets}")
+    vague = [f"{e!r} ({', '.join(sorted(match))})" for e, match in zip(entries, found, strict=True) if len(match) > 1]
     if vague:
-        raise ValueError(f"class names that fit several classes, use the name in brackets: {', '.join(vague)}")
+        raise ValueError(f"class names that fit several classes, use one in brackets: {', '.join(vague)}")
     chosen = tuple(next(iter(match)) for match in found)
     twice = sorted({entry for entry, key in zip(entries, chosen, strict=True) if chosen.count(key) > 1})
     if twice:
@@ -157,22 +144,21 @@ def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str
 
 
 def wnid_of(key: str) -> str | None:
-    """The ImageNet-1k wnid a folder or label name stands for, or None where it is none or not clear.
+    """Return the ImageNet-1k wnid a folder or label name stands for, or None where it is none or not clear.
 
     Example:
         >>> wnid_of("Persian_cat"), wnid_of("my cat"), wnid_of("crane")
         ('n02123394', None, None)
     """
-    owners = _imagenet().aliases.get(_normal(key), frozenset())
+    owners = _imagenet().aliases.get(_normal(key), set())
     return next(iter(owners)) if len(owners) == 1 else None
 
 
 def _owners(keys: Sequence[str]) -> dict[str, set[str]]:
     """Every word a class goes by, to the available keys it may mean."""
-    imagenet = _imagenet()
     by_wnid = {wnid: key for key in keys if (wnid := wnid_of(key)) is not None}
     owners: dict[str, set[str]] = {}
-    for word, wnids in imagenet.aliases.items():
+    for word, wnids in _imagenet().aliases.items():
         if present := {by_wnid[wnid] for wnid in wnids if wnid in by_wnid}:
             owners[word] = present
     own: dict[str, set[str]] = {}
@@ -182,25 +168,9 @@ def _owners(keys: Sequence[str]) -> dict[str, set[str]]:
 
 
 def _match(entry: str, owners: dict[str, set[str]]) -> set[str]:
-    if match := owners.get(entry) or owners.get(_normal(entry)):
-        return match
-    wnid = wnid_of(entry)  # an ImageNet name whose folder goes by a synonym
-    return set() if wnid is None else owners.get(wnid, set())
-
-
-def _refuse_missing(missing: list[str], owners: dict[str, set[str]], classes: object, available: int) -> None:
-    if not missing:
-        return
-    hints = []
-    for entry in missing:
-        close = difflib.get_close_matches(_normal(entry), owners, n=3)
-        hints.append(f"{entry!r}" + (f" (near: {', '.join(close)})" if close else ""))
-    sets = (
-        f"; {classes!r} is no named set ({', '.join(named_sets())}) and no file either"
-        if isinstance(classes, str)
-        else ""
-    )
-    raise ValueError(f"{len(missing)} of the classes are not among the {available} there: {', '.join(hints)}{sets}")
+    """The available keys an entry may mean, also an ImageNet name whose folder goes by a synonym."""
+    wnid = wnid_of(entry)
+    return owners.get(entry) or owners.get(_normal(entry)) or owners.get(wnid or "", set())
 
 
 def _subset(keys: tuple[str, ...]) -> ClassSubset:
@@ -209,8 +179,5 @@ def _subset(keys: tuple[str, ...]) -> ClassSubset:
     names = tuple(
         imagenet.names[wnid] if wnid == key else key.replace("_", " ") for wnid, key in zip(wnids, keys, strict=True)
     )
-    known = tuple(wnid for wnid in wnids if wnid is not None)
-    if len(known) < len(keys) or len(set(known)) < len(known):
-        return ClassSubset(keys, names, None, None)
-    place = {wnid: index for index, wnid in enumerate(imagenet.wnids)}
-    return ClassSubset(keys, names, known, tuple(place[wnid] for wnid in known))
+    known = [imagenet.wnids.index(wnid) for wnid in wnids if wnid is not None]
+    return ClassSubset(keys, names, tuple(known) if len(set(known)) == len(keys) else None)

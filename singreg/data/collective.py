@@ -13,15 +13,10 @@ Value = TypeVar("Value")
 
 
 def together(work: Callable[[], Value], what: str, *, first_only: bool = False) -> Value:
-    """Run `work` on every process and wait for all; return this process's result.
-
-    Args:
-        what: the work in words, for messages.
-        first_only: run it on the first process alone and return its result, pickled, on all.
+    """Run `work` on every process, or on the first alone for all, and wait; return its result (pickled to the others).
 
     Raises:
-        Exception: where the work failed its own failure; elsewhere a ValueError that names process and failure, or a
-            RuntimeError where the failure is not a user's mistake (ValueError or OSError).
+        Exception: where the work failed its own failure; elsewhere a ValueError that names process and failure.
     """
     rank, world = rank_and_world()
     results: list[Any] = [None]
@@ -31,16 +26,14 @@ def together(work: Callable[[], Value], what: str, *, first_only: bool = False) 
             results = [work()]
         except Exception as error:  # raised below, once the others know
             failure = error
+    texts: list[str | None] = [None] * world
     if world > 1:
-        told: list[tuple[bool, str] | None] = [None] * world
-        mistake = isinstance(failure, (ValueError, OSError))
-        dist.all_gather_object(told, None if failure is None else (mistake, f"{type(failure).__name__}: {failure}"))
-        failed = [f"process {place}: {text[1]}" for place, text in enumerate(told) if text is not None]
-        if failed and failure is None:
-            kind = ValueError if all(text is None or text[0] for text in told) else RuntimeError
-            raise kind(f"{what} failed elsewhere: {'; '.join(failed)}")
+        dist.all_gather_object(texts, None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
+    if any(texts):
+        failed = "; ".join(f"process {place}: {text}" for place, text in enumerate(texts) if text)
+        raise ValueError(f"{what} failed elsewhere: {failed}")
     if first_only and world > 1:
         dist.broadcast_object_list(results, src=0)
     value: Value = results[0]

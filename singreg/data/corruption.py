@@ -1,4 +1,4 @@
-"""Corrupted pictures, made here and the same every time: Gaussian blur, Gaussian noise, lowered contrast."""
+"""Corrupted images, the same every time: Gaussian blur, Gaussian noise, lowered contrast."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from PIL import Image, ImageFilter
 from singreg.data.splits import ImageSplit, SubsetSplit
 
 KINDS = ("blur", "noise", "contrast")
-BLUR = (0.005, 0.01, 0.015, 0.02, 0.03)
-"""Radius (standard deviation) by severity, as a share of the shorter side, so that it means the same at any resolution."""
-NOISE = (0.04, 0.08, 0.12, 0.18, 0.26)
-"""Standard deviation by severity, of values in [0, 1]."""
-CONTRAST = (0.75, 0.6, 0.45, 0.3, 0.15)
-"""What is left of the distance to the picture's mean, by severity."""
+# By severity 1 to 5:
+BLUR = (0.005, 0.01, 0.015, 0.02, 0.03)  # radius (standard deviation), as a share of the shorter side
+NOISE = (0.04, 0.08, 0.12, 0.18, 0.26)  # standard deviation, of values in [0, 1]
+CONTRAST = (0.75, 0.6, 0.45, 0.3, 0.15)  # what is left of the distance to the image's mean
 
 
-def corrupt(picture: Image.Image, kind: str, severity: int = 3, seed: int = 0) -> Image.Image:
-    """One RGB picture (H, W), corrupted; the same seed gives the same noise. Severity 1 to 5.
+def corrupt(image: Image.Image, kind: str, severity: int = 3, seed: int = 0) -> Image.Image:
+    """Return one RGB image (H, W) corrupted; the same seed gives the same noise.
 
     Raises:
-        ValueError: another kind or severity.
+        ValueError: a kind not in `KINDS`, or a severity outside 1 to 5.
 
     Example:
         >>> grey = Image.new("RGB", (8, 8), (100, 100, 100))
@@ -31,10 +29,10 @@ def corrupt(picture: Image.Image, kind: str, severity: int = 3, seed: int = 0) -
         (np.float64(100.0), np.True_)
     """
     check_corruptions([kind], severity)
-    picture = picture.convert("RGB")
+    image = image.convert("RGB")
     if kind == "blur":
-        return picture.filter(ImageFilter.GaussianBlur(BLUR[severity - 1] * min(picture.size)))
-    values = np.asarray(picture, dtype=np.float64)
+        return image.filter(ImageFilter.GaussianBlur(BLUR[severity - 1] * min(image.size)))
+    values = np.asarray(image, dtype=np.float64)
     if kind == "noise":
         values = values + 255 * NOISE[severity - 1] * np.random.default_rng(seed).standard_normal(values.shape)
     else:
@@ -43,7 +41,7 @@ def corrupt(picture: Image.Image, kind: str, severity: int = 3, seed: int = 0) -
 
 
 def check_corruptions(kinds: Sequence[str], severity: int) -> None:
-    """Raise a ValueError that names every unknown kind, and a severity outside 1 to 5 (no shapes)."""
+    """Raise a ValueError that names every unknown kind, and a severity outside 1 to 5."""
     unknown = sorted({*kinds} - {*KINDS})
     problems = [f"no such corruption: {', '.join(unknown)}; known are {', '.join(KINDS)}"] if unknown else []
     if severity not in range(1, 1 + len(BLUR)):
@@ -53,11 +51,7 @@ def check_corruptions(kinds: Sequence[str], severity: int) -> None:
 
 
 class CorruptedSplit(SubsetSplit):
-    """Another split's images, corrupted; an image always gets the same noise, and the fingerprint is one of its own.
-
-    Raises:
-        ValueError: another kind than `KINDS` or severity than 1 to 5.
-    """
+    """Another split's images, corrupted; an image always gets the same noise, and the fingerprint is one of its own."""
 
     def __init__(self, parent: ImageSplit, kind: str, severity: int = 3, *, seed: int = 0) -> None:
         check_corruptions([kind], severity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -38,7 +38,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 NAMED = 20  # a message that lists more than this is read by nobody
-Rows = dict[str, np.ndarray]
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -56,10 +55,8 @@ def load_splits(config: DataConfig) -> Splits:
         >>> [len(split) for split in splits]
         [12, 12, 6, 5]
     """
-    if config.source == "scenes":
-        splits = _scenes(config)
-    else:
-        splits = together(lambda: _stored(config), "reading the data", first_only=True)
+    scenes = config.source == "scenes"
+    splits = _scenes(config) if scenes else together(lambda: _stored(config), "reading the data", first_only=True)
     sizes = ", ".join(f"{split.name} {len(split)}" for split in splits)
     logger.info("data %s: %d classes; images: %s", config.source, len(splits.class_names), sizes)
     return splits
@@ -78,7 +75,8 @@ def _scenes(config: DataConfig) -> Splits:
 
 
 def _stored(config: DataConfig) -> Splits:
-    source = open_source(config)
+    """Draw the splits' images, look at those drawn, and draw again without bad ones until all are readable."""
+    source, wanted, drop = open_source(config), config.per_class, config.bad_images == "drop"
     subset = resolve_classes(config.classes, source.keys(config.train_split, "data.train_split"))
     try:
         there = resolve_classes(subset.keys, source.keys(config.test_split, "data.test_split"))
@@ -89,45 +87,72 @@ def _stored(config: DataConfig) -> Splits:
     found = [train, test]
     if config.unlabeled is not None:
         found.append(_Candidates(read_unlabelled(config.unlabeled, subset.names)))
-    drop = config.bad_images == "drop"
-    while True:  # until all that is drawn is readable
-        drawn = _draw(config, subset.keys, found)
-        bad = [one.examine(np.concatenate(list(rows.values()))) for one, rows in zip(found, drawn, strict=True)]
-        if not (drop and any(bad)):
+    while True:
+        draws = [
+            train.draw(subset.keys, lambda count: _train_and_audit(count, wanted.get("train"), wanted.get("audit"))),
+            test.draw(subset.keys, lambda count: {"test": (wanted.get("test", count), 1)}),
+            *(one.draw(None, lambda count: _audit_and_bank(count, config.unlabeled_to_audit)) for one in found[2:]),
+        ]
+        short = [problem for _, problem in draws if problem]
+        if short:
+            raise ValueError("\n".join([*short, "lower data.per_class, or leave a key out to take what there is"]))
+        bad = [one.examine(np.concatenate(list(rows.values()))) for one, (rows, _) in zip(found, draws, strict=True)]
+        if not drop or not any(bad):
             break
     _report_bad(found, drop)
-    bank, audit = ([train.split.subset(drawn[0][name], name)] for name in ("train", "audit"))
-    if config.unlabeled is not None:
-        bank.append(found[2].split.subset(drawn[2]["bank"], "bank"))
-        audit.append(found[2].split.subset(drawn[2]["audit"], "audit"))
-    groups = [[test.split.subset(drawn[1]["test"], "test")], audit, bank]
-    (test_split,), audit, bank = without_copies(groups, drop)
-    empty = [subset.names[label] for label in set(range(len(subset))) - set(bank[0].labels.tolist())]
+    groups: dict[str, list[ImageSplit]] = {"test": [], "audit": [], "bank": []}
+    for one, (drawn, _) in zip(found, draws, strict=True):
+        for name, rows in drawn.items():
+            groups["bank" if name == "train" else name].append(one.split.subset(rows, name))
+    (test_split,), audit, bank = without_copies(list(groups.values()), drop)
+    present = set(bank[0].labels.tolist())
+    empty = [name for label, name in enumerate(subset.names) if label not in present]
     if empty:
-        raise ValueError(
-            f"no training image is left once copies of other splits' images are dropped: {', '.join(empty)}"
-        )
+        raise ValueError(f"no training image is left without copies of other splits' images: {', '.join(empty)}")
     bank_split, audit_split = ConcatSplit("bank", bank), ConcatSplit("audit", audit)
     return Splits(bank[0], bank_split, audit_split, test_split, subset.names, subset.indices)
 
 
 class _Candidates:
-    """All images of a split, of which some are drawn; those drawn are examined, and bad ones are drawn no more."""
+    """All images of a split; those drawn are looked at, and bad ones are not drawn again."""
 
     def __init__(self, split: TableSplit) -> None:
         self.split = split
         self.bad: dict[int, str] = {}
         self.seen = np.zeros(len(split), dtype=bool)
 
-    def shuffled(self, label: int, key: str) -> np.ndarray:
-        """Return the rows of a label (M,) in an order that depends on `key` alone."""
-        rows = np.flatnonzero(self.split.labels == label)
+    def draw(
+        self, keys: Sequence[str] | None, shares: Callable[[int], dict[str, tuple[int, int]]]
+    ) -> tuple[dict[str, np.ndarray], str]:
+        """Return rows by the name of the split they are for, and a sentence about classes with too few images.
+
+        Args:
+            keys: the classes, in label order; None for the unlabelled images.
+            shares: of a class with so many images, how many each split gets, and how many at least.
+        """
+        chosen: dict[str, list[np.ndarray]] = {}
+        short = []
+        for label, key in enumerate(keys) if keys is not None else [(UNLABELLED, "unlabelled")]:
+            rows, start = self._shuffled(label, key), 0
+            counts = shares(len(rows))
+            for name, (count, _) in counts.items():
+                chosen.setdefault(name, []).append(np.sort(rows[start : start + max(count, 0)]))
+                start += count
+            if start > len(rows) or any(count < least for count, least in counts.values()):
+                asked = " + ".join(f"{name} {count}" for name, (count, _) in counts.items())
+                short.append(f"{key} has {len(rows)} for {asked}")
+        left_out = f" ({len(self.bad)} unreadable ones not counted)" if self.bad else ""
+        problem = f"{self.split.name}: too few images{left_out}: {_joined(short, ', ')}" if short else ""
+        return {name: np.concatenate(rows) for name, rows in chosen.items()}, problem
+
+    def _shuffled(self, label: int, key: str) -> np.ndarray:
+        """The readable rows of a label in an order that depends on `key` alone."""
         word = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
-        rows = np.random.default_rng([0, word]).permutation(rows)
-        return rows[[int(row) not in self.bad for row in rows]] if self.bad else rows
+        rows = np.random.default_rng([0, word]).permutation(np.flatnonzero(self.split.labels == label))
+        return rows[~np.isin(rows, list(self.bad))]
 
     def examine(self, rows: np.ndarray) -> bool:
-        """Look at those of the rows (M,) not yet looked at; return whether any of them is bad."""
+        """Look at those of the rows (M,) not looked at before; return whether any of them is bad."""
         new = rows[~self.seen[rows]]
         self.seen[new] = True
         bad = self.split.examine(new)
@@ -135,96 +160,62 @@ class _Candidates:
         return bool(bad)
 
 
-def _draw(config: DataConfig, keys: Sequence[str], found: Sequence[_Candidates]) -> list[Rows]:
-    """Return the rows for train and audit, for test, and of unlabelled images for bank and audit."""
-    train, audit, test = ([np.zeros(0, dtype=np.int64)] for _ in range(3))
-    short: dict[int, list[str]] = {0: [], 1: []}
-    wanted = config.per_class
-    for label, key in enumerate(keys):
-        rows = found[0].shuffled(label, key)
-        for_train, for_audit = _shares(len(rows), wanted.get("train"), wanted.get("audit"))
-        if for_train < 1 or for_train + for_audit > len(rows) or (for_audit < 1 and wanted.get("audit") != 0):
-            asked = [wanted.get(name, "the rest, at least 1") for name in ("train", "audit")]
-            short[0].append(f"{key} has {len(rows)} for train ({asked[0]}) + audit ({asked[1]})")
-        train.append(np.sort(rows[:for_train]))
-        audit.append(np.sort(rows[for_train : for_train + for_audit]))
-        rows = found[1].shuffled(label, key)
-        count = wanted.get("test", len(rows))
-        if not 1 <= count <= len(rows):
-            short[1].append(f"{key} has {len(rows)} for test ({wanted.get('test', 'all, at least 1')})")
-        test.append(np.sort(rows[:count]))
-    problems = [
-        f"{found[place].split.name}: too few images ({len(found[place].bad)} unreadable ones not counted): {_list(texts)}"
-        for place, texts in short.items()
-        if texts
-    ]
-    if problems:
-        raise ValueError("\n".join([*problems, "lower data.per_class, or leave a key out to take what there is"]))
-    drawn = [
-        {"train": np.concatenate(train), "audit": np.concatenate(audit)},
-        {"test": np.concatenate(test)},
-    ]
-    for extra in found[2:]:
-        rows = extra.shuffled(UNLABELLED, "unlabelled")
-        cut = round(config.unlabeled_to_audit * len(rows))
-        drawn.append({"audit": np.sort(rows[:cut]), "bank": np.sort(rows[cut:])})
-    return drawn
+def _train_and_audit(count: int, train: int | None, audit: int | None) -> dict[str, tuple[int, int]]:
+    """What each gets and must have at least: without a number what the other leaves, or half of what there is."""
+    least = 0 if audit == 0 else 1
+    if audit is None:
+        audit = count // 2 if train is None else count - train
+    return {"train": (count - audit if train is None else train, 1), "audit": (audit, least)}
 
 
-def _shares(count: int, train: int | None, audit: int | None) -> tuple[int, int]:
-    if train is None:
-        audit = count // 2 if audit is None else audit
-        return count - audit, audit
-    return train, count - train if audit is None else audit
-
-
-def _list(texts: Sequence[str], separator: str = ", ") -> str:
-    more = f"{separator}and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
-    return separator.join(texts[:NAMED]) + more
+def _audit_and_bank(count: int, to_audit: float) -> dict[str, tuple[int, int]]:
+    cut = round(to_audit * count)
+    return {"audit": (cut, 0), "bank": (count - cut, 0)}
 
 
 def _report_bad(found: Sequence[_Candidates], drop: bool) -> None:
     """Stop over unreadable images and name them all, or warn that they are left out."""
     bad = [f"{one.split.identifier(row)} ({why})" for one in found for row, why in sorted(one.bad.items())]
-    text = f"{len(bad)} images cannot be read" + (
-        " and are left out" if drop else "; mend them or set data.bad_images: drop"
-    )
     if bad and not drop:
-        raise UnreadableImageError("\n  ".join([text, *bad]))
+        names = "\n  ".join(bad)
+        raise UnreadableImageError(
+            f"{len(bad)} images cannot be read; mend them or set data.bad_images: drop\n  {names}"
+        )
     if bad:
-        logger.warning("%s:\n  %s", text, _list(bad, "\n  "))
+        logger.warning("%d images cannot be read and are left out:\n  %s", len(bad), _joined(bad))
 
 
 def without_copies(groups: Sequence[Sequence[ImageSplit]], drop: bool) -> list[list[ImageSplit]]:
     """Refuse images with the bytes of an image in an earlier group, or drop them; within one group they are no leak."""
-    kept, before = [list(groups[0])], list(groups[0])
-    copies: list[str] = []
-    for group in groups[1:]:
-        known = ConcatSplit("known", before)
-        codes, left = _codes(known), []
+    kept, copies = [list(groups[0])], []
+    for place, group in enumerate(groups[1:], start=1):
+        known = ConcatSplit("known", [split for before in groups[:place] for split in before])
+        codes = _codes(known)
+        kept.append([])
         for split in group:
             own = _codes(split)
             copied = np.isin(own, codes)
             for index in np.flatnonzero(copied).tolist():
-                first = ""
-                if len(copies) < NAMED:
-                    other, place = known.locate(int(np.flatnonzero(codes == own[index])[0]))
-                    first = f"{split.identifier(index)} ({split.name}) = {other.identifier(place)} ({other.name})"
-                copies.append(first)
-            left.append(split.subset(np.flatnonzero(~copied)) if copied.any() else split)
-        kept.append(left)
-        before += group
+                other, row = known.locate(int((codes == own[index]).argmax()))
+                copies.append(f"{split.identifier(index)} ({split.name}) = {other.identifier(row)} ({other.name})")
+            kept[-1].append(split.subset(np.flatnonzero(~copied)) if copied.any() else split)
     if copies and not drop:
         raise ValueError(
             f"{len(copies)} images are in two splits that must not share any; remove one of each pair, or set "
-            f"data.bad_images: drop to keep the second of each line only:\n  " + _list(copies, "\n  ")
+            f"data.bad_images: drop to keep the second of each line only\n  {_joined(copies)}"
         )
     if copies:
-        text = "%d images that are in another split too were dropped from the first one named:\n  %s"
-        logger.warning(text, len(copies), _list(copies, "\n  "))
+        logger.warning(
+            "%d images of another split are left out of the first named:\n  %s", len(copies), _joined(copies)
+        )
     return kept
 
 
 def _codes(split: ImageSplit) -> np.ndarray:
     """The digests as one value an image, (N,)."""
     return np.ascontiguousarray(split.digests).view("S32").reshape(-1)
+
+
+def _joined(texts: Sequence[str], separator: str = "\n  ") -> str:
+    more = f"{separator}and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
+    return separator.join(texts[:NAMED]) + more

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,25 +19,15 @@ from singreg.data.splits import ImageSplit
 from singreg.utils import atomic_write, cache_folder, rank_and_world
 from singreg.utils import progress as with_progress
 
+if TYPE_CHECKING:
+    from singreg.models.vlm import VisionLanguageModel
+
 FORMAT = 1
 Rows = np.memmap[Any, np.dtype[np.float32]]
 
 
-class ImageEncoder(Protocol):
-    """What `cached_embeddings` needs of a vision-language model."""
-
-    weights_hash: str
-    preprocessing: dict[str, Any]
-    transform: Transform
-    dim: int
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, n)."""
-        ...
-
-
 def cached_embeddings(
-    vlm: ImageEncoder,
+    vlm: VisionLanguageModel,
     split: ImageSplit,
     cache: str | Path | None = None,
     *,

@@ -19,7 +19,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class TensorView(Dataset[tuple[Any, ...]]):
-    """A split's images through one transform or two: items (tensor, label, index) or (tensor, clean tensor, label, index).
+    """A split's images as (tensor, label, index), or (tensor, clean tensor, label, index) with a second transform.
 
     The draws of image i in epoch e depend on (seed, e, i): not on workers, processes or an interruption before.
     """
@@ -76,7 +76,7 @@ def make_loader(
     workers: int = 0,
     drop_last: bool = False,
 ) -> DataLoader[Any]:
-    """Return batches (images (B, 3, H, W), labels (B,), indices (B,)); with `clean_transform` the clean view comes second.
+    """Return batches (images (B, 3, H, W), labels (B,), indices (B,)); `clean_transform` puts a clean view second.
 
     Order and augmentation of an epoch depend on (seed, epoch, index): call `loader.sampler.set_epoch(epoch)`, or leave
     it to accelerate, which calls it on the loaders it has prepared.

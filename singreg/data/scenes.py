@@ -1,7 +1,7 @@
-"""The built-in scenes: small pictures whose attributes are known, seeded and identical on every machine.
+"""The built-in scenes: small images whose attributes are known, seeded and identical on every machine.
 
-Only integer arithmetic decides anything: attributes come from a counter-based hash (splitmix64) and shapes are drawn on an
-integer grid, so a scene does not depend on the numpy version, the processor or a font.
+Only integer arithmetic decides anything: attributes come from a counter-based hash (splitmix64) and shapes are drawn on
+an integer grid, so a scene does not depend on the numpy version, the processor or a font.
 """
 
 from __future__ import annotations
@@ -18,43 +18,25 @@ TEXTURES = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("grass", "sand", "water", "brick", "night sky", "snow", "wood", "leaves")
 SIZES = ("small", "medium", "large")
 PLACES = ("left", "right", "top", "bottom", "centre")
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "shape": SHAPES,
-    "color": COLORS,
-    "texture": TEXTURES,
-    "background": BACKGROUNDS,
-    "size": SIZES,
-    "place": PLACES,
-}
-"""Names of every attribute's values, in the order of the codes in a `SceneTable`."""
+# Names of every attribute's values, in the order of the codes in a `SceneTable`.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {"shape": SHAPES, "color": COLORS, "texture": TEXTURES}
+ATTRIBUTES |= {"background": BACKGROUNDS, "size": SIZES, "place": PLACES}
 
-_PAINT = {
-    "red": (214, 32, 32), "orange": (242, 134, 22), "yellow": (246, 222, 40), "green": (30, 170, 62),
-    "blue": (34, 72, 220), "purple": (132, 42, 180), "pink": (250, 140, 190), "black": (24, 24, 24),
-}  # fmt: skip
+_PAINT = {"red": (214, 32, 32), "orange": (242, 134, 22), "yellow": (246, 222, 40), "green": (30, 170, 62)}
+_PAINT |= {"blue": (34, 72, 220), "purple": (132, 42, 180), "pink": (250, 140, 190), "black": (24, 24, 24)}
 _RADIUS = (12, 16, 21)
 _OFFSET = ((-13, 0), (13, 0), (0, -13), (0, 13), (0, 0))
 # (cos, sin) · 1024 of the tilts a shape may have, about -20 to 20 degrees.
-_TILTS = (
-    (962, -350),
-    (989, -265),
-    (1008, -178),
-    (1020, -89),
-    (1024, 0),
-    (1020, 89),
-    (1008, 178),
-    (989, 265),
-    (962, 350),
-)
+_COSINES = (962, 989, 1008, 1020, 1024, 1020, 1008, 989, 962)
+_SINES = (-350, -265, -178, -89, 0, 89, 178, 265, 350)
 _SIDE = 64
 
 
 def _hash(seed: int, counter: np.ndarray) -> np.ndarray:
     """splitmix64 of (seed, counter): uint64 of any shape, the same everywhere."""
     with np.errstate(over="ignore"):
-        x = counter.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % 2**64) * np.uint64(
-            0xD1B54A32D192ED03
-        )
+        x = counter.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x += np.uint64(seed % 2**64) * np.uint64(0xD1B54A32D192ED03)
         x += np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -64,7 +46,12 @@ def _hash(seed: int, counter: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SceneTable:
-    """N scenes as codes. codes: attribute name -> (N,) int64 into `ATTRIBUTES[name]`; noise (N, 4) uint64 for the jitter."""
+    """N scenes as codes.
+
+    Attributes:
+        codes: (N,) int64 into `ATTRIBUTES[name]`, by attribute.
+        noise: (N, 4) uint64 for the jitter.
+    """
 
     seed: int
     codes: dict[str, np.ndarray]
@@ -74,12 +61,12 @@ class SceneTable:
         return len(self.noise)
 
     def names(self, index: int) -> dict[str, str]:
-        """The attributes of one scene in words (no shapes)."""
+        """Return the attributes of one scene in words."""
         return {name: values[int(self.codes[name][index])] for name, values in ATTRIBUTES.items()}
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all codes and noise (no shapes)."""
+        """SHA-256 over all codes and noise."""
         digest = hashlib.sha256(b"scenes-1")
         for name in ATTRIBUTES:
             digest.update(self.codes[name].astype("<i8").tobytes())
@@ -88,10 +75,11 @@ class SceneTable:
 
 
 def sample_scenes(count: int, *, seed: int, background_bias: float = 0.0) -> SceneTable:
-    """Draw N scenes; with probability `background_bias` the background is the one tied to the class (shape), else uniform.
+    """Draw N scenes, their attributes uniform and independent but for the background.
 
     Args:
-        background_bias: 0 (independent) to 1 (the background gives the class group away). Two or fewer classes share one.
+        background_bias: probability that the background is the one tied to the class (shape), which at most two
+            classes share; 1 gives the class group away.
 
     Raises:
         ValueError: a negative count or a bias outside [0, 1].
@@ -115,12 +103,12 @@ def sample_scenes(count: int, *, seed: int, background_bias: float = 0.0) -> Sce
 
 
 def shape_labels(table: SceneTable) -> np.ndarray:
-    """The class of every scene, its shape: (N,) int64 into SHAPES."""
+    """Return the class of every scene, its shape: (N,) int64 into SHAPES."""
     return table.codes["shape"]
 
 
 def render_scene(table: SceneTable, index: int, pixels: int = 64) -> np.ndarray:
-    """One scene as a picture, (pixels, pixels, 3) uint8; `pixels` other than 64 scales by nearest neighbour.
+    """Draw one scene, (pixels, pixels, 3) uint8; `pixels` other than 64 scales by nearest neighbour.
 
     Raises:
         ValueError: fewer than one pixel a side. IndexError: there is no such scene.
@@ -133,14 +121,14 @@ def render_scene(table: SceneTable, index: int, pixels: int = 64) -> np.ndarray:
         raise ValueError(f"expected pixels >= 1 a side, got {pixels}")
     code = {name: int(table.codes[name][index]) for name in ATTRIBUTES}
     noise = [int(word) for word in table.noise[index]]
-    picture: np.ndarray = _background(BACKGROUNDS[code["background"]], noise[0])
-    _paint_shape(picture, code, noise[1])
+    image: np.ndarray = _background(BACKGROUNDS[code["background"]], noise[0])
+    _paint_shape(image, code, noise[1])
     grain = _hash(noise[2], np.arange(_SIDE * _SIDE * 3, dtype=np.uint64)) % np.uint64(25)
-    picture = np.clip(picture + grain.astype(np.int64).reshape(picture.shape) - 12, 0, 255).astype(np.uint8)
+    image = np.clip(image + grain.astype(np.int64).reshape(image.shape) - 12, 0, 255).astype(np.uint8)
     if pixels != _SIDE:
         rows = np.arange(pixels) * _SIDE // pixels
-        picture = picture[rows][:, rows]
-    return picture
+        image = image[rows][:, rows]
+    return image
 
 
 @lru_cache(maxsize=1)
@@ -176,13 +164,14 @@ def _background(name: str, noise: int) -> np.ndarray:
     return painted
 
 
-def _paint_shape(picture: np.ndarray, code: dict[str, int], noise: int) -> None:
+def _paint_shape(image: np.ndarray, code: dict[str, int], noise: int) -> None:
     """Draw the shape into (64, 64, 3), edges averaged over 2 x 2; a white rim lets its colour stand out everywhere."""
     left, top = _OFFSET[code["place"]]
     # Quarter pixels from here on: the sub-pixel centres are then whole numbers.
     centre = (4 * (32 + left) + noise % 17 - 8, 4 * (32 + top) + (noise >> 8) % 17 - 8)
     radius = 4 * _RADIUS[code["size"]] + (noise >> 16) % 5 - 2
-    cos, sin = _TILTS[(noise >> 24) % len(_TILTS)]
+    tilt = (noise >> 24) % len(_SINES)
+    cos, sin = _COSINES[tilt], _SINES[tilt]
     reach = radius * 5 // 4 + 8
     (x0, x1), (y0, y1) = ((max(0, (c - reach) // 4), min(_SIDE, (c + reach) // 4 + 1)) for c in centre)
     y, x = np.meshgrid(np.arange(4 * y0 + 1, 4 * y1, 2), np.arange(4 * x0 + 1, 4 * x1, 2), indexing="ij")
@@ -191,12 +180,12 @@ def _paint_shape(picture: np.ndarray, code: dict[str, int], noise: int) -> None:
     u, v = (dx * cos + dy * sin) // (4 * radius), (dy * cos - dx * sin) // (4 * radius)
     rim = 256 * (radius + 7) // radius
     name, color = SHAPES[code["shape"]], np.array(_PAINT[COLORS[code["color"]]], dtype=np.int64)
-    patch = picture[y0:y1, x0:x1].repeat(2, 0).repeat(2, 1)
+    patch = image[y0:y1, x0:x1].repeat(2, 0).repeat(2, 1)
     patch[_inside(name, u * 256 // rim, v * 256 // rim)] = 250
     inside = _inside(name, u, v)
     patch[inside] = color
     patch[inside & _texture(TEXTURES[code["texture"]], x // 4, y // 4)] = (color * 2 + 255 * 3) // 5
-    picture[y0:y1, x0:x1] = patch.reshape(y1 - y0, 2, x1 - x0, 2, 3).sum((1, 3)) // 4
+    image[y0:y1, x0:x1] = patch.reshape(y1 - y0, 2, x1 - x0, 2, 3).sum((1, 3)) // 4
 
 
 def _texture(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -211,19 +200,15 @@ def _texture(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return lighter
 
 
+# Corners x y, x y, ...
 _POLYGONS = {
-    "square": ((-200, -200), (200, -200), (200, 200), (-200, 200)),
-    "diamond": ((0, -262), (190, 0), (0, 262), (-190, 0)),
-    "triangle": ((0, -250), (240, 190), (-240, 190)),
-    "star": (
-        (0, -262), (65, -88), (249, -81), (104, 34), (154, 212), (0, 109), (-154, 212), (-104, 34), (-249, -81), (-65, -88),
-    ),
-    "cross": (
-        (-80, -240), (80, -240), (80, -80), (240, -80), (240, 80), (80, 80), (80, 240), (-80, 240), (-80, 80), (-240, 80),
-        (-240, -80), (-80, -80),
-    ),
-    "arrow": ((-250, -72), (20, -72), (20, -210), (260, 0), (20, 210), (20, 72), (-250, 72)),
-}  # fmt: skip
+    "square": "-200 -200, 200 -200, 200 200, -200 200",
+    "diamond": "0 -262, 190 0, 0 262, -190 0",
+    "triangle": "0 -250, 240 190, -240 190",
+    "star": "0 -262, 65 -88, 249 -81, 104 34, 154 212, 0 109, -154 212, -104 34, -249 -81, -65 -88",
+    "cross": "-80 -240, 80 -240, 80 -80, 240 -80, 240 80, 80 80, 80 240, -80 240, -80 80, -240 80, -240 -80, -80 -80",
+    "arrow": "-250 -72, 20 -72, 20 -210, 260 0, 20 210, 20 72, -250 72",
+}
 
 
 def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -244,10 +229,11 @@ def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return inside
 
 
-def _in_polygon(corners: tuple[tuple[int, int], ...], u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _in_polygon(corners: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Even-odd rule in integers."""
     odd = np.zeros(u.shape, dtype=bool)
-    for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1], strict=True):
+    points = [tuple(int(word) for word in corner.split()) for corner in corners.split(",")]
+    for (x1, y1), (x2, y2) in zip(points, points[1:] + points[:1], strict=True):
         crosses = (y1 > v) != (y2 > v)
         side = (x2 - x1) * (v - y1) - (u - x1) * (y2 - y1)
         odd ^= crosses & ((side > 0) == (y2 > y1))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -23,54 +21,37 @@ from singreg.data.classes import imagenet_names
 from singreg.data.scenes import SHAPES, SceneTable, render_scene, shape_labels
 from singreg.utils import progress
 
+Labels = Sequence[int] | np.ndarray
 UNLABELLED = -1
 SCENES_KEPT_BYTES = 2**28
+# PIL knows stranger formats too, one of which starts another program.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-# What PIL raises on broken files: a damaged EXIF block gives struct.error, an absurd size MemoryError.
-FAILURES = (
-    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError, MemoryError),
-    *(struct.error, Image.DecompressionBombError),
-)
 
 
 class UnreadableImageError(ValueError):
     """An image that cannot be read; the text names it."""
 
 
-def open_rgb(source: bytes | str | Path, identifier: str) -> Image.Image:
-    """Decode an image from its bytes or path as RGB, upright by its EXIF tag, under PIL's own limit of size.
+def open_rgb(cell: Mapping[str, Any] | None, identifier: str) -> Image.Image:
+    """Decode an undecoded image cell of `datasets` as RGB, upright by its EXIF tag, under PIL's own limit of size.
 
     Raises:
         UnreadableImageError: truncated, not an image, missing or too large.
     """
     try:
-        content = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(content, formats=_formats()) as image:
+        with _opened(cell_bytes(cell)) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except FAILURES as error:
+    except Exception as error:  # on broken files PIL raises nearly anything
         raise UnreadableImageError(f"cannot read the image {identifier}: {_reason(error)}") from error
 
 
-@cache
-def _formats() -> tuple[str, ...]:
-    """FORMATS that PIL was built with; it knows stranger ones too, one of which starts another program."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).split(' <_io')[0]}"
-
-
 def cell_bytes(cell: Mapping[str, Any] | None) -> bytes:
-    """Return the encoded bytes of an undecoded image cell of `datasets`."""
+    """Return the encoded bytes of an undecoded image cell of `datasets`: its own, or those of the file it names."""
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError("the row holds no image (null)")
     if cell["bytes"] is not None:
         return bytes(cell["bytes"])
-    if "://" not in cell["path"]:
-        return Path(cell["path"]).read_bytes()
-    with fsspec.open(cell["path"], "rb") as file:
+    with fsspec.open(cell["path"], "rb") if "://" in cell["path"] else open(cell["path"], "rb") as file:
         return bytes(file.read())
 
 
@@ -78,12 +59,21 @@ def examine(cell: Mapping[str, Any] | None) -> tuple[bytes, str | None]:
     """Return an image cell's SHA-256 and why it cannot be decoded, or None; JPEG is tried at 1/8 scale."""
     try:
         content = cell_bytes(cell)
-        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        with _opened(content) as image:
             image.draft("RGB", (1, 1))
             ImageOps.exif_transpose(image).convert("RGB")
-    except FAILURES as error:
+    except Exception as error:
         return bytes(32), _reason(error)
     return hashlib.sha256(content).digest(), None
+
+
+def _opened(content: bytes) -> Image.Image:
+    Image.init()  # before it, PIL does not know which formats it was built with
+    return Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).split(' <_io')[0]}"
 
 
 class ImageSplit(Dataset[tuple[Image.Image, int, int]]):
@@ -99,13 +89,9 @@ class ImageSplit(Dataset[tuple[Image.Image, int, int]]):
     def __init__(self, name: str, class_names: Sequence[str], labels: np.ndarray, digests: np.ndarray) -> None:
         labels = np.asarray(labels, dtype=np.int64)
         if labels.ndim != 1 or digests.shape != (len(labels), 32):
-            raise ValueError(
-                f"split {name!r}: expected labels (N,) and digests (N, 32), got {labels.shape} and {digests.shape}"
-            )
+            raise ValueError(f"{name}: expected labels (N,), digests (N, 32), got {labels.shape}, {digests.shape}")
         if len(labels) and not UNLABELLED <= labels.min() <= labels.max() < len(class_names):
-            raise ValueError(
-                f"split {name!r}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes"
-            )
+            raise ValueError(f"{name}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes")
         self.name, self.class_names = name, tuple(class_names)
         self.labels, self.digests = labels, np.asarray(digests, dtype=np.uint8)
 
@@ -200,21 +186,13 @@ class TableSplit(ImageSplit):
     """
 
     def __init__(
-        self,
-        name: str,
-        table: datasets.Dataset,
-        class_names: Sequence[str],
-        labels: Sequence[int] | np.ndarray,
-        *,
-        where: str | None = None,
+        self, name: str, table: datasets.Dataset, class_names: Sequence[str], labels: Labels, where: str | None = None
     ) -> None:
         super().__init__(name, class_names, np.asarray(labels), np.zeros((len(table), 32), dtype=np.uint8))
         self.table, self.where = table, where
 
     @classmethod
-    def from_files(
-        cls, name: str, paths: Sequence[str], class_names: Sequence[str], labels: Sequence[int] | np.ndarray
-    ) -> TableSplit:
+    def from_files(cls, name: str, paths: Sequence[str], class_names: Sequence[str], labels: Labels) -> TableSplit:
         """Return image files as a split whose digests are not known before `examine`.
 
         Example:
@@ -245,12 +223,7 @@ class TableSplit(ImageSplit):
         return bad
 
     def image(self, index: int) -> Image.Image:
-        name = self.identifier(index)
-        try:
-            content = cell_bytes(self.table[int(index)]["image"])
-        except FAILURES as error:
-            raise UnreadableImageError(f"cannot read the image {name}: {_reason(error)}") from error
-        return open_rgb(content, name)
+        return open_rgb(self.table[int(index)]["image"], self.identifier(index))
 
     def identifier(self, index: int) -> str:
         return f"{self.where}#{index}" if self.where else str(self.table[int(index)]["image"]["path"])
@@ -259,18 +232,17 @@ class TableSplit(ImageSplit):
 class SceneSplit(ImageSplit):
     """Built-in rendered scenes; the label is the shape. `table` holds the hidden attributes of every scene."""
 
-    def __init__(self, name: str, table: SceneTable, *, pixels: int = 64) -> None:
-        rows = [hashlib.sha256(f"{table.fingerprint} {pixels} {i}".encode()).digest() for i in range(len(table))]
-        digests = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 32)
-        super().__init__(name, SHAPES, shape_labels(table), digests)
-        self.table, self.pixels = table, pixels
+    def __init__(self, name: str, table: SceneTable) -> None:
+        rows = [hashlib.sha256(f"{table.fingerprint} 64 {i}".encode()).digest() for i in range(len(table))]
+        super().__init__(name, SHAPES, shape_labels(table), np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32))
+        self.table = table
         self._drawn: dict[int, np.ndarray] = {}
 
     def image(self, index: int) -> Image.Image:
         # Drawing costs more than a small network's forward pass and every pass asks for the same images.
         drawn = self._drawn.get(int(index))
         if drawn is None:
-            drawn = render_scene(self.table, int(index), pixels=self.pixels)
+            drawn = render_scene(self.table, int(index))
             if len(self._drawn) * drawn.nbytes < SCENES_KEPT_BYTES:
                 self._drawn[int(index)] = drawn
         return Image.fromarray(drawn)

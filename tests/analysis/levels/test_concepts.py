@@ -179,7 +179,7 @@ def scenes() -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tensor, list[st
 
     vlm = VisionLanguageModel.from_open_clip(f"local-dir:{ASSETS / 'demo_vlm'}")
     table = sample_scenes(300, seed=11)
-    part = SceneSplit("test", table, pixels=64)
+    part = SceneSplit("test", table)
     z = torch.cat([vlm.embed_images(torch.stack([vlm.transform(part.image(i)) for i in range(at, at + 50)])) for at in range(0, 300, 50)])
     names = [value for kind in ("shape", "color", "texture", "background") for value in ATTRIBUTES[kind]]
     return table.codes, z, vlm.embed_texts([f"an image of {name}" for name in names]), names
