@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from singreg.loss_terms import PRESETS, TERMS, Placebo
 from singreg.nullspace import Invariance
 from singreg.parsing import dump, overridden, parse
+from singreg.terms import HEAD_TERMS, PRESETS, TERMS, Placebo
 
 __all__ = [
     "DataConfig",
@@ -27,8 +27,6 @@ __all__ = [
     "overridden",
     "parse",
 ]
-
-HEAD_TERMS = {"capacity", "steer", "head", "orthogonal"}
 
 PER_CLASS = ("train", "audit", "test")
 SCENES: dict[str, float] = {"train": 2000, "audit": 1600, "test": 1000, "bank": 0, "bias": 0.6, "seed": 0}

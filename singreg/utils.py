@@ -189,7 +189,7 @@ def all_reduce_max(value: Tensor) -> Tensor:
 @torch.no_grad()
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Average over all images of all processes, weighted by their counts. Shape: (B,) to (), detached."""
-    total = torch.stack([values.detach().sum(), values.new_tensor(float(values.numel()))])
+    total = torch.stack([values.detach().sum(), values.new_full((), float(values.numel()))])
     total = all_reduce_sum(total)
     return total[0] / total[1]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from singreg.loss_terms import PRESETS, TERMS, Placebo
+from singreg.terms import PRESETS, TERMS, Placebo
 from singreg.workbench.config import AuditorConfig, JobConfig, ModelConfig, Problems, TranslatorConfig
 from singreg.workbench.parsing import parse_config
 

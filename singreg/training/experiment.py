@@ -15,7 +15,7 @@ from singreg.analysis.old_fitting import FittedTranslator, fit_on_part, referenc
 from singreg.analysis.model import analyze_model
 from singreg.analysis.results import ModelMeasurement
 from singreg.data.datasets import ImageSplit, Splits
-from singreg.loss_terms import resolve_terms
+from singreg.terms import resolve_terms
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import hash_of_state

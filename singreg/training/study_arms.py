@@ -10,7 +10,7 @@ from torch import Tensor
 
 from singreg.analysis.features import PassSettings, cached_features, gathered, iterate_features
 from singreg.analysis.fitting import FittedTranslator
-from singreg.loss_terms import placebo_texts
+from singreg.terms import placebo_texts
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.models.edits import AlignedHead, align_head_, constrain_to_rows, interpolate_weights, release_rows
