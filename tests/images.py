@@ -43,7 +43,7 @@ def write_tree(root: Path, counts: dict[str, dict[str, int]]) -> Path:
 
 
 def write_parquet(file: Path, images: Sequence[Any], labels: Sequence[Any], kind: Any = None) -> Path:
-    """A Parquet file of image cells (paths go in with their bytes) and a column "label" of `kind`, or "class" of text."""
+    """A Parquet file of image cells (paths go in with their bytes) and a column "label" of `kind`, or "class"."""
     cells = [{"bytes": c.read_bytes(), "path": c.name} if isinstance(c, Path) else c for c in images]
     name = "class" if kind is None else "label"
     features = datasets.Features({"image": datasets.Image(), name: kind or datasets.Value("string")})

@@ -1,4 +1,4 @@
-"""Corrupted pictures: the same every time, stronger with severity, a part of their own; what is unknown is refused."""
+"""Corrupted images: the same every time, stronger with severity, a split of their own; what is unknown is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from singreg.data.corruption import BLUR, CONTRAST, KINDS, NOISE, CorruptedSplit, corrupt
-from tests.analysis.toy import ToyPart
+from singreg.data.scenes import sample_scenes
+from singreg.data.splits import SceneSplit
 
 
 def photo(side: int = 80) -> Image.Image:
@@ -17,61 +18,53 @@ def photo(side: int = 80) -> Image.Image:
     return Image.fromarray(values.round().astype(np.uint8))
 
 
-def distance(kind: str, severity: int) -> float:
-    picture = photo()
-    return float(np.abs(np.asarray(corrupt(picture, kind, severity), float) - np.asarray(picture, float)).mean())
+@pytest.fixture(scope="module")
+def split() -> SceneSplit:
+    return SceneSplit("test", sample_scenes(9, seed=1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_severity_is_what_it_says(kind: str) -> None:
-    distances = [distance(kind, severity) for severity in range(1, 6)]
+    clean = np.asarray(photo(), float)
+    distances = [np.abs(np.asarray(corrupt(photo(), kind, severity), float) - clean).mean() for severity in range(1, 6)]
     assert distances == sorted(distances)
     assert 0 < distances[0] < 0.8 * distances[-1]
 
 
 def test_each_kind_is_its_formula() -> None:
-    picture, values = photo(), np.asarray(photo(), float)
-    assert np.array_equal(corrupt(picture, "blur", 4), picture.filter(ImageFilter.GaussianBlur(80 * BLUR[3])))
-    noisy = np.asarray(corrupt(picture, "noise", 2, seed=1), float) - values
+    image, values = photo(), np.asarray(photo(), float)
+    assert np.array_equal(corrupt(image, "blur", 4), image.filter(ImageFilter.GaussianBlur(80 * BLUR[3])))
+    noisy = np.asarray(corrupt(image, "noise", 2, seed=1), float) - values
     assert noisy.std() == pytest.approx(255 * NOISE[1], rel=0.03)
     assert abs(noisy.mean()) < 1
-    flat = np.asarray(corrupt(picture, "contrast", 5), float)
+    flat = np.asarray(corrupt(image, "contrast", 5), float)
     assert flat.std() == pytest.approx(CONTRAST[4] * values.std(), abs=0.15)
     assert flat.mean() == pytest.approx(values.mean(), abs=0.5)
 
 
-def test_noise_follows_the_seed_and_the_picture_not_its_place() -> None:
-    picture = photo()
-    assert np.array_equal(corrupt(picture, "noise", seed=3), corrupt(picture, "noise", seed=3))
-    assert not np.array_equal(corrupt(picture, "noise", seed=3), corrupt(picture, "noise", seed=4))
-    part = ToyPart(9)
-    whole, some = CorruptedSplit(part, "noise"), CorruptedSplit(part.subset([5, 2]), "noise")
+def test_noise_follows_the_seed_and_the_image_not_its_place(split: SceneSplit) -> None:
+    image = photo()
+    assert np.array_equal(corrupt(image, "noise", seed=3), corrupt(image, "noise", seed=3))
+    assert not np.array_equal(corrupt(image, "noise", seed=3), corrupt(image, "noise", seed=4))
+    whole, some = CorruptedSplit(split, "noise"), CorruptedSplit(split.subset([5, 2]), "noise")
     assert np.array_equal(whole.image(5), some.image(0))
     assert np.array_equal(whole.image(2), some.image(1))
-    assert not np.array_equal(
-        np.asarray(whole.image(5), int) - part.image(5), np.asarray(whole.image(2), int) - part.image(2)
-    )
-    assert not np.array_equal(whole.image(5), CorruptedSplit(part, "noise", seed=1).image(5))
+    first, second = (np.asarray(whole.image(i), int) - split.image(i) for i in (5, 2))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(whole.image(5), CorruptedSplit(split, "noise", seed=1).image(5))
 
 
-def test_a_corrupted_part_keeps_labels_and_has_a_fingerprint_of_its_own() -> None:
-    part = ToyPart(9, unlabelled=(3,))
-    made = [CorruptedSplit(part, kind, severity, seed=seed) for kind in KINDS for severity in (2, 3) for seed in (0, 1)]
-    assert len({part.fingerprint, *(other.fingerprint for other in made)}) == 1 + len(made)
-    assert made[0].fingerprint == CorruptedSplit(part, KINDS[0], 2).fingerprint
-    for other in made:
-        assert other.labels.tolist() == part.labels.tolist()
-        assert other.class_names == part.class_names
-    assert made[0].identifier(4) == "toy-4 (blur 2)"
-    image, label, index = made[-1][4]
-    assert (image.size, label, index) == (part.image(4).size, part.labels[4], 4)
-    assert len(CorruptedSplit(part.subset([]), "blur")) == 0
+def test_a_corrupted_split_keeps_labels_and_has_its_own_fingerprint(split: SceneSplit) -> None:
+    made = [CorruptedSplit(split, kind, grade, seed=seed) for kind in KINDS for grade in (2, 3) for seed in (0, 1)]
+    assert len({split.fingerprint, *(other.fingerprint for other in made)}) == 1 + len(made)
+    assert made[0].fingerprint == CorruptedSplit(split, KINDS[0], 2).fingerprint
+    assert all(other.labels.tolist() == split.labels.tolist() for other in made)
+    assert made[0].identifier(4) == "scene-1-4 (blur 2)"
+    assert len(CorruptedSplit(split.subset([]), "blur")) == 0
 
 
-def test_everything_unknown_is_named_at_once() -> None:
-    with pytest.raises(
-        ValueError, match="no such corruption: fog; known are blur, noise, contrast; severity must be 1 to 5, got 6"
-    ):
+def test_everything_unknown_is_named_at_once(split: SceneSplit) -> None:
+    with pytest.raises(ValueError, match=r"fog; known are blur, noise, contrast; severity must be 1 to 5, got 6"):
         corrupt(photo(), "fog", 6)
     with pytest.raises(ValueError, match="severity must be 1 to 5, got 0"):
-        CorruptedSplit(ToyPart(2), "blur", 0)
+        CorruptedSplit(split, "blur", 0)

@@ -98,17 +98,12 @@ def objects(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncated, other_shape, objects, Path.unlink])
 def test_a_damaged_file_is_made_anew(split: TableSplit, cache: Path, damage: Callable[[Path], None]) -> None:
-    rows = embed(Encoder(), split, cache)
-    expected = np.array(rows)
-    damage(next(cache.iterdir())) if damage is not truncated else None
-    if damage is truncated:
-        del rows  # a map of a file that shrinks would kill the process
-        damage(next(cache.iterdir()))
+    expected = np.array(embed(Encoder(), split, cache))
+    damage(next(cache.iterdir()))
     encoder = Encoder()
-    assert np.array_equal(embed(encoder, split, cache), expected)
-    assert encoder.seen == 11
-    assert np.array_equal(embed(encoder, split, cache), expected)
-    assert encoder.seen == 11
+    for _ in range(2):
+        assert np.array_equal(embed(encoder, split, cache), expected)
+        assert encoder.seen == 11
 
 
 def test_a_failed_run_names_the_image_and_leaves_nothing(split: TableSplit, cache: Path) -> None:
@@ -164,6 +159,6 @@ def test_processes_share_the_work_to_the_same_bits(tmp_path: Path, count: int) -
         found = run_processes(world, _encode_in_a_group, str(tmp_path), count)
         assert [rows for _, rows, _ in found] == [expected] * world
         assert sum(seen for seen, _, _ in found) == count
-        assert f"not finite for {min(count, 11)} images" in found[0][2]
+        assert f"not finite for {count} images" in found[0][2]
         assert "embedding failed elsewhere: process 0: ValueError" in found[1][2]
         assert len(list((tmp_path / f"cache-{world}").iterdir())) == 1

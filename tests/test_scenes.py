@@ -1,4 +1,4 @@
-"""Scenes: the same bits everywhere, uniform and independent attributes, the background dial, and what each attribute paints."""
+"""Scenes: the same bits everywhere, uniform and independent attributes, the background dial, what attributes paint."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ import pytest
 from scipy.ndimage import binary_erosion, label
 from scipy.stats import chi2_contingency, chisquare
 
-from singreg.data.scenes import (
-    ATTRIBUTES,
-    BACKGROUNDS,
-    PLACES,
-    SHAPES,
-    SceneTable,
-    render_scene,
-    sample_scenes,
-    shape_labels,
-)
+from singreg.data.scenes import ATTRIBUTES, BACKGROUNDS, PLACES, SHAPES, SceneTable, render_scene, sample_scenes
 
 # Obtained by running the generator once; another processor, numpy or Python must give the same.
 GOLDEN_TABLE = "725d8d1f2a3353301356e377ee50f54cc90a65f988d89f730bf85823a0d493c3"
@@ -48,8 +39,8 @@ def with_value(table: SceneTable, index: int, **values: int) -> SceneTable:
 def effect(table: SceneTable, index: int, attribute: str) -> np.ndarray:
     """Pixels that any value of an attribute changes: (64, 64) bool."""
     values = range(len(ATTRIBUTES[attribute]))
-    pictures = np.stack([render_scene(with_value(table, index, **{attribute: value}), 0) for value in values])
-    changed: np.ndarray = (pictures != pictures[0]).any(axis=(0, 3))
+    images = np.stack([render_scene(with_value(table, index, **{attribute: value}), 0) for value in values])
+    changed: np.ndarray = (images != images[0]).any(axis=(0, 3))
     return changed
 
 
@@ -69,87 +60,60 @@ def test_tables_and_pixels_are_the_golden_ones() -> None:
     for name, values in ATTRIBUTES.items():  # the hash below has seen every value there is
         assert set(table.codes[name][:GOLDEN_COUNT]) == set(range(len(values)))
     assert sha256(np.stack([render_scene(table, index) for index in range(GOLDEN_COUNT)])) == GOLDEN_PIXELS
-
-
-def test_codes_and_pixels_have_fixed_types_whatever_the_platforms_integers() -> None:
-    table = sample_scenes(2, seed=0)
-    assert {column.dtype for column in table.codes.values()} == {np.dtype(np.int64)}
-    assert table.noise.dtype == np.uint64
-    assert table.noise.shape == (2, 4)
-    assert render_scene(table, 0).dtype == np.uint8
     assert table.names(1) == {name: values[table.codes[name][1]] for name, values in ATTRIBUTES.items()}
-    assert shape_labels(table) is table.codes["shape"]
 
 
-def test_every_value_is_drawn_equally_often_and_attributes_are_independent() -> None:
+def test_values_are_equally_frequent_and_attributes_independent() -> None:
     """Deterministic draws, so these are facts and not chances; a value left out or a shared word would give p = 0."""
     codes = sample_scenes(20_000, seed=5).codes
     for name, values in ATTRIBUTES.items():
-        counts = np.bincount(codes[name], minlength=len(values))
-        assert len(counts) == len(values)
-        assert chisquare(counts).pvalue > 1e-3, name
+        assert chisquare(np.bincount(codes[name], minlength=len(values))).pvalue > 1e-3, name
     for one, other in itertools.combinations(ATTRIBUTES, 2):
         table = np.zeros((len(ATTRIBUTES[one]), len(ATTRIBUTES[other])))
         np.add.at(table, (codes[one], codes[other]), 1)
         assert chi2_contingency(table).pvalue > 1e-3, (one, other)
-    skewed = np.bincount(
-        codes["shape"] % 9
-    )  # the control: the same test does see one value in nine drawn twice as often
+    skewed = np.bincount(codes["shape"] % 9)  # the control: one value in nine drawn twice as often is seen
     assert chisquare(skewed).pvalue < 1e-100
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.6, 1.0])
-def test_the_dial_ties_the_background_to_the_class_and_touches_nothing_else(bias: float) -> None:
+def test_the_dial_ties_the_background_to_the_class_alone(bias: float) -> None:
     count = 20_000
     free, table = (sample_scenes(count, seed=6, background_bias=share) for share in (0.0, bias))
     tied = table.codes["background"] == table.codes["shape"] % len(BACKGROUNDS)
     expected = bias + (1 - bias) / len(BACKGROUNDS)
     assert tied.mean() == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / count))
-    if bias == 1:
-        assert tied.all()
     np.testing.assert_array_equal(table.codes["background"][~tied], free.codes["background"][~tied])
     counts = np.bincount(table.codes["background"][~tied], minlength=len(BACKGROUNDS))
     assert bias == 1 or (counts > 0).all()
     for name in set(ATTRIBUTES) - {"background"}:
         np.testing.assert_array_equal(table.codes[name], free.codes[name])
     np.testing.assert_array_equal(table.noise, free.noise)
-    assert (table.fingerprint == free.fingerprint) == (bias == 0)
 
 
 def test_a_seed_gives_one_stream_and_other_seeds_give_others() -> None:
-    table = sample_scenes(300, seed=8)
-    again = sample_scenes(300, seed=8)
-    assert again.fingerprint == table.fingerprint
-    longer = sample_scenes(700, seed=8)  # a longer draw begins with the shorter one
+    table, longer = sample_scenes(300, seed=8), sample_scenes(700, seed=8)
     np.testing.assert_array_equal(longer.noise[:300], table.noise)
     np.testing.assert_array_equal(longer.codes["color"][:300], table.codes["color"])
     seeds = [8, 9, 0, -1, 2**40, 2**64 - 2]
     noises = np.concatenate([sample_scenes(300, seed=seed).noise for seed in seeds])
     assert len(np.unique(noises[:, 0])) == len(seeds) * 300  # no scene of one seed comes back in another
-    other = sample_scenes(300, seed=9)
-    for name, values in ATTRIBUTES.items():
-        assert (other.codes[name] == table.codes[name]).mean() == pytest.approx(1 / len(values), abs=0.1)
 
 
 def test_pixels_scale_by_nearest_neighbour() -> None:
     table = sample_scenes(2, seed=2)
-    picture = render_scene(table, 1)
-    assert picture.shape == (64, 64, 3)
-    np.testing.assert_array_equal(render_scene(table, 1, 128), picture.repeat(2, 0).repeat(2, 1))
-    np.testing.assert_array_equal(render_scene(table, 1, 32), picture[::2, ::2])
-    odd = render_scene(table, 1, 50)
-    assert odd.shape == (50, 50, 3)
-    np.testing.assert_array_equal(odd[49, 7], picture[49 * 64 // 50, 7 * 64 // 50])
-    assert render_scene(table, 1, 1).shape == (1, 1, 3)
+    image = render_scene(table, 1)
+    np.testing.assert_array_equal(render_scene(table, 1, 128), image.repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(render_scene(table, 1, 32), image[::2, ::2])
+    np.testing.assert_array_equal(render_scene(table, 1, 50)[49, 7], image[49 * 64 // 50, 7 * 64 // 50])
 
 
-def test_colour_and_texture_paint_the_shape_only_and_the_background_what_lies_around_it() -> None:
-    table = sample_scenes(30, seed=1)
+def test_colour_and_texture_paint_the_shape_only() -> None:
+    table = sample_scenes(15, seed=1)
+    centres = {"left": (-13, 0), "right": (13, 0), "top": (0, -13), "bottom": (0, 13), "centre": (0, 0)}
     for index in range(len(table)):
         shape, around, texture = (effect(table, index, name) for name in ("color", "background", "texture"))
-        x, y = {"left": (-13, 0), "right": (13, 0), "top": (0, -13), "bottom": (0, 13), "centre": (0, 0)}[
-            table.names(index)["place"]
-        ]
+        x, y = centres[table.names(index)["place"]]
         rows, columns = np.nonzero(shape)
         distance = np.hypot(columns - 31.5 - x, rows - 31.5 - y)
         assert distance.max() < (12, 16, 21)[table.codes["size"][index]] * 1.15 + 4  # jitter 2, pixel edges 1
@@ -161,45 +125,36 @@ def test_colour_and_texture_paint_the_shape_only_and_the_background_what_lies_ar
 
 
 def test_the_outline_is_what_shape_size_and_place_move() -> None:
-    table = sample_scenes(10, seed=3)
+    table = sample_scenes(5, seed=3)
     for index in range(len(table)):
         areas = [effect(with_value(table, index, size=size), 0, "color").sum() for size in range(3)]
         assert areas[0] < areas[1] < areas[2]
-        centres = [
-            np.argwhere(effect(with_value(table, index, place=p), 0, "color")).mean(0) for p in range(len(PLACES))
-        ]
-        (left, right, top, bottom, centre) = centres
+        moved = [effect(with_value(table, index, place=p), 0, "color") for p in range(len(PLACES))]
+        left, right, top, bottom, centre = (np.argwhere(mask).mean(0) for mask in moved)
         assert left[1] + 15 < right[1]
         assert top[0] + 15 < bottom[0]
         assert np.abs(centre - 31.5).max() < 9
-        moved = effect(table, index, "shape")
-        rows, columns = np.nonzero(moved)
-        assert max(np.ptp(rows), np.ptp(columns)) < 64
-        assert moved.sum() < 2200  # the shapes' own square, not the whole picture
+        assert effect(table, index, "shape").sum() < 2200  # the shapes' own square, not the whole image
 
 
 def test_each_shape_is_the_one_its_name_says() -> None:
     masks = {shape: effect(plain(shape), 0, "color") for shape in SHAPES}
     for one, other in itertools.combinations(SHAPES, 2):
         assert (masks[one] & masks[other]).sum() / (masks[one] | masks[other]).sum() < 0.85, (one, other)
-    middle = {shape: bool(mask[30:34, 30:34].all()) for shape, mask in masks.items()}
-    assert [shape for shape in SHAPES if not middle[shape]] == ["ring", "crescent"]
-    assert label(~masks["ring"])[1] == 2  # outside and hole; every other shape leaves one
-    assert all(label(~mask)[1] == 1 for shape, mask in masks.items() if shape != "ring")
+    assert [s for s in SHAPES if not masks[s][30:34, 30:34].all()] == ["ring", "crescent"]
+    assert [shape for shape in SHAPES if label(~masks[shape])[1] == 2] == ["ring"]  # outside and hole
     for shape in ("circle", "square", "diamond", "ring", "cross"):  # equal to their mirror images up to edge pixels
-        assert (masks[shape] ^ masks[shape][:, ::-1]).sum() <= 0.1 * masks[shape].sum(), shape
-        assert (masks[shape] ^ masks[shape][::-1]).sum() <= 0.1 * masks[shape].sum(), shape
+        for mirrored in (masks[shape][:, ::-1], masks[shape][::-1]):
+            assert (masks[shape] ^ mirrored).sum() <= 0.1 * masks[shape].sum(), shape
     widths = {shape: mask.sum(1)[mask.any(1)] for shape, mask in masks.items()}
     assert widths["triangle"][0] < widths["triangle"][-1] / 4  # stands on its side
     assert widths["heart"][-1] < widths["heart"].max() / 4  # and the heart on its point
     heights = masks["arrow"].sum(0)[masks["arrow"].any(0)]
     assert heights[-1] < heights[len(heights) // 2 :].max() / 4  # the arrow points to the right
-    assert heights[0] < heights.max() / 2
     assert masks["crescent"][:, :32].sum() > 2 * masks["crescent"][:, 32:].sum()
 
 
 def test_pixels_are_noisy_by_the_grain_only() -> None:
-    """Two scenes that differ in their grain word alone are at most 24 apart everywhere, and differ nearly everywhere."""
     table = sample_scenes(1, seed=4)
     noise = table.noise.copy()
     noise[:, 2] += np.uint64(1)
@@ -208,20 +163,15 @@ def test_pixels_are_noisy_by_the_grain_only() -> None:
     assert (one != other).any(axis=2).mean() > 0.8
 
 
-@pytest.mark.parametrize(
-    ("count", "bias"), [(-1, 0.0), (3, -0.1), (3, 1.1), (3, float("nan"))], ids=["count", "low", "high", "nan"]
-)
+@pytest.mark.parametrize(("count", "bias"), [(-1, 0.0), (3, -0.1), (3, 1.1), (3, float("nan"))])
 def test_a_bad_count_or_bias_is_refused(count: int, bias: float) -> None:
     with pytest.raises(ValueError, match=rf"count >= 0 and background_bias in \[0, 1\], got {count} and {bias}"):
         sample_scenes(count, seed=0, background_bias=bias)
 
 
-def test_no_scene_is_an_empty_table_and_no_picture_has_no_pixels() -> None:
-    table = sample_scenes(0, seed=0)
-    assert len(table) == 0
-    assert table.fingerprint != sample_scenes(1, seed=0).fingerprint
+def test_no_scene_is_an_empty_table_and_no_image_has_no_pixels() -> None:
+    assert len(sample_scenes(0, seed=0)) == 0
     with pytest.raises(IndexError):
-        render_scene(table, 0)
-    for pixels in (0, -3):
-        with pytest.raises(ValueError, match=f"pixels.*got {pixels}"):
-            render_scene(sample_scenes(1, seed=0), 0, pixels)
+        render_scene(sample_scenes(0, seed=0), 0)
+    with pytest.raises(ValueError, match=r"pixels.*got 0"):
+        render_scene(sample_scenes(1, seed=0), 0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,18 @@ from singreg.data.splits import ImageSplit
 Transform = Callable[[Image.Image], Tensor]
 
 
+@dataclass(eq=False)
 class TensorView(Dataset[tuple[Any, ...]]):
     """A split's images as (tensor, label, index), or (tensor, clean tensor, label, index) with a second transform.
 
     The draws of image i in epoch e depend on (seed, e, i): not on workers, processes or an interruption before.
     """
 
-    def __init__(
-        self, split: ImageSplit, transform: Transform, clean_transform: Transform | None = None, *, seed: int = 0
-    ) -> None:
-        self.split, self.transform, self.clean_transform = split, transform, clean_transform
-        self.seed, self.epoch = seed, 0
+    split: ImageSplit
+    transform: Transform
+    clean_transform: Transform | None = None
+    seed: int = 0
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.split)
@@ -42,23 +44,24 @@ class TensorView(Dataset[tuple[Any, ...]]):
         return view, self.clean_transform(image), label, index
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[int]):
     """The order of one epoch: 0..N-1, or a permutation that depends on (seed, epoch) alone.
 
     accelerate calls `set_epoch` on a loader's sampler only, so the view hears of the epoch from here.
     """
 
-    def __init__(self, view: TensorView, *, shuffle: bool, seed: int = 0) -> None:
-        self.view, self.shuffle, self.seed, self.epoch = view, shuffle, seed, 0
+    view: TensorView
+    shuffle: bool
+    seed: int = 0
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.view)
 
     def __iter__(self) -> Iterator[int]:
-        if not self.shuffle:
-            return iter(range(len(self.view)))
-        order = np.random.default_rng([self.seed, self.epoch, 1]).permutation(len(self.view))
-        return iter(order.tolist())
+        generator = np.random.default_rng([self.seed, self.epoch, 1])
+        return iter(generator.permutation(len(self)).tolist() if self.shuffle else range(len(self)))
 
     def set_epoch(self, epoch: int) -> None:
         """Move the order and the view's augmentations to this epoch."""
@@ -83,12 +86,10 @@ def make_loader(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    view = TensorView(split, transform, clean_transform, seed=seed)
-    sampler = EpochSampler(view, shuffle=shuffle, seed=seed)
+    view = TensorView(split, transform, clean_transform, seed)
+    sampler = EpochSampler(view, shuffle, seed)
     generator = torch.Generator().manual_seed(seed)  # or every pass would draw from the training's dropout
-    return DataLoader(
-        view, batch_size=batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, generator=generator
-    )
+    return DataLoader(view, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, generator=generator)
 
 
 @contextmanager
