@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,16 @@ def test_a_failed_run_names_the_image_and_leaves_nothing(split: TableSplit, cach
         encode_split(fine, encoder.transform, split, 5, cache, **options)
     with pytest.raises(ValueError, match="split 'none' has no images"):
         embed(encoder, split.subset([], "none"), cache)
+
+
+def test_what_killed_runs_left_goes_after_a_day(split: TableSplit, cache: Path) -> None:
+    cache.mkdir()
+    left = [cache / f".embeddings-{name}-writing-abcdefgh.npy" for name in ("old", "new")]
+    for path in left:
+        path.touch()
+    os.utime(left[0], (0, 0))
+    embed(Encoder(), split, cache)
+    assert [path.exists() for path in left] == [False, True]
 
 
 def test_with_a_real_model(split: TableSplit, tmp_path: Path, cache: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from singreg.models.vlm import VisionLanguageModel
 
 FORMAT = 1
+ABANDONED_SECONDS = 24 * 3600
 Rows = np.memmap[Any, np.dtype[np.float32]]
 
 
@@ -81,6 +83,9 @@ def encode_split(
     def begin() -> str | None:
         if _load(target, shape) is not None:
             return None
+        for left in target.parent.glob(".embeddings-*-writing-*"):  # by killed runs
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink(missing_ok=True)
         temporary = stack.enter_context(atomic_write(target))
         np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape).flush()
         return str(temporary)
