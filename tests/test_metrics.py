@@ -6,111 +6,138 @@ import pickle
 
 import pytest
 import torch
-from torchmetrics import MetricCollection
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
 
+from singreg import metrics
 from singreg.functional import attribute_score, image_score, kappa
 from singreg.metrics import AttributeScore, ImageScore, SemanticLeakage
 from tests.processes import run_processes
 
 C, N, COUNT = 4, 6, 9
+generator = torch.Generator().manual_seed(0)
+Z, Z_EQ = (torch.randn(COUNT, N, generator=generator) for _ in range(2))
+TEXTS, LABELS = torch.randn(C, N, generator=generator), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 0])
+TEXT = TEXTS[LABELS]
 
 
-def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    z, z_eq = (torch.randn(COUNT, N, generator=generator) for _ in range(2))
-    return torch.randn(C, N, generator=generator), z, z_eq, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 0])
+def parts(score: Tensor) -> dict[str, Tensor]:
+    return {
+        "signed": score,
+        "negative": torch.relu(-score),
+        "positive": torch.relu(score),
+        "absolute": score.abs(),
+    }
+
+
+def leakage() -> SemanticLeakage:
+    metric = SemanticLeakage(TEXTS)
+    metric.update(Z, Z_EQ, LABELS)
+    return metric
 
 
 def test_overall_and_per_class_are_the_plain_means() -> None:
-    texts, z, z_eq, labels = data()
-    metric = SemanticLeakage(texts)
-    for start in (0, 4, 5):
-        stop = {0: 4, 4: 5, 5: 9}[start]
-        metric.update(z[start:stop], z_eq[start:stop], labels[start:stop])
-    attribute, image = attribute_score(z, z_eq, texts[labels]).double(), image_score(z, z_eq).double()
-    travelled = kappa(z, z_eq, texts[labels]).double()
-    result = metric.compute()
+    metric = SemanticLeakage(TEXTS)
+    for rows in (slice(0, 4), slice(4, 5), slice(5, 9), slice(9, 9)):
+        metric.update(Z[rows], Z_EQ[rows], LABELS[rows])
+    attribute, image = attribute_score(Z, Z_EQ, TEXT).double(), image_score(Z, Z_EQ).double()
+    by_part = parts(attribute)
     expected = {
-        "AS": attribute.mean(), "AS_neg": torch.relu(-attribute).mean(), "AS_pos": torch.relu(attribute).mean(),
-        "AS_abs": attribute.abs().mean(), "IS": image.mean(), "kappa": travelled.mean(), "AS_std": attribute.std(correction=0),
-        "IS_std": image.std(correction=0), "ratio": image.mean() / attribute.abs().mean(), "count": torch.tensor(9.0).double(),
-    }  # fmt: skip
-    for name, value in expected.items():
+        "AS": attribute,
+        "AS_neg": by_part["negative"],
+        "AS_pos": by_part["positive"],
+        "AS_abs": attribute.abs(),
+    }
+    expected |= {"IS": image, "kappa": kappa(Z, Z_EQ, TEXT).double()}
+    means = {name: values.mean() for name, values in expected.items()}
+    means |= {f"{name}_std": expected[name].std(correction=0) for name in ("AS", "IS", "kappa")}
+    means |= {"ratio": means["IS"] / means["AS_abs"], "count": torch.tensor(9.0).double()}
+    result = metric.compute()
+    assert result.keys() == means.keys()
+    for name, value in means.items():
         torch.testing.assert_close(result[name], value, msg=name)
-    per_class = metric.per_class()
     for label in range(3):
-        torch.testing.assert_close(per_class["AS"][label], attribute[labels == label].mean())
-    assert torch.isnan(per_class["AS"][3])
+        torch.testing.assert_close(metric.per_class()["AS"][label], attribute[label == LABELS].mean())
+    assert torch.isnan(metric.per_class()["AS"][3])
     assert abs(metric.quantile("IS", 0.5) - float(image.median())) <= 0.25
 
 
-def test_simple_metrics_and_collections() -> None:
-    texts, z, z_eq, labels = data()
-    score = attribute_score(z, z_eq, texts[labels])
-    for part, value in {"signed": score, "negative": torch.relu(-score), "positive": torch.relu(score), "absolute": score.abs()}.items():
-        metric = AttributeScore(part)  # type: ignore[arg-type]
-        metric.update(z, z_eq, texts[labels])
-        assert float(metric.compute()) == pytest.approx(float(value.mean()), rel=1e-6)
+def test_a_collection_of_all_of_them_beside_others_never_merges_scores() -> None:
+    """Trap 6: |AS| and AS⁻ agree on a first batch of harmful images, and two texts where their class is not met."""
+    score = attribute_score(Z, Z_EQ, TEXT)
+    harmful = score < 0
+    other = TEXTS.clone()
+    other[3] += 1  # of a class that the first batch does not have
+    collection = MetricCollection(
+        {part: AttributeScore(part) for part in parts(score)}  # type: ignore[arg-type]
+        | {"image": ImageScore(), "leakage": SemanticLeakage(TEXTS), "other": SemanticLeakage(other)}
+        | {"mean": MeanMetric()},
+        prefix="test/",
+    )
+    for rows in (harmful, torch.ones_like(harmful)):
+        collection.update(z=Z[rows], z_eq=Z_EQ[rows], text=TEXT[rows], labels=LABELS[rows], value=score[rows])
+    assert all(len(group) == 1 for group in collection.compute_groups.values())
+    result = {name: float(value) for name, value in collection.compute().items()}
+    both = torch.cat([score[harmful], score])
+    for part, values in parts(both).items():
+        assert result[f"test/{part}"] == pytest.approx(float(values.mean()), rel=1e-6)
+    assert result["test/leakage_AS"] == pytest.approx(float(both.mean()), rel=1e-6)
+    image = image_score(Z, Z_EQ)
+    assert result["test/image"] == pytest.approx(float(torch.cat([image[harmful], image]).mean()), rel=1e-6)
+
+
+def test_states_are_in_float64_and_nothing_is_saved_or_trained() -> None:
+    """Trap 7."""
+    metric = leakage().half()
+    assert metric.columns.dtype == torch.float64
+    assert list(metric.parameters()) == []
+    assert list(metric.state_dict()) == []
+    copy = pickle.loads(pickle.dumps(metric))
+    assert copy.compute()["AS"] == metric.compute()["AS"]
+    metric.reset()
+    assert metric.columns.sum() == 0
+
+
+def test_sums_stay_on_the_cpu_where_a_device_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the "meta" device in the place of MPS: everything else moves."""
+    monkeypatch.setattr(metrics, "NO_FLOAT64", ("meta",))
+    metric, image = leakage().to("meta"), ImageScore().to("meta")
+    assert (metric.device.type, metric.texts.device.type) == ("meta", "meta")
+    for state in (metric.columns, metric.histogram, image.count):
+        assert (state.device.type, state.dtype) == ("cpu", torch.float64)
+    assert metric.compute()["count"] == COUNT
+    metric.reset()
+    assert (metric.columns.device.type, float(metric.columns.sum())) == ("cpu", 0)
+    monkeypatch.setattr(metrics, "NO_FLOAT64", ())
+    assert leakage().to("meta").columns.device.type == "meta"  # the control
+
+
+def test_plots_and_constants() -> None:
     image = ImageScore()
-    image.update(z, z_eq)
-    assert float(image.compute()) == pytest.approx(float(image_score(z, z_eq).mean()), rel=1e-6)
+    image.update(Z, Z_EQ)
+    assert leakage().plot()[1].get_xlabel() == "degrees"
+    assert image.plot()[0] is not None
+    assert image.plot([torch.tensor(1.0), torch.tensor(2.0)])[0] is not None
+    assert (AttributeScore.plot_lower_bound, ImageScore.plot_lower_bound, ImageScore.plot_upper_bound) == (-180, 0, 180)
+    assert (ImageScore.is_differentiable, ImageScore.higher_is_better) == (False, None)
+
+
+def test_bad_labels_and_shapes_are_named() -> None:
+    metric = SemanticLeakage(TEXTS)
+    with pytest.raises(ValueError, match=r"0\.\.3"):
+        metric.update(Z, Z_EQ, LABELS + 3)
+    with pytest.raises(ValueError, match=r"\(B, 6\)"):
+        metric.update(Z[:, :3], Z_EQ[:, :3], LABELS)
     with pytest.raises(ValueError, match="sideways"):
         AttributeScore("sideways")  # type: ignore[arg-type]
 
 
-def test_a_collection_never_merges_scores_that_agree_on_the_first_batch() -> None:
-    texts, z, z_eq, labels = data()
-    parts = ("signed", "negative", "positive", "absolute")
-    score = attribute_score(z, z_eq, texts[labels])
-    harmful = score < 0  # of these alone |AS| and AS⁻ are the same number
-    pair = MetricCollection({part: AttributeScore(part) for part in parts})
-    pair.update(z[harmful], z_eq[harmful], texts[labels[harmful]])
-    pair.update(z, z_eq, texts[labels])
-    assert sorted(map(len, pair.compute_groups.values())) == [1, 1, 1, 1]
-    both = torch.cat([score[harmful], score])
-    for part, value in {"signed": both, "negative": torch.relu(-both), "positive": torch.relu(both), "absolute": both.abs()}.items():
-        assert float(pair[part].compute()) == pytest.approx(float(value.mean()), rel=1e-6)
-
-
-def test_states_are_tensors_in_float64_and_nothing_is_saved_or_trained() -> None:
-    """Trap 7."""
-    texts, z, z_eq, labels = data()
-    metric = SemanticLeakage(texts).half()
-    assert metric.sums.dtype == torch.float64
-    assert list(metric.parameters()) == []
-    assert list(metric.state_dict()) == []
-    metric.update(z, z_eq, labels)
-    copy = pickle.loads(pickle.dumps(metric))
-    assert copy.compute()["AS"] == metric.compute()["AS"]
-    metric.reset()
-    assert metric.sums.sum() == 0
-
-
-def test_plots() -> None:
-    texts, z, z_eq, labels = data()
-    metric, image = SemanticLeakage(texts), ImageScore()
-    metric.update(z, z_eq, labels)
-    image.update(z, z_eq)
-    assert metric.plot()[1].get_xlabel() == "degrees"
-    assert image.plot()[0] is not None
-
-
-def test_bad_labels_and_shapes_are_named() -> None:
-    texts, z, z_eq, labels = data()
-    metric = SemanticLeakage(texts)
-    with pytest.raises(ValueError, match=r"0\.\.3"):
-        metric.update(z, z_eq, labels + 3)
-    with pytest.raises(ValueError, match=r"\(B, 6\)"):
-        metric.update(z[:, :3], z_eq[:, :3], labels)
-
-
-def _share(rank: int, world: int) -> tuple[dict[str, float], float]:
-    texts, z, z_eq, labels = data()
-    metric, simple = SemanticLeakage(texts), ImageScore()
+def share(rank: int, world: int) -> tuple[dict[str, float], float]:
+    metric, simple = SemanticLeakage(TEXTS), ImageScore()
     mine = slice(rank, COUNT if rank < 2 else 0, 2)  # the third process is idle
-    if len(z[mine]):
-        metric.update(z[mine], z_eq[mine], labels[mine])
-        simple.update(z[mine], z_eq[mine])
+    if len(Z[mine]):
+        metric.update(Z[mine], Z_EQ[mine], LABELS[mine])
+        simple.update(Z[mine], Z_EQ[mine])
     return {name: float(value) for name, value in metric.compute().items()}, float(simple.compute())
 
 
@@ -118,11 +145,8 @@ def _share(rank: int, world: int) -> tuple[dict[str, float], float]:
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_nine_samples_over_processes_count_nine(world: int) -> None:
     """Trap 5: values and the count, at an odd size, with an idle process."""
-    texts, z, z_eq, labels = data()
-    metric = SemanticLeakage(texts)
-    metric.update(z, z_eq, labels)
-    expected = {name: float(value) for name, value in metric.compute().items()}
-    for result, simple in run_processes(world, _share):
+    expected = {name: float(value) for name, value in leakage().compute().items()}
+    for result, simple in run_processes(world, share):
         assert result["count"] == 9
         assert result == pytest.approx(expected, rel=1e-12)
         assert simple == pytest.approx(expected["IS"], rel=1e-6)
