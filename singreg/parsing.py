@@ -14,7 +14,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 Config = TypeVar("Config")
-WRONG = (ArgumentError, ValueError, TypeError, KeyError, AttributeError, OSError, yaml.YAMLError)
+WRONG = (ArgumentError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, yaml.YAMLError)
+"""What jsonargparse and YAML's own constructors raise of values that they did not expect."""
 
 
 def parse(kind: type[Config], arguments: Sequence[str] | None = None, *, description: str = "") -> Config:
@@ -31,7 +32,7 @@ def parse(kind: type[Config], arguments: Sequence[str] | None = None, *, descrip
         namespace = parser.parse_args(arguments)
         namespace.pop("config", None)
         config = build(kind, namespace, problems)
-    except WRONG as error:
+    except (*WRONG, RecursionError) as error:
         problems = _each_on_its_own(parser, kind, arguments) or [" ".join(str(error).split())]
     if problems:
         listed = "".join(f"  - {problem}\n" for problem in problems)
@@ -115,8 +116,12 @@ def _refuse_twice(files: Sequence[Path]) -> None:
     """YAML keeps the last of two equal keys without a word; a section pasted twice would lose its first half."""
     for path in files:
         waiting = [yaml.compose(path.read_text(encoding="utf-8-sig"))]
+        seen: set[int] = set()  # an alias may stand within itself
         while waiting:
             node = waiting.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
             if isinstance(node, yaml.MappingNode):
                 names = [key.value for key, _ in node.value]
                 waiting += [value for _, value in node.value]
@@ -149,7 +154,7 @@ def _given(kind: type, arguments: Sequence[str], problems: list[str]) -> Iterato
         except OSError as error:
             problems.append(f"--config: cannot read {file} ({error.strerror})")
             continue
-        except (ValueError, yaml.YAMLError) as error:
+        except (*WRONG, RecursionError) as error:
             problems.append(f"--config: {file}: {' '.join(str(error).split())}")
             continue
         if isinstance(content, dict):
@@ -183,14 +188,23 @@ def _problem(parser: ArgumentParser, kind: type, key: str, value: Any) -> list[s
     if key not in known and not entry:
         near = difflib.get_close_matches(key, known, n=1)
         return [f"{key[:160]}: no such key" + (f"; did you mean {near[0]}?" if near else "")]
+    if dataclasses.is_dataclass(known.get(key)):
+        return [f"{key}: expected a mapping of keys to values, got {_shown(value)}"]
     try:
         parser.parse_object(_nested(key, value), defaults=False)
-    except WRONG as error:
+    except (*WRONG, RecursionError) as error:
         wanted = known.get(key, known.get(key.rpartition(".")[0]))
         name = getattr(wanted, "__name__", str(wanted)).replace("typing.", "")
         reason = " ".join(str(error).split())
-        return [f"{key}: expected {name}, got {str(value)[:160]!r} ({reason[-200:]})"]
+        return [f"{key}: expected {name}, got {_shown(value)} ({reason[-200:]})"]
     return []
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(str(value)[:160])
+    except (ValueError, RecursionError):  # an integer of more digits than Python will write
+        return f"a {type(value).__name__} too large to show"
 
 
 def _fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
