@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from singreg.translator import fit_translator as fit_translator
     from singreg.translator import load_translator as load_translator
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "nullspace": ("NullSpace", "row_space_projection"),
