@@ -205,11 +205,11 @@ def steer_curves(
         for rows in images.rows(plan, len(texts)):
             for attacker, translator in attackers.items():
                 for budget, direction, steps in budgets.steps_along(rows, translator, null_space):
-                    _add(sums, f"{attacker}|{budget}", steps.isnan().to(exact), rows.image, len(targets))
+                    add_by_image(sums, f"{attacker}|{budget}", steps.isnan().to(exact), rows.image, len(targets))
                     for judge, reader in judges.items():
                         read = read_along(rows, direction, torch.nan_to_num(steps), reader, exact)
                         for name, values in zip(FIGURES, read, strict=True):
-                            _add(sums, f"{attacker}|{judge}|{budget}|{name}", values, rows.image, len(targets))
+                            add_by_image(sums, f"{attacker}|{judge}|{budget}|{name}", values, rows.image, len(targets))
         if sums:
             means = {key: (value / targets[:, None]).float().cpu().numpy() for key, value in sums.items()}
             columns.append({"index": images.indices.numpy(), "class": images.source.cpu().numpy(), **means})
@@ -222,9 +222,9 @@ def steer_curves(
     ]
 
 
-def _add(sums: dict[str, Tensor], key: str, values: Tensor, image: Tensor, images: int) -> None:
-    """Sum values (R, G) over each image's rows."""
-    sums.setdefault(key, values.new_zeros(images, values.shape[1])).index_add_(0, image, values)
+def add_by_image(sums: dict[str, Tensor], name: str, values: Tensor, image: Tensor, images: int) -> None:
+    """Add to a sum over the rows of each image. Shape: values (R, ...), image (R,), the sum (b, ...)."""
+    sums.setdefault(name, values.new_zeros(images, *values.shape[1:])).index_add_(0, image, values)
 
 
 def read_along(

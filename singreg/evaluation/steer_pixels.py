@@ -35,9 +35,9 @@ from singreg.analysis.pixels.passes import Climbed, climb_summaries
 from singreg.analysis.pixels.plain_robustness import PlainRobustness, corrupted_right, still_right
 from singreg.analysis.pixels.results import ATTACK, AttackedModel, AttackedPicture, JudgedPicture, PixelReport, Transfer
 from singreg.analysis.pixels.twins import TwinReport, natural_twins, twins_problem
-from singreg.analysis.robustness.reachable import reachable_targets
-from singreg.analysis.robustness.results import RobustnessFigures
-from singreg.analysis.robustness.sanity import Check
+from singreg.analysis.old_robustness.reachable import reachable_targets
+from singreg.analysis.old_robustness.results import RobustnessFigures
+from singreg.analysis.old_robustness.sanity import Check
 from singreg.data.corruption import KINDS
 from singreg.evaluation.compare_bench import ModelBench
 from singreg.evaluation.fitting import fit_translators

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from singreg.analysis.pixels.budgets import Budget
-from singreg.analysis.robustness.measure import RobustnessSettings
+from singreg.analysis.old_robustness.measure import RobustnessSettings
 from singreg.evaluation.compare_config import ComparedModelConfig
 from singreg.evaluation.steer_config import ALL, names_of
 from singreg.workbench.config import AuditorConfig, JobConfig, Problems, TranslatorConfig, VisionLanguageConfig

@@ -12,9 +12,9 @@ from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.old_steering.curves import Budgets
 from singreg.analysis.old_steering.on_manifold import fit_conditional, natural_radii
 from singreg.analysis.old_steering.plan import PairPlan, plan_pairs
-from singreg.analysis.robustness.attacks import Outsider
-from singreg.analysis.robustness.measure import RobustnessSettings, measure_robustness
-from singreg.analysis.robustness.results import RobustnessFigures
+from singreg.analysis.old_robustness.attacks import Outsider
+from singreg.analysis.old_robustness.measure import RobustnessSettings, measure_robustness
+from singreg.analysis.old_robustness.results import RobustnessFigures
 from singreg.data.classes import resolve_classes
 from singreg.evaluation.compare_bench import ModelBench
 from singreg.evaluation.steer_config import ALL, names_of

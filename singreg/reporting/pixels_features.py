@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from singreg.analysis.pixels.results import PixelReport
-from singreg.analysis.robustness.attacks import MAXIMISER, RANDOM, SINGLE
-from singreg.analysis.robustness.results import RobustnessCurve, RobustnessFigures
+from singreg.analysis.old_robustness.attacks import MAXIMISER, RANDOM, SINGLE
+from singreg.analysis.old_robustness.results import RobustnessCurve, RobustnessFigures
 from singreg.reporting.plots import drawable
 from singreg.reporting.steering_plots import CLASSES_SHOWN, heat_map, heat_panels
 from singreg.reporting.tables import escape, number, percent, render

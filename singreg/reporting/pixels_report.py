@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from singreg.analysis.pixels.results import ATTACK, HOLD, PixelReport
-from singreg.analysis.robustness.attacks import MAXIMISER
+from singreg.analysis.old_robustness.attacks import MAXIMISER
 from singreg.data.datasets import ImageSplit
 from singreg.reporting import pixels_tables as tables
 from singreg.reporting.html import write_html

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from singreg.analysis.pixels.results import ATTACK
-from singreg.analysis.robustness.attacks import MAXIMISER, SINGLE
-from singreg.analysis.robustness.results import RobustnessFigures
+from singreg.analysis.old_robustness.attacks import MAXIMISER, SINGLE
+from singreg.analysis.old_robustness.results import RobustnessFigures
 from singreg.reporting.readme_study import rounded
 from singreg.reporting.tables import escape, number, percent, render
 

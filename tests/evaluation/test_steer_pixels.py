@@ -25,9 +25,9 @@ from recipes.steer import main
 from singreg.analysis.pixels.ascent import LAGRANGIAN, TANGENT
 from singreg.analysis.pixels.features import feature_rules, gain_over_single
 from singreg.analysis.pixels.results import PixelReport
-from singreg.analysis.robustness.attacks import MAXIMISER
-from singreg.analysis.robustness.results import RobustnessFigures
-from singreg.analysis.robustness.sanity import ATTACK_LOG, FEATURES, FILES
+from singreg.analysis.old_robustness.attacks import MAXIMISER
+from singreg.analysis.old_robustness.results import RobustnessFigures
+from singreg.analysis.old_robustness.sanity import ATTACK_LOG, FEATURES, FILES
 from singreg.data.datasets import ImageSplit, TableSplit
 from singreg.evaluation import steer_pixels
 from singreg.evaluation.steer_pixels_bench import choose_pictures

@@ -27,8 +27,8 @@ from singreg.analysis.pixels.results import (
     PixelSummary,
     Transfer,
 )
-from singreg.analysis.robustness import sanity
-from singreg.analysis.robustness.sanity import ATTACK_LOG, FEATURES, FILES, Check
+from singreg.analysis.old_robustness import sanity
+from singreg.analysis.old_robustness.sanity import ATTACK_LOG, FEATURES, FILES, Check
 
 SLACK = 0.05
 """Degrees by which a mean may fall short of what it must not fall below: the ascent is a search."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from singreg.analysis.pixels.results import PixelReport
-from singreg.analysis.robustness.attacks import EXACT, MAXIMISER, NEAR, SINGLE
-from singreg.analysis.robustness.results import RobustnessFigures
-from singreg.analysis.robustness.sanity import Check
+from singreg.analysis.old_robustness.attacks import EXACT, MAXIMISER, NEAR, SINGLE
+from singreg.analysis.old_robustness.results import RobustnessFigures
+from singreg.analysis.old_robustness.sanity import Check
 
 DROPPED = "success is exactly 0"
 

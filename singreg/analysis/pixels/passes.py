@@ -15,8 +15,8 @@ from torch import Tensor
 
 from singreg.analysis.pixels.ascent import LAGRANGIAN, TANGENT
 from singreg.analysis.pixels.budgets import Ascent, Budget
-from singreg.analysis.robustness import sanity
-from singreg.analysis.robustness.sanity import ATTACK_LOG, Check
+from singreg.analysis.old_robustness import sanity
+from singreg.analysis.old_robustness.sanity import ATTACK_LOG, Check
 
 STRICT = 0.05
 """Degrees that passes must gain by themselves, on average, at one budget or more."""

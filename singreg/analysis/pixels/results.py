@@ -9,8 +9,8 @@ from singreg.analysis.pixels.passes import ClimbSummary
 from singreg.analysis.pixels.plain_robustness import PlainRobustness
 from singreg.analysis.pixels.twins import TwinReport
 from singreg.analysis.results import nulls_for_nan
-from singreg.analysis.robustness.results import RobustnessFigures
-from singreg.analysis.robustness.sanity import Check
+from singreg.analysis.old_robustness.results import RobustnessFigures
+from singreg.analysis.old_robustness.sanity import Check
 
 ATTACK, ONE_STEP, RANDOM, NO_BUDGET, NO_LIMITS, HOLD = "attack", "one step", "random", "no budget", "no limits", "hold"
 """Arms: the ascent, a single step, a random direction, the ascent without a budget and without any limit, the opposite direction."""

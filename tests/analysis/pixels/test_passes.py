@@ -14,7 +14,7 @@ import torch
 from singreg.analysis.pixels import ascent
 from singreg.analysis.pixels.ascent import LAGRANGIAN, TANGENT
 from singreg.analysis.pixels.passes import Climbed, climb_summaries, pass_checks
-from singreg.analysis.robustness.sanity import ATTACK_LOG
+from singreg.analysis.old_robustness.sanity import ATTACK_LOG
 from tests.analysis.pixels.test_pixels import LARGE, SETTINGS, SMALL, attacked_toy, failing, sound_climbs
 
 

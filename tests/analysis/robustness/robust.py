@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singreg.analysis.robustness.attacks import Effort
-from singreg.analysis.robustness.measure import RobustnessSettings, measure_robustness
-from singreg.analysis.robustness.results import RobustnessFigures
+from singreg.analysis.old_robustness.attacks import Effort
+from singreg.analysis.old_robustness.measure import RobustnessSettings, measure_robustness
+from singreg.analysis.old_robustness.results import RobustnessFigures
 from singreg.models.classifier import Classifier
 from singreg.translator import LinearTranslator
 from tests.analysis import toy

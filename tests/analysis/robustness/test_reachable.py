@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singreg.analysis.robustness.attacks import MAXIMISER, Grids, Outsider, adaptive_name, transfer_name
-from singreg.analysis.robustness.measure import usual_attacks
-from singreg.analysis.robustness.reachable import Reach, reachable_targets
-from singreg.analysis.robustness.results import RobustnessFigures
+from singreg.analysis.old_robustness.attacks import MAXIMISER, Grids, Outsider, adaptive_name, transfer_name
+from singreg.analysis.old_robustness.measure import usual_attacks
+from singreg.analysis.old_robustness.reachable import Reach, reachable_targets
+from singreg.analysis.old_robustness.results import RobustnessFigures
 from singreg.maximiser import Directions, Maximiser
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace

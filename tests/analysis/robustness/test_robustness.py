@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 import singreg.analysis.old_steering.plan as planning
 from singreg.analysis.old_steering.curves import Budgets
 from singreg.analysis.old_steering.results import NaturalRadii
-from singreg.analysis.robustness.attacks import (
+from singreg.analysis.old_robustness.attacks import (
     MAXIMISER,
     RANDOM,
     SINGLE,
@@ -27,8 +27,8 @@ from singreg.analysis.robustness.attacks import (
     adaptive_name,
     transfer_name,
 )
-from singreg.analysis.robustness.measure import RobustnessSettings, usual_attacks
-from singreg.analysis.robustness.results import RobustnessFigures
+from singreg.analysis.old_robustness.measure import RobustnessSettings, usual_attacks
+from singreg.analysis.old_robustness.results import RobustnessFigures
 from singreg.maximiser import Directions, Maximiser, maximise_similarity
 from singreg.models.edits import drop_null
 from singreg.nullspace import NullSpace

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from singreg.analysis.robustness.sanity import (
+from singreg.analysis.old_robustness.sanity import (
     Check,
     budget_is_kept,
     is_exactly_zero,

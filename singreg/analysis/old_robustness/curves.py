@@ -12,9 +12,9 @@ from singreg.analysis.old_steering.curves import INTERVAL, mean_height
 from singreg.analysis.old_steering.plan import SteeringRows
 from singreg.analysis.old_steering.results import Matrix
 from singreg.analysis.results import Rows
-from singreg.analysis.robustness.attacks import MAXIMISER, SINGLE, Attack, Grids
-from singreg.analysis.robustness.reachable import Reach
-from singreg.analysis.robustness.results import FIGURES, RobustnessCurve, SuccessMatrix
+from singreg.analysis.old_robustness.attacks import MAXIMISER, SINGLE, Attack, Grids
+from singreg.analysis.old_robustness.reachable import Reach
+from singreg.analysis.old_robustness.results import FIGURES, RobustnessCurve, SuccessMatrix
 from singreg.analysis.statistics import resampled_means
 from singreg.utils import all_reduce_sum, gather_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from singreg.analysis.old_steering.results import Matrix
 from singreg.analysis.results import nulls_for_nan
-from singreg.analysis.robustness.sanity import Check
+from singreg.analysis.old_robustness.sanity import Check
 
 FIGURES = ("success", "decision_success", "AS", "AS_abs", "kept", "similarity")
 """What a curve shows; see `RobustnessCurve`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from singreg.analysis.features import FeatureBatch, PassSettings, iterate_features
 from singreg.analysis.old_steering.curves import Budgets
 from singreg.analysis.old_steering.plan import PairPlan, SteeringRows, plan_pairs
-from singreg.analysis.robustness.attacks import (
+from singreg.analysis.old_robustness.attacks import (
     MAXIMISER,
     SINGLE,
     Attack,
@@ -24,10 +24,10 @@ from singreg.analysis.robustness.attacks import (
     null_attacks,
     outsider_attacks,
 )
-from singreg.analysis.robustness.checks import feature_checks
-from singreg.analysis.robustness.curves import Tables, curves_of, limit_success, matrices_of, reachable_share
-from singreg.analysis.robustness.reachable import Reach
-from singreg.analysis.robustness.results import RobustnessFigures
+from singreg.analysis.old_robustness.checks import feature_checks
+from singreg.analysis.old_robustness.curves import Tables, curves_of, limit_success, matrices_of, reachable_share
+from singreg.analysis.old_robustness.reachable import Reach
+from singreg.analysis.old_robustness.results import RobustnessFigures
 from singreg.analysis.steering import in_its_own_dtype, outranks, own_prompt
 from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier

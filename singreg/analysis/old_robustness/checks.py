@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from singreg.analysis.robustness.attacks import EXACT, MAXIMISER, RANDOM, SINGLE
-from singreg.analysis.robustness.results import RobustnessCurve
-from singreg.analysis.robustness.sanity import (
+from singreg.analysis.old_robustness.attacks import EXACT, MAXIMISER, RANDOM, SINGLE
+from singreg.analysis.old_robustness.results import RobustnessCurve
+from singreg.analysis.old_robustness.sanity import (
     Check,
     budget_is_kept,
     is_exactly_zero,
