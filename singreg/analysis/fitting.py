@@ -148,7 +148,7 @@ def fit_translators(
 def translator_agreement(first: LinearTranslator, second: LinearTranslator, texts: Tensor) -> float:
     """Return the mean cosine over classes of the directions Aᵀ(t_k - t̄) of two translators; 1 is full agreement.
 
-    The test of whether there were images enough (METHOD section 8.6). What all prompts share says nothing about a class.
+    The test of whether there were images enough (METHOD 8.6). What all prompts share says nothing about a class.
 
     Shape: texts (C, n); both A (n, m).
 

@@ -1,0 +1,251 @@
+"""Scores as tables and sentences for people: the few figures a reader needs; report.json has the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from singreg.analysis.chance import KINDS
+from singreg.analysis.concepts import select_concepts
+from singreg.analysis.fitting import IMAGES_PER_FEATURE
+from singreg.analysis.passport import VISIBLE, chance_angle, judge_passport
+from singreg.analysis.probes import BLOCKS
+from singreg.report import Figure, Section, interval, number, percent
+
+AGREEMENT = 0.75
+"""Below this two translators place the classes too differently. Two disjoint halves of a real set of images agreed to
+0.64 at two images a feature, where their AS⁻ differed by 6 % and both read high, and to 0.77 to 0.85 at four to six."""
+ZERO_SHOT = 0.5
+"""Share of the VLM's own zero-shot accuracy that must survive translation: with less, T(f) misses the class more often
+than it names it wherever the VLM is right, and an angle to the class's prompt is an angle to noise."""
+KIND_TITLES = {
+    "observed": "the null space",
+    "dimension": "random, equal dimension",
+    "energy": "random, equal energy",
+    "texts": "another class's text",
+}
+BLOCK_TITLES = {"features": "f, whole", "row_space": "Π_p f, row space", "null_space": "Π_n f, null space"}
+SCORES = {"AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °"}
+Found = Mapping[str, Any]
+
+
+def _table(rows: Sequence[Any]) -> pd.DataFrame:
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table
+
+
+def _with(value: float, bounds: Sequence[float] | None, digits: int = 2, factor: float = 1.0) -> str:
+    low, high = (None, None) if bounds is None else (factor * bounds[0], factor * bounds[1])
+    return interval(factor * value, low, high, digits)
+
+
+def score_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
+    """Return every model by every translator, with 95 % intervals, from what `analyze_model` returned by model."""
+    rows = []
+    for model, measured in measurements.items():
+        for name, by in measured["translators"].items():
+            figures = {title: _with(by["overall"][key], by["intervals"][key]) for key, title in SCORES.items()}
+            kappa = _with(by["overall"]["kappa"], by["intervals"]["kappa"], 3)
+            row = {"model": model, "translator": name, "top-1": percent(measured["top1"]), **figures, "κ": kappa}
+            rows.append(row | {"null share": number(measured["null_share"], 3), "zero-shot": percent(by["zero_shot"])})
+    return _table(rows)
+
+
+def translator_table(measured: Found) -> pd.DataFrame:
+    """Return how good every translator of a measurement is."""
+    rows = [
+        {
+            "translator": name,
+            "fit on": by["fit_images"],
+            "ridge": f"{by['ridge']:g}" if by["ridge"] else "–",
+            "cosine": number(by["cosine"], 3),
+            "R²": number(by["r2"], 3),
+            "zero-shot": percent(by["zero_shot"]),
+            "the VLM's own": percent(measured["vlm_zero_shot"]),
+        }
+        for name, by in measured["translators"].items()
+    ]
+    return _table(rows)
+
+
+def chance_table(chance: Mapping[str, Found]) -> pd.DataFrame:
+    """Return the paper's removal beside its chance levels, mean ± sd over draws, by translator (`measure_chance`)."""
+    rows = []
+    for name, found in chance.items():
+        scores = found["paper"]
+        for kind in ("observed", *KINDS):
+            row = {"translator": name, "what is removed": KIND_TITLES[kind]}
+            for key, title in {**SCORES, "kappa": "κ"}.items():
+                digits = 3 if key == "kappa" else 2
+                if kind == "observed":
+                    row[title] = number(scores["observed"][key], digits)
+                else:
+                    level = scores["levels"][kind]
+                    row[title] = f"{number(level['mean'][key], digits)} ± {number(level['spread'][key], digits)}"
+            source = scores if kind == "observed" else scores["levels"][kind]
+            rows.append(row | {"energy removed": percent(source["energy"])})
+    return _table(rows)
+
+
+def information_table(found: Found) -> pd.DataFrame:
+    """Return held-out R² and class accuracy of every block, and what only the null space tells."""
+    bounds = found["intervals"]
+
+    def row(title: str, r2: float, accuracy: float, of_r2: str, of_accuracy: str) -> list[str]:
+        return [title, _with(r2, bounds[of_r2], 3), _with(accuracy, bounds[of_accuracy], 1, 100)]
+
+    rows = [
+        row(BLOCK_TITLES[name], found["r2"][name], found["accuracy"][name], f"r2 {name}", f"accuracy {name}")
+        for name in BLOCKS
+    ]
+    only = found["unique"], found["unique_accuracy"], "unique", "unique_accuracy"
+    rows.append(row("only in the null space: f less Π_p f", *only))
+    rows.append(["always the most frequent class", "0", number(100 * found["chance"], 1)])
+    table: pd.DataFrame = pd.DataFrame(rows, columns=["fitted on", "R² of the image embedding", "class probe, %"])
+    return table
+
+
+def class_table(found: Found) -> pd.DataFrame:
+    """Return every class with its scores, the leakiest first (`analyze_classes`)."""
+    rows = []
+    for score in found["classes"]:
+        figures = {title: _with(score["means"][key], score["intervals"][key]) for key, title in SCORES.items()}
+        accuracy = percent(score["means"]["accuracy"])
+        rows.append({"class": score["name"], "images": score["images"], **figures, "accuracy": accuracy})
+    return _table(rows)
+
+
+def concept_table(found: Found, count: int = 12) -> pd.DataFrame:
+    """Return the concepts that moved most (`analyze_concepts`)."""
+    table = select_concepts(found, "strongest", count)
+    rows = [
+        {
+            "concept": row["concept"],
+            "angle before °": number(row["before"], 1),
+            "after °": number(row["after"], 1),
+            "AS °": interval(row["AS"], row["AS_low"], row["AS_high"]),
+            "κ": number(row["kappa"], 3),
+        }
+        for row in table.to_dict("records")
+    ]
+    return _table(rows)
+
+
+def image_table(found: Found, moved: int = 3) -> pd.DataFrame:
+    """Return the worst images with the concepts that moved most (`analyze_images`)."""
+
+    def shifts(each: Sequence[Found]) -> str:
+        return ", ".join(f"{shift['concept']} {shift['score']:+.1f}" for shift in each[:moved])
+
+    rows = [
+        {
+            "image": Path(image["image"]).name,
+            "class": image["class_name"],
+            "named": image["predicted"],
+            "AS °": number(image["attribute_score"]),
+            "IS °": number(image["image_score"]),
+            "went away °": shifts(image["falls"]),
+            "came closer °": shifts(image["rises"]),
+        }
+        for image in found["worst"]
+    ]
+    return _table(rows)
+
+
+def passport_table(passports: Sequence[Found]) -> pd.DataFrame:
+    """Return heads side by side (`head_passport`)."""
+    rows = [
+        {
+            "classifier": p["summary"]["tag"],
+            "classes": p["summary"]["classes"],
+            "features": p["summary"]["features"],
+            "rank": p["summary"]["rank"],
+            "null space": f"{p['summary']['nullity']} ({percent(p['summary']['null_dimensions'])})",
+            "of the softmax": p["softmax_nullity"],
+            "chance angle °": number(chance_angle(p), 1),
+            "σ_min/σ_max": f"{p['summary']['conditioning']:.1e}",
+            "verdict": judge_passport(p),
+        }
+        for p in passports
+    ]
+    return _table(rows)
+
+
+def analysis_verdict(found: Found) -> list[str]:
+    """Say what leaks, how much against chance, what only the null space knows, and where, from an analysis' figures."""
+    measured, chance, information = found["measurement"], found["chance"]["auditor"]["paper"], found["information"]
+    head, by = measured["head"], measured["translators"]["auditor"]
+    (low, high), level = by["intervals"]["AS_neg"], chance["levels"]["energy"]["mean"]["AS_neg"]
+    against = "more than" if low > level else "less than" if high < level else "no different from"
+    leaky = ", ".join(f"{score['name']} ({score['means']['AS_neg']:.1f}°)" for score in found["classes"]["classes"][:3])
+    concepts = {order: select_concepts(found["concepts"], order, 3)[["concept", "AS"]] for order in ("falls", "rises")}
+    lost, gained = (
+        ", ".join(f"{name} ({score:+.1f}°)" for name, score in table.itertuples(index=False)) or "none"
+        for table in concepts.values()
+    )
+    return [
+        f"The null space of {head['tag']} has {head['nullity']} of {head['features']} dimensions and "
+        f"{measured['null_share']:.0%} of the feature norm. Removing it leaves every logit and moves an image's "
+        f"meaning by IS {_with(by['overall']['IS'], by['intervals']['IS'], 1)}°.",
+        f"It takes AS⁻ {_with(by['overall']['AS_neg'], (low, high))}° of the true class away, {against} the "
+        f"{level:.2f}° of a random displacement of equal energy; most for {leaky}.",
+        f"Only the null space tells {information['unique']:.1%} of the embeddings' variance; a probe on it alone names "
+        f"the class of {information['accuracy']['null_space']:.0%} of held-out images (always the most frequent one: "
+        f"{information['chance']:.0%}).",
+        f"Of {len(found['concepts']['concepts'])} concepts, removal takes most from {lost} and brings {gained} closer.",
+    ]
+
+
+def analysis_warnings(measured: Found, agreement: float) -> list[str]:
+    """Say why not to believe a measurement: too few images, translators that disagree or lose the class, blind VLM."""
+    warnings, own = [], measured["vlm_zero_shot"]
+    for name, by in measured["translators"].items():
+        if by["fit_images"] < IMAGES_PER_FEATURE * measured["head"]["features"]:
+            warnings.append(
+                f"The {name} translator was fitted on {by['fit_images']} images for {measured['head']['features']} "
+                f"features; below {IMAGES_PER_FEATURE:g} a feature it is not identified well and AS⁻ reads too high."
+            )
+        if by["zero_shot"] < ZERO_SHOT * own:
+            warnings.append(
+                f"Features translated by the {name} translator name {by['zero_shot']:.0%} of the classes where the "
+                f"vision-language model's own embeddings name {own:.0%}; too much is lost for AS to mean the class."
+            )
+    if agreement < AGREEMENT:
+        warnings.append(
+            f"The two translators, fitted on different images, agree on the classes' directions to {agreement:.2f} "
+            f"only (below {AGREEMENT}); class-level figures depend on which images were taken."
+        )
+    if own < 0.5:
+        warnings.append(f"The vision-language model itself names only {own:.0%} of the test images' classes.")
+    if measured["translators"]["auditor"]["overall"]["IS"] < VISIBLE:
+        warnings.append(f"An IS below {VISIBLE:g}° is hardly visible in an image; this null space does little.")
+    return warnings
+
+
+def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Section]:
+    """Arrange an analysis' tables and figures (`plot_analysis`) as the sections of its report."""
+    measured, passport = found["measurement"], found["passport"]
+    scores = (
+        "Angles in degrees, means over held-out test images with 95 % bootstrap intervals. AS⁻: what removing the null "
+        "space takes from the true class; IS: how far it moves the image's meaning; κ: AS as a share of what IS would "
+        "allow, 0 at chance. fitted: a translator from the bank's images; auditor: one from other images, by which the "
+        f"levels below are read. They agree on the classes' directions to {found['agreement']:.2f} (cosine)."
+    )
+    ties = {name: tie for name, tie in found["classes"]["correlations"].items() if tie["value"] is not None}
+    said = ", ".join(f"{SCORES[name]} {_with(tie['value'], (tie['low'], tie['high']))}" for name, tie in ties.items())
+    classes = [f"Rank correlation with accuracy over classes: {said}."] if said else []
+    if empty := found["classes"]["empty"]:
+        classes.append(f"{len(empty)} classes have no image: {', '.join(empty)}.")
+    validation: list[Any] = [figures["perturbations"], passport_table([passport]), translator_table(measured)]
+    return [
+        Section("The whole model", [score_table({passport["summary"]["tag"]: measured}), scores, figures["joint"]]),
+        Section("Beside chance", [chance_table(found["chance"]), figures["chance"]]),
+        Section("Unique information", [information_table(found["information"]), figures["information"]]),
+        Section("Classes", [class_table(found["classes"]), *classes, figures["classes"], figures["accuracy"]]),
+        Section("Concepts", [concept_table(found["concepts"]), *found["omissions"], figures["concepts"]]),
+        Section("Images", [figures["images"], image_table(found["images"])]),
+        Section("Validation", validation),
+    ]

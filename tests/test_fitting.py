@@ -1,0 +1,182 @@
+"""Translators fitted on a split: scikit-learn's ridge, plain means, the same over processes; reference image scores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+from singreg.analysis.features import PassSettings
+from singreg.analysis.fitting import (
+    VALIDATION_EVERY,
+    FittedTranslator,
+    fit_mlp_on_split,
+    fit_on_split,
+    fit_translators,
+    reference_image_scores,
+    translator_agreement,
+)
+from singreg.data.datasets import Splits
+from singreg.mlp import MLPSettings
+from singreg.ridge import DEFAULT_RIDGES
+from singreg.translator import LinearTranslator, TranslatorInfo
+from tests import toy
+from tests.processes import run_processes
+from tests.reference import formulas
+
+COUNT, UNLABELLED = 83, (3, 4)
+
+
+def fitted(count: int = COUNT, *, batch_size: int = 4, standardize: Any = "none", **options: Any) -> FittedTranslator:
+    split, settings = toy.ToySplit(count, unlabelled=UNLABELLED), replace(toy.QUIET, batch_size=batch_size)
+    z = toy.embeddings(count)
+    return fit_on_split(toy.classifier(), split, z, standardize=standardize, settings=settings, **options)
+
+
+def as_arrays() -> tuple[np.ndarray, np.ndarray]:
+    return toy.features(toy.classifier(), toy.ToySplit(COUNT)).numpy(), toy.embeddings(COUNT).astype(np.float64)
+
+
+def scikit(f: np.ndarray, z: np.ndarray, ridge: float) -> Ridge:
+    return Ridge(alpha=ridge * ((f - f.mean(0)) ** 2).sum() / f.shape[1]).fit(f, z)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_fit_is_scikit_learns_with_the_held_out_ridge(normalize: bool) -> None:
+    f, z = as_arrays()
+    if normalize:
+        z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    got = fitted(normalize_targets=normalize, info=TranslatorInfo(vlm="toys")).translator
+    held_out = np.arange(COUNT) % VALIDATION_EVERY == 0
+    scores = {}
+    for ridge in DEFAULT_RIDGES:
+        error = scikit(f[~held_out], z[~held_out], ridge).predict(f[held_out]) - z[held_out]
+        scores[ridge] = 1 - (error**2).sum() / ((z[held_out] - z[held_out].mean(0)) ** 2).sum()
+    best = max(scores, key=scores.__getitem__)
+    assert (got.info.ridge, got.info.images, got.info.vlm) == (best, COUNT, "toys")
+    assert got.info.validation_r2 == pytest.approx(scores[best], abs=1e-6)
+    assert scores[best] > 0.5  # there was something to fit
+    oracle, (slow, offset) = scikit(f, z, best), formulas.ridge(f, z, best)
+    for matrix, a in ((oracle.coef_, oracle.intercept_), (slow, offset)):
+        np.testing.assert_allclose(got.matrix.numpy(), matrix, atol=1e-5)
+        np.testing.assert_allclose(got.offset.numpy(), a, atol=1e-5)
+
+
+def test_a_standardised_fit_is_the_plain_one_on_standardised_features() -> None:
+    f, z = as_arrays()
+    got = fitted(standardize="features", ridges=(0.3,)).translator
+    assert got.info.standardized
+    scale = f.std(0)
+    slow, offset = formulas.ridge(f / scale, z, 0.3)
+    np.testing.assert_allclose(got.matrix.numpy(), slow / scale, atol=1e-5)
+    np.testing.assert_allclose(got.offset.numpy(), offset, atol=1e-5)
+    assert np.abs(fitted(ridges=(0.3,)).translator.matrix.numpy() - slow / scale).max() > 1e-3
+
+
+def test_means_are_plain_means_and_a_class_without_images_has_none() -> None:
+    f, _ = as_arrays()
+    got, labels = fitted(), toy.ToySplit(COUNT, unlabelled=UNLABELLED).labels
+    np.testing.assert_allclose(got.mean.numpy(), f.mean(0), atol=1e-6)  # unlabelled images have features too
+    for label in range(toy.CLASSES):
+        np.testing.assert_allclose(got.class_means[label].numpy(), f[labels == label].mean(0), atol=1e-6)
+    few = toy.ToySplit(12, classes=toy.CLASSES - 1)
+    means = fit_on_split(toy.classifier(), few, toy.embeddings(12), settings=toy.QUIET, ridges=(1.0,)).class_means
+    assert torch.isnan(means).all(1).tolist() == [False] * (toy.CLASSES - 1) + [True]
+
+
+def test_batch_size_does_not_matter_and_bad_input_is_refused() -> None:
+    one, all_ = (fitted(batch_size=size).translator.matrix for size in (1, 64))
+    torch.testing.assert_close(one, all_, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        fit_on_split(toy.classifier(), toy.ToySplit(4), toy.embeddings(4), settings=toy.QUIET)
+    with pytest.raises(ValueError, match="'block'"):
+        fitted(standardize="block")
+
+
+def fit_in_process(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor, TranslatorInfo]:
+    got = fitted(standardize="blocks")
+    return got.translator.matrix, got.mean, got.class_means, got.translator.info
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_fit_what_one_fits(world: int) -> None:
+    expected = fitted(standardize="blocks")
+    for matrix, mean, class_means, info in run_processes(world, fit_in_process):
+        torch.testing.assert_close(matrix, expected.translator.matrix, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mean, expected.mean)
+        torch.testing.assert_close(class_means, expected.class_means)
+        assert (info.images, info.ridge) == (COUNT, expected.translator.info.ridge)
+
+
+def slow_reference(per_class: int, fit: FittedTranslator, split: toy.ToySplit) -> list[float]:
+    """Mean angle of the centred removal over each class's first images, image by image."""
+    f, project = toy.features(toy.classifier(), split), formulas.null_projector(toy.classifier().weight)
+    matrix, offset = fit.translator.matrix.double(), fit.translator.offset.double()
+    found: list[list[float]] = [[] for _ in range(toy.CLASSES)]
+    for feature, label in zip(f, split.labels.tolist(), strict=True):
+        if label >= 0 and len(found[label]) < per_class:
+            removed = feature - project @ (feature - fit.mean.double())
+            found[label].append(float(formulas.angle_degrees(matrix @ feature + offset, matrix @ removed + offset)))
+    return [float(np.mean(scores)) if scores else math.nan for scores in found]
+
+
+@pytest.mark.parametrize("per_class", [1, 4, 100])
+def test_reference_scores_are_slow_means_of_a_classes_first_images(per_class: int) -> None:
+    fit, split = fitted(), toy.ToySplit(COUNT, unlabelled=UNLABELLED)
+    options: Any = {"per_class": per_class, "settings": toy.QUIET}
+    got = reference_image_scores(toy.classifier(), split, toy.embeddings(COUNT), fit, **options)
+    assert got.tolist() == pytest.approx(slow_reference(per_class, fit, split), abs=1e-3)
+    assert (got > 5).all()
+
+
+def reference_in_process(rank: int, world: int, count: int) -> Tensor:
+    fit = fit_on_split(toy.classifier(), toy.ToySplit(30), toy.embeddings(30), settings=toy.QUIET)
+    split = toy.ToySplit(count)
+    return reference_image_scores(toy.classifier(), split, toy.embeddings(count), fit, settings=toy.QUIET)
+
+
+@pytest.mark.parametrize(("world", "count"), [(2, 11), (3, 2)], ids=["odd over 2", "one idle of 3"])
+def test_reference_scores_over_processes_are_those_of_one(world: int, count: int) -> None:
+    expected = reference_in_process(0, 1, count)
+    assert torch.isnan(expected).tolist() == [label >= count for label in range(toy.CLASSES)]
+    for got in run_processes(world, reference_in_process, count):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+def test_the_two_translators_of_a_measurement_come_from_bank_and_audit() -> None:
+    bank, audit = toy.ToySplit(60), toy.ToySplit(50, seed=1)
+    splits = Splits(bank, bank, audit, audit, toy.NAMES, None)
+    z = {"bank": toy.embeddings(60), "audit": toy.embeddings(50, 1)}
+    found = fit_translators(toy.classifier(), splits, z, ridge=0.1, settings=toy.QUIET)
+    for name, split, key in (("fitted", bank, "bank"), ("auditor", audit, "audit")):
+        alone = fit_on_split(toy.classifier(), split, z[key], ridges=(0.1,), settings=toy.QUIET)
+        assert torch.equal(found[name].translator.matrix, alone.translator.matrix)
+        assert found[name].translator.info.by_block
+    agreement = translator_agreement(found["fitted"].translator, found["auditor"].translator, toy.texts())
+    contrasts = (toy.texts() - toy.texts().mean(0)).double()
+    one, other = (contrasts @ found[name].translator.matrix.double() for name in ("fitted", "auditor"))
+    cosines = [float(a @ b / a.norm() / b.norm()) for a, b in zip(one, other, strict=True)]
+    assert agreement == pytest.approx(np.mean(cosines))
+    with pytest.raises(ValueError, match="two translators"):
+        translator_agreement(LinearTranslator(torch.ones(7, 3), torch.zeros(7)), toy.translator(), toy.texts())
+
+
+def test_an_mlp_translator_is_fitted_from_the_cache_alone(tmp_path: Path) -> None:
+    split, z = toy.ToySplit(COUNT), toy.embeddings(COUNT)
+    mlp = MLPSettings(hidden=16, epochs=3)
+    with pytest.raises(ValueError, match="cache"):
+        fit_mlp_on_split(toy.classifier(), split, z, mlp=mlp, settings=toy.QUIET)
+    settings = PassSettings(progress=False, cache=str(tmp_path))
+    found = fit_mlp_on_split(toy.classifier(), split, z, mlp=mlp, settings=settings)
+    assert (found.feature_dim, found.target_dim, found.info.images) == (
+        toy.WIDTH,
+        toy.DIM,
+        66,
+    )  # every fifth image decides when to stop
