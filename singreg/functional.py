@@ -6,10 +6,19 @@ import torch
 from torch import Tensor
 
 DEGREES = 180.0 / torch.pi
+NEAR = {torch.float32: 0.8, torch.float64: 1 - 1e-12}  # |cos| from which the arccos of a rounded cosine is not trusted
+REFINED_AT_ONCE = 4096  # pairs
 
 
-def _unit(x: Tensor) -> Tensor:
-    """x / |x|, and 0 with a zero gradient where x is 0."""
+def unit_rows(x: Tensor) -> Tensor:
+    """Divide every row by its length; 0, with a zero gradient, where it is 0.
+
+    Shape: (..., n) to (..., n), dtype kept.
+
+    Example:
+        >>> unit_rows(torch.tensor([[3.0, 0.0], [0.0, 0.0]])).tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
+    """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     zero = norm == 0
     return torch.where(zero, torch.zeros_like(x), x / torch.where(zero, torch.ones_like(norm), norm))
@@ -23,11 +32,11 @@ def _safe_norm(x: Tensor) -> Tensor:
 
 
 def angle(x: Tensor, y: Tensor) -> Tensor:
-    """Angle between x and y in degrees, `2 atan2(|x̂ - ŷ|, |x̂ + ŷ|)`.
+    """Return the angle between x and y in degrees, `2 atan2(|x̂ - ŷ|, |x̂ + ŷ|)`; 90 where one of them is 0.
 
-    Accurate to 1e-5 degrees at 0 and 180 where arccos of a clamped cosine is not, with finite gradients there.
+    It is right to 1e-5 degrees at 0 and 180, where arccos of a clamped cosine is not, and has finite gradients there.
 
-    Shapes: x (..., n), y (..., n), broadcast over the leading axes; returns (...). A zero vector has angle 90 to anything.
+    Shape: x, y (..., n), broadcast over the leading axes; returns (...).
 
     Raises:
         ValueError: the last axes differ.
@@ -38,17 +47,17 @@ def angle(x: Tensor, y: Tensor) -> Tensor:
     """
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(f"angle: the last axes must agree, got x {tuple(x.shape)} and y {tuple(y.shape)}")
-    x, y = _unit(x), _unit(y)
+    x, y = unit_rows(x), unit_rows(y)
     return 2 * DEGREES * torch.atan2(_safe_norm(x - y), _safe_norm(x + y))
 
 
 def attribute_score(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
-    """Attribute score AS = angle(z, t) - angle(z_eq, t), in degrees (paper eq. 7).
+    """Return the attribute score AS = angle(z, t) - angle(z_eq, t) in degrees (paper eq. 7).
 
-    Positive: the equivalent image is closer to the text (the null component was nuisance). Negative: removing the null
-    component took class meaning away (leakage).
+    Positive: the equivalent image is closer to the text, so the null component was nuisance. Negative: removing the
+    null component took class meaning away (leakage).
 
-    Shapes: z, z_eq (..., n) translated features before and after the removal; text (..., n); returns (...).
+    Shape: translated features before and after the removal, z and z_eq (..., n), text (..., n); returns (...).
 
     Example:
         >>> z, z_eq, t = torch.eye(2)[0], torch.eye(2)[1], torch.eye(2)[1]
@@ -59,9 +68,9 @@ def attribute_score(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
 
 
 def image_score(z: Tensor, z_eq: Tensor) -> Tensor:
-    """Image score IS = angle(z, z_eq), in degrees (paper eq. 8): how far the removal moved the picture's meaning.
+    """Return the image score IS = angle(z, z_eq) in degrees: how far the removal moved the meaning (paper eq. 8).
 
-    Shapes: z, z_eq (..., n); returns (...).
+    Shape: z, z_eq (..., n); returns (...).
 
     Example:
         >>> image_score(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])).item()
@@ -71,50 +80,34 @@ def image_score(z: Tensor, z_eq: Tensor) -> Tensor:
 
 
 def kappa(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
-    """κ = (cos θ' - cos θ cos IS) / (sin θ sin IS), in [-1, 1] and 0 at chance (METHOD section 8.2).
+    """Return κ = (cos θ' - cos θ cos IS) / (sin θ sin IS), in [-1, 1] and 0 at chance (METHOD section 8.2).
 
     θ, θ' are the angles to the text before and after. κ is the cosine between the direction of travel on the sphere and
     the direction to the text: it tells meaning from mere displacement, which |AS| cannot. 0 where nothing moved.
 
-    Shapes: z, z_eq (..., n), text (..., n); returns (...), no unit.
+    Shape: z, z_eq, text (..., n); returns (...).
 
     Example:
         >>> z, z_eq, t = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0])
         >>> round(kappa(z, z_eq, t).item(), 4)
         1.0
     """
-    z, z_eq, text = _unit(z), _unit(z_eq), _unit(text)
+    z, z_eq, text = unit_rows(z), unit_rows(z_eq), unit_rows(text)
     # Tangents at z towards z_eq and towards the text: the same ratio without the cancellation of the cosine form.
     travel = z_eq - z * (z * z_eq).sum(-1, keepdim=True)
     target = text - z * (z * text).sum(-1, keepdim=True)
-    return (_unit(travel) * _unit(target)).sum(-1).clamp(-1, 1)
-
-
-NEAR = {torch.float32: 0.8, torch.float64: 1 - 1e-12}  # |cos| from which the arccos of a rounded cosine is not trusted
-REFINED_AT_ONCE = 4096
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """x / |x| of every row, and 0 where x is 0. Shapes: (R, n) to (R, n), dtype kept.
-
-    Example:
-        >>> unit_rows(torch.tensor([[3.0, 0.0], [0.0, 0.0]])).tolist()
-        [[1.0, 0.0], [0.0, 0.0]]
-    """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm == 0, torch.ones_like(norm), norm)
+    return (unit_rows(travel) * unit_rows(target)).sum(-1).clamp(-1, 1)
 
 
 @torch.no_grad()
 def pairwise_angles(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(angles, cosines) between unit rows: arccos of one matrix product, done again in float64 where that is not accurate.
+    """Return (angles in degrees, cosines) between unit rows, by one matrix product; no gradient passes.
 
-    A float32 product of unit rows is off by up to 4e-7, so its arccos by up to 2e-5/sin θ degrees. Where |cos| is above 0.8
-    (rare between pictures and texts) the pair is computed anew as `angle` does it, 2·atan2 in float64, at 0 and 180 too: every
-    angle is right to 5e-5 degrees, every difference of two to 1e-4. Of float64 rows only those within 1e-4 degrees of 0 or 180
-    need it, and all are right to 1e-7 degrees. No gradient passes.
+    A float32 product of unit rows is off by up to 4e-7, so its arccos by up to 2e-5/sin θ degrees. Where |cos| is above
+    0.8 (rare between images and texts) the pair is computed anew as `angle` does it, in float64: every angle is right
+    to 5e-5 degrees. Of float64 rows only those within 1e-4 degrees of 0 or 180 need it, and all are right to 1e-7.
 
-    Shapes: x (B, n), y (K, n) unit (or zero) rows, both float32 or both float64; returns angles in degrees and cosines (B, K).
+    Shape: x (B, n), y (K, n) unit (or zero) rows, both float32 or both float64; returns two of (B, K).
 
     Raises:
         ValueError: the last axes differ.

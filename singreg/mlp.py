@@ -26,8 +26,7 @@ Array = np.ndarray | Tensor
 class MLPSettings:
     """The network and how it is trained; stored with the translator.
 
-    Learning rate, weight decay (AdamW) and the blocks are the paper's; width, dropout and batch size, which it does not name,
-    are ours.
+    Learning rate, weight decay (AdamW) and blocks are the paper's, which names no width, dropout or batch size.
 
     Attributes:
         kind: mlp3 (three linear layers), mlp4 (four), or residual (an entry layer, two residual blocks, an exit block).

@@ -12,35 +12,39 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+Invariance = Literal["logits", "softmax"]
+"""What removing the null component keeps: the logits, or only the probabilities (one null dimension more)."""
+
 LEAF = 64  # rows made orthonormal at once; anything from 32 to 128 costs the same
 LARGEST_CONDITION = 1e5  # a bound on |W|_F |W⁻¹|_F; two passes are exact up to about 1e7
 LARGEST_DEPARTURE = 1e-12  # |Q Qᵀ - I|_F after one pass; a second pass brings any other to rounding
 PROBES = 2
+LARGEST_RATIO = {torch.float32: 30.0, torch.float64: 1e6}  # of a Cholesky factor's diagonal, a lower bound of cond(W)
 
 
 def orthonormal_rows(rows: Tensor, *, largest_condition: float = LARGEST_CONDITION) -> tuple[Tensor, Tensor] | None:
-    """Q (C, m) with orthonormal rows and a lower triangular L (C, C) such that W = L Q; None where W is not safely of full rank.
+    """Factor W = L Q into a lower triangle and orthonormal rows; None where W is not safely of full rank.
 
-    `rows` (C, m), C <= m, float64, is overwritten: Q may be the same memory. Halving makes nearly all the work matrix products, an
-    order of magnitude faster than an SVD at 1000 x 2048. Its error grows with the square of the condition number, so that is
-    bounded and |Q Qᵀ - I| is measured, both on random vectors: the chance that either is missed by a factor of t is about 1/t²,
-    and the bound is far from where it would matter. The singular values of W are those of L.
+    Halving makes nearly all the work matrix products, an order of magnitude faster than an SVD at 1000 x 2048. The
+    error grows with the square of the condition number, so that is bounded and |Q Qᵀ - I| is measured, both on random
+    vectors: the chance to miss either by a factor of t is about 1/t². The singular values of W are those of L.
 
-    Raises:
-        ValueError: rows that are not a float64 matrix with C <= m.
+    Args:
+        rows: W, float64 with C <= m; it is overwritten, and Q may be the same memory.
+
+    Shape: W (C, m); returns Q (C, m) and L (C, C).
 
     Example:
         >>> W = torch.tensor([[3.0, 0.0, 0.0], [4.0, 5.0, 0.0]], dtype=torch.float64)
         >>> Q, L = orthonormal_rows(W.clone())
-        >>> torch.allclose(L @ Q, W), torch.allclose(Q @ Q.T, torch.eye(2, dtype=torch.float64)), orthonormal_rows(W[[0, 0]])
+        >>> torch.allclose(L @ Q, W), torch.allclose(Q @ Q.T, torch.eye(2).double()), orthonormal_rows(W[[0, 0]])
         (True, True, None)
     """
-    if rows.ndim != 2 or rows.shape[0] > rows.shape[1] or rows.dtype != torch.float64:
-        raise ValueError(f"expected float64 rows (C, m) with C <= m, got {rows.dtype} {tuple(rows.shape)}")
     factor = rows.new_zeros(len(rows), len(rows))
     if not len(rows) or not _orthonormalize_(rows, factor):
         return None
-    probes = torch.randn(PROBES, len(rows), dtype=rows.dtype, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(PROBES, len(rows), dtype=rows.dtype, generator=generator).to(rows.device)
     solved = torch.linalg.solve_triangular(factor, probes.T, upper=False)
     condition = float(torch.linalg.vector_norm(factor) * torch.linalg.vector_norm(solved, dim=0).max())
     if not condition <= largest_condition:
@@ -54,7 +58,7 @@ def orthonormal_rows(rows: Tensor, *, largest_condition: float = LARGEST_CONDITI
 
 
 def _orthonormalize_(rows: Tensor, factor: Tensor) -> bool:
-    """Overwrite rows (C, m) by Q and fill L (C, C), halving down to leaves; False where a leaf's Gram matrix is not definite."""
+    """Overwrite rows (C, m) by Q and fill L (C, C), by halving; False where a leaf's Gram matrix is not definite."""
     if len(rows) <= LEAF:
         triangle, failed = torch.linalg.cholesky_ex(rows @ rows.T)
         if bool(failed):
@@ -74,17 +78,14 @@ def _orthonormalize_(rows: Tensor, factor: Tensor) -> bool:
 
 
 def _departure(rows: Tensor, probes: Tensor) -> float:
-    """An estimate of |Q Qᵀ - I|_F on random vectors, probes (k, C): one is right within a factor of three nearly always."""
+    """An estimate of |Q Qᵀ - I|_F on random vectors (k, C): one is right within a factor of three nearly always."""
     return float(torch.linalg.vector_norm((probes @ rows) @ rows.T - probes, dim=1).max())
 
 
-Invariance = Literal["logits", "softmax"]
-
-
 def helmert_contrasts(weight: Tensor) -> Tensor:
-    """The C-1 orthonormal contrasts of W's rows: same row space as W minus its mean row, but of full rank.
+    """Return orthonormal contrasts of W's rows: the row space of W minus its mean row, but of full rank.
 
-    Shapes: weight (C, m); returns (C-1, m). Used for the softmax null, where probabilities and not logits stay equal.
+    Shape: (C, m) to (C-1, m).
 
     Example:
         >>> helmert_contrasts(torch.ones(3, 5)).abs().max().item() < 1e-6
@@ -97,7 +98,7 @@ def helmert_contrasts(weight: Tensor) -> Tensor:
 
 def _rows_of(weight: Tensor, invariance: str) -> Tensor:
     if weight.ndim != 2:
-        raise ValueError(f"expected a head weight of shape (C, m), got {tuple(weight.shape)}; flatten a 1x1 convolution first")
+        raise ValueError(f"expected a head weight (C, m), got {tuple(weight.shape)}; flatten a 1x1 convolution first")
     if invariance not in ("logits", "softmax"):
         raise ValueError(f'invariance must be "logits" or "softmax", got {invariance!r}')
     if not torch.isfinite(weight.detach()).all():
@@ -105,25 +106,17 @@ def _rows_of(weight: Tensor, invariance: str) -> Tensor:
     return helmert_contrasts(weight) if invariance == "softmax" else weight
 
 
-def _left_vectors(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal directions (m, k) of the rows (C, m), any rank, and their singular values (k,), largest first; k = min(C, m)."""
-    # SVD of the small triangular factor, not of W: the QR does the long side once.
-    if len(rows) > rows.shape[1]:
-        left, sigma, _ = torch.linalg.svd(torch.linalg.qr(rows).R.T, full_matrices=False)
-        return left, sigma
-    q, r = torch.linalg.qr(rows.T)
-    u, sigma, _ = torch.linalg.svd(r, full_matrices=False)
-    return q @ u, sigma
-
-
 class NullSpace(nn.Module):
-    """Row space and null space of a head W, as a thin orthonormal basis Q of the row space (paper eq. 1-3).
+    """The row space and null space of a head W, as a thin orthonormal basis Q of the row space (paper eq. 1-3).
 
     `component(f) = f - Q Qᵀ f` is the null part, `remove(f) = Q Qᵀ f` the logit-equivalent feature of eq. 9. The m x m
-    projectors are never formed. The basis is a float64 buffer that moves with `.to(device)` and keeps its precision.
+    projectors are never formed. The basis moves with `.to(device)`, keeps its precision and is not saved.
 
     Attributes:
-        basis: (m, r) orthonormal, float64. rank: r. nullity: m - r. singular_values: (min(C, m),) float64, found when asked for.
+        basis: Q (m, r), float64.
+        rank: r.
+        nullity: m - r.
+        singular_values: (min(C, m),) float64.
 
     Example:
         >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
@@ -136,12 +129,17 @@ class NullSpace(nn.Module):
     _factor: Tensor | None
 
     def __init__(
-        self, basis: Tensor, singular_values: Tensor | None = None, *, invariance: Invariance = "logits", factor: Tensor | None = None
+        self,
+        basis: Tensor,
+        singular_values: Tensor | None = None,
+        *,
+        invariance: Invariance = "logits",
+        factor: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("_sigma", singular_values, persistent=False)
-        self.register_buffer("_factor", factor, persistent=False)  # L (r, r) of rows = L Qᵀ, which has their singular values
+        self.register_buffer("_factor", factor, persistent=False)  # L (r, r) of W = L Qᵀ, which has W's singular values
         self.invariance: Invariance = invariance
 
     @classmethod
@@ -151,7 +149,8 @@ class NullSpace(nn.Module):
         """Decompose a head W (C, m) in float64; the rank counts σ_i > rtol · σ_1, so scaling W never changes it.
 
         Args:
-            rtol: relative tolerance, default max(C, m) · eps(float64). "softmax" centres the rows first.
+            rtol: relative tolerance; None is max(C, m) · eps(float64).
+            invariance: "softmax" takes W without its mean row.
             allow_empty: accept a head without a null space (nullity 0: `component` is then 0 everywhere).
 
         Raises:
@@ -162,31 +161,30 @@ class NullSpace(nn.Module):
         tolerance = rtol if rtol is not None else max(classes, width) * torch.finfo(torch.float64).eps
         if len(rows) < width and 0 <= tolerance < 1:
             # With a condition number far below 1/tolerance the rank is full, and nobody needs an SVD to count it.
-            found = orthonormal_rows(rows, largest_condition=min(LARGEST_CONDITION, 1e-3 / max(tolerance, 1e-300)))
-            if found is not None:
+            largest = min(LARGEST_CONDITION, 1e-3 / max(tolerance, 1e-300))
+            if found := orthonormal_rows(rows, largest_condition=largest):
                 return cls(found[0].T, factor=found[1], invariance=invariance)
             rows = _rows_of(weight.detach().to(torch.float64), invariance)  # they were worked on in place
-        left, sigma = _left_vectors(rows)
-        rank = int((sigma > tolerance * sigma[:1]).sum()) if sigma.numel() else 0
+        rows = torch.linalg.qr(rows).R if classes > width else rows  # the long side once
+        left, sigma, _ = torch.linalg.svd(rows.T, full_matrices=False)
+        rank = int((sigma > tolerance * sigma[:1]).sum())
         if rank == width and not allow_empty:
             raise ValueError(
-                f"the head ({classes} classes, {width} features) has full rank {rank}: it has no null space, so there is "
-                f"nothing to measure or regularise. Use a model with more features than classes, or a head sliced to fewer "
-                f"than {width} classes; allow_empty=True gives the empty null space"
+                f"the head ({classes} classes, {width} features) has full rank {rank}, so it has no null space. Use a "
+                "model with more features than classes, or slice the head; allow_empty=True gives the empty null space"
             )
         return cls(left[:, :rank].contiguous(), sigma, invariance=invariance)
 
     @property
     def singular_values(self) -> Tensor:
-        """σ of the head, largest first, (min(C, m),) float64; found on first use: that costs more than the basis, and few need it."""
+        """σ of the head, largest first; found on first use: that costs more than the basis, and few need it."""
         if self._sigma is None:
-            if self._factor is None:
-                raise ValueError("this NullSpace was made from a basis alone; one made by NullSpace.from_weight has singular values")
+            assert self._factor is not None, "a NullSpace made from a basis alone has no singular values"
             self._sigma = torch.linalg.svdvals(self._factor)
         return self._sigma
 
     def singular_directions(self) -> tuple[Tensor, Tensor]:
-        """The row space along the head's right singular vectors, (m, r), and their σ, (r,), largest first. `basis` has no such order."""
+        """Return the head's right singular vectors (m, r) and their σ (r,), largest first."""
         if self._factor is None:
             return self.basis, self.singular_values[: self.rank]
         _, sigma, right = torch.linalg.svd(self._factor)
@@ -204,51 +202,38 @@ class NullSpace(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NullSpace:
         # `.half()` or `.to(dtype)` on a parent must not round the basis: reports promise float64.
-        exact = {name: self._buffers[name] for name in ("basis", "_sigma", "_factor")}
+        exact = {name: value for name, value in self._buffers.items() if value is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in exact.items():
-            if value is not None:
-                self._buffers[name] = value.to(self._buffers[name].device)  # type: ignore[union-attr]
+            self._buffers[name] = value.to(self._buffers[name].device)  # type: ignore[union-attr]
         return self
 
-    def _check(self, features: Tensor) -> Tensor:
-        if features.shape[-1] != self.basis.shape[0]:
-            raise ValueError(f"expected features (..., {self.basis.shape[0]}) for this head, got {tuple(features.shape)}")
-        return features.to(torch.promote_types(features.dtype, torch.float64))
-
-    def remove(self, features: Tensor, *, mean: Tensor | None = None) -> Tensor:
-        """The equivalent feature f~ = f - Π_n f (eq. 9); with `mean` the centred removal f - Π_n (f - mean).
-
-        Shapes: features (..., m), mean (m,); returns (..., m) in the dtype of `features`, computed in float64.
-        """
-        return features - self.component(features if mean is None else features - mean)
-
     def component(self, features: Tensor) -> Tensor:
-        """The null component Π_n f = f - Q Qᵀ f. Shapes: (..., m) to (..., m), dtype kept, computed in float64."""
-        exact = self._check(features)
+        """Return the null component Π_n f = f - Q Qᵀ f, by float64. Shape: (..., m) to (..., m), dtype kept."""
+        if features.shape[-1] != self.basis.shape[0]:
+            raise ValueError(f"expected features (..., {self.basis.shape[0]}), got {tuple(features.shape)}")
+        exact = features.to(torch.float64)
         with torch.autocast(exact.device.type, enabled=False):
             return (exact - (exact @ self.basis) @ self.basis.T).to(features.dtype)
 
-    def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(Π_p f, Π_n f): row-space and null parts that sum to f. Shapes: (..., m) to two (..., m)."""
-        null = self.component(features)
-        return features - null, null
+    def remove(self, features: Tensor, *, mean: Tensor | None = None) -> Tensor:
+        """Return the equivalent feature f~ = f - Π_n f (eq. 9); with `mean` the centred f - Π_n (f - mean).
+
+        Shape: features (..., m), mean (m,); returns (..., m).
+        """
+        return features - self.component(features if mean is None else features - mean)
 
     def null_basis(self) -> Tensor:
-        """An orthonormal basis of the null space, shape (m, m - r), float64. Formed only here, for those who ask."""
+        """Return an orthonormal basis of the null space, (m, m - r), float64; formed only here, for those who ask."""
         complete: Tensor = torch.linalg.qr(self.basis, mode="complete").Q
         return complete[:, self.rank :]
-
-    def extra_repr(self) -> str:
-        """Sizes for `print`: m, rank, nullity (no shapes change)."""
-        return f"m={self.basis.shape[0]}, rank={self.rank}, nullity={self.nullity}, invariance={self.invariance}"
 
 
 class _RowSpaceProjection(torch.autograd.Function):
     """y = P f and its exact derivative in closed form: dP = W⁺ dW Π_n + (W⁺ dW Π_n)ᵀ.
 
-    Everything is thin, (B, C) and (B, m): no derivative of a factorisation is ever taken, so it cannot be NaN for equal
-    singular values and costs a few products with W. `solve` maps (B, C) right-hand sides to (W Wᵀ)⁻¹ of them.
+    No derivative of a factorisation is ever taken, so it cannot be NaN for equal singular values, and everything is
+    thin, (B, C) and (B, m). factor: the Cholesky factor of W Wᵀ.
     """
 
     @staticmethod
@@ -280,13 +265,15 @@ def _least_squares(weight: Tensor, x: Tensor, factor: Tensor) -> Tensor:
 
 
 def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invariance = "logits") -> Tensor:
-    """Π_p f = Wᵀ (W Wᵀ)⁻¹ W f, differentiable in W and in f, without an m x m matrix (METHOD section 6).
+    """Return Π_p f = Wᵀ (W Wᵀ)⁻¹ W f, differentiable in W and in f, without an m x m matrix (METHOD section 6).
 
-    One C x C Cholesky factor and thin products; the gradient is closed-form. An ill-conditioned head (its cheap lower bound of
-    cond(W) above 30 in float32) is factored by a QR of Wᵀ in float64 instead. In a numerically rank-deficient head the singular
-    directions that are kept carry the gradient; those of rounding noise, along which the projector has no derivative, carry none.
+    One C x C Cholesky factor without jitter, a solve that is corrected once for rounding, and a closed-form gradient,
+    all outside autocast and in at least float32. Where the ratio of the factor's diagonal, a lower bound of cond(W)
+    that comes free, is above 30 (1e6 for float64), the factor is that of a QR of Wᵀ in float64 instead. In a
+    numerically rank-deficient head, and in one with C >= m, the singular directions that are kept carry the gradient;
+    those of rounding noise, along which the projector has no derivative, carry none.
 
-    Shapes: weight (C, m), features (..., m); returns (..., m) in the dtype of `features` (at least float32).
+    Shape: weight (C, m), features (..., m); returns (..., m).
 
     Raises:
         ValueError: shapes disagree, or W is not finite.
@@ -298,55 +285,54 @@ def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invari
     """
     if features.shape[-1] != weight.shape[-1]:
         raise ValueError(f"features {tuple(features.shape)} do not fit the head weight {tuple(weight.shape)}")
-    with torch.autocast(features.device.type, enabled=False):  # in bfloat16 an "equivalent" feature moves the logits
-        return _projected(weight, features, invariance)
-
-
-def _projected(weight: Tensor, features: Tensor, invariance: Invariance) -> Tensor:
     dtype = torch.promote_types(features.dtype, torch.float32)
-    rows = _rows_of(weight.to(dtype), invariance)
-    flat = features.to(dtype).reshape(-1, features.shape[-1])
-    if rows.shape[0] < rows.shape[1]:
-        with torch.no_grad():
-            factor, failed = torch.linalg.cholesky_ex(rows @ rows.T)
-            diagonal = torch.diagonal(factor)
-        # max/min of the factor's diagonal is a lower bound of cond(W) that comes free.
-        limit = 30.0 if dtype == torch.float32 else 1e6
-        if not bool(failed) and bool(diagonal.max() <= limit * diagonal.min()):
-            return _project(rows, flat, factor).reshape(features.shape)
-    return _project_ill_conditioned(rows, flat).reshape(features.shape)
+    with torch.autocast(features.device.type, enabled=False):  # in bfloat16 an "equivalent" feature moves the logits
+        rows = _rows_of(weight.to(dtype), invariance)
+        flat = features.to(dtype).reshape(-1, features.shape[-1])
+        factor = _cholesky(rows)
+        projected = _ill_conditioned(rows, flat) if factor is None else _project(rows, flat, factor)
+        return projected.reshape(features.shape)
 
 
 def _project(rows: Tensor, flat: Tensor, factor: Tensor) -> Tensor:
-    projected: Tensor = _RowSpaceProjection.apply(rows, flat, factor)  # type: ignore[no-untyped-call]
+    projected: Tensor = _RowSpaceProjection.apply(rows, flat, factor)
     return projected
 
 
-def _project_ill_conditioned(rows: Tensor, flat: Tensor) -> Tensor:
-    """Through a QR of Wᵀ in float64; through the singular directions above the tolerance where its rank is not full."""
+@torch.no_grad()
+def _cholesky(rows: Tensor) -> Tensor | None:
+    """The factor of W Wᵀ; None where W is not of full rank, or not well conditioned in its own precision."""
+    if rows.shape[0] >= rows.shape[1]:
+        return None
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(rows @ rows.T)
+    diagonal = torch.diagonal(factor)
+    usable = not bool(failed) and bool(diagonal.max() <= LARGEST_RATIO[rows.dtype] * diagonal.min())
+    return factor if usable else None
+
+
+def _ill_conditioned(rows: Tensor, flat: Tensor) -> Tensor:
+    """Through a QR of Wᵀ in float64; through the singular directions above the tolerance where the rank is not full."""
     exact, wide = rows.to(torch.float64), flat.to(torch.float64)
     tolerance = max(exact.shape) * torch.finfo(rows.dtype).eps
     with torch.no_grad():
         triangle = torch.linalg.qr(exact.T).R
         sigma = torch.linalg.svdvals(triangle)
         full_rank = exact.shape[0] < exact.shape[1] and bool(sigma[-1] > tolerance * sigma[0])
-        # The sign of a QR's diagonal is free; a Cholesky factor's is positive.
-        factor = (torch.sign(torch.diagonal(triangle))[:, None] * triangle).T
-    if full_rank:
-        return _project(exact, wide, factor).to(flat.dtype)
-    with torch.no_grad():
-        left, sigma, _ = torch.linalg.svd(exact, full_matrices=False)
-        rank = int((sigma > tolerance * sigma[:1]).sum())
-    if not rank:
-        return torch.zeros_like(flat)
-    kept = left[:, :rank].T @ exact  # (r, m), of full rank; what is left out of W's rows is rounding noise
-    with torch.no_grad():
-        factor = torch.diag(sigma[:rank])
-    return _project(kept, wide, factor).to(flat.dtype)
+        if full_rank:  # the sign of a QR's diagonal is free; a Cholesky factor's is positive
+            factor = (torch.sign(torch.diagonal(triangle))[:, None] * triangle).T
+        else:
+            left, sigma, _ = torch.linalg.svd(exact, full_matrices=False)
+            kept = sigma > tolerance * sigma[:1]
+            factor = torch.diag(sigma[kept])
+    if not full_rank:
+        exact = left[:, kept].T @ exact  # (r, m), of full rank; what is left out of W's rows is rounding noise
+    projected = _project(exact, wide, factor) if len(exact) else torch.zeros_like(wide)
+    return projected.to(flat.dtype)
 
 
 def null_share(features: Tensor, null: Tensor) -> Tensor:
-    """Share of the feature norm in the null component, |Π_n f| / |f|. Shapes: two (..., m) to (...); in [0, 1]."""
+    """Return the share of the feature norm in the null component, |Π_n f| / |f|. Shape: two (..., m) to (...)."""
     norm = torch.linalg.vector_norm(features, dim=-1).clamp_min(math.sqrt(torch.finfo(features.dtype).tiny))
     share: Tensor = torch.linalg.vector_norm(null, dim=-1) / norm
     return share
@@ -354,14 +340,16 @@ def null_share(features: Tensor, null: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomSubspace:
-    """A uniformly random subspace of feature space, by an orthonormal basis of the thinner of it and its complement.
+    """A uniformly random subspace of feature space, by a basis of the thinner of it and its complement.
 
-    basis (m, k), k = min(d, m - d); complement: the basis spans what is kept, so P g = g - B Bᵀ g, else P g = B Bᵀ g.
+    Attributes:
+        basis: B (m, k) orthonormal, k = min(d, m - d).
+        complement: whether B spans the complement, so that P g = g - B Bᵀ g; else P g = B Bᵀ g.
 
     Example:
         >>> space = RandomSubspace.draw(5, 4, seed=0)
-        >>> tuple(space.basis.shape), space.complement, space.dimension
-        ((5, 1), True, 4)
+        >>> tuple(space.basis.shape), space.complement
+        ((5, 1), True)
     """
 
     basis: Tensor
@@ -369,7 +357,7 @@ class RandomSubspace:
 
     @classmethod
     def draw(cls, width: int, dimension: int, *, seed: int | Sequence[int]) -> RandomSubspace:
-        """A subspace of `dimension` d of the m = `width` features, the same for the same seed anywhere (float64).
+        """Draw a subspace of `dimension` d of the m = `width` features, the same for the same seed anywhere (float64).
 
         Raises:
             ValueError: d is not in 1..m.
@@ -381,29 +369,25 @@ class RandomSubspace:
         gaussian = torch.from_numpy(np.random.default_rng(seed).standard_normal((width, thin)))
         return cls(torch.linalg.qr(gaussian).Q, complement=dimension > thin)
 
-    @property
-    def dimension(self) -> int:
-        """d, of the subspace itself."""
-        return self.basis.shape[0] - self.basis.shape[1] if self.complement else self.basis.shape[1]
-
     def to(self, like: Tensor) -> RandomSubspace:
-        """On the device and in the dtype of a tensor of any shape (...)."""
+        """Move to the device and dtype of a tensor."""
         return RandomSubspace(self.basis.to(like), self.complement)
 
     def component(self, features: Tensor) -> Tensor:
-        """P g, the part in the subspace. Shapes: (..., m) to (..., m)."""
+        """Return P g, the part in the subspace. Shape: (..., m) to (..., m)."""
         inside = (features @ self.basis) @ self.basis.T
         return features - inside if self.complement else inside
 
 
 def matched_coefficients(null_share: Tensor, random_share: Tensor) -> tuple[Tensor, Tensor]:
-    """(α, β) of the displacement δ = α g + β P g that is as long as Π_n g and at the same angle to g, image by image.
+    """Return (α, β) of δ = α g + β P g that is as long as Π_n g and at the same angle to g, image by image.
 
-    With s² = |Π_n g|²/|g|² and p² = |P g|²/|g|²: β = √(s²(1-s²) / (p²(1-p²))), α = s² - β p². Then |δ|² = δ·g = s²|g|², as for
-    an orthogonal projection that removes exactly the energy the null space removes. Its part across g has the direction of
-    P g's, which for a uniformly random subspace is uniform: δ is Π_n g turned about g at random.
+    With s² = |Π_n g|²/|g|² and p² = |P g|²/|g|²: β = √(s²(1-s²) / (p²(1-p²))), α = s² - β p². Then |δ|² = δ·g = s²|g|²,
+    as for an orthogonal projection that removes exactly the energy the null space removes. Its part across g has the
+    direction of P g's, which is uniform: δ is Π_n g turned about g at random. Where P g has no part across g (p² 0 or
+    1), β = 0 and δ lies along g.
 
-    Shapes: s², p² (...) in [0, 1] to two (...). Where P g has no part across g (p² 0 or 1), β = 0 and δ lies along g.
+    Shape: s², p² (...) in [0, 1] to two (...).
 
     Example:
         >>> [round(float(x), 3) for x in matched_coefficients(torch.tensor(0.5), torch.tensor(0.2))]
@@ -412,5 +396,5 @@ def matched_coefficients(null_share: Tensor, random_share: Tensor) -> tuple[Tens
     across = random_share * (1 - random_share)
     usable = across > torch.finfo(across.dtype).eps
     wanted = (null_share * (1 - null_share)).clamp_min(0)
-    beta = torch.where(usable, wanted / torch.where(usable, across, torch.ones_like(across)), torch.zeros_like(across)).sqrt()
-    return null_share - beta * random_share, beta
+    ratio = torch.where(usable, wanted / torch.where(usable, across, torch.ones_like(across)), torch.zeros_like(across))
+    return null_share - ratio.sqrt() * random_share, ratio.sqrt()

@@ -15,73 +15,22 @@ row-space and the null part of the features, each divided by the root of its own
 FeatureScale = Callable[[Tensor], Tensor]
 """A symmetric map L of feature space, applied to the columns of (m, k)."""
 
-DEAD_FEATURE = 1e-11  # of the raw second moment: what the rounding of float64 sums leaves of a constant
-DEAD_BLOCK = 1e-11  # of the whole second moment; the rounding of float32 features is 4e-15 of it
-
-
-def feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, standardize: Standardize) -> FeatureScale:
-    """L with L f of unit scale, from the sums of a fit; a constant feature or block is mapped to 0.
-
-    Feature by feature, the penalty Σ_j σ_j² |A_j|² depends on the axes: it ignores a rescaling of single features, but turning
-    or shrinking the null block of a head that is not aligned with the axes changes every σ_j, and so the fit (METHOD section
-    8.6). Block by block the penalty is s_p |A Π_p|² + s_n |A Π_n|², with s = tr(S²)/tr(S) of a block's covariance S: it moves along
-    with any rotation and any rescaling of either block, so T(f) does not change at all. That mean variance is weighted by variance: a
-    plain mean over 1,264 null directions, most of them almost empty, would leave the null block far cheaper than the row space.
-
-    Shapes: scatter about the mean (m, m), raw second moments Σ f fᵀ (m, m), count ().
-
-    Raises:
-        ValueError: a basis that is not (m, r), or something else than a boolean and a basis.
-    """
-    if not isinstance(standardize, bool | Tensor):
-        raise ValueError(
-            "standardize: expected False, True or a row-space basis (m, r) such as NullSpace.from_weight(W).basis, got "
-            f"{standardize!r}; names are what fit_on_part takes"
-        )
-    if isinstance(standardize, Tensor):
-        return _by_block(scatter, raw, count, standardize)
-    variance = torch.diagonal(scatter) / count
-    alive = variance > DEAD_FEATURE * torch.diagonal(raw) / count
-    inverse = variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt() if standardize else torch.ones_like(variance)
-    inverse = torch.where(alive, inverse, torch.zeros_like(inverse))
-    return lambda columns: inverse[:, None] * columns
-
-
-def _by_block(scatter: Tensor, raw: Tensor, count: Tensor, basis: Tensor) -> FeatureScale:
-    width = len(scatter)
-    if basis.ndim != 2 or len(basis) != width or basis.shape[1] > width:
-        raise ValueError(f"expected a row-space basis ({width}, r) to standardise by, got {tuple(basis.shape)}")
-    basis = basis.to(scatter)
-    rank = basis.shape[1]
-    across = scatter @ basis
-    row = basis.T @ across
-    energy = torch.diagonal(row).sum()
-    # Π_n S Π_n itself, not a difference of sums of squares, in which a block shrunk to a thousandth would drown.
-    half = scatter - basis @ across.T
-    null = half - (half @ basis) @ basis.T
-    whole = torch.diagonal(raw).sum()
-    row_scale = _inverse_deviation(energy, row.square().sum(), rank, whole, count)
-    null_scale = _inverse_deviation(torch.diagonal(null).sum(), null.square().sum(), width - rank, whole, count)
-    # Thin: L = n I + (p - n) Q Qᵀ, never an m x m matrix.
-    return lambda columns: null_scale * columns + (row_scale - null_scale) * (basis @ (basis.T @ columns))
-
-
-def _inverse_deviation(energy: Tensor, squares: Tensor, size: int, raw: Tensor, count: Tensor) -> Tensor:
-    """1 / root of the energy-weighted variance |B|²/(N tr B) of a block's scatter B, 0 for an empty or constant one. All ()."""
-    if not size or not bool(energy > DEAD_BLOCK * raw):
-        return torch.zeros_like(energy)
-    return (energy * count / squares).sqrt()
-
-
 DEFAULT_RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 5))
-
+DEAD = 1e-11  # of the raw second moment of a feature or of all: what rounding leaves of a constant feature or block
 LEAF = 128  # columns of Σ f fᵀ that are multiplied whole
-ROWS = 512  # pictures at a time, in float64: what a processor's cache holds
+ROWS = 512  # images at a time, in float64: what a processor's cache holds
 
 
 @dataclass(frozen=True)
 class RidgeSolution:
-    """T(f) = f Aᵀ + a. matrix A (n, m), offset a (n,), float64; the relative ridge and the number of images behind it."""
+    """T(f) = f Aᵀ + a, in float64.
+
+    Attributes:
+        matrix: A (n, m).
+        offset: a (n,).
+        ridge: relative.
+        count: images behind it.
+    """
 
     matrix: Tensor
     offset: Tensor
@@ -90,11 +39,19 @@ class RidgeSolution:
 
 
 class RidgeStatistics:
-    """The sums ridge regression needs, (Σ f fᵀ, Σ f zᵀ, Σ f, Σ z, Σ|z|², N), in float64: one pass, O(m² + mn) memory.
+    """The sums ridge regression needs, in float64: one pass over the images, O(m² + mn) memory.
 
-    The penalty is relative, λ = ridge · tr(S)/m with S the centred scatter of f, so it means the same at any N and scale.
-    With `standardize=True` each feature is divided by its standard deviation for the fit (and the scale folded back into A);
-    with a basis (m, r) of the head's row space, its row-space and its null block each are (see `scaling.feature_scale`).
+    The penalty is relative, λ = ridge · tr(S)/m with S the centred scatter of f: it means the same at any N and scale.
+    `standardize` brings features, or the head's row-space and null block, to unit scale for the fit (METHOD section
+    8.6), and folds the scale back into A.
+
+    Attributes:
+        ff: Σ f fᵀ (m, m).
+        fz: Σ f zᵀ (m, n).
+        f: Σ f (m,).
+        z: Σ z (n,).
+        zz: Σ |z|² ().
+        count: N ().
 
     Example:
         >>> f = torch.randn(100, 4, dtype=torch.float64); A = torch.randn(3, 4, dtype=torch.float64)
@@ -114,22 +71,29 @@ class RidgeStatistics:
 
     @property
     def ff(self) -> Tensor:
-        """Σ f fᵀ, (m, m), symmetric; only what is below the diagonal is summed, and mirrored when somebody looks."""
+        """Only what is below the diagonal is summed, and mirrored when somebody looks."""
         if self._lower_only:
             self._ff.copy_(self._ff.tril() + self._ff.tril(-1).T)
             self._lower_only = False
         return self._ff
 
     def update(self, features: Tensor, targets: Tensor) -> RidgeStatistics:
-        """Add a batch: features (B, m), targets (B, n). Raises ValueError on other shapes or non-finite values."""
+        """Add a batch.
+
+        Shape: features (B, m), targets (B, n).
+
+        Raises:
+            ValueError: other shapes, or values that are not finite.
+        """
         m, n = self.fz.shape
         if features.shape[1:] != (m,) or targets.shape != (len(features), n):
-            raise ValueError(
-                f"expected features (B, {m}) and targets (B, {n}), got {tuple(features.shape)} and {tuple(targets.shape)}"
-            )
+            got = f"{tuple(features.shape)} and {tuple(targets.shape)}"
+            raise ValueError(f"expected features (B, {m}) and targets (B, {n}), got {got}")
         if not all(bool(torch.isfinite(x.detach().sum(dtype=torch.float64))) for x in (features, targets)):
             raise ValueError("features or targets hold NaN or infinity; one such row would spoil the whole fit")
-        for chunk, wanted in zip(torch.split(features.detach(), ROWS), torch.split(targets.detach(), ROWS), strict=True):
+        for chunk, wanted in zip(
+            torch.split(features.detach(), ROWS), torch.split(targets.detach(), ROWS), strict=True
+        ):
             f, z = chunk.to(self._ff), wanted.to(self._ff)
             _add_gram(self._ff, f)
             self.fz.addmm_(f.T, z)
@@ -140,9 +104,6 @@ class RidgeStatistics:
         self.count += len(features)
         return self
 
-    def _sums(self) -> tuple[Tensor, ...]:
-        return self._ff, self.fz, self.f, self.z, self.zz, self.count  # whose first may be right below its diagonal only
-
     def merge(self, other: RidgeStatistics) -> RidgeStatistics:
         """Add another's sums (same shapes) to this one; exact, in any order."""
         for mine, theirs in zip(self._sums(), other._sums(), strict=True):
@@ -151,21 +112,12 @@ class RidgeStatistics:
         return self
 
     def decay(self, factor: float) -> RidgeStatistics:
-        """Multiply every sum, the count too, by a factor in (0, 1], in place: forgetting that leaves all means as they are."""
+        """Multiply every sum, the count too, by a factor in (0, 1]: forgetting that leaves all means as they are."""
         if not 0 < factor <= 1:
             raise ValueError(f"expected a factor above 0 and at most 1, got {factor}")
         for mine in self._sums():
             mine *= factor
         return self
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sums by name, shapes (m, m), (m, n), (m,), (n,), () and ()."""
-        return dict(zip(("ff", "fz", "f", "z", "zz", "count"), (self.ff, *self._sums()[1:]), strict=True))
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over stored sums of the same shapes, bit by bit."""
-        for name, mine in self.state_dict().items():
-            mine.copy_(state[name])
 
     def reduce(self) -> RidgeStatistics:
         """Sum over all processes, in place; every process must call it. Without a process group nothing happens."""
@@ -175,8 +127,17 @@ class RidgeStatistics:
             self._lower_only = True  # on some process it was
         return self
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the sums by name."""
+        return dict(zip(("ff", "fz", "f", "z", "zz", "count"), (self.ff, *self._sums()[1:]), strict=True))
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over stored sums of the same shapes, bit by bit."""
+        for name, mine in self.state_dict().items():
+            mine.copy_(state[name])
+
     def mapped(self, basis: Tensor) -> RidgeStatistics:
-        """The statistics of (f B, z) for a map B (m, k), exactly, from these sums alone: no image is read again."""
+        """Return the statistics of (f B, z) for a map B (m, k), exactly: no image is read again."""
         basis = basis.to(self.ff)
         found = RidgeStatistics(basis.shape[1], self.fz.shape[1], device=self.ff.device)
         found._ff, found.fz, found.f = basis.T @ self.ff @ basis, basis.T @ self.fz, basis.T @ self.f
@@ -184,22 +145,36 @@ class RidgeStatistics:
         return found
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(S_ff (m, m), S_fz (m, n), S_zz ()): scatter about the means. Raises ValueError on fewer than two images."""
+        """Return the scatter about the means, S_ff (m, m), S_fz (m, n) and S_zz ().
+
+        Raises:
+            ValueError: fewer than two images.
+        """
         if self.count < 2:
             raise ValueError(f"a translator needs at least 2 images, got {int(self.count)}")
         s_ff = self.ff - torch.outer(self.f, self.f) / self.count
         s_fz = self.fz - torch.outer(self.f, self.z) / self.count
         return s_ff, s_fz, self.zz - (self.z * self.z).sum() / self.count
 
-    def _scaled(self, standardize: Standardize) -> tuple[Tensor, Tensor, FeatureScale]:
-        """(L S_ff L (m, m), L S_fz (m, n), L): the centred scatter in the scale that the penalty acts in."""
-        s_ff, s_fz, _ = self.centred()
-        scale = feature_scale(s_ff, self.ff, self.count, standardize)
-        scaled = scale(scale(s_ff).T)
-        return (scaled + scaled.T) / 2, scale(s_fz), scale
+    def solve(self, ridge: float, *, standardize: Standardize = False) -> RidgeSolution:
+        """Return the minimiser of Σ|T(f) - z|² + λ|A|², intercept unpenalised, at one relative ridge >= 0.
+
+        A Cholesky solve, an order of magnitude cheaper than the eigendecomposition behind `path`: for a training loop.
+        """
+        if not ridge >= 0:
+            raise ValueError(f"ridge must be >= 0, got {ridge}")
+        if ridge < 1e-9:  # a singular scatter would pass a Cholesky by rounding alone; this gives the minimum norm
+            return self.path(standardize=standardize).solve(ridge)
+        scaled, loadings, scale = self._scaled(standardize)
+        penalty = ridge * torch.diagonal(scaled).mean()
+        factor, failed = torch.linalg.cholesky_ex(scaled + penalty * torch.eye(len(scaled)).to(scaled))
+        if bool(failed):
+            return self.path(standardize=standardize).solve(ridge)
+        matrix = scale(torch.cholesky_solve(loadings, factor)).T
+        return RidgeSolution(matrix, (self.z - matrix @ self.f) / self.count, ridge, int(self.count))
 
     def path(self, *, standardize: Standardize = False) -> RidgePath:
-        """The whole regularisation path from one eigendecomposition of the (standardised) scatter."""
+        """Return the whole regularisation path, from one eigendecomposition of the (standardised) scatter."""
         scaled, loadings, scale = self._scaled(standardize)
         eigenvalues, vectors = torch.linalg.eigh(scaled)
         return RidgePath(
@@ -211,46 +186,31 @@ class RidgeStatistics:
             count=int(self.count),
         )
 
-    def solve(self, ridge: float, *, standardize: Standardize = False) -> RidgeSolution:
-        """The minimiser of Σ|T(f) - z|² + λ|A|², intercept unpenalised, at one relative ridge >= 0.
-
-        A Cholesky solve, an order of magnitude cheaper than the eigendecomposition behind `path`: what a training loop wants.
-        """
-        if not ridge >= 0:
-            raise ValueError(f"ridge must be >= 0, got {ridge}")
-        if ridge < 1e-9:  # a singular scatter would pass a Cholesky by rounding alone; this gives the minimum norm instead
-            return self.path(standardize=standardize).solve(ridge)
-        scaled, loadings, scale = self._scaled(standardize)
-        penalty = ridge * torch.diagonal(scaled).mean()
-        factor, failed = torch.linalg.cholesky_ex(scaled + penalty * torch.eye(len(scaled)).to(scaled))
-        if bool(failed):
-            return self.path(standardize=standardize).solve(ridge)
-        matrix = scale(torch.cholesky_solve(loadings, factor)).T
-        return RidgeSolution(matrix, (self.z - matrix @ self.f) / self.count, ridge, int(self.count))
-
-    def residual(self, solution: RidgeSolution) -> float:
-        """1 - R² of a solution on these statistics: Σ|T(f) - z|² / Σ|z - z̄|², no unit, from sums alone (n, m) -> ()."""
-        matrix, offset = solution.matrix, solution.offset
-        _, _, s_zz = self.centred()
-        fit = ((matrix @ self.ff) * matrix).sum() + 2 * offset @ matrix @ self.f + self.count * (offset @ offset)
-        cross = (matrix * self.fz.T).sum() + offset @ self.z
-        return float((self.zz + fit - 2 * cross) / s_zz)
-
     def validate(
         self, held_out: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Standardize = False
     ) -> tuple[RidgeSolution, dict[float, float]]:
-        """The solution whose ridge has the best R² on held-out statistics, and R² of every ridge tried.
+        """Return the solution whose ridge has the best R² on held-out statistics, and R² of every ridge tried.
 
-        One eigendecomposition serves all of them; no image is read again (METHOD section 2).
+        One eigendecomposition serves all of them; no image is read again.
         """
         path = self.path(standardize=standardize)
-        scores = {ridge: 1 - residual for ridge, residual in zip(ridges, path.residuals(held_out, ridges), strict=True)}
+        scores = {ridge: 1 - lost for ridge, lost in zip(ridges, path.residuals(held_out, ridges), strict=True)}
         best = max(scores, key=lambda ridge: scores[ridge])
         return path.solve(best), scores
 
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self._ff, self.fz, self.f, self.z, self.zz, self.count  # the first may be right below its diagonal only
+
+    def _scaled(self, standardize: Standardize) -> tuple[Tensor, Tensor, FeatureScale]:
+        """(L S_ff L (m, m), L S_fz (m, n), L): the centred scatter in the scale that the penalty acts in."""
+        s_ff, s_fz, _ = self.centred()
+        scale = _feature_scale(s_ff, self.ff, self.count, standardize)
+        scaled = scale(scale(s_ff).T)
+        return (scaled + scaled.T) / 2, scale(s_fz), scale
+
 
 def _add_gram(whole: Tensor, f: Tensor) -> None:
-    """Add f fᵀ of rows f (B, m) to (m, m), on and below the diagonal: halving leaves little above it, and the products large."""
+    """Add f fᵀ of rows (B, m) on and below the diagonal: halving leaves little above it, and the products large."""
     width = f.shape[1]
     if width <= LEAF:
         whole.addmm_(f.T, f)
@@ -263,9 +223,14 @@ def _add_gram(whole: Tensor, f: Tensor) -> None:
 
 @dataclass(frozen=True)
 class RidgePath:
-    """Eigendecomposition of the scatter, ready to give the solution at any ridge.
+    """Eigendecomposition V E Vᵀ of the scatter, ready to give the solution at any ridge.
 
-    eigenvalues (m,), loadings Vᵀ S_fz (m, n), vectors V with the feature scale folded in (m, m), means (m,) and (n,).
+    Attributes:
+        eigenvalues: (m,).
+        loadings: Vᵀ S_fz (m, n).
+        vectors: V with the feature scale folded in (m, m).
+        feature_mean: (m,).
+        target_mean: (n,).
     """
 
     eigenvalues: Tensor
@@ -276,19 +241,15 @@ class RidgePath:
     count: int
 
     def solve(self, ridge: float) -> RidgeSolution:
-        """Solution at one relative ridge >= 0; directions of zero variance get coefficient 0 (minimum norm)."""
+        """Return the solution at one relative ridge >= 0; directions of zero variance get coefficient 0."""
         matrix = (self.vectors @ (self._inverse(ridge)[:, None] * self.loadings)).T
         return RidgeSolution(matrix, self.target_mean - matrix @ self.feature_mean, ridge, self.count)
 
-    def _inverse(self, ridge: float) -> Tensor:
-        shifted = self.eigenvalues + ridge * self.eigenvalues.mean()
-        floor = len(shifted) * torch.finfo(shifted.dtype).eps * shifted.max()
-        return torch.where(shifted > floor, 1 / shifted.clamp_min(floor), torch.zeros_like(shifted))
-
     def residuals(self, held_out: RidgeStatistics, ridges: Sequence[float]) -> list[float]:
-        """`held_out.residual(self.solve(ridge))` for every ridge, (m, n) once and not once a ridge (no unit).
+        """Return 1 - R² on held-out statistics, Σ|T(f) - z|² / Σ|z - z̄|², of every ridge's solution.
 
-        In the eigenbasis a solution is D L with D diagonal, so what it makes of the held-out sums is a quadratic form in D's diagonal.
+        In the eigenbasis a solution is D L with D diagonal, so what it makes of the held-out sums is a quadratic form
+        in D's diagonal: the work is that of one solution.
         """
         _, _, s_zz = held_out.centred()
         own = self.vectors.T @ held_out.ff @ self.vectors * (self.loadings @ self.loadings.T)
@@ -298,6 +259,54 @@ class RidgePath:
         for ridge in ridges:
             inverse = self._inverse(ridge)
             offset = self.target_mean - self.loadings.T @ (inverse * fitted)
-            fit = inverse @ own @ inverse + 2 * offset @ (self.loadings.T @ (inverse * seen)) + held_out.count * (offset @ offset)
+            fit = inverse @ own @ inverse + 2 * offset @ (self.loadings.T @ (inverse * seen))
+            fit = fit + held_out.count * (offset @ offset)
             found.append(float((held_out.zz + fit - 2 * (inverse @ cross + offset @ held_out.z)) / s_zz))
         return found
+
+    def _inverse(self, ridge: float) -> Tensor:
+        shifted = self.eigenvalues + ridge * self.eigenvalues.mean()
+        floor = len(shifted) * torch.finfo(shifted.dtype).eps * shifted.max()
+        return torch.where(shifted > floor, 1 / shifted.clamp_min(floor), torch.zeros_like(shifted))
+
+
+def _feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, standardize: Standardize) -> FeatureScale:
+    """L with L f of unit scale, from S (m, m) and Σ f fᵀ (m, m); a constant feature or block is mapped to 0.
+
+    Feature by feature, the penalty Σ_j σ_j² |A_j|² ignores a rescaling of single features, but turning or shrinking
+    the null block of a head that is not aligned with the axes changes every σ_j, and so the fit. Block by block it is
+    s_p |A Π_p|² + s_n |A Π_n|², with s = tr(S²)/tr(S) of a block's covariance S: it moves along with any rotation and
+    any rescaling of either block, so T(f) does not change at all. s is a mean weighted by variance: a plain one over
+    1,264 null directions, most almost empty, would leave the null block far cheaper than the row space.
+    """
+    if not isinstance(standardize, bool | Tensor):
+        raise ValueError(f"standardize: expected False, True or a row-space basis (m, r), got {standardize!r}")
+    if isinstance(standardize, Tensor):
+        return _by_block(scatter, raw, count, standardize)
+    variance = torch.diagonal(scatter) / count
+    alive = variance > DEAD * torch.diagonal(raw) / count
+    inverse = variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt() if standardize else torch.ones_like(variance)
+    inverse = torch.where(alive, inverse, torch.zeros_like(inverse))
+    return lambda columns: inverse[:, None] * columns
+
+
+def _by_block(scatter: Tensor, raw: Tensor, count: Tensor, basis: Tensor) -> FeatureScale:
+    width, basis = len(scatter), basis.to(scatter)
+    if basis.ndim != 2 or len(basis) != width or basis.shape[1] > width:
+        raise ValueError(f"expected a row-space basis ({width}, r) to standardise by, got {tuple(basis.shape)}")
+    across = scatter @ basis
+    row = basis.T @ across
+    # Π_n S Π_n itself, not a difference of sums of squares, in which a block shrunk to a thousandth would drown.
+    half = scatter - basis @ across.T
+    null = half - (half @ basis) @ basis.T
+    least = DEAD * torch.diagonal(raw).sum()
+
+    def inverse_deviation(block: Tensor) -> Tensor:
+        """1 / root of the energy-weighted variance |B|²/(N tr B) of a block's scatter B, 0 for a constant one."""
+        energy = torch.diagonal(block).sum()
+        return (energy * count / block.square().sum()).sqrt() if bool(energy > least) else torch.zeros_like(energy)
+
+    row_scale = inverse_deviation(row)
+    null_scale = inverse_deviation(null) if basis.shape[1] < width else torch.zeros_like(row_scale)
+    # Thin: L = n I + (p - n) Q Qᵀ, never an m x m matrix.
+    return lambda columns: null_scale * columns + (row_scale - null_scale) * (basis @ (basis.T @ columns))

@@ -17,13 +17,60 @@ AnyTranslator = Callable[[Tensor], Tensor]
 FIRST_STEP = 2.0**-10  # of the feature norm: where the search for a bracket begins
 LARGEST_STEP = 1e3  # of the feature norm: where it ends
 
+
 @dataclass(frozen=True)
 class Steered:
-    """Steered features and what they took. features (B, m), step (B,) in feature units, reachable (B,) bool."""
+    """Steered features and what they took.
+
+    Attributes:
+        features: (B, m).
+        step: (B,) in feature units, NaN where the angle is out of reach.
+        reachable: (B,) bool.
+    """
 
     features: Tensor
     step: Tensor
     reachable: Tensor
+
+
+def steer(
+    features: Tensor,
+    text: Tensor,
+    *,
+    null_space: NullSpace,
+    image_score: float,
+    matrix: Tensor | None = None,
+    offset: Tensor | None = None,
+    translator: AnyTranslator | None = None,
+) -> Steered:
+    """Move features through the null space towards a text until the image score is `image_score` degrees (eq. 13).
+
+    The logits do not change. Features that cannot reach the angle are returned unmoved.
+
+    Args:
+        matrix: A of a linear translator, given with its offset: the step has a closed form.
+        translator: any other, differentiated by autograd; its step is found by `bisect_step`.
+
+    Shape: features (B, m), text (n,) or (B, n), matrix (n, m), offset (n,).
+
+    Example:
+        >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
+        >>> linear = {"matrix": torch.eye(2), "offset": torch.zeros(2)}
+        >>> f, t = torch.tensor([[1.0, 0.0]]), torch.tensor([0.0, 1.0])
+        >>> steer(f, t, null_space=space, image_score=45.0, **linear).features.tolist()
+        [[1.0, 1.0]]
+    """
+    direction = steering_direction(
+        features, text, matrix=matrix, offset=offset, translator=translator, null_space=null_space
+    )
+    if matrix is None or offset is None:
+        assert translator is not None
+        step = bisect_step(translator, features, direction, image_score)
+    else:
+        step = step_for_image_score(features @ matrix.T + offset, direction @ matrix.T, image_score)
+    reachable = torch.isfinite(step)
+    moved = features + torch.where(reachable, step, torch.zeros_like(step))[:, None] * direction
+    return Steered(moved, step, reachable)
 
 
 def steering_direction(
@@ -35,20 +82,18 @@ def steering_direction(
     offset: Tensor | None = None,
     translator: AnyTranslator | None = None,
 ) -> Tensor:
-    """Unit null direction d̂ that raises cos(T f, t) fastest: Π_n ∇_f cos(T f, t), normalised (paper eq. 10-12).
+    """Return the unit null direction d̂ that raises cos(T f, t) fastest: Π_n ∇_f cos(T f, t), normalised (eq. 10-12).
 
-    The translator is either linear, given by matrix A and offset a (gradient Aᵀ(t̂ - s ẑ)/|z|), or any callable (autograd).
-
-    Shapes: features (B, m), text (n,) or (B, n), matrix (n, m), offset (n,); returns (B, m). Zero where the gradient has no
-    null part.
+    Shape: as in `steer`; returns (B, m), 0 where the gradient has no null part.
 
     Raises:
         ValueError: both or neither kind of translator, or a module whose dropout or batch norm is in training mode.
 
     Example:
         >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
-        >>> steering_direction(torch.tensor([[1.0, 0.0]]), torch.tensor([0.0, 1.0]), matrix=torch.eye(2),
-        ...                    offset=torch.zeros(2), null_space=space).tolist()
+        >>> linear = {"matrix": torch.eye(2), "offset": torch.zeros(2)}
+        >>> f, t = torch.tensor([[1.0, 0.0]]), torch.tensor([0.0, 1.0])
+        >>> steering_direction(f, t, null_space=space, **linear).tolist()
         [[0.0, 1.0]]
     """
     gradient = similarity_gradient(features, text, matrix=matrix, offset=offset, translator=translator)
@@ -63,52 +108,55 @@ def similarity_gradient(
     offset: Tensor | None = None,
     translator: AnyTranslator | None = None,
 ) -> Tensor:
-    """∇_f cos(T f, t) of every feature, before any projection (paper eq. 11); the translator as in `steering_direction`.
+    """Return ∇_f cos(T f, t), before any projection: Aᵀ(t̂ - s ẑ)/|z| of a linear translator, else by autograd (eq. 11).
 
-    Shapes: features (B, m), text (n,) or (B, n); returns (B, m).
+    Shape: as in `steer`; returns (B, m).
     """
-    translator = _one_translator(matrix, offset, translator)
+    check_translator(matrix, offset, translator)
     gradient: Tensor
-    if translator is not None:
+    if matrix is None or offset is None:
+        assert translator is not None
         with torch.enable_grad():
             leaf = features.detach().requires_grad_()
-            similarity = torch.nn.functional.cosine_similarity(translator(leaf), text, dim=-1)
-            (gradient,) = torch.autograd.grad(similarity.sum(), leaf)
+            cosine = nn.functional.cosine_similarity(translator(leaf), text, dim=-1)
+            (gradient,) = torch.autograd.grad(cosine.sum(), leaf)
         return gradient
-    assert matrix is not None
-    assert offset is not None
     z = features @ matrix.T + offset
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     unit, target = z / length, text / torch.linalg.vector_norm(text, dim=-1, keepdim=True)
-    similarity = (unit * target).sum(-1, keepdim=True)
-    gradient = ((target - similarity * unit) / length) @ matrix
+    cosine = (unit * target).sum(-1, keepdim=True)
+    gradient = ((target - cosine * unit) / length) @ matrix
     return gradient
 
 
 def unit_in_null(direction: Tensor, gradient: Tensor) -> Tensor:
-    """A null direction scaled to length 1, and 0 where it is rounding only beside its whole gradient. Shapes: (..., m) each."""
+    """Scale a null direction to length 1; 0 where it is only rounding beside its gradient. Shape: (..., m) each."""
     norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-    # Relative to the whole gradient: what is left of rounding is not a direction.
     negligible = norm <= 1e-6 * torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
-    return torch.where(negligible, torch.zeros_like(direction), direction / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+    scaled = direction / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return torch.where(negligible, torch.zeros_like(direction), scaled)
 
 
-def _one_translator(matrix: Tensor | None, offset: Tensor | None, translator: AnyTranslator | None) -> AnyTranslator | None:
-    """The callable, or None for a linear map; refuses what is ambiguous or not a fixed function."""
+def check_translator(matrix: Tensor | None, offset: Tensor | None, translator: AnyTranslator | None) -> None:
+    """Raise a ValueError unless there is one kind of translator, and it is a fixed function."""
     if (translator is None) == (matrix is None) or (matrix is None) != (offset is None):
         raise ValueError("give the translator either as matrix= and offset= (linear) or as translator= (any callable)")
     random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
     if isinstance(translator, nn.Module) and any(isinstance(m, random) and m.training for m in translator.modules()):
-        raise ValueError(f"{type(translator).__name__} is in training mode, so it is no fixed function; call .eval() first")
-    return translator
+        name = type(translator).__name__
+        raise ValueError(f"{name} is in training mode, so it is no fixed function; call .eval() first")
 
 
 def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:
-    """Smallest ε > 0 with angle(z, z + ε u) = θ, in closed form; NaN where θ is out of reach (θ >= angle(z, u)).
+    """Return the smallest ε > 0 with angle(z, z + ε u) = θ, in closed form; NaN where θ >= angle(z, u) is out of reach.
 
-    Solves ε²(β² - γαk) + 2αβ(1-k)ε + α²(1-k) = 0 with α = |z|², β = z·u, γ = |u|², k = cos²θ (METHOD section 4), in float64.
+    Solves ε²(β² - γαk) + 2αβ(1-k)ε + α²(1-k) = 0 with α = |z|², β = z·u, γ = |u|², k = cos²θ (METHOD section 4), in
+    float64.
 
-    Shapes: z (..., n) translated features, u = A d̂ (..., n); degrees θ in (0, 180); returns (...) in the dtype of z.
+    Args:
+        degrees: θ in (0, 180).
+
+    Shape: translated features z and directions u = A d̂ (..., n); returns (...) in the dtype of z.
 
     Raises:
         ValueError: θ is not in (0, 180) degrees.
@@ -134,12 +182,16 @@ def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:
 def bisect_step(
     translator: AnyTranslator, features: Tensor, direction: Tensor, degrees: float, *, largest: float = LARGEST_STEP
 ) -> Tensor:
-    """First ε > 0 found with angle(T f, T(f + ε d̂)) = θ for any translator; NaN where it is out of reach.
+    """Return the first ε > 0 found with angle(T f, T(f + ε d̂)) = θ for any translator; NaN where it is out of reach.
 
-    Doubles ε from |f|/1024 until the angle is passed, at most to `largest` · |f|, then halves the bracket down to the dtype's
-    resolution, all rows at once. For a linear translator the angle grows with ε, so this is `step_for_image_score`'s root.
+    Doubles ε from |f|/1024 until the angle is passed, then halves the bracket down to the dtype's resolution, all rows
+    at once. For a linear translator the angle grows with ε, so this is `step_for_image_score`'s root.
 
-    Shapes: features, direction (B, m); degrees θ in (0, 180); returns (B,) in units of the features.
+    Args:
+        degrees: θ in (0, 180).
+        largest: step tried, as a share of |f|.
+
+    Shape: features, direction (B, m); returns (B,) in units of the features.
 
     Raises:
         ValueError: θ is not in (0, 180) degrees, or `largest` is not above 1/1024.
@@ -151,7 +203,7 @@ def bisect_step(
     """
     _check_degrees(degrees)
     if not largest > FIRST_STEP:
-        raise ValueError(f"the largest step must be above {FIRST_STEP} of the feature norm, where the search begins, got {largest}")
+        raise ValueError(f"the largest step must be above {FIRST_STEP} of the feature norm, got {largest}")
     with torch.no_grad():
         z = translator(features)
 
@@ -178,51 +230,16 @@ def _check_degrees(degrees: float) -> None:
         raise ValueError(f"the wanted image score must be in (0, 180) degrees, got {degrees}")
 
 
-def steer(
-    features: Tensor,
-    text: Tensor,
-    *,
-    null_space: NullSpace,
-    image_score: float,
-    matrix: Tensor | None = None,
-    offset: Tensor | None = None,
-    translator: AnyTranslator | None = None,
-) -> Steered:
-    """Move features through the null space towards a text until the image score is `image_score` degrees (eq. 13).
-
-    The logits do not change. A linear translator (matrix, offset) has a closed-form step; any other (`translator`) is
-    differentiated by autograd and its step found by `bisect_step`. Features that cannot reach the angle are returned unmoved
-    with `reachable` False.
-
-    Shapes: features (B, m), text (n,) or (B, n), matrix (n, m), offset (n,); returns Steered.
-
-    Example:
-        >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
-        >>> steer(torch.tensor([[1.0, 0.0]]), torch.tensor([0.0, 1.0]), matrix=torch.eye(2), offset=torch.zeros(2),
-        ...       null_space=space, image_score=45.0).features.tolist()
-        [[1.0, 1.0]]
-    """
-    direction = steering_direction(
-        features, text, matrix=matrix, offset=offset, translator=translator, null_space=null_space
-    )
-    if translator is not None:
-        step = bisect_step(translator, features, direction, image_score)
-    else:
-        assert matrix is not None
-        assert offset is not None
-        step = step_for_image_score(features @ matrix.T + offset, direction @ matrix.T, image_score)
-    reachable = torch.isfinite(step)
-    moved = features + torch.where(reachable, step, torch.zeros_like(step))[:, None] * direction
-    return Steered(moved, step, reachable)
-
-
 @dataclass(frozen=True)
 class ConditionalGaussian:
-    """The normal distribution of the null component given the row-space component, from a mean and covariance of features.
+    """The normal distribution of the null component given the row-space component. All float64; d is the nullity.
 
-    mean (m,); whitening (d, m) maps f - mean to a vector w that is standard normal under it, so the Mahalanobis radius is |w|;
-    colouring (m, d) maps back into the null space; d is the nullity. floor: variances below floor · (mean variance) count as
-    that; floored: how many of the d did. All float64.
+    Attributes:
+        mean: (m,) of the features.
+        whitening: (d, m) maps f - mean to w, standard normal under it, so the Mahalanobis radius is |w|.
+        colouring: (m, d) maps back into the null space.
+        floor: variances below floor · (mean variance) count as that.
+        floored: how many of the d did.
     """
 
     mean: Tensor
@@ -237,14 +254,14 @@ class ConditionalGaussian:
     ) -> ConditionalGaussian:
         """Condition a Gaussian of features on the head's row space.
 
-        Directions in which features hardly vary, or fewer images than dimensions, make the covariance (nearly) singular and a
-        radius meaningless: variances are kept above `floor` times their mean, in the row space before the regression and in
-        the conditional covariance after it.
+        Directions in which features hardly vary, or fewer images than dimensions, make the covariance (nearly) singular
+        and a radius meaningless: variances are kept above `floor` times their mean, in the row space before the
+        regression and in the conditional covariance after it.
 
-        Shapes: mean (m,), covariance (m, m).
+        Shape: mean (m,), covariance (m, m).
 
         Raises:
-            ValueError: shapes that do not fit, NaN or infinity, a floor outside (0, 1], no null space, or no variance in it.
+            ValueError: shapes that do not fit, NaN or infinity, a floor outside (0, 1], or nothing varies in the null.
 
         Example:
             >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
@@ -254,7 +271,17 @@ class ConditionalGaussian:
             [0.0, 2.0]
         """
         width = null_space.basis.shape[0]
-        _check(mean, covariance, width, null_space.nullity, floor)
+        if mean.shape != (width,) or covariance.shape != (width, width):
+            got = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
+            raise ValueError(f"expected mean ({width},) and covariance ({width}, {width}), got {got}")
+        if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+            raise ValueError("the mean or covariance of the features holds NaN or infinity")
+        if not 0 < floor <= 1:
+            raise ValueError(f"the floor must be a share of the mean variance in (0, 1], got {floor}")
+        if null_space.nullity == 0:
+            raise ValueError(
+                "this head has no null space, so there is no null component whose radius could be measured"
+            )
         mean, covariance = mean.to(null_space.basis), covariance.to(null_space.basis)
         row, null = null_space.basis, null_space.null_basis()
         within, across = row.T @ covariance @ row, null.T @ covariance @ row
@@ -268,39 +295,34 @@ class ConditionalGaussian:
         if not least > 0:
             raise ValueError("the features do not vary in the null space at all, so no radius can be measured in it")
         deviation = variances.clamp_min(least).sqrt()
-        return cls(
-            mean=mean,
-            whitening=(vectors / deviation).T @ residual,
-            colouring=null @ (vectors * deviation),
-            floor=floor,
-            floored=int((variances < least).sum()),
-        )
+        whitening, colouring = (vectors / deviation).T @ residual, null @ (vectors * deviation)
+        return cls(mean, whitening, colouring, floor, floored=int((variances < least).sum()))
 
     def whiten(self, features: Tensor) -> Tensor:
-        """w with |w| the radius; 0 at the null component expected from the row-space one. Shapes: (..., m) to (..., d)."""
+        """Return w, 0 at the null component expected from the row-space one. Shape: (..., m) to (..., d)."""
         return (features.to(self.mean) - self.mean) @ self.whitening.T
 
     def radius(self, features: Tensor) -> Tensor:
-        """Mahalanobis radius of Π_n f given Π_p f, about √d for natural features (no unit). Shapes: (..., m) to (...)."""
+        """Return |w|, the Mahalanobis radius, about √d for natural features. Shape: (..., m) to (...)."""
         radius: Tensor = torch.linalg.vector_norm(self.whiten(features), dim=-1)
         return radius
 
     def on_manifold(self, gradient: Tensor) -> Tensor:
-        """Σ g: the null direction that gains most along a gradient at equal Mahalanobis length. Shapes: (..., m) to (..., m)."""
+        """Return Σ g, the null direction that gains most along g at equal radius. Shape: (..., m) to (..., m)."""
         return (gradient.to(self.mean) @ self.colouring) @ self.colouring.T
 
     def step_for_radius(self, features: Tensor, direction: Tensor, radii: Tensor) -> Tensor:
-        """Largest ε >= 0 with radius(f + ε d) <= R for every R, in closed form; NaN where no such ε exists.
+        """Return the largest ε >= 0 with radius(f + ε d) <= R for every R, in closed form; NaN where there is none.
 
-        NaN: the feature lies outside R already and the direction does not lead back in, or the direction has no length.
+        NaN: the feature lies outside R already and the direction does not lead back in, or it has no length.
 
-        Shapes: features and direction (B, m), the direction in the null space; radii (G,) >= 0; returns (B, G) float64.
+        Shape: features and directions in the null space (B, m), radii (G,) >= 0; returns (B, G) float64.
 
         Example:
             >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
             >>> gaussian = ConditionalGaussian.from_moments(torch.zeros(2), torch.eye(2), space)
-            >>> step = gaussian.step_for_radius(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([1.0, 3.0]))
-            >>> [round(float(s), 3) for s in step[0]]
+            >>> f, d = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])
+            >>> [round(float(s), 3) for s in gaussian.step_for_radius(f, d, torch.tensor([1.0, 3.0]))[0]]
             [nan, 1.0]
         """
         start = self.whiten(features)
@@ -312,16 +334,3 @@ class ConditionalGaussian:
         root = (discriminant.clamp_min(0).sqrt() - mixed[:, None]) / length[:, None]
         exists = (discriminant >= 0) & (root >= 0) & (length > 0)[:, None]
         return torch.where(exists, root, torch.full_like(root, math.nan))
-
-
-def _check(mean: Tensor, covariance: Tensor, width: int, nullity: int, floor: float) -> None:
-    if mean.shape != (width,) or covariance.shape != (width, width):
-        raise ValueError(
-            f"expected mean ({width},) and covariance ({width}, {width}), got {tuple(mean.shape)} and {tuple(covariance.shape)}"
-        )
-    if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-        raise ValueError("the mean or covariance of the features holds NaN or infinity")
-    if not 0 < floor <= 1:
-        raise ValueError(f"the floor must be a share of the mean variance in (0, 1], got {floor}")
-    if nullity == 0:
-        raise ValueError("this head has no null space, so there is no null component whose radius could be measured")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ def null_projector(weight: Tensor, rtol: float | None = None) -> Tensor:
 
 def angle_degrees(x: Tensor, y: Tensor) -> Tensor:
     """arccos of the cosine, in degrees: fine away from 0 and 180."""
-    return torch.rad2deg(torch.arccos(torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1).clamp(-1, 1)))
+    return torch.rad2deg(
+        torch.arccos(torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1).clamp(-1, 1))
+    )
 
 
 def ridge(f: np.ndarray, z: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +41,7 @@ def projection(weight: Tensor, features: Tensor) -> Tensor:
 
 
 def between_class_share(features: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """Between-class over total scatter of the centred null components, from the definition: class means of these very rows."""
+    """Between-class over total scatter of the centred null components, with the class means of these very rows."""
     null = features - features.mean(0)
     null = null - null @ torch.linalg.pinv(weight) @ weight
     means = torch.stack([null[labels == y].mean(0) for y in labels.tolist()])
@@ -57,7 +61,7 @@ def sing_terms(
     confusable: int,
     random_targets: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Every SingLoss term image by image in plain loops, from METHOD section 6; steer to the texts and to random targets."""
+    """Every SingLoss term image by image in plain loops (METHOD section 6); steer to the texts and random targets."""
     project = torch.linalg.pinv(weight) @ weight
     text = texts / texts.norm(dim=1, keepdim=True)
     rows = []
@@ -106,15 +110,43 @@ def sing_terms(
 
 
 def weight_terms(weight: Tensor, matrices: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
-    """The terms of W alone from full matrices: M = A Π_n Aᵀ, the centred W's singular values, cosines of pairs of rows."""
+    """The terms of W alone: M = A Π_n Aᵀ, the centred W's singular values, cosines of pairs of rows."""
     null = torch.eye(weight.shape[1], dtype=weight.dtype) - torch.linalg.pinv(weight) @ weight
     cosine = torch.nn.functional.cosine_similarity
     moved = [cosine(a @ null @ a.T @ t, t, dim=0).square() for a in matrices for t in targets]
     rank = min(len(weight) - 1, weight.shape[1])
     sigma = torch.linalg.svdvals(weight - weight.mean(0))[:rank]
-    pairs = [cosine(weight[i], weight[j], dim=0).square() for i in range(len(weight)) for j in range(len(weight)) if i != j]
+    pairs = [
+        cosine(weight[i], weight[j], dim=0).square() for i in range(len(weight)) for j in range(len(weight)) if i != j
+    ]
     return {
         "steer": torch.stack(moved).mean(),
         "head": torch.relu(0.3 - sigma.min() / sigma.max()).square() / 0.3**2,
         "orthogonal": torch.stack(pairs).mean(),
     }
+
+
+def degrees(x: Tensor, y: Tensor) -> float:
+    """The angle between two vectors by their parallelogram, right at 0 and 180."""
+    x, y = x.double() / x.double().norm(), y.double() / y.double().norm()
+    return math.degrees(2 * math.atan2(float((x - y).norm()), float((x + y).norm())))
+
+
+def translations(
+    features: Tensor, weight: Tensor, matrix: Tensor, offset: Tensor, mean: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """(T f, T f~) of every image through the (m, m) null projector of a full SVD."""
+    null = null_projector(weight)
+    mu = torch.zeros(features.shape[1], dtype=torch.float64) if mean is None else mean.double()
+    pairs = []
+    for f in features.double():
+        equivalent = f - null @ (f - mu)
+        pairs.append((matrix.double() @ f + offset.double(), matrix.double() @ equivalent + offset.double()))
+    return pairs
+
+
+def concept_angles(pairs: list[tuple[Tensor, Tensor]], texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Angles before and after, (N, K) each."""
+    before = [[degrees(z, text) for text in texts] for z, _ in pairs]
+    after = [[degrees(z_eq, text) for text in texts] for _, z_eq in pairs]
+    return torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64)

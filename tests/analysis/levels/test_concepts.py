@@ -21,7 +21,7 @@ from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator, fit_mlp_translator, fit_translator
 from tests.analysis.levels.level_data import World, measure_in_process
 from tests.processes import run_processes
-from tests.reference import levels
+from tests.reference import formulas
 
 
 def assert_close(found: np.ndarray, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -32,10 +32,10 @@ def assert_close(found: np.ndarray, expected: torch.Tensor, tolerance: float = 1
 def test_every_figure_is_that_of_the_slow_loops(centred: bool) -> None:
     world = World.make()
     found = world.measure(centred=centred)
-    pairs = levels.translations(
+    pairs = formulas.translations(
         world.features, world.weight, world.translator.matrix, world.translator.offset, world.mean if centred else None
     )
-    before, after = levels.concept_angles(pairs, world.concept_texts)
+    before, after = formulas.concept_angles(pairs, world.concept_texts)
     score = before - after
     assert (found.images, found.unlabelled, found.centred) == (31, 1, centred)
     for name, values in (("before", before), ("after", after), ("AS", score)):
@@ -47,7 +47,7 @@ def test_every_figure_is_that_of_the_slow_loops(centred: bool) -> None:
     assert_close(found.overall["AS_low"], score.mean(0) - half)
     kappa = [[float(kappa(z, z_eq, text.double())) for text in world.concept_texts] for z, z_eq in pairs]
     assert_close(found.overall["kappa"], torch.tensor(kappa).mean(0), 1e-5)
-    moved = torch.tensor([levels.degrees(z, z_eq) for z, z_eq in pairs])
+    moved = torch.tensor([formulas.degrees(z, z_eq) for z, z_eq in pairs])
     assert found.image_score == pytest.approx(float(moved.mean()), abs=1e-4)
     assert found.image_score_std == pytest.approx(float(moved.std(correction=0)), abs=1e-4)
     for label in range(3):
@@ -123,9 +123,9 @@ def test_extreme_angles_and_large_offsets_are_right_too() -> None:
     world = World.make(12, unlabelled=False)
     space = world.space
     tiny = space.remove(world.features) + 1e-5 * space.component(world.features) + 30
-    pairs = levels.translations(tiny, world.weight, world.translator.matrix, world.translator.offset)
+    pairs = formulas.translations(tiny, world.weight, world.translator.matrix, world.translator.offset)
     texts = torch.stack([pairs[0][0], -pairs[0][0], pairs[1][1], pairs[2][0] + 1e-4, world.concept_texts[0].double()])
-    before, after = levels.concept_angles(pairs, texts.float())
+    before, after = formulas.concept_angles(pairs, texts.float())
     assert before.min() < 1e-3
     assert before.max() > 179.9
     found = analyze_concepts(
@@ -151,7 +151,7 @@ def test_real_sizes_are_right_to_a_ten_thousandth_of_a_degree() -> None:
     found = analyze_concepts(
         [batch], list("abcdef"), texts, null_space=NullSpace.from_weight(weight), translator=translator, class_names=["x"] * 24
     )
-    before, after = levels.concept_angles(levels.translations(f, weight, translator.matrix, translator.offset), texts)
+    before, after = formulas.concept_angles(formulas.translations(f, weight, translator.matrix, translator.offset), texts)
     assert_close(found.per_class["before"], before)
     assert_close(found.per_class["AS"], before - after)
 
@@ -165,7 +165,7 @@ def test_a_non_linear_translator_is_called_on_the_removed_features() -> None:
     found = world.measure(centred=True)
     null = world.space.component(world.features - world.mean)
     pairs = list(zip(translator(world.features).double(), translator(world.features - null).double(), strict=True))
-    before, after = levels.concept_angles(pairs, world.concept_texts)
+    before, after = formulas.concept_angles(pairs, world.concept_texts)
     assert_close(found.overall["AS"], (before - after).mean(0))
     assert float(image_score(pairs[0][0], pairs[0][1])) > 0.1
 

@@ -14,7 +14,7 @@ from singreg.analysis.levels.gallery import Gallery, nearest_pictures
 from singreg.analysis.levels.image_results import PictureShift
 from singreg.analysis.levels.pairs import EquivalentPairs
 from tests.analysis.levels.level_data import NumberedPart, World
-from tests.reference import levels
+from tests.reference import formulas
 
 
 def make_gallery(count: int = 23, *, prefix: str = "gallery") -> Gallery:
@@ -23,7 +23,7 @@ def make_gallery(count: int = 23, *, prefix: str = "gallery") -> Gallery:
 
 
 def expected(z: torch.Tensor, gallery: Gallery, k: int, without: bytes) -> list[tuple[int, float]]:
-    found = [(levels.degrees(z, torch.from_numpy(row)), place) for place, row in enumerate(gallery.embeddings)]
+    found = [(formulas.degrees(z, torch.from_numpy(row)), place) for place, row in enumerate(gallery.embeddings)]
     kept = [(place, degrees) for degrees, place in sorted(found) if bytes(gallery.part.digests[place]) != without]
     return kept[:k]
 
@@ -41,7 +41,7 @@ def test_nearest_pictures_are_those_of_the_loop_and_never_the_picture_itself(
     gallery.embeddings[4] = world.translator(world.features[4]).numpy()  # the nearest of all, were it not itself
     steered = world.features[indices] + world.space.component(torch.ones(12))
     found = nearest_pictures(world.features[indices], indices, world.part, gallery, pairs=pairs, k=3, steered=steered)
-    truth = levels.translations(world.features, world.weight, world.translator.matrix, world.translator.offset)
+    truth = formulas.translations(world.features, world.weight, world.translator.matrix, world.translator.offset)
     for shift, index, moved in zip(found, indices, world.translator(steered), strict=True):
         assert (shift.index, shift.image) == (index, f"picture-{index}")
         assert shift.steered is not None

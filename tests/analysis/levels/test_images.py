@@ -11,7 +11,7 @@ import torch
 
 from singreg.analysis.levels.image_results import ImageMeasurement
 from tests.analysis.levels.level_data import World
-from tests.reference import levels
+from tests.reference import formulas
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -19,13 +19,13 @@ from tests.reference import levels
 def test_the_worst_pictures_and_their_concepts_are_those_of_the_slow_loops(by: str, centred: bool) -> None:
     world = World.make()
     found = world.worst(by=by, centred=centred, count=6, moved=3)
-    pairs = levels.translations(
+    pairs = formulas.translations(
         world.features, world.weight, world.translator.matrix, world.translator.offset, world.mean if centred else None
     )
-    before, after = levels.concept_angles(pairs, world.concept_texts)
+    before, after = formulas.concept_angles(pairs, world.concept_texts)
     own = [world.texts[label] for label in world.labels]
-    attribute = np.array([levels.degrees(z, t) - levels.degrees(z_eq, t) for (z, z_eq), t in zip(pairs, own, strict=True)])
-    image = np.array([levels.degrees(z, z_eq) for z, z_eq in pairs])
+    attribute = np.array([formulas.degrees(z, t) - formulas.degrees(z_eq, t) for (z, z_eq), t in zip(pairs, own, strict=True)])
+    image = np.array([formulas.degrees(z, z_eq) for z, z_eq in pairs])
     badness = np.where(world.labels.numpy() < 0, np.inf, attribute if by == "AS" else -image)
     assert [worst.index for worst in found.worst] == np.argsort(badness)[:6].tolist()
     assert (found.images, found.unlabelled, found.by, found.centred) == (30, 1, by, centred)

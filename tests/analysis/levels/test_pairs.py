@@ -9,7 +9,7 @@ from singreg.analysis.levels.pairs import EquivalentPairs
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator
 from tests.analysis.levels.level_data import World
-from tests.reference import levels
+from tests.reference import formulas
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -18,7 +18,7 @@ def test_translations_are_those_through_the_null_projector(centred: bool, dtype:
     world = World.make()
     mean = world.mean if centred else None
     z, z_eq = EquivalentPairs(world.translator, world.space, mean=mean)(world.features.to(dtype))
-    truth = levels.translations(world.features, world.weight, world.translator.matrix, world.translator.offset, mean)
+    truth = formulas.translations(world.features, world.weight, world.translator.matrix, world.translator.offset, mean)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-11
     torch.testing.assert_close(z.double(), torch.stack([first for first, _ in truth]), atol=tolerance, rtol=0)
     torch.testing.assert_close(z_eq.double(), torch.stack([second for _, second in truth]), atol=tolerance, rtol=0)
@@ -30,7 +30,7 @@ def test_nothing_is_lost_where_the_null_component_is_almost_everything() -> None
     """Null components a thousand times the row-space ones: subtracting T(Π_n f) in float32 is the control that loses digits."""
     world = World.make()
     f = 1e-3 * world.space.remove(world.features) + 1e2 * world.space.component(world.features)
-    truth = torch.stack([z for _, z in levels.translations(f, world.weight, world.translator.matrix, world.translator.offset)])
+    truth = torch.stack([z for _, z in formulas.translations(f, world.weight, world.translator.matrix, world.translator.offset)])
     _, folded = EquivalentPairs(world.translator, world.space)(f)
     shift = world.space.component(f) @ world.translator.matrix.T
     control = world.translator(f) - shift

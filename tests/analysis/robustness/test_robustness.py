@@ -29,7 +29,7 @@ from singreg.analysis.old_robustness.attacks import (
 )
 from singreg.analysis.old_robustness.measure import RobustnessSettings, usual_attacks
 from singreg.analysis.old_robustness.results import RobustnessFigures
-from singreg.maximiser import Directions, Maximiser, maximise_similarity
+from singreg.maximiser import Directions, Maximiser
 from singreg.models.edits import drop_null
 from singreg.nullspace import NullSpace
 from singreg.steering import ConditionalGaussian, steering_direction
@@ -75,8 +75,8 @@ def single(space: NullSpace, step: float) -> Any:
 
 def most(space: NullSpace, step: float) -> Any:
     t = robust.translators()["one"]
-    arguments = {"matrix": t.matrix.double(), "offset": t.offset.double(), "null_space": space}
-    return lambda f, k: maximise_similarity(f[None], toy.texts()[k], budget=step * float(f.norm()), **arguments).displacement[0]
+    maximiser = Maximiser(Directions(space), matrix=t.matrix, offset=t.offset)
+    return lambda f, k: maximiser.maximise(f[None], toy.texts()[k], step * float(f.norm())).displacement[0]
 
 
 def test_curves_are_those_of_plain_loops() -> None:
