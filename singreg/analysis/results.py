@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 Rows = dict[str, np.ndarray]
+PRIMARY = "auditor"
 CENTRED = "centred "  # before the names of the figures of f - Π_n (f - μ), METHOD section 8.4
 
 

@@ -18,7 +18,7 @@ from singreg.analysis.chance import FIGURES, KINDS
 from singreg.analysis.concepts import select_concepts
 from singreg.analysis.probes import BLOCKS
 from singreg.data.datasets import ImageSplit
-from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, styled
+from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, label_points, panels, save, styled
 from singreg.tables import BLOCK_TITLES, KIND_TITLES
 
 STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "SingLoss"}
@@ -77,7 +77,7 @@ def plot_joint(joints: Mapping[str, Found], path: Path, *, separate: bool = Fals
     for place, (name, joint) in enumerate(joints.items()):
         axes, colour = drawn[place % count], COLOURS.get(name, CYCLE[place % len(CYCLE)])
         points = np.array(joint["points"])
-        alpha = 0.35 if separate else max(0.12, 0.35 / len(joints))
+        alpha = 0.35 if separate else max(0.2, 0.35 / len(joints))
         axes.scatter(points[:, 0], points[:, 1], s=7, alpha=alpha, color=colour, linewidths=0)
         for e in joint["ellipses"]:
             line: dict[str, Any] = {"linewidth": 1.8 if e["sigma"] == 1 else 1.2, "fill": False, "edgecolor": colour}
@@ -180,19 +180,12 @@ def _violins(axes: Axes, scores: Sequence[Found], key: str) -> None:
 
 
 def plot_class_accuracy(found: Found, path: Path, *, named: int = 6) -> Path:
-    """Draw AS⁻ of every class against its accuracy; the leakiest classes are numbered and named beside the axes."""
+    """Draw AS⁻ of every class against its accuracy; the leakiest classes are named."""
     figure, (axes,) = panels(width=7.4, height=4.2)
     leak = [score["means"]["AS_neg"] for score in found["classes"]]
     accuracy = [100 * score["means"]["accuracy"] for score in found["classes"]]
-    axes.scatter(leak[named:], accuracy[named:], s=26, color=GREY, alpha=0.7, linewidths=0)
+    axes.scatter(leak, accuracy, s=30, color=[RED if place < named else GREY for place in range(len(leak))])
     axes.margins(x=0.08, y=0.1)
-    for place, score in enumerate(found["classes"][:named]):  # numbers, since names would lie on each other
-        label = f"{place + 1}  {drawable(score['name'], NAME_LENGTH)}"
-        axes.scatter(leak[place], accuracy[place], s=110, color=RED, linewidths=0, label=label)
-        at = {"ha": "center", "va": "center_baseline", "fontsize": 7, "color": "white"}
-        axes.text(leak[place], accuracy[place], f"{place + 1}", **at)  # type: ignore[arg-type]
-    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False, "fontsize": 8}
-    axes.legend(title="the leakiest", title_fontsize=8, handlelength=0, markerscale=0, **beside)
     tie = found["correlations"]["AS_neg"]
     said = "rank correlation not defined"
     if tie["value"] is not None:
@@ -200,6 +193,8 @@ def plot_class_accuracy(found: Found, path: Path, *, named: int = 6) -> Path:
         said = f"Spearman's ρ {tie['value']:+.2f}{bounds} over {tie['classes']} classes"
     axes.set(xlabel="AS⁻ °", ylabel="accuracy, %")
     styled(axes, f"leakage and accuracy by class, by the {found['translator']}; {said}")
+    names = [score["name"] for score in found["classes"][:named]]
+    label_points(axes, leak[:named], accuracy[:named], names)
     return save(figure, path)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from singreg.analysis.analysis_results import PRIMARY
+from singreg.analysis.results import PRIMARY
 from singreg.analysis.comparing.results import CompareReport, OrderCheck
 from singreg.reporting.plots import drawable
 

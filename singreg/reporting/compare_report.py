@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from singreg.analysis.analysis_results import PRIMARY
+from singreg.analysis.results import PRIMARY
 from singreg.analysis.comparing.results import CompareReport
 from singreg.reporting import compare_tables as tables
 from singreg.reporting.compare_plots import draw_comparison

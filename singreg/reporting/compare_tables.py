@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from singreg.analysis.analysis_results import PRIMARY
+from singreg.analysis.results import PRIMARY
 from singreg.analysis.comparing.results import CompareReport, OrderCheck
 from singreg.analysis.results import ModelMeasurement, TranslatorScores
 from singreg.reporting.tables import escape, number, percent, render

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 
 from singreg.analysis.features import STORED_BATCH, FeatureBatch
-from singreg.analysis.levels.concepts import analyze_concepts
+from singreg.analysis.concepts import analyze_concepts
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from singreg.analysis.analysis_findings import AGREEMENT, ZERO_SHOT
-from singreg.analysis.analysis_results import PRIMARY
+from singreg.analysis.results import PRIMARY
+from singreg.tables import AGREEMENT, ZERO_SHOT
 from singreg.analysis.comparing.differences import Measured, PairedFigures
 from singreg.analysis.comparing.results import ComparedHead, ModelDifference, OrderCheck
 from singreg.analysis.old_passport import compare_passports

@@ -1,1 +1,0 @@
-"""Class, concept and image level of an analysis (METHOD section 3)."""
