@@ -22,7 +22,7 @@ from singreg.analysis.comparing.differences import (
 )
 from singreg.analysis.comparing.findings import compare_findings, compare_warnings
 from singreg.analysis.comparing.results import ComparedHead, CompareReport
-from singreg.analysis.passport import head_passport
+from singreg.analysis.old_passport import head_passport
 from singreg.analysis.results import ModelMeasurement
 from singreg.analysis.statistics import paired_difference, paired_ratio
 from tests.analysis.study.arms import COUNT, arm, pictures
