@@ -38,9 +38,6 @@ def angle(x: Tensor, y: Tensor) -> Tensor:
 
     Shape: x, y (..., n), broadcast over the leading axes; returns (...).
 
-    Raises:
-        ValueError: the last axes differ.
-
     Example:
         >>> angle(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])).item()
         90.0
@@ -108,9 +105,6 @@ def pairwise_angles(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     to 5e-5 degrees. Of float64 rows only those within 1e-4 degrees of 0 or 180 need it, and all are right to 1e-7.
 
     Shape: x (B, n), y (K, n) unit (or zero) rows, both float32 or both float64; returns two of (B, K).
-
-    Raises:
-        ValueError: the last axes differ.
 
     Example:
         >>> angles, cosines = pairwise_angles(torch.eye(2), torch.tensor([[0.6, 0.8]]))

@@ -94,22 +94,6 @@ class MLPNetwork(nn.Module):
         return y
 
 
-@dataclass(frozen=True)
-class TrainedMLP:
-    """What a training found.
-
-    Attributes:
-        state: feature_mean (m,), feature_scale (m,), target_mean (n,), target_scale () and the weights as
-            "network.NAME".
-        images: rows fitted on.
-        validation_r2: on the held-out rows; None where those do not vary.
-    """
-
-    state: dict[str, Tensor]
-    images: int
-    validation_r2: float | None
-
-
 def train_mlp(
     features: Array,
     targets: Array,
@@ -118,13 +102,17 @@ def train_mlp(
     normalize_targets: bool = False,
     device: torch.device | str = "cpu",
     progress: bool = True,
-) -> TrainedMLP:
-    """Minimise the mean squared error on rows (f, z); `translator.fit_mlp_translator` makes a translator of the result.
+) -> tuple[dict[str, Tensor], int, float | None]:
+    """Minimise the mean squared error on rows (f, z); see `translator.fit_mlp_translator`.
 
     Memory does not grow with N when the arrays are memory-mapped. The same seed gives the same weights on a CPU. In a
     process group every process passes the same arrays; the first one's weights go to all.
 
     Shape: features (N, m), targets (N, n).
+
+    Returns:
+        What `translator.MLPTranslator` takes as its state, the rows fitted on, and R² on the held-out rows (None where
+        those do not vary).
 
     Raises:
         ValueError: shapes that differ, too few rows, values that are not finite, or a training that diverges.
@@ -136,7 +124,7 @@ def train_mlp(
     state = {**rows.scales, **{f"network.{name}": value for name, value in network.items()}}
     broadcast_from_first(list(state.values()))
     spread = float(rows.moments(1, rows.held_out)[1].mean() / rows.scales["target_scale"].double().cpu().square())
-    return TrainedMLP(state, len(rows.fitted), 1 - error / spread if spread > 0 else None)
+    return state, len(rows.fitted), 1 - error / spread if spread > 0 else None
 
 
 def _train(rows: _Rows, settings: MLPSettings, progress: bool) -> tuple[dict[str, Tensor], float]:

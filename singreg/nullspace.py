@@ -275,9 +275,6 @@ def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invari
 
     Shape: weight (C, m), features (..., m); returns (..., m).
 
-    Raises:
-        ValueError: shapes disagree, or W is not finite.
-
     Example:
         >>> W = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
         >>> row_space_projection(W, torch.tensor([[1.0, 1.0, 1.0]])).tolist()
@@ -357,11 +354,7 @@ class RandomSubspace:
 
     @classmethod
     def draw(cls, width: int, dimension: int, *, seed: int | Sequence[int]) -> RandomSubspace:
-        """Draw a subspace of `dimension` d of the m = `width` features, the same for the same seed anywhere (float64).
-
-        Raises:
-            ValueError: d is not in 1..m.
-        """
+        """Draw d = `dimension` of m = `width` features, the same for the same seed anywhere (float64)."""
         if not 1 <= dimension <= width:
             raise ValueError(f"a random subspace of {width} features needs a dimension in 1..{width}, got {dimension}")
         thin = min(dimension, width - dimension)

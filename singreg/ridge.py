@@ -145,11 +145,7 @@ class RidgeStatistics:
         return found
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the scatter about the means, S_ff (m, m), S_fz (m, n) and S_zz ().
-
-        Raises:
-            ValueError: fewer than two images.
-        """
+        """Return the scatter about the means, S_ff (m, m), S_fz (m, n) and S_zz ()."""
         if self.count < 2:
             raise ValueError(f"a translator needs at least 2 images, got {int(self.count)}")
         s_ff = self.ff - torch.outer(self.f, self.f) / self.count

@@ -158,9 +158,6 @@ def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:
 
     Shape: translated features z and directions u = A d̂ (..., n); returns (...) in the dtype of z.
 
-    Raises:
-        ValueError: θ is not in (0, 180) degrees.
-
     Example:
         >>> step_for_image_score(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 45.0).item()
         1.0
@@ -192,9 +189,6 @@ def bisect_step(
         largest: step tried, as a share of |f|.
 
     Shape: features, direction (B, m); returns (B,) in units of the features.
-
-    Raises:
-        ValueError: θ is not in (0, 180) degrees, or `largest` is not above 1/1024.
 
     Example:
         >>> f, d = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,8 +42,6 @@ class TranslatorInfo:
     standardized: bool = False
     normalized_targets: bool = False
     validation_r2: float | None = None
-    held_out_cosine: float | None = None
-    held_out_r2: float | None = None
     kind: str = "linear"
     by_block: bool = False
 
@@ -66,11 +63,7 @@ class Translator(nn.Module):
     target_dim: int
 
     def forward(self, features: Tensor) -> Tensor:
-        """Translate features, in their dtype. Shape: (..., m) to (..., n).
-
-        Raises:
-            ValueError: features that are not (..., m).
-        """
+        """Translate features, in their dtype. Shape: (..., m) to (..., n)."""
         if features.shape[-1] != self.feature_dim:
             raise ValueError(f"this translator takes features (..., {self.feature_dim}), got {tuple(features.shape)}")
         with torch.autocast(features.device.type, enabled=False):  # angles of a degree are lost in bfloat16
@@ -267,18 +260,19 @@ def fit_mlp_translator(
         torch.Size([200, 4])
     """
     settings = settings or MLPSettings()
-    options: dict[str, Any] = {"normalize_targets": normalize_targets, "device": device, "progress": progress}
-    trained = train_mlp(features, targets, settings, **options)
+    state, images, r2 = train_mlp(
+        features, targets, settings, normalize_targets=normalize_targets, device=device, progress=progress
+    )
     described = replace(
         info or TranslatorInfo(),
         kind=settings.kind,
-        images=trained.images,
+        images=images,
         ridge=0.0,
         standardized=True,
         normalized_targets=normalize_targets,
-        validation_r2=trained.validation_r2,
+        validation_r2=r2,
     )
-    return MLPTranslator(settings, trained.state, described).to(device)
+    return MLPTranslator(settings, state, described).to(device)
 
 
 def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None) -> Translator:

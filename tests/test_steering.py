@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,34 +24,20 @@ from singreg.steering import (
 M, C = 12, 4
 
 
-@dataclass
-class World:
-    """A head of 5 rows on 20 features, a translator to 12 dimensions, and features short and long."""
-
-    space: NullSpace
-    features: Tensor
-    text: Tensor
-    matrix: Tensor
-    offset: Tensor
-
-    @property
-    def linear(self) -> dict[str, Any]:
-        return {"null_space": self.space, "matrix": self.matrix, "offset": self.offset}
-
-    def translate(self, f: Tensor) -> Tensor:
-        return f @ self.matrix.T + self.offset
-
-
-def planted(dtype: torch.dtype = torch.float64, rows: int = 400) -> World:
+def planted(dtype: torch.dtype = torch.float64, rows: int = 400) -> SimpleNamespace:
+    """A head of 5 rows on 20 features, a linear translator to 12 dimensions, and features short and long."""
     generator = torch.Generator().manual_seed(7)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-    weight, matrix, features, offset, text = draw(5, 20), draw(12, 20), draw(rows, 20), draw(12), draw(rows, 12)
+    shapes = ((5, 20), (12, 20), (rows, 20), (12,), (rows, 12))
+    drawn = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in shapes)
+    weight, matrix, features, offset, text = drawn
     features = features * torch.logspace(-1, 1.5, rows, dtype=torch.float64)[:, None]
     matrix[0] *= 20  # one axis outweighs the others, so that many steps lead along z instead of away from it
-    return World(NullSpace.from_weight(weight), *(x.to(dtype) for x in (features, text, matrix, offset)))
+    features, text, matrix, offset = (x.to(dtype) for x in (features, text, matrix, offset))
+    space = NullSpace.from_weight(weight)
+    linear = {"null_space": space, "matrix": matrix, "offset": offset}
+    return SimpleNamespace(
+        space=space, features=features, text=text, linear=linear, translate=lambda f: f @ matrix.T + offset
+    )
 
 
 @pytest.mark.parametrize("degrees", [5.0, 40.0, 89.9, 120.0])
@@ -76,7 +62,7 @@ def test_steering_hits_the_image_score_keeps_logits_and_flags_the_rest(dtype: to
         steered = steer(w.features, w.text, **w.linear, image_score=degrees)
         z, moved, reached = w.translate(w.features), w.translate(steered.features), steered.reachable
         # Out of reach is exactly what the half line z + ε u never turns to.
-        assert torch.equal(reached, angle(z, direction @ w.matrix.T) > degrees)
+        assert torch.equal(reached, angle(z, direction @ w.linear["matrix"].T) > degrees)
         assert 50 < int(reached.sum()) < len(reached)
         assert (angle(z, moved)[reached] - degrees).abs().max() < 1e-3
         assert torch.equal(steered.features[~reached], w.features[~reached])
@@ -103,7 +89,8 @@ def test_the_direction_is_the_projected_gradient_and_any_callable_is_steered_ali
     fast, slow = (steer(w.features, w.text, **kind, image_score=40.0) for kind in (w.linear, opaque))
     assert torch.equal(fast.reachable, slow.reachable)
     torch.testing.assert_close(fast.features, slow.features, rtol=1e-8, atol=1e-8)
-    for kinds in ({}, {"matrix": w.matrix}, {"matrix": w.matrix, "offset": w.offset, "translator": nn.Identity()}):
+    text = w.text
+    for kinds in ({}, {"matrix": text}, {"matrix": text, "offset": text, "translator": nn.Identity()}):
         with pytest.raises(ValueError, match="either as matrix= and offset="):
             steer(w.features, w.text, null_space=w.space, image_score=40.0, **kinds)
 
@@ -157,29 +144,21 @@ def test_bisection_is_bounded_and_needs_no_norm() -> None:
         bisect_step(lambda x: x, f, d, 40.0, largest=0.0)
 
 
-@dataclass
-class Natural:
-    """A head of 4 rows on 12 features, and 5,000 correlated features."""
-
-    space: NullSpace
-    mean: Tensor
-    covariance: Tensor
-    features: Tensor
-
-    def gaussian(self, **options: Any) -> ConditionalGaussian:
-        return ConditionalGaussian.from_moments(self.mean, self.covariance, self.space, **options)
-
-
-def natural(seed: int = 0) -> Natural:
+def natural(seed: int = 0, **options: Any) -> SimpleNamespace:
+    """A head of 4 rows on 12 features, 5,000 correlated features and their conditional Gaussian."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((C, M), (M, M), (M,), (5000, M))
     weight, root, mean, normal = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in shapes)
-    return Natural(NullSpace.from_weight(weight), mean, root @ root.T, mean + normal @ root.T)
+    space, covariance = NullSpace.from_weight(weight), root @ root.T
+    gaussian = ConditionalGaussian.from_moments(mean, covariance, space, **options)
+    return SimpleNamespace(
+        space=space, mean=mean, covariance=covariance, features=mean + normal @ root.T, gaussian=gaussian
+    )
 
 
 def test_radius_is_the_textbook_formula_and_natural_features_are_where_theory_puts_them() -> None:
-    w = natural()
-    gaussian = w.gaussian(floor=1e-12)
+    w = natural(floor=1e-12)
+    gaussian = w.gaussian
     assert gaussian.floored == 0
     # √((n - E[n|p])ᵀ S⁻¹ (n - E[n|p])) one feature at a time, with the Schur complement S
     q, n = w.space.basis, w.space.null_basis()
@@ -199,8 +178,8 @@ def test_radius_is_the_textbook_formula_and_natural_features_are_where_theory_pu
 
 
 def test_steps_end_on_the_radius_and_are_the_largest() -> None:
-    w = natural(1)
-    gaussian, features = w.gaussian(floor=1e-9), w.features[:60]
+    w = natural(1, floor=1e-9)
+    gaussian, features = w.gaussian, w.features[:60]
     direction = normalize(w.space.component(torch.randn(60, M, dtype=torch.float64)), dim=1)
     radii = torch.tensor([1.0, 2.5, 5.0], dtype=torch.float64)
     step = gaussian.step_for_radius(features, direction, radii)
@@ -220,8 +199,8 @@ def test_steps_end_on_the_radius_and_are_the_largest() -> None:
 
 
 def test_the_on_manifold_direction_gains_most_at_equal_radius() -> None:
-    w = natural(2)
-    gaussian, gradient = w.gaussian(floor=1e-9), torch.randn(M, dtype=torch.float64)
+    w = natural(2, floor=1e-9)
+    gaussian, gradient = w.gaussian, torch.randn(M, dtype=torch.float64)
     best = gaussian.on_manifold(gradient)
     assert (best @ w.space.basis).abs().max() < 1e-9 * best.norm()
 
