@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor, nn
 
-from recipes import finetune
+import finetune
 from singreg import loop
 from singreg.analysis.features import PassSettings
 from singreg.config import FinetuneConfig, overridden
@@ -117,7 +117,7 @@ class Arm:
         return overridden(FinetuneConfig(out=str(self.folder)), {**usual, **self.values})
 
     def run(self, *, stop_after: int | None = None) -> dict[str, Tensor]:
-        """The trained classifier's state, from the newest checkpoint on; `Stop` comes after a step, before saving it."""
+        """The trained classifier's state, from the newest checkpoint on; `Stop` comes after a step, before a save."""
         AcceleratorState._reset_state(True)
         config, threads = self.config(), torch.get_num_threads()
         accelerator = start(config)

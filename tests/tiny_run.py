@@ -1,36 +1,52 @@
-"""A fine-tuning run that takes seconds: its arguments, and running it in this process. Nothing here asserts."""
+"""A fine-tuning run that takes seconds: its arguments, running it here or in a process that can be killed."""
 
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+import multiprocessing
+import os
+import resource
+import signal as signals
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pyarrow.parquet as pq
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
-from recipes.finetune import main
-
-TINY = [
-    "--data.scenes_train", "80", "--data.scenes_audit", "64", "--data.scenes_test", "45", "--data.scenes_bank", "10",
-    "--data.augmentation", "none", "--training.epochs", "2", "--training.batch_size", "16", "--training.watch", "20",
-    "--training.log_every", "2", "--training.checkpoint_every", "3", "--translator.refreshes", "1", "--translator.ridge", "1",
-    "--auditor.ridge", "1",
-]  # fmt: skip
-
-
-def arguments(runs: Path, cache: Path, *more: str) -> list[str]:
-    return ["--runs", str(runs), "--cache", str(cache), *TINY, *more]
+TINY = {
+    "data.scenes": "{train: 80, audit: 64, test: 45, bank: 10}",
+    "data.augmentation": "none",
+    "training.batch_size": "16",
+    "training.checkpoint_every": "3",
+    "translator.refreshes": "1",
+    "translator.ridge": "1",
+}
+PATIENCE = 300.0  # seconds a run may take before it counts as stuck
 
 
-def finetune(runs: Path, cache: Path, *more: str, keep_group: bool = False) -> None:
+def arguments(out: Path, *more: str) -> list[str]:
+    """Ten steps an arm, the translator refreshed after the fifth."""
+    return [word for key, value in TINY.items() for word in (f"--{key}", value)] + ["--out", str(out), *more]
+
+
+def finetune(out: Path, *more: str, keep_group: bool = False) -> None:
     """Run the recipe; `keep_group` leaves the process group, which the tests' processes own, as it is."""
+    import finetune as recipe
+
     AcceleratorState._reset_state(True)
     with patch.object(Accelerator, "end_training", lambda _: None) if keep_group else nullcontext():
         try:
-            main(arguments(runs, cache, *more))
+            recipe.main(arguments(out, *more))
         finally:
             AcceleratorState._reset_state(True)
 
@@ -38,6 +54,98 @@ def finetune(runs: Path, cache: Path, *more: str, keep_group: bool = False) -> N
 def report_of(folder: Path) -> dict[str, Any]:
     """report.json without what may differ between two runs of the same configuration."""
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    for name in ("seconds", "settings", "machine", "sha256"):  # the last is the report's own
-        report.pop(name)
-    return report
+    return {name: value for name, value in report.items() if name not in ("seconds", "settings", "machine")}
+
+
+def differences(folder: Path, wanted: Path) -> list[str]:
+    """Files whose numbers are not exactly those of another run of the same configuration; empty when all are."""
+    found = []
+    names = ["model/model.safetensors", "model-control/model.safetensors"]
+    for name in [*names, *sorted(path.name for path in wanted.glob("translator-*.safetensors"))]:
+        mine, theirs = load_file(folder / name), load_file(wanted / name)
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[key], theirs[key]) for key in theirs):
+            found.append(name)
+    if not pq.read_table(folder / "scores.parquet").equals(pq.read_table(wanted / "scores.parquet")):
+        found.append("scores.parquet")
+    if report_of(folder) != report_of(wanted):
+        found.append("report.json")
+    if left := [str(path.relative_to(folder)) for path in folder.rglob(".*")]:
+        found.append(f"left behind: {', '.join(left)}")
+    return found
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit status (minus a signal's number), what it printed, seconds."""
+
+    status: int
+    said: str
+    seconds: float
+
+
+def _work(given: list[str], log: str, limit: int | None) -> None:
+    if limit is not None:  # no file may grow beyond it: writing fails as it does on a full disk, in every library
+        signals.signal(signals.SIGXFSZ, signals.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if hasattr(os, "sched_setaffinity"):  # one core, one thread: runs beside other work repeat all the same
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["recipes/finetune.py", *given]
+    import finetune as recipe
+
+    recipe.main(given)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """This process on one core for a while: recipes then take one thread and sums round as in `run`'s processes."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
+
+
+def run(
+    given: list[str],
+    log: Path,
+    *,
+    signal: int | None = None,
+    after: float = 0.0,
+    when: Callable[[], bool] | None = None,
+    limit: int | None = None,
+) -> Ended:
+    """Run the recipe in a process forked from a server that has the libraries loaded.
+
+    A signal may be sent after some seconds or when something is the case; `limit`: bytes that no file may exceed.
+    """
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["finetune", "tests.tiny_run"])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"")
+    process: BaseProcess = context.Process(target=_work, args=(given, str(log), limit))
+    begun = time.monotonic()
+    process.start()
+    try:
+        while signal is not None and process.is_alive():
+            if time.monotonic() >= begun + after if when is None else when():
+                os.kill(process.pid or 0, signal)
+                break
+            if time.monotonic() > begun + PATIENCE:
+                raise TimeoutError(f"the moment for the signal never came; the run said:\n{log.read_text()}")
+            process.join(0.01)
+        process.join(PATIENCE)
+        if process.is_alive():
+            raise TimeoutError(f"the run did not end in {PATIENCE} s; it said:\n{log.read_text()}")
+    finally:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return Ended(process.exitcode or 0, log.read_text(errors="replace"), time.monotonic() - begun)

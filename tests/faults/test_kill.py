@@ -9,16 +9,12 @@ import pytest
 from tests.faults.kill import kill_at_random
 
 
-def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path: Path) -> None:
-    counts = kill_at_random(2, tmp_path)
-    print(f"\n{counts.line()}")
-    assert counts.kills == 2
-    assert not counts.wrong
-
-
-@pytest.mark.slow
-def test_twenty_kills_of_the_tiny_run(tmp_path: Path) -> None:
-    counts = kill_at_random(20, tmp_path, seed=1)
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_ends_in_the_same_bits(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SINGREG_CACHE", str(tmp_path / "cache"))
+    counts = kill_at_random(count, tmp_path, seed=count)
     print(f"\n{counts.line()}\nthey came at: {'; '.join(counts.stopped_at)}")
-    assert counts.kills == 20
+    assert counts.kills == count
     assert not counts.wrong

@@ -1,0 +1,387 @@
+"""recipes/finetune.py from end to end on tiny scenes: files, reloading, resuming, interruption, refusals."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+import finetune as recipe
+from singreg import checkpoints, loop, runs, utils
+from singreg.checkpoints import Checkpoints
+from singreg.config import FinetuneConfig, parse
+from singreg.data.classes import expand_classes
+from singreg.loop import TrainingFailed
+from singreg.loop_translator import LoopTranslator
+from singreg.models.classifier import Classifier
+from singreg.setup import model_name
+from singreg.translator import load_translator
+from tests.images import write_tree
+from tests.processes import run_processes
+from tests.tiny_run import arguments, differences, finetune, one_core, run
+
+STAGES = ["before", "control", "sing"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache, and one core: runs repeat to the bit beside other work."""
+    with pytest.MonkeyPatch.context() as patch, one_core():
+        patch.setenv("SINGREG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    finetune(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but TensorBoard's, which grow with every start."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_the_folder_of_a_run(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    assert list(report["measurements"]) == STAGES
+    assert {measured["images"] for measured in report["measurements"].values()} == {45}
+    assert set(report["measurements"]["sing"]["translators"]) == {"frozen", "loop", "auditor"}
+    assert len(report["comparisons"]) == 13
+    for measured in report["measurements"].values():
+        assert measured["logit_change_float64"] < 1e-9
+        assert measured["logit_change_float32"] < 1e-4
+    rows = pd.read_parquet(finished / "scores.parquet")
+    assert rows.groupby("model").size().to_dict() == dict.fromkeys(STAGES, 45)
+    assert {"report.md", "report.html", "config.yaml"} <= {path.name for path in finished.iterdir()}
+    assert not (finished / "checkpoints" / "sing").exists(), "the arm's checkpoints have done their work"
+    assert not list(finished.rglob(".*")), "temporary files were left behind"
+
+
+def test_the_models_reload_with_plain_timm_to_the_same_bits(finished: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 64, 64)
+    for folder in (finished / "model", finished / "model-control"):
+        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        classifier = Classifier.from_timm(f"local-dir:{folder}").eval()
+        with torch.no_grad():
+            features, logits = classifier.features_and_logits(images)
+            assert torch.equal(plain(images), logits)
+            assert torch.equal(plain.forward_head(plain.forward_features(images), pre_logits=True), features)
+            assert torch.equal(classifier.logits(features), logits)
+
+
+def test_the_translators_say_which_model_they_belong_to(finished: Path) -> None:
+    before, after, control = (load_translator(finished / f"translator-{name}.safetensors").info for name in
+                              ("before", "after", "after-control"))  # fmt: skip
+    assert after.head_hash == Classifier.from_timm(f"local-dir:{finished / 'model'}").head_hash()
+    assert len({before.head_hash, after.head_hash, control.head_hash}) == 3
+    assert before.images == 90
+    with pytest.raises(ValueError, match="head_hash"):
+        load_translator(finished / "translator-before.safetensors", expected=after)
+
+
+def test_the_curves_of_both_arms(finished: Path) -> None:
+    found = {arm: EventAccumulator(str(finished / "tensorboard" / arm)).Reload() for arm in ("control", "sing")}
+    terms = {"train/ce", "train/leak", "train/hinge", "train/band", "train/class_share", "train/sing_weight"}
+    watched = {f"watch/{name}/{figure}" for name in ("frozen", "loop") for figure in ("AS_neg", "IS")}
+    assert terms | watched <= set(found["sing"].Tags()["scalars"])
+    assert {"train/ce", "train/learning_rate", "watch/frozen/IS"} <= set(found["control"].Tags()["scalars"])
+    assert not {"train/leak", "watch/loop/IS"} & set(found["control"].Tags()["scalars"])
+    assert "watch/frozen/histogram" in found["control"].Tags()["images"]
+    assert [event.step for event in found["sing"].Scalars("watch/loop/IS")] == [5, 10]
+    assert sorted(path.name for path in (finished / "tensorboard").iterdir()) == ["control", "sing"]
+
+
+def test_the_arms_differ_by_the_loss_alone(finished: Path, tmp_path: Path) -> None:
+    """With a weight of 0 the regularised arm must be the control, bit for bit."""
+    finetune(tmp_path / "zero", "--loss.weight", "0", "--training.epochs", "1")
+    for folder, alike in ((tmp_path / "zero", True), (finished, False)):
+        control, sing = (load_file(folder / name / "model.safetensors") for name in ("model-control", "model"))
+        assert all(torch.equal(control[name], sing[name]) for name in control) == alike
+
+
+def test_a_finished_run_is_kept_and_resuming_it_does_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="already holds a run; use --resume true"):
+        finetune(finished)
+    with pytest.raises(SystemExit, match="differs from the configuration given"):
+        finetune(finished, "--resume", "true", "--seed", "5")
+    before = contents(finished)
+    monkeypatch.setattr(recipe, "train", lambda *_: pytest.fail("an arm was trained again"))
+    monkeypatch.setattr(Classifier, "features_and_logits", lambda *_: pytest.fail("something was measured again"))
+    finetune(finished, "--resume", "true")
+    after = contents(finished)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {"report.json", "report.md", "report.html"}, "which hold the command"
+
+
+def test_the_resolved_configuration_gives_the_same_run(finished: Path, tmp_path: Path) -> None:
+    """A CPU run repeats bit for bit, from nothing but its config.yaml."""
+    assert yaml.safe_load((finished / "config.yaml").read_text())["training"]["batch_size"] == 16
+    finetune(tmp_path / "run", "--config", str(finished / "config.yaml"), "--out", str(tmp_path / "run"))
+    assert differences(tmp_path / "run", finished) == []
+
+
+def in_step(patch: pytest.MonkeyPatch, step: int, arm: str, action: Any) -> None:
+    """Do something in the middle of an arm's step."""
+    original = loop.micro_step
+
+    def interrupted(this: loop.Arm, batch: Sequence[Tensor], now: int) -> Any:
+        if now == step and this.name == arm:
+            batch = action(batch) or batch
+        return original(this, batch, now)
+
+    patch.setattr(loop, "micro_step", interrupted)
+
+
+def fail(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("arm", "step"), [("control", 4), ("sing", 8)])
+def test_a_run_that_stopped_anywhere_resumes_to_the_same_bits(
+    arm: str, step: int, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        in_step(patch, step, arm, fail)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tmp_path / "run")
+    said = capsys.readouterr().err
+    assert f"kept in {tmp_path / 'run'}" in said
+    assert f"--config {tmp_path / 'run' / 'config.yaml'} --resume true" in said
+    assert not (tmp_path / "run" / "report.json").exists()
+    finetune(tmp_path / "run", "--resume", "true")
+    assert differences(tmp_path / "run", finished) == []
+
+
+def test_sigterm_saves_the_step_and_leaves_the_refresh_for_later(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refresh comes after step 5 and may take as long as an epoch: the scheduler would have killed it by then."""
+    refreshed: list[int] = []
+    original = LoopTranslator.refresh
+
+    def counted(self: LoopTranslator, classifier: Any, sing: Any) -> None:
+        refreshed.append(int(sing.step))
+        original(self, classifier, sing)
+
+    monkeypatch.setattr(LoopTranslator, "refresh", counted)
+    with pytest.MonkeyPatch.context() as patch:
+        in_step(patch, 4, "sing", lambda _: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit) as stop:
+            finetune(tmp_path / "run")
+    assert stop.value.code == 143
+    newest = sorted((tmp_path / "run" / "checkpoints" / "sing").glob("step-*"))[-1]
+    assert newest.name == "step-00000005", "the step that was under way is in the checkpoint"
+    assert json.loads((newest / "position.json").read_text())["due"] is True
+    assert refreshed == []
+    finetune(tmp_path / "run", "--resume", "true")
+    assert refreshed == [5]
+    assert differences(tmp_path / "run", finished) == []
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "REPEATED", 0.0)
+    twice = lambda _: [signal.raise_signal(signal.SIGTERM) for _ in range(2)] and None  # noqa: E731
+    in_step(monkeypatch, 6, "control", twice)
+    with pytest.raises(SystemExit):
+        finetune(tmp_path / "run")
+    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints" / "control").glob("step-*"))
+    assert steps[-1] == "step-00000006", "the seventh was not finished"
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("scores.parquet", "stage.json", "model.safetensors")]
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "report.json", *SLOW])
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(where: str, finished: Path, tmp_path: Path) -> None:
+    real, save, calls = os.replace, Checkpoints.save, [0]
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == where:
+            full()
+        real(source, target)
+
+    def second(self: Checkpoints, *rest: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2 and where == "checkpoint":
+            full()
+        save(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.os, "replace", replace)
+        patch.setattr(Checkpoints, "save", second)
+        with pytest.raises(SystemExit, match=r"error: .*No space left"):
+            finetune(tmp_path / "run")
+    assert not [path for path in tmp_path.rglob(".*") if path.name.startswith(".report")]
+    finetune(tmp_path / "run", "--resume", "true")
+    assert differences(tmp_path / "run", finished) == []
+
+
+def test_a_run_is_not_resumed_on_other_images_or_models(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration is the same: a folder of images or of weights may have changed behind it."""
+    before, now = contents(finished), checkpoints.fingerprints
+    for name in ("test images", "starting classifier", "vision-language model"):
+        monkeypatch.setattr(recipe, "fingerprints", lambda setup, name=name: {**now(setup), name: "f" * 64})
+        with pytest.raises(SystemExit, match=rf"the run was begun with other {name} \(then .*another --out"):
+            finetune(finished, "--resume", "true")
+    assert contents(finished) == before
+
+
+def test_measuring_only(tmp_path: Path) -> None:
+    finetune(tmp_path / "only", "--training.epochs", "0")
+    report = json.loads((tmp_path / "only" / "report.json").read_text())
+    assert [line.split()[0] for line in report["verdict"]] == ["Before:", "Nothing"]
+    before, after = (report["measurements"][stage]["translators"]["auditor"]["overall"] for stage in ("before", "sing"))
+    np.testing.assert_allclose([before[k] for k in ("AS", "IS")], [after[k] for k in ("AS", "IS")], atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_names_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_step(monkeypatch, 4, "control", lambda batch: [batch[0] * float("nan"), *batch[1:]])
+    with pytest.raises(TrainingFailed, match=r"(?s)'control'.*not finite at step 5.*scene-\d+-\d+"):
+        finetune(tmp_path / "run")
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints" / "control").iterdir())
+    assert kept == ["step-00000003"]
+
+
+def _report(rank: int, world: int, folder: str) -> dict[str, Any]:
+    finetune(Path(folder) / "run", keep_group=world > 1)
+    return json.loads((Path(folder) / "run" / "report.json").read_text())["measurements"] if rank == 0 else {}
+
+
+def close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Counts are equal, and figures but for rounding."""
+    for stage, measured in one.items():
+        assert measured["images"] == other[stage]["images"] == 45
+        assert measured["top1"] == other[stage]["top1"]
+        for name, scores in measured["translators"].items():
+            assert scores["fit_images"] == other[stage]["translators"][name]["fit_images"]
+            for figure in ("AS", "AS_neg", "IS"):
+                theirs = other[stage]["translators"][name]["overall"][figure]
+                assert scores["overall"][figure] == pytest.approx(theirs, abs=1e-3)
+
+
+def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> None:
+    two, idle = run_processes(2, _report, str(tmp_path))
+    assert idle == {}
+    close(json.loads((finished / "report.json").read_text())["measurements"], two)
+    mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", finished))
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, atol=2e-5, rtol=1e-3, msg=name)
+    assert contents(tmp_path / "run").keys() == contents(finished).keys()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_two_processes_that_give_what_one_gives(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", recipe.__file__]
+    done = subprocess.run([*command, *arguments(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "run"))
+    assert two["machine"]["processes"] == 2, "a second process that never started proves nothing"
+    close(one["measurements"], two["measurements"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_from_outside_leaves_a_run_that_resumes(number: int, finished: Path, tmp_path: Path) -> None:
+    given, arm = arguments(tmp_path / "run"), tmp_path / "run" / "checkpoints" / "control"
+    ended = run(given, tmp_path / "log", signal=number, when=lambda: any(arm.glob("step-*/position.json")))
+    assert ended.status == {signal.SIGINT: 1, signal.SIGTERM: 143, signal.SIGKILL: -9}[signal.Signals(number)]
+    assert ("go on with: accelerate launch" in ended.said) == (number != signal.SIGKILL)
+    assert run([*given, "--resume", "true"], tmp_path / "log").status == 0
+    assert differences(tmp_path / "run", finished) == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_training_keeps_what_is_finished(finished: Path, tmp_path: Path) -> None:
+    ended = run(arguments(tmp_path / "run"), tmp_path / "log", limit=200_000)
+    assert ended.status == 1, ended.said
+    assert "Traceback" not in ended.said
+    assert f"kept in {tmp_path / 'run'}" in ended.said
+    assert not list((tmp_path / "run" / "checkpoints" / "control").glob("step-*")), "half a checkpoint counts as one"
+    assert run(arguments(tmp_path / "run", "--resume", "true"), tmp_path / "log").status == 0
+    assert differences(tmp_path / "run", finished) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--training.batch_size", "500"], "training.batch_size = 500 training images, got 80"),
+        (["--data.scenes", "{train: 80, audit: 0, test: 9}"], "audit split is empty"),
+        (["--vlm.name", "local-dir:no/such/folder"], "no/such/folder"),
+        (["--model.name", "no_such_model"], "no_such_model"),
+        (["--model.name", "test_vit", "--model.pretrained", "false", "--model.head", "keep"], "no null space"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_any_folder_is_made(more: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="error: ") as stop:
+        finetune(tmp_path / "run", *more)
+    assert words in str(stop.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_its_numbers_before_it_embeds_and_makes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("singreg.setup.embed_splits", fail)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tmp_path / "run", "--dry_run", "true")
+    early = capsys.readouterr().out
+    finetune(tmp_path / "run", "--dry_run", "true")
+    shown = capsys.readouterr().out
+    for words in ("rank 10, nullity 246 (96.1% of", "train 80, bank 90, audit 64, test 45", "steps: 10 (5 an epoch)"):
+        assert words in shown
+    assert "No claim: the auditor has 64 images, 1536 are needed" in shown
+    assert "one batch: features (64, 256), logits (64, 10)" in shown
+    assert "nullity 246" in early
+    assert "steps: " in early
+    assert not (tmp_path / "run").exists()
+
+
+REAL = ["imagenet16_lite0", "imagenette_resnet50", "imagenet100_resnet50", "own"]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_configurations_for_real_images_are_built_on_a_made_up_folder(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their own classes, splits and settings; only the images, and the models that need weights, are others."""
+    file = f"configs/{name}.yaml"
+    data = parse(FinetuneConfig, ["--config", file]).data
+    classes = expand_classes(data.classes) if isinstance(data.classes, str) else ["circle", "star"]
+    counts = {data.train_split: dict.fromkeys(classes, 4), data.test_split: dict.fromkeys(classes, 1)}
+    source, pool = write_tree(tmp_path / "source", counts), write_tree(tmp_path / "pool", {"a": {"b": 6}})
+    given = {"data.source": source, "data.per_class": "{train: 2, audit: 2, test: 1}", "data.workers": 0}
+    given |= {"model.name": "test_efficientnet", "model.pretrained": False, "model.head": "new", "data.image_size": 32}
+    given |= {"vlm.name": model_name("demo", "vlm"), "vlm.pretrained": None, "training.batch_size": 4, "dry_run": True}
+    given |= {"data.unlabeled": pool} if data.unlabeled else {}
+    words = [word for key, value in given.items() for word in (f"--{key}", "null" if value is None else str(value))]
+    finetune(tmp_path / "run", "--config", file, *words, "--out", str(tmp_path / "run"))
+    shown, count = capsys.readouterr().out, len(classes)
+    assert f"rank {count}, nullity {256 - count}" in shown
+    assert f"train {2 * count}, bank " in shown
+    assert not (tmp_path / "run").exists()
