@@ -1,4 +1,4 @@
-"""Compare several classifiers on the same pictures, in one or more vision-language spaces: one table, one figure, one order.
+"""Compare several classifiers on the same images, in one or more vision-language spaces: scores, differences, order.
 
 accelerate launch recipes/compare.py --config configs/compare_demo.yaml
 """
@@ -6,30 +6,282 @@ accelerate launch recipes/compare.py --config configs/compare_demo.yaml
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from singreg.evaluation.compare import Comparing, dry_run
-from singreg.evaluation.compare_bench import CompareBench
-from singreg.evaluation.compare_config import parse_compare
-from singreg.workbench.run import Run, explained, make_accelerator
+import pandas as pd
+from accelerate.logging import get_logger
+
+from singreg.analysis.chance import measure_chance
+from singreg.analysis.features import PassSettings, iterate_features
+from singreg.analysis.fitting import fit_mlp_on_split, fit_translators, translator_agreement
+from singreg.analysis.models_compared import (
+    FIGURES,
+    comparison_verdict,
+    comparison_warnings,
+    model_differences,
+    order_check,
+    paired_figures,
+)
+from singreg.analysis.passport import compare_passports
+from singreg.analysis.scores import analyze_model
+from singreg.config import Problems, RunConfig, TranslatorConfig, VLMConfig, parse
+from singreg.data.datasets import Splits, load_splits
+from singreg.mlp import MLPSettings
+from singreg.models.classifier import Classifier
+from singreg.nullspace import NullSpace
+from singreg.plots.study import save_comparison_plot
+from singreg.report import Section, interval, log, log_figures, number, percent, track, write_report
+from singreg.runs import Run, explained, start
+from singreg.setup import BATCH_SIZE, labels_for_head
+from singreg.spaces import ComparedModel, Space, look_at_heads, open_model, open_spaces, refuse_unknown_names
+from singreg.translator import Translator
+from singreg.utils import cache_folder
+
+logger = get_logger(__name__)
+CHANCE_DRAWS = 4  # random subspaces behind a model's chance level
+TITLES = {"top1": "top-1 (points)", "AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °", "ratio": "IS / |AS|"}
+ORDER = (
+    "τ: Kendall's rank correlation, 1 for the same order. Alike in resamples: share of the bootstrap resamples in "
+    "which this view and the first order all models alike; own order again: share in which the view repeats its own."
+)
+READING = (
+    "Means over the same held-out test images for all models, with 95 % bootstrap intervals. AS⁻: what removing the "
+    "null space takes from the true class (leakage, lower is better). IS: how far it moves the image's meaning. At "
+    "chance: the same when as much energy is taken away in a random direction; compare models with other heads by "
+    "their distance from it. fitted: a translator from the bank; auditor: an independent one from other images."
+)
+
+
+@dataclass(frozen=True)
+class Read:
+    """One model in one space: rows and figures of `analyze_model`, chance level, agreement of its two translators."""
+
+    rows: pd.DataFrame
+    figures: dict[str, Any]
+    chance: dict[str, Any]
+    agreement: float
+
+
+@dataclass
+class CompareConfig(RunConfig):
+    """A run of recipes/compare.py; every field is a key of the YAML and a flag of the command line.
+
+    Args:
+        models: the classifiers, all measured on the same images.
+        further_vlms: more vision-language models after `vlm`; each is a space in which all models are read.
+        mlp: non-linear translators besides the two linear ones; each takes minutes a model and space.
+    """
+
+    models: list[ComparedModel] = field(
+        default_factory=lambda: [ComparedModel(), ComparedModel(label="demo (softmax)", invariance="softmax")]
+    )
+    further_vlms: list[VLMConfig] = field(default_factory=list)
+    translator: TranslatorConfig = field(default_factory=TranslatorConfig)
+    mlp: list[Literal["mlp3", "mlp4", "residual"]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong with the values."""
+        super().__post_init__()
+        problems, labels = Problems(), [model.known_as for model in self.models]
+        problems.need(len(labels) >= 2, f"models: expected at least two to compare, got {len(labels)}")
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        problems.need(not twice, f"models: listed twice: {', '.join(twice)}; give each a label of its own")
+        problems.show()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, look at every head, embed in every space, measure every model, compare, report."""
-    config = parse_compare(arguments, description=__doc__ or "")
-    accelerator = make_accelerator(seed=config.seed)
+    config = parse(CompareConfig, arguments, description=__doc__ or "")
+    accelerator = start(config)
     with explained():
         run = Run(config, accelerator, "compare")
+        if not config.dry_run:
+            run.check()
+        refuse_unknown_names(config.models)
+        splits = load_splits(config.data)
+        if not len(splits.audit):
+            raise ValueError("the audit split is empty, so no auditor can be fitted; give data.per_class.audit")
+        heads, names = look_at_heads(config.models, splits, config)
+        passes = PassSettings(BATCH_SIZE, config.data.workers, accelerator.is_local_main_process, str(cache_folder()))
+        vlms, embedded = [config.vlm, *config.further_vlms], (splits.bank, splits.audit, splits.test)
+        spaces = open_spaces(vlms, embedded, names, accelerator, passes)
         if config.dry_run:
-            dry_run(config, CompareBench.build(config, accelerator))
+            dry_run(config, heads, splits, spaces)
             return
-        run.check()
-        bench = CompareBench.build(config, accelerator)
         run.open()
+    measured: dict[str, dict[str, Read]] = {space.label: {} for space in spaces}
     with run.guarded():
-        job = Comparing(run, config, bench)
-        job.measure()
-        job.report()
+        for model, head in zip(config.models, heads, strict=True):
+            if head["omitted"] is not None:
+                logger.info("%s is left out: %s", head["label"], head["omitted"])
+                continue
+            with run.timed(head["label"]):  # one model at a time, so that memory does not grow with their number
+                classifier = open_model(model, splits, config)
+                labelled = labels_for_head(splits, classifier, model)
+                classifier = classifier.to(accelerator.device).eval()
+                for space in spaces:
+                    logger.info("measuring %s in %s", head["label"], space.label)
+                    read = measure(config, model, classifier, labelled, space, passes)
+                    measured[space.label][head["label"]] = read
+        if accelerator.is_main_process:
+            report(config, run, heads, measured)
     accelerator.end_training()
+
+
+def measure(
+    config: CompareConfig,
+    model: ComparedModel,
+    classifier: Classifier,
+    splits: Splits,
+    space: Space,
+    passes: PassSettings,
+) -> Read:
+    """Fit translators to a model in a space and measure it on the test images, with its chance level."""
+    info, texts = space.info_for(classifier), space.texts[splits.class_names]
+    options: dict[str, Any] = {"invariance": model.invariance, "settings": passes}
+    fitted = fit_translators(classifier, splits, space.embeddings, ridge=config.translator.ridge, info=info, **options)
+    linear, auditor = fitted["fitted"].translator, fitted["auditor"]
+    translators: dict[str, Translator] = {name: found.translator for name, found in fitted.items()}
+    for kind in config.mlp:
+        mlp, bank = MLPSettings(kind=kind, seed=config.seed), (splits.bank, space.embeddings["bank"])
+        translators[kind] = fit_mlp_on_split(classifier, *bank, mlp=mlp, info=info, settings=passes)
+    test = splits.test, space.embeddings["test"]
+    rows, figures = analyze_model(classifier, *test, texts, translators, mean=auditor.mean, **options)
+    chance = measure_chance(
+        iterate_features(classifier, *test, passes, "chance levels"),
+        texts=texts,
+        null_space=NullSpace.from_weight(classifier.weight, invariance=model.invariance).to(texts.device),
+        translators={"auditor": auditor.translator},
+        mean=auditor.mean,
+        draws=CHANCE_DRAWS,
+        seed=config.seed,
+    )["auditor"]
+    return Read(rows, figures, chance, translator_agreement(linear, auditor.translator, texts))
+
+
+def report(config: CompareConfig, run: Run, heads: list[dict[str, Any]], measured: dict[str, dict[str, Read]]) -> None:
+    """Compare the models and write the run's report."""
+
+    def each(name: str) -> dict[str, dict[str, Any]]:
+        return {
+            space: {label: getattr(read, name) for label, read in found.items()} for space, found in measured.items()
+        }
+
+    rows, figures, agreement = each("rows"), each("figures"), each("agreement")
+    any_measured = any(rows.values())
+    paired = paired_figures(rows, seed=config.seed) if any_measured else None
+    differences = model_differences(paired) if paired else []
+    orders = [order_check(paired, figure) for figure in FIGURES] if paired and len(paired.models) > 1 else []
+    passports = [head["passport"] for head in heads if head["omitted"] is None]
+    warnings = [f"Warning: {sentence}" for sentence in compare_passports(passports)]
+    plots = [save_comparison_plot(figures, orders, run.folder / "plots" / "comparison.png")] if any_measured else []
+    track(run.accelerator, "compare", config)
+    for space, models in figures.items():
+        for label, found in models.items():
+            for name, scores in found["translators"].items():
+                values = {f"{space}/{name}/{key}/{label}": scores["overall"][key] for key in FIGURES}
+                log(run.accelerator, values, 0)
+    log_figures(run.accelerator, plots)
+    every = [
+        read.rows.assign(model=f"{label} in {space}") for space, m in measured.items() for label, read in m.items()
+    ]
+    write_report(
+        run,
+        title=f"{run.folder.name}: {len(heads)} classifiers compared",
+        verdict=comparison_verdict(paired, differences, heads),
+        warnings=[*warnings, *comparison_warnings(figures, agreement)],
+        sections=[
+            Section("The models", [models_table(heads, measured), READING, *plots]),
+            Section("Differences", [differences_table(differences), "Model minus the other, paired by image."]),
+            Section("Does the order by AS⁻ hold?", [order_table(orders), ORDER]),
+        ],
+        figures={
+            "heads": heads,
+            "measurements": figures,
+            "chance": each("chance"),
+            "agreement": agreement,
+            "differences": differences,
+            "orders": orders,
+        },
+        rows=pd.concat(every) if every else None,
+    )
+
+
+def models_table(heads: list[dict[str, Any]], measured: dict[str, dict[str, Read]]) -> pd.DataFrame:
+    """Every model in every space by every translator; those without a null space as a row that says so."""
+    table = []
+    for space, models in measured.items():
+        for head in heads:
+            row = {"model": head["label"], "space": space}
+            if head["omitted"] is not None:
+                table.append({**row, "translator": head["omitted"]})
+                continue
+            read = models[head["label"]]
+            summary = read.figures["head"]
+            level = read.chance["paper"]["levels"]["energy"]["mean"]["AS_neg"]
+            row["null dimensions"] = f"{summary['nullity']} of {summary['features']}"
+            for name, scores in read.figures["translators"].items():
+                cells = {"translator": name, "top-1": percent(read.figures["top1"])}
+                for key in ("AS_neg", "AS_abs", "IS"):
+                    cells[TITLES[key]] = interval(scores["overall"][key], *scores["intervals"][key])
+                table.append({**row, **cells, "AS⁻ at chance °": number(level) if name == "auditor" else "–"})
+    columns = [
+        "model",
+        "space",
+        "translator",
+        "null dimensions",
+        "top-1",
+        *list(TITLES.values())[1:4],
+        "AS⁻ at chance °",
+    ]
+    found: pd.DataFrame = pd.DataFrame(table, columns=columns).fillna("")
+    return found
+
+
+def differences_table(differences: list[dict[str, Any]]) -> pd.DataFrame:
+    """Second minus first for every two models by the auditor, a row a pair and space."""
+    spaces = dict.fromkeys(d["space"] for d in differences if d["space"] != "-")
+    table: dict[tuple[str, ...], dict[str, str]] = {}
+    for d in differences:
+        if d["translator"] in ("auditor", "-"):
+            for space in spaces if d["space"] == "-" else [d["space"]]:
+                row = table.setdefault((d["second"], d["first"], space), {})
+                row[TITLES[d["figure"]]] = "{value:+.2f} [{low:+.2f}, {high:+.2f}]".format(**d)
+    names = ("model", "minus", "space")
+    shown: pd.DataFrame = pd.DataFrame([{**dict(zip(names, key, strict=True)), **row} for key, row in table.items()])
+    return shown
+
+
+def order_table(orders: list[dict[str, Any]]) -> pd.DataFrame:
+    """The order by AS⁻ in each view, τ against the first view, and how often resamples repeat it."""
+    order = orders[0] if orders else {"views": [], "orders": [], "tau": [[]], "same": [[]], "stable": []}
+    shown: pd.DataFrame = pd.DataFrame(
+        {
+            "view": order["views"],
+            "order, best first": [" › ".join(names) for names in order["orders"]],
+            "τ with the first view": [number(tau) for tau in order["tau"][0]],
+            "alike in resamples": [percent(share, 0) for share in order["same"][0]],
+            "own order again": [percent(share, 0) for share in order["stable"]],
+        }
+    )
+    return shown
+
+
+def dry_run(config: CompareConfig, heads: list[dict[str, Any]], splits: Splits, spaces: Sequence[Space]) -> None:
+    """Run one batch through every model and print what would be measured; nothing is written but the embeddings."""
+    some = splits.test.subset(range(min(BATCH_SIZE, len(splits.test))))
+    embeddings = spaces[0].embeddings["test"][: len(some)]
+    for model, head in zip(config.models, heads, strict=True):
+        if head["omitted"] is not None:
+            print(f"{head['label']}: left out, {head['omitted']}")
+            continue
+        classifier = open_model(model, splits, config)
+        batch = next(iterate_features(classifier, some, embeddings, PassSettings(progress=False), "dry run"))
+        print(f"{head['label']}: features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}")
+    print(f"images: {', '.join(f'{split.name} {len(split)}' for split in splits)}")
+    print(f"spaces: {', '.join(space.label for space in spaces)}; views: {len(spaces) * (2 + len(config.mlp))}")
+    print("dry run: nothing was measured, no run folder was made")
 
 
 if __name__ == "__main__":

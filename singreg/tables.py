@@ -10,17 +10,11 @@ import pandas as pd
 
 from singreg.analysis.chance import KINDS
 from singreg.analysis.concepts import select_concepts
-from singreg.analysis.fitting import IMAGES_PER_FEATURE
+from singreg.analysis.fitting import AGREEMENT, IMAGES_PER_FEATURE, ZERO_SHOT
 from singreg.analysis.passport import VISIBLE, chance_angle, judge_passport
 from singreg.analysis.probes import BLOCKS
 from singreg.report import Figure, Section, interval, number, percent
 
-AGREEMENT = 0.75
-"""Below this two translators place the classes too differently. Two disjoint halves of a real set of images agreed to
-0.64 at two images a feature, where their AS⁻ differed by 6 % and both read high, and to 0.77 to 0.85 at four to six."""
-ZERO_SHOT = 0.5
-"""Share of the VLM's own zero-shot accuracy that must survive translation: with less, T(f) misses the class more often
-than it names it wherever the VLM is right, and an angle to the class's prompt is an angle to noise."""
 KIND_TITLES = {
     "observed": "the null space",
     "dimension": "random, equal dimension",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from singreg.analysis.fitting import IMAGES_PER_FEATURE
 from singreg.analysis.statistics import paired_difference, paired_ratio
 
 Measured = tuple[pd.DataFrame, dict[str, Any]]
@@ -16,7 +17,6 @@ Measured = tuple[pd.DataFrame, dict[str, Any]]
 
 MARGIN = 0.005  # top-1 counts as kept when the interval of its change stays above minus this
 GAMED = 1.5
-IMAGES_PER_FEATURE = 6.0  # fewer for the auditor support no claim
 
 
 def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:

@@ -1,0 +1,197 @@
+"""Several classifiers and several vision-language models on the same images: what comparisons and attacks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from singreg.analysis.features import PassSettings
+from singreg.analysis.passport import head_passport
+from singreg.config import ModelConfig, RunConfig, VLMConfig
+from singreg.data.datasets import ImageSplit, Splits
+from singreg.models.classifier import Classifier
+from singreg.models.heads import HeadError
+from singreg.models.vlm import VisionLanguageModel
+from singreg.setup import build_classifier, embed_splits, labels_for_head, open_vlm
+from singreg.translator import TranslatorInfo
+from singreg.utils import sha256_of_json
+
+
+@dataclass
+class ComparedModel(ModelConfig):
+    """One of several classifiers.
+
+    Args:
+        name: as ModelConfig's, or the folder of a finished fine-tuning run, whose model/ is taken.
+        label: how it is called in the report; null takes the last part of the name.
+    """
+
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError for blanks."""
+        for key, value in (("name", self.name), ("label", self.label)):
+            if value is not None and not value.strip():
+                raise ValueError(f"{key}: expected words, got a blank")
+
+    @property
+    def known_as(self) -> str:
+        """The label, or the last part of the name: of a run's folder its own name, not "model"."""
+        if self.label is not None:
+            return self.label
+        parts = [part for part in Path(self.name.partition(":")[2] or self.name).parts if part not in ("/", ".", "..")]
+        if len(parts) > 1 and parts[-1] in ("model", "model-control"):
+            return parts[-2] if parts[-1] == "model" else f"{parts[-2]} control"
+        return parts[-1] if parts else self.name
+
+    def resolved(self) -> ComparedModel:
+        """Return it with a run's folder as the timm folder inside it.
+
+        Raises:
+            FileNotFoundError: a folder without a model in it.
+        """
+        folder = Path(self.name).expanduser()
+        if ":" in self.name or not folder.is_dir():
+            return self
+        if not (folder / "model" / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} has no model/config.json, so it is no finished fine-tuning run's folder; a timm folder "
+                f"is given as local-dir:{folder}"
+            )
+        return replace(self, name=f"local-dir:{folder / 'model'}")
+
+
+def refuse_unknown_names(models: Sequence[ComparedModel]) -> None:
+    """Look at all names before anything is downloaded: plain ones must be timm's, folders must hold a model.
+
+    Raises:
+        ValueError: names every model that is not there.
+    """
+    problems = []
+    for place, model in enumerate(models):
+        try:
+            name = model.resolved().name
+        except FileNotFoundError as error:
+            problems.append(f"models[{place}].name: {error}")
+            continue
+        if name == "demo" or ":" in name:
+            continue
+        base = name.partition(".")[0]
+        known = timm.list_pretrained(f"{base}.*")
+        if "/" in name or not timm.is_model(base):
+            problems.append(f"models[{place}].name: {name!r} is neither a folder nor a model that timm knows")
+        elif model.pretrained and name != base and name not in known:
+            problems.append(f"models[{place}].name: timm has no weights {name!r}; it has {', '.join(known)}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def open_model(model: ComparedModel, splits: Splits, config: RunConfig) -> Classifier:
+    """Build a classifier, with or without a null space; what is untrained in it depends on the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_classifier(model.resolved(), splits, image_size=config.data.image_size, allow_empty=True)
+
+
+@dataclass(frozen=True)
+class Space:
+    """One vision-language model's reading of the images.
+
+    Attributes:
+        texts: (C, n) unit rows of the class prompts by class names, since heads may have other classes.
+        embeddings: (N, n) by the split's name (bank, audit, test).
+        info: its half of what translators are fitted on.
+    """
+
+    label: str
+    vlm: VisionLanguageModel
+    texts: dict[tuple[str, ...], Tensor]
+    embeddings: dict[str, np.ndarray]
+    info: TranslatorInfo
+
+    def info_for(self, classifier: Classifier) -> TranslatorInfo:
+        """Return both halves of what a translator is fitted on."""
+        return replace(
+            self.info,
+            classifier=classifier.tag,
+            head_hash=classifier.head_hash(),
+            classifier_preprocessing=sha256_of_json(classifier.preprocessing),
+        )
+
+
+def open_spaces(
+    vlms: Sequence[VLMConfig],
+    splits: Sequence[ImageSplit],
+    names: Sequence[tuple[str, ...]],
+    accelerator: Accelerator,
+    passes: PassSettings,
+) -> list[Space]:
+    """Open every vision-language model and embed the images of some splits, and prompts of the class names."""
+    spaces = []
+    for config, label in zip(vlms, space_labels(vlms), strict=True):
+        vlm = open_vlm(config, accelerator)
+        texts = {every: vlm.embed_classes(every, tuple(config.templates)).to(accelerator.device) for every in names}
+        embeddings = embed_splits(vlm, splits, passes)
+        preprocessing = sha256_of_json(vlm.preprocessing)
+        info = TranslatorInfo(vlm=vlm.tag, vlm_weights_hash=vlm.weights_hash, vlm_preprocessing=preprocessing)
+        spaces.append(Space(label, vlm, texts, embeddings, info))
+    return spaces
+
+
+def space_labels(vlms: Sequence[VLMConfig]) -> list[str]:
+    """Name every space: model and tag, or the folder's name; the same one twice gets a number.
+
+    Example:
+        >>> space_labels([VLMConfig("demo"), VLMConfig("demo"), VLMConfig("ViT-L-14", "openai")])
+        ['demo', 'demo (2)', 'ViT-L-14 openai']
+    """
+    labels: list[str] = []
+    for vlm in vlms:
+        name = Path(vlm.name).name if vlm.name.startswith("local-dir:") else vlm.name
+        label = name if vlm.pretrained is None else f"{name} {Path(vlm.pretrained).name}"
+        before = sum(other == label or other.startswith(f"{label} (") for other in labels)
+        labels.append(f"{label} ({before + 1})" if before else label)
+    return labels
+
+
+def look_at_heads(
+    models: Sequence[ComparedModel], splits: Splits, config: RunConfig
+) -> tuple[list[dict[str, Any]], list[tuple[str, ...]]]:
+    """Look at every head before any long work.
+
+    Returns:
+        Of every model label, source, passport (None without a linear head) and why it is omitted, or None; and the
+        class names (C,) that prompts are needed for.
+
+    Raises:
+        ValueError: models that cannot be built, all of them at once.
+    """
+    heads, names, problems = [], [], []
+    for place, model in enumerate(models):
+        head: dict[str, Any] = {"label": model.known_as, "source": model.name, "passport": None, "omitted": None}
+        try:
+            classifier = open_model(model, splits, config)
+            passport = head_passport(classifier)
+            summary = {**passport["summary"], "tag": model.known_as}
+            head["passport"] = {**passport, "summary": summary}
+            if summary["nullity"] if model.invariance == "logits" else passport["softmax_nullity"]:
+                names.append(labels_for_head(splits, classifier, model).class_names)
+            else:
+                sizes = f"{summary['classes']} classes fill all {summary['features']} features"
+                head["omitted"] = f"no null space: {sizes}, every direction moves a logit"
+        except HeadError as error:
+            head["omitted"] = f"no linear head: {error}"
+        except (ValueError, RuntimeError, OSError) as error:
+            problems.append(f"models[{place}] ({model.known_as}): {error}")
+        heads.append(head)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return heads, list(dict.fromkeys(names))
