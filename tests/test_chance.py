@@ -1,0 +1,193 @@
+"""Chance levels against plain loops with explicit projectors, over processes; what they must be by theory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from singreg.analysis.chance import FIGURES, KINDS, _cycle, measure_chance
+from singreg.nullspace import NullSpace, RandomSubspace
+from singreg.translator import LinearTranslator
+from tests.processes import run_processes
+from tests.reference import formulas
+from tests.toy import World
+
+DRAWS, SEED = 3, 5
+Found = dict[str, Any]
+
+
+def world() -> World:
+    return World.make(31, unlabelled=False)
+
+
+def measure(
+    w: World, *, size: int = 4, share: np.ndarray | None = None, function: bool = False, **options: object
+) -> Found:
+    translator = w.translator.double()
+    reader = (lambda f: f.double() @ translator.matrix.T + translator.offset) if function else translator
+    batches = (replace(b, features=b.features.double()) for b in w.batches(size, share))
+    settings: Any = {"draws": DRAWS, "seed": SEED, "texts": w.texts.double(), "null_space": w.space, **options}
+    return measure_chance(batches, translators={"T": reader}, mean=w.mean.double(), **settings)["T"]
+
+
+measured = cache(lambda function: measure(world(), function=function))
+
+
+def displacement(kind: str, g: Tensor, null: Tensor, random: Tensor) -> Tensor:
+    """δ of one image, from vectors: as long as the null part and at its angle to g, towards P g's part across g."""
+    if kind == "dimension":
+        return random @ g
+    n, along = null @ g, g / g.norm()
+    across = random @ g - (random @ g @ along) * along
+    turned = n.norm() * (1 - (n.norm() / g.norm()) ** 2).sqrt() * across / across.norm()
+    return n.norm() ** 2 / g.norm() * along + turned
+
+
+def loops(w: World, kind: str, centred: bool) -> dict[str, tuple[float, float]]:
+    """Mean and spread over draws by plain loops; the texts' cycle is read from the function itself."""
+    null, f, t = formulas.null_projector(w.weight), w.features.double(), w.texts.double()
+    matrix, offset, draws = w.translator.matrix.double(), w.translator.offset.double(), []
+    for draw in range(DRAWS):
+        space = RandomSubspace.draw(12, w.space.nullity, seed=(SEED, draw))
+        inside = space.basis @ space.basis.T
+        random = torch.eye(12).double() - inside if space.complement else inside
+        cycle, rows = _cycle(len(t), seed=(SEED, draw)), []
+        for x, label in zip(f, w.labels.tolist(), strict=True):
+            g = x - w.mean.double() if centred else x
+            delta = null @ g if kind == "texts" else displacement(kind, g, null, random)
+            text = t[int(cycle[label])] if kind == "texts" else t[label]
+            z, z_eq = matrix @ x + offset, matrix @ (x - delta) + offset
+            before, after, moved = (formulas.angle_degrees(a, b) for a, b in ((z, text), (z_eq, text), (z, z_eq)))
+            a, b, c = (torch.deg2rad(v) for v in (before, after, moved))
+            kappa = (b.cos() - a.cos() * c.cos()) / (a.sin() * c.sin())
+            score = before - after
+            rows.append([score, (-score).clamp_min(0), score.clamp_min(0), score.abs(), moved, kappa])
+        draws.append(torch.tensor(rows).double().mean(0))
+    table = torch.stack(draws)
+    return {name: (float(table[:, k].mean()), float(table[:, k].std())) for k, name in enumerate(FIGURES)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("removal", ["paper", "centred"])
+@pytest.mark.parametrize("function", [False, True])
+def test_levels_are_those_of_plain_loops(kind: str, removal: str, function: bool) -> None:
+    """By the thin products of a linear translator, and by calling one as a function."""
+    found = measured(function)
+    level = found[removal]["levels"][kind]
+    for name, (mean, spread) in loops(world(), kind, removal == "centred").items():
+        assert level["mean"][name] == pytest.approx(mean, abs=1e-6), name
+        assert level["spread"][name] == pytest.approx(spread, abs=1e-6), name
+    assert (found["images"], found["dimensions"], found["features"]) == (31, 8, 12)
+
+
+def test_the_observed_scores_are_the_real_removals() -> None:
+    w, found = world(), measured(False)
+    z = w.translator.double()(w.features.double())
+    for removal, mean in (("paper", None), ("centred", w.mean.double())):
+        z_eq = w.translator(w.space.remove(w.features.double(), mean=mean))
+        text = w.texts.double()[w.labels]
+        change = formulas.angle_degrees(z, text) - formulas.angle_degrees(z_eq, text)
+        scores, texts = found[removal], found[removal]["levels"]["texts"]
+        image = float(formulas.angle_degrees(z, z_eq).mean())
+        assert scores["observed"]["IS"] == pytest.approx(image, abs=1e-6)
+        assert scores["observed"]["AS"] == pytest.approx(float(change.mean()), abs=1e-6)
+        assert (texts["mean"]["IS"], texts["spread"]["IS"]) == pytest.approx((scores["observed"]["IS"], 0), abs=1e-9)
+
+
+def test_energies_removed_are_reported() -> None:
+    w = world()
+    paper, f = measure(w, draws=200, size=31)["paper"], w.features.double()
+    expected = float(w.space.component(f).square().sum() / f.square().sum())
+    energies = [paper["energy"], *(paper["levels"][kind]["energy"] for kind in ("energy", "texts"))]
+    assert energies == pytest.approx([expected] * 3, rel=1e-9)
+    assert paper["levels"]["dimension"]["energy"] == pytest.approx(8 / 12, abs=0.03)  # d/m whatever the features
+    assert abs(expected - 8 / 12) > 0.03
+
+
+def beyond(scores: Found, kind: str, figure: str) -> float:
+    """How many spreads the observed figure lies from the draws' mean."""
+    level = scores["levels"][kind]
+    found: float = (scores["observed"][figure] - level["mean"][figure]) / level["spread"][figure]
+    return found
+
+
+def test_a_null_space_drawn_at_random_is_at_its_own_chance_level() -> None:
+    """And one that was put where the meaning is, is not: the levels are where they should be, and they discriminate."""
+    g = torch.Generator().manual_seed(0)
+    f, matrix = torch.randn(400, 20, generator=g), torch.randn(9, 20, generator=g)
+    weight, texts, concepts = (torch.randn(*shape, generator=g) for shape in ((8, 20), (4, 9), (3, 9)))
+    T = LinearTranslator(matrix, torch.zeros(9))
+    w = World(f, torch.arange(400) % 4, weight, T, texts, concepts, f.mean(0))
+    scores = measure(w, size=100, draws=30)["paper"]
+    for kind in ("dimension", "energy"):
+        for name in FIGURES:
+            assert abs(beyond(scores, kind, name)) < 4, (kind, name)
+    aligned = replace(w, weight=torch.linalg.qr(matrix.T).Q.T[:8])  # the null loses eight of nine directions T reads
+    assert beyond(measure(aligned, size=100, draws=12)["paper"], "dimension", "IS") < -5
+
+
+def test_shuffled_texts_never_read_a_class_by_its_own() -> None:
+    for classes in (2, 3, 50):
+        for seed in range(20):
+            order = _cycle(classes, seed=seed)
+            assert sorted(order.tolist()) == list(range(classes))
+            assert not (order == torch.arange(classes)).any()
+    assert len({tuple(_cycle(5, seed=seed).tolist()) for seed in range(40)}) > 10
+
+
+def test_classes_without_images_are_none_and_the_rest_average_to_the_whole() -> None:
+    w, level = world(), measured(False)["paper"]["levels"]["dimension"]
+    per_class = level["per_class"]["AS"]
+    assert per_class[3] is None
+    counts = [int((w.labels == label).sum()) for label in range(3)]
+    assert np.average(per_class[:3], weights=counts) == pytest.approx(level["mean"]["AS"])
+
+
+def test_the_seed_decides_and_float32_gives_the_same_to_rounding() -> None:
+    w, exact = world(), measured(False)
+    assert measure(w) == exact
+    other = measure(w, seed=6)["paper"]["levels"]
+    assert all(other[kind] != exact["paper"]["levels"][kind] for kind in KINDS)
+    options: Any = {"texts": w.texts, "null_space": w.space, "mean": w.mean, "draws": DRAWS, "seed": SEED}
+    narrow = measure_chance(w.batches(), translators={"T": w.translator.float()}, **options)["T"]
+    for kind in KINDS:
+        mean = exact["centred"]["levels"][kind]["mean"]
+        assert narrow["centred"]["levels"][kind]["mean"] == pytest.approx(mean, abs=1e-3)
+
+
+def in_process(rank: int, processes: int) -> Found:
+    share = np.arange(rank, 31, 2) if rank < 2 else np.arange(0)  # the third process is idle
+    return measure(world(), size=5, share=share)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_over_processes_it_is_the_same(processes: int) -> None:
+    expected = measured(False)
+    for found in run_processes(processes, in_process):
+        assert found["images"] == 31
+        for removal in ("paper", "centred"):
+            mine, theirs = found[removal], expected[removal]
+            assert mine["observed"] == pytest.approx(theirs["observed"], rel=1e-9)
+            for kind in KINDS:
+                one, other = mine["levels"][kind], theirs["levels"][kind]
+                assert one["mean"] == pytest.approx(other["mean"], rel=1e-9)
+                assert one["energy"] == pytest.approx(other["energy"], rel=1e-9)
+                assert one["spread"] == pytest.approx(other["spread"], rel=1e-6, abs=1e-9)
+
+
+def test_bad_input_is_named() -> None:
+    w = world()
+    for made, options, words in (
+        (World.make(31), {}, "labelled images"),
+        (w, {"draws": 1}, "2 draws"),
+        (w, {"share": np.arange(0)}, "no process had an image"),
+        (w, {"null_space": NullSpace.from_weight(torch.eye(12), allow_empty=True)}, "no null space"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            measure(made, **options)  # type: ignore[arg-type]

@@ -1,0 +1,132 @@
+"""Perturbations of equal norm: plain loops, what theory says of each kind, heads without a null space, processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from singreg.analysis.features import evenly
+from singreg.analysis.passport import head_passport
+from singreg.analysis.perturbation import KINDS, measure_perturbations
+from singreg.nullspace import NullSpace
+from tests.processes import run_processes
+from tests.reference import formulas
+from tests.toy import World
+
+SIZES = [0.1, 1.0]
+
+
+def measure(w: World, *, size: int = 4, share: np.ndarray | None = None, **options: Any) -> dict[str, Any]:
+    settings = {"null_space": options.pop("null_space", None) or w.space, "sizes": SIZES, **options}
+    return measure_perturbations(w.batches(size, share), weight=w.weight, translators={"T": w.translator}, **settings)
+
+
+def loops(w: World, seed: int) -> dict[str, dict[str, np.ndarray]]:
+    """Every figure image by image: {kind: {figure: (N, sizes)}}."""
+    project = formulas.null_projector(w.weight)
+    weight, matrix, offset = w.weight.double(), w.translator.matrix.double(), w.translator.offset.double()
+    found: dict[str, dict[str, list[list[float]]]] = {kind: {} for kind in KINDS}
+    for index, f in enumerate(w.features.double()):
+        gaussian = np.random.Generator(np.random.Philox(key=[seed, index])).standard_normal(len(f))
+        whole = torch.from_numpy(gaussian)
+        kinds = {"null": project @ whole, "random": whole, "principal": whole - project @ whole}
+        for kind, direction in kinds.items():
+            rows: dict[str, list[float]] = {"logit_change": [], "flipped": [], "angle T": []}
+            for size in SIZES:
+                moved = f + size * f.norm() * direction / direction.norm()
+                rows["logit_change"].append(float((weight @ moved - weight @ f).abs().max()))
+                rows["flipped"].append(float((weight @ moved).argmax() != (weight @ f).argmax()))
+                angle = formulas.angle_degrees(matrix @ f + offset, matrix @ moved + offset)
+                rows["angle T"].append(float(angle))
+            for name, values in rows.items():
+                found[kind].setdefault(name, []).append(values)
+    return {kind: {name: np.array(values) for name, values in rows.items()} for kind, rows in found.items()}
+
+
+def test_every_figure_is_that_of_plain_loops() -> None:
+    w = World.make(31)
+    report = measure(w, seed=3)
+    for kind, figures in loops(w, 3).items():
+        for name, values in figures.items():
+            tolerance = 1e-5 if name.startswith("angle") else 1e-9  # the translator's matrix is in float32
+            expected = {"mean": values.mean(0)}
+            if name != "flipped":
+                expected |= {"low": np.quantile(values, 0.05, axis=0), "high": np.quantile(values, 0.95, axis=0)}
+            for key, wanted in expected.items():
+                assert report["curves"][kind][key][name] == pytest.approx(wanted.tolist(), abs=tolerance), (kind, name)
+    top = (w.features.double() @ w.weight.double().T).topk(2, dim=1).values
+    assert report["margin"] == pytest.approx(float((top[:, 0] - top[:, 1]).mean()))
+    assert report["images"] == 31
+
+
+def test_the_null_moves_meaning_and_no_logit_the_row_space_moves_logits() -> None:
+    null, random, principal = (measure(World.make(200))["curves"][kind]["mean"] for kind in KINDS)
+    assert max(null["logit_change"]) < 1e-12
+    assert null["flipped"] == [0, 0]
+    assert null["angle T"][1] > 5
+    assert null["logit_change"][1] < random["logit_change"][1] < principal["logit_change"][1]
+    # A random direction has √(r/m) of its length in the row space.
+    ratio = random["logit_change"][1] / principal["logit_change"][1]
+    assert ratio == pytest.approx((4 / 12) ** 0.5, rel=0.1)
+    assert principal["logit_change"][1] == pytest.approx(10 * principal["logit_change"][0])
+    assert principal["flipped"][1] > principal["flipped"][0]
+
+
+def test_what_float32_leaves_is_within_the_passports_bound() -> None:
+    w = World.make(100)
+    bound, largest = head_passport(w.weight)["logit_bound"], float(w.features.norm(dim=1).max())
+    changes = measure(w)["curves"]["null"]["high"]["logit_change_float32"]
+    for size, change in zip(SIZES, changes, strict=True):
+        assert 0 < change <= bound * largest * (1 + size)
+
+
+def test_a_head_without_a_null_space_has_no_null_curve() -> None:
+    full = replace(World.make(9), weight=torch.randn(15, 12, generator=torch.Generator().manual_seed(2)))
+    curves = measure(full, null_space=NullSpace.from_weight(full.weight, allow_empty=True))["curves"]
+    assert sorted(curves) == ["principal", "random"]
+    for name, values in curves["random"]["mean"].items():
+        assert curves["principal"]["mean"][name] == pytest.approx(values)
+
+
+def test_softmax_invariance_reads_changes_about_their_mean() -> None:
+    w = World.make(20)
+    space = NullSpace.from_weight(w.weight, invariance="softmax")
+    plain = NullSpace(space.basis, space.singular_values)  # the control: read as if logits had to stay
+    changes = [max(measure(w, null_space=s)["curves"]["null"]["mean"]["logit_change"]) for s in (space, plain)]
+    assert changes[0] < 1e-12
+    assert changes[1] > 0.1
+
+
+def test_only_the_chosen_images_are_used_and_the_seed_decides() -> None:
+    w = World.make(31)
+    few, spread = measure(w, chosen=np.arange(7)), measure(w, chosen=evenly(31, 7))
+    assert few == measure(replace(w, features=w.features[:7], labels=w.labels[:7]))
+    assert few["images"] == spread["images"] == 7
+    assert spread != few
+    assert measure(w, seed=1) == measure(w, seed=1) != measure(w, seed=2)
+
+
+def in_process(rank: int, world: int) -> dict[str, Any]:
+    return measure(World.make(31), size=5, share=np.arange(rank, 31, 2) if rank < 2 else np.arange(0))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_over_processes_it_is_the_same(world: int) -> None:
+    expected = measure(World.make(31))
+    for report in run_processes(world, in_process):
+        assert report["images"] == 31
+        for kind in KINDS:
+            for name, values in expected["curves"][kind]["mean"].items():
+                tolerance = 1e-5 if name == "logit_change_float32" else 1e-9  # float32 products depend on the batch
+                assert report["curves"][kind]["mean"][name] == pytest.approx(values, abs=tolerance), (kind, name)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"above 0, got \[0\.1, 0\.0\]"):
+        measure(World.make(5), sizes=[0.1, 0.0])
+    with pytest.raises(ValueError, match="no process has any row"):
+        measure(World.make(5), chosen=np.arange(0))

@@ -1,0 +1,181 @@
+"""Unique information and the class probe against scikit-learn on whole arrays; what must not fool them; processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
+
+from singreg.analysis.fitting import VALIDATION_EVERY
+from singreg.analysis.probes import BLOCKS, fit_blocks, fit_probe, measure_information, one_hot
+from singreg.nullspace import NullSpace
+from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
+from tests.planted import CLASSES, DIM, WIDTH, Planted, plant
+from tests.processes import run_processes
+
+FIT, TEST = 403, 101
+
+
+@cache
+def parts(unlabelled: bool = True) -> tuple[Planted, Planted]:
+    both = plant("leakage", seed=1, count=FIT), plant("leakage", seed=2, count=TEST)
+    if not unlabelled:
+        return both
+    fit, test = (replace(p, labels=torch.where(torch.arange(len(p.labels)) % 7 == 3, -1, p.labels)) for p in both)
+    return fit, test
+
+
+def measured(fit: Planted, test: Planted, *, rank: int = 0, world: int = 1, **options: Any) -> dict[str, Any]:
+    batches = fit.batches(50, rank, world)
+    fits = fit_blocks(batches, null_space=fit.space, classes=CLASSES, target_dim=DIM, **options)
+    return measure_information(test.batches(50, rank, world), fits, resamples=100)
+
+
+def coordinates(part: Planted, like: Planted) -> dict[str, np.ndarray]:
+    """f, Π_p f and Π_n f in coordinates; of f both blocks, each over its root mean variance in `like`."""
+    row, null = part.space.basis, part.space.null_basis()
+    level = [float((like.features @ basis).var(dim=0, correction=0).mean().sqrt()) for basis in (row, null)]
+    both = torch.cat([part.features @ row / level[0], part.features @ null / level[1]], dim=1)
+    blocks = (both, part.features @ row, part.features @ null)
+    return dict(zip(BLOCKS, (value.numpy() for value in blocks), strict=True))
+
+
+def scikit(x: np.ndarray, y: np.ndarray, ridge: float) -> Ridge:
+    return Ridge(alpha=ridge * ((x - x.mean(0)) ** 2).sum() / x.shape[1]).fit(x, y)
+
+
+def r2(x: np.ndarray, y: np.ndarray, model: Ridge) -> float:
+    return float(1 - ((model.predict(x) - y) ** 2).sum() / ((y - y.mean(0)) ** 2).sum())
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_r2_of_every_block_is_scikit_learns(normalize: bool) -> None:
+    fit, test = parts()
+    found = measured(fit, test, normalize_targets=normalize)
+    targets = (torch.nn.functional.normalize(p.embeddings) if normalize else p.embeddings for p in (fit, test))
+    z, held = (value.numpy() for value in targets)
+    validation = np.arange(FIT) % VALIDATION_EVERY == 0
+    expected = {}
+    for name, x in coordinates(fit, fit).items():
+        tried = {ridge: scikit(x[~validation], z[~validation], ridge) for ridge in DEFAULT_RIDGES}
+        scores = {ridge: r2(x[validation], z[validation], model) for ridge, model in tried.items()}
+        best = max(scores, key=scores.__getitem__)
+        assert found["ridges"][f"r2 {name}"] == best
+        expected[name] = r2(coordinates(test, fit)[name], held, scikit(x, z, best))
+    assert found["r2"] == pytest.approx(expected, abs=1e-8)
+    assert found["unique"] == pytest.approx(expected["features"] - expected["row_space"], abs=1e-8)
+    assert (found["images"], found["fit_images"]) == (TEST, FIT)
+
+
+def test_the_probe_is_scikit_learns_discriminant() -> None:
+    """Without a penalty the same scores up to what all classes share; with one, a shrunk within-class covariance."""
+    fit, test = parts(unlabelled=False)
+    statistics = RidgeStatistics(WIDTH, CLASSES).update(fit.features, one_hot(fit.labels, CLASSES))
+    x, y, fresh = fit.features.numpy(), fit.labels.numpy(), test.features.numpy()
+
+    def scores(ridge: float) -> np.ndarray:
+        probe = fit_probe(statistics, ridge)
+        found: np.ndarray = (test.features @ probe.matrix.T + probe.offset).numpy()
+        return found
+
+    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(x, y).decision_function(fresh)
+    mine = scores(0.0)
+    np.testing.assert_allclose(mine - mine.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), atol=1e-8)
+    means = np.stack([x[y == c].mean(0) for c in range(CLASSES)])
+    centred, total = x - means[y], ((x - x.mean(0)) ** 2).sum() / WIDTH
+    solved = np.linalg.solve((centred.T @ centred + 0.5 * total * np.eye(WIDTH)) / FIT, means.T)
+    slow = fresh @ solved - (means @ solved).diagonal() / 2 + np.log(np.bincount(y) / FIT)
+    np.testing.assert_allclose(scores(0.5), slow, atol=1e-8)
+
+
+def test_accuracies_and_chance_are_plain_shares_of_the_labelled() -> None:
+    fit, test = parts()
+    found = measured(fit, test)
+    known, held = fit.labels >= 0, test.labels >= 0
+    for name in BLOCKS:
+        x, fresh = (torch.from_numpy(coordinates(part, fit)[name]) for part in (fit, test))
+        statistics = RidgeStatistics(x.shape[1], CLASSES).update(x[known], one_hot(fit.labels[known], CLASSES))
+        probe = fit_probe(statistics, found["ridges"][f"accuracy {name}"])
+        share = float((probe.predict(fresh[held]) == test.labels[held]).double().mean())
+        assert found["accuracy"][name] == pytest.approx(share, abs=1e-12)
+        low, high = found["intervals"][f"accuracy {name}"]
+        assert low <= share <= high
+    majority = int(torch.bincount(fit.labels[known]).argmax())
+    assert found["chance"] == pytest.approx(float((test.labels[held] == majority).double().mean()))
+    gain = found["accuracy"]["features"] - found["accuracy"]["row_space"]
+    assert found["unique_accuracy"] == pytest.approx(gain)
+    assert (found["labelled"], found["fit_labelled"], found["unseen"]) == (int(held.sum()), int(known.sum()), 0)
+    assert found["chance"] < 0.3 < found["accuracy"]["null_space"]
+
+
+def test_a_class_between_others_is_named_by_the_probe_and_masked_in_a_regression() -> None:
+    """Why the probe is a discriminant: with fewer dimensions than classes, least squares never names the middle one."""
+    labels = torch.arange(300) % 3
+    noise = torch.randn(300, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f = labels[:, None].double() + 0.1 * noise
+    statistics = RidgeStatistics(1, 3).update(f, one_hot(labels, 3))
+    regression = statistics.solve(1e-6)
+    masked = (f @ regression.matrix.T + regression.offset).argmax(1)
+    assert float((masked == labels).double().mean()) < 0.7
+    assert float((fit_probe(statistics, 1e-6).predict(f) == labels).double().mean()) > 0.99
+
+
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+def test_shrinking_or_turning_the_null_space_changes_nothing(factor: float) -> None:
+    fit, test = parts()
+    null, g = fit.space.null_basis(), torch.Generator().manual_seed(1)
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=g, dtype=torch.float64)).Q
+    warp = torch.eye(WIDTH).double() - null @ null.T + factor * null @ turn @ null.T
+    first, second = measured(fit, test), measured(*(replace(p, features=p.features @ warp.T) for p in (fit, test)))
+    assert second["r2"] == pytest.approx(first["r2"], abs=1e-6)
+    assert second["accuracy"] == pytest.approx(first["accuracy"], abs=1e-12)
+
+
+def test_classes_never_seen_are_counted_and_never_named() -> None:
+    fit, test = parts(unlabelled=False)
+    fit = replace(fit, labels=torch.where(fit.labels == 2, -1, fit.labels))
+    found = measured(fit, test)
+    assert found["unseen"] == int((test.labels == 2).sum()) > 0
+    assert found["accuracy"]["row_space"] <= 1 - found["unseen"] / found["labelled"]
+    known = fit.labels >= 0
+    statistics = RidgeStatistics(WIDTH, CLASSES).update(fit.features[known], one_hot(fit.labels[known], CLASSES))
+    assert 2 not in fit_probe(statistics, 0.1).predict(test.features)
+
+
+def in_process(rank: int, world: int) -> dict[str, Any]:
+    return measured(*parts(), rank=rank, world=world)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_over_processes_it_is_the_same(world: int) -> None:
+    expected = measured(*parts())
+    intervals = expected.pop("intervals")
+    for found in run_processes(world, in_process):
+        for key, bounds in found.pop("intervals").items():
+            assert bounds == pytest.approx(intervals[key], abs=1e-6), key
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, abs=1e-8), name
+
+
+def test_bad_input_is_named() -> None:
+    fit, test = parts()
+
+    def labelled(part: Planted, label: int) -> Planted:
+        return replace(part, labels=torch.full_like(part.labels, label))
+
+    for first, second, words in (
+        (labelled(fit, -1), test, "at least 2 images, got 0"),
+        (labelled(fit, 0), test, "at least 2 classes, got 1 of 8"),
+        (fit, labelled(test, -1), "none of the 101 images has a label"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            measured(first, second)
+    full = NullSpace.from_weight(torch.eye(4), allow_empty=True)
+    with pytest.raises(ValueError, match="no null space"):
+        fit_blocks([], null_space=full, classes=2, target_dim=2)

@@ -1,0 +1,190 @@
+"""analyze_model against image-by-image loops and the public metric, over processes, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from singreg.analysis import scores as module
+from singreg.analysis.scores import CENTRED, analyze_model
+from singreg.analysis.statistics import mean_interval, paired_ratio
+from singreg.analysis.steering import measure_steering
+from singreg.metrics import SemanticLeakage
+from singreg.models.classifier import Classifier
+from singreg.nullspace import NullSpace
+from tests import toy
+from tests.processes import run_processes
+from tests.reference import formulas
+
+COUNT = 43
+TRANSLATORS = {"frozen": toy.translator(), "auditor": toy.translator(1, normalized=True)}
+
+
+def measure(
+    rank: int = 0, world: int = 1, count: int = COUNT, batch_size: int = 4, **options: Any
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """All figures of the toy classifier by two translators, one of which was fitted on normalised targets."""
+    mean = toy.features(toy.classifier(), toy.ToySplit(30)).mean(0).float()
+    options |= {"mean": mean, "settings": replace(toy.QUIET, batch_size=batch_size)}
+    split, z = toy.ToySplit(count, seed=1), toy.embeddings(count, seed=1)
+    return analyze_model(toy.classifier(), split, z, toy.texts(), TRANSLATORS, **options)
+
+
+measured = cache(measure)
+
+
+def slow(name: str, centred: bool) -> dict[str, np.ndarray]:
+    """AS, IS and κ of every image from the full null projector, in float64."""
+    split, translator = toy.ToySplit(COUNT, seed=1), TRANSLATORS[name]
+    f, project = toy.features(toy.classifier(), split), formulas.null_projector(toy.classifier().weight)
+    mean = toy.features(toy.classifier(), toy.ToySplit(30)).mean(0) if centred else 0
+    removed = f - (f - mean) @ project
+    z, z_eq = (g @ translator.matrix.double().T + translator.offset.double() for g in (f, removed))
+    text = toy.texts().double()[split.labels]
+    before, after, image = (formulas.angle_degrees(x, y) for x, y in ((z, text), (z_eq, text), (z, z_eq)))
+    a, b, c = (torch.deg2rad(angle) for angle in (before, after, image))
+    kappa = (b.cos() - a.cos() * c.cos()) / (a.sin() * c.sin())  # METHOD section 8.2
+    return {"AS": (before - after).numpy(), "IS": image.numpy(), "kappa": kappa.numpy()}
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("name", TRANSLATORS)
+def test_every_score_is_that_of_the_slow_loops(name: str, centred: bool) -> None:
+    rows, found = measured()
+    expected, kind = slow(name, centred), CENTRED if centred else ""
+    for figure, values in expected.items():
+        np.testing.assert_allclose(rows[f"{kind}{figure}/{name}"], values, atol=1e-4, rtol=0)
+    attribute, image = expected["AS"], expected["IS"]
+    parts = {"AS_neg": np.maximum(-attribute, 0), "AS_pos": np.maximum(attribute, 0), "AS_abs": np.abs(attribute)}
+    means = {key: values.mean() for key, values in {**expected, **parts}.items()}
+    means |= {f"{key}_std": expected[key].std() for key in ("AS", "IS", "kappa")}
+    by, labels = found["translators"][name], rows["label"].to_numpy()
+    overall = {**means, "ratio": image.mean() / np.abs(attribute).mean(), "count": COUNT}
+    assert by["centred" if centred else "overall"] == pytest.approx(overall, abs=1e-4)
+    for figure, values in (("AS", attribute), ("AS_neg", parts["AS_neg"]), ("IS", image)):
+        interval = mean_interval(values, groups=labels)[1:]
+        assert by["intervals"][f"{kind}{figure}"] == pytest.approx(interval, abs=1e-3)
+    ratio = paired_ratio(image, np.abs(attribute), groups=labels)[1:]
+    assert by["intervals"][f"{kind}ratio"] == pytest.approx(ratio, abs=1e-3)
+    if not centred:
+        for label in range(toy.CLASSES):
+            mine = parts["AS_neg"][labels == label]
+            assert by["per_class"]["AS_neg"][label] == pytest.approx(mine.mean(), abs=1e-4)
+            assert by["per_class"]["count"][label] == len(mine)
+
+
+def test_the_public_metric_says_the_same() -> None:
+    split, metric = toy.ToySplit(COUNT, seed=1), SemanticLeakage(toy.texts())
+    f = toy.features(toy.classifier(), split).float()
+    removed = NullSpace.from_weight(toy.classifier().weight).remove(f)
+    metric.update(TRANSLATORS["frozen"](f), TRANSLATORS["frozen"](removed), torch.from_numpy(split.labels))
+    by = measured()[1]["translators"]["frozen"]
+    assert by["overall"] == pytest.approx({name: float(value) for name, value in metric.compute().items()}, abs=1e-4)
+    for figure in ("AS", "IS"):
+        for share in (5, 50, 95):
+            assert by["quantiles"][f"{figure}_{share}"] == metric.quantile(figure, share / 100)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", TRANSLATORS)
+def test_a_translator_is_judged_by_its_own_kind_of_target(name: str) -> None:
+    translator, split = TRANSLATORS[name], toy.ToySplit(COUNT, seed=1)
+    target = torch.from_numpy(toy.embeddings(COUNT, seed=1)).double()
+    target = nn.functional.normalize(target) if name == "auditor" else target
+    z = toy.features(toy.classifier(), split) @ translator.matrix.double().T + translator.offset.double()
+    by = measured()[1]["translators"][name]
+    assert by["cosine"] == pytest.approx(float(torch.cosine_similarity(z, target).mean()), abs=1e-6)
+    r2 = 1 - ((z - target) ** 2).sum() / ((target - target.mean(0)) ** 2).sum()
+    assert by["r2"] == pytest.approx(float(r2), rel=1e-5)
+    nearest = torch.stack([torch.cosine_similarity(row, toy.texts().double()).argmax() for row in z])
+    assert by["zero_shot"] == pytest.approx(float((nearest.numpy() == split.labels).mean()))
+    assert [by[key] for key in ("ridge", "fit_images", "standardized", "validation_r2")] == [0.1, 50, False, None]
+
+
+def test_figures_of_the_model_itself() -> None:
+    split, model = toy.ToySplit(COUNT, seed=1), toy.classifier()
+    f = toy.features(model, split)
+    null = f @ formulas.null_projector(model.weight)
+    right = (f @ model.weight.double().T + model.bias).argmax(1).numpy() == split.labels
+    rows, got = measured()
+    top1 = mean_interval(right.astype(float), groups=split.labels)
+    assert (got["images"], got["top1"], *got["top1_interval"]) == pytest.approx((COUNT, *top1))
+    assert got["null_share"] == pytest.approx(float((null.norm(dim=1) / f.norm(dim=1)).mean()), abs=1e-6)
+    assert got["null_energy"] == pytest.approx(float((null**2).sum() / (f**2).sum()), abs=1e-6)
+    z = nn.functional.normalize(torch.from_numpy(toy.embeddings(COUNT, seed=1)))
+    assert got["vlm_zero_shot"] == pytest.approx(((z @ toy.texts().T).argmax(1).numpy() == split.labels).mean())
+    assert rows["index"].tolist() == list(range(COUNT))
+    assert rows["label"].tolist() == split.labels.tolist()
+    assert rows["image"].tolist() == [f"toy-{index}" for index in range(COUNT)]
+    assert got["logit_change_float64"] <= 1e-9 < got["logit_change_float32"] <= 1e-4
+    assert (got["head"]["classes"], got["head"]["features"], got["head"]["nullity"]) == (5, 24, 19)
+
+
+@pytest.mark.parametrize("limit", [1024, 6])  # 6 lies inside a batch of 4
+def test_steering_is_that_of_images_from_all_over_the_split(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEERING_IMAGES", limit)
+    got = measure()[1]["steering"]["frozen"]
+    used = np.linspace(0, COUNT - 1, min(limit, COUNT)).round().astype(int)
+    split, space = toy.ToySplit(COUNT, seed=1), NullSpace.from_weight(toy.classifier().weight)
+    f, labels = toy.features(toy.classifier(), split).float()[used], torch.from_numpy(split.labels[used])
+    options: Any = {"texts": toy.texts(), "null_space": space, "attacker": toy.translator()}
+    assert got == pytest.approx(measure_steering(f, labels, torch.from_numpy(used), **options), abs=1e-4)
+    assert got["images"] == min(limit, COUNT)
+
+
+def test_the_softmax_null_keeps_probabilities_and_has_one_dimension_more() -> None:
+    rows, got = measure(invariance="softmax")
+    assert got["head"]["nullity"] == measured()[1]["head"]["nullity"] + 1
+    assert not np.allclose(rows["AS/frozen"], measured()[0]["AS/frozen"], atol=0.1)
+    # Of what is kept: logits up to a constant that all of an image's share.
+    assert got["logit_change_float64"] <= 1e-9 < got["logit_change_float32"] <= 1e-4
+
+
+def flat(value: Any, name: str = "") -> dict[str, float]:
+    """Nested numbers as one level, for comparisons with a tolerance."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: inner for place, each in pairs for key, inner in flat(each, f"{name}.{place}").items()}
+    kept = not isinstance(value, str) and "logit_change" not in name
+    return {name: math.nan if value is None else value} if kept else {}
+
+
+@pytest.mark.parametrize(("world", "count"), [(2, COUNT), (3, COUNT), (3, 2)], ids=["odd over 2", "odd over 3", "idle"])
+def test_processes_measure_what_one_measures(world: int, count: int) -> None:
+    rows, expected = measure(count=count)
+    for got_rows, got in run_processes(world, measure, count):
+        assert got_rows["image"].tolist() == rows["image"].tolist()
+        assert flat(got) == pytest.approx(flat(expected), abs=1e-3, rel=1e-5, nan_ok=True)
+        pd.testing.assert_frame_equal(got_rows, rows, atol=1e-4, rtol=1e-5)
+        assert got["logit_change_float64"] <= 1e-9 < got["logit_change_float32"] <= 1e-4
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_batch_size_does_not_matter(batch_size: int) -> None:
+    got = measure(batch_size=batch_size)[1]
+    assert flat(got) == pytest.approx(flat(measured()[1]), abs=1e-3, rel=1e-5, nan_ok=True)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    def run(split: toy.ToySplit, model: Classifier, z: np.ndarray) -> None:
+        mean = torch.zeros(model.feature_dim)
+        analyze_model(model, split, z, toy.texts(), {"frozen": toy.translator()}, mean=mean, settings=toy.QUIET)
+
+    with pytest.raises(ValueError, match="must hold labelled images"):
+        run(toy.ToySplit(0), toy.classifier(), toy.embeddings(1)[:0])
+    with pytest.raises(ValueError, match="1 of them unlabelled"):
+        run(toy.ToySplit(9, unlabelled=(5,)), toy.classifier(), toy.embeddings(9))
+    with pytest.raises(ValueError, match="9 images but 8 embeddings"):
+        run(toy.ToySplit(9), toy.classifier(), toy.embeddings(8))
+    with pytest.raises(ValueError, match="no null space"):
+        run(toy.ToySplit(9), toy.classifier(classes=30), toy.embeddings(9))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, toy.CLASSES))
+    with pytest.raises(ValueError, match=r"\(\.\.\., 24\), got \(9, 108\)"):
+        run(toy.ToySplit(9), Classifier.from_module(net, "1", transform=toy.to_tensor), toy.embeddings(9))

@@ -1,0 +1,113 @@
+"""Bootstrap intervals against plain loops and what is known of normal means; pairing; ratios of nothing."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from singreg.analysis import statistics
+from singreg.analysis.statistics import mean_interval, paired_difference, paired_ratio, resampled_means
+
+
+def slow_means(columns: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Draw images with replacement and average them, one draw after the other."""
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(0, len(columns), len(columns)) for _ in range(resamples)]
+    return np.stack([np.mean([columns[place] for place in drawn], axis=0) for drawn in draws])
+
+
+def values(count: int = 57) -> np.ndarray:
+    return np.random.default_rng(0).gamma(2.0, 3.0, (count, 3))
+
+
+@pytest.mark.parametrize("together", [1, 200, 2**16])
+def test_means_are_those_of_the_plain_loop(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "DRAWN_TOGETHER", together)
+    found = resampled_means(values(), resamples=40, seed=3)
+    np.testing.assert_allclose(found, slow_means(values(), 40, 3), rtol=1e-12)
+    assert not np.array_equal(resampled_means(values(), resamples=40, seed=4), found)
+
+
+def slow_clustered(columns: np.ndarray, groups: np.ndarray, resamples: int) -> np.ndarray:
+    """Draw classes, then images within each class drawn, in plain loops with numbers of their own."""
+    rng, means, names = np.random.default_rng(99), [], np.unique(groups)
+    places = {name: np.flatnonzero(groups == name) for name in names}
+    for _ in range(resamples):
+        drawn = [rng.choice(places[name], len(places[name])) for name in rng.choice(names, len(names))]
+        means.append(columns[np.concatenate(drawn)].mean(0))
+    return np.stack(means)
+
+
+def test_images_are_clustered_in_their_classes() -> None:
+    rng = np.random.default_rng(4)
+    groups = rng.permutation(np.repeat(np.arange(12), rng.integers(3, 40, 12)))
+    columns = rng.normal(0, 3, 12)[groups][:, None] + rng.normal(0, 1, (len(groups), 2))
+    found, slow = resampled_means(columns, groups=groups, resamples=4000, seed=1), slow_clustered(columns, groups, 4000)
+    np.testing.assert_allclose(found.mean(0), slow.mean(0), atol=0.1)
+    np.testing.assert_allclose(found.std(0), slow.std(0), rtol=0.08)
+    plain = resampled_means(columns, resamples=4000).std(0)
+    assert found.std(0).min() > 3 * plain.max()  # the control: what drawing images alone would say
+    for same in (np.arange(len(groups)), np.zeros(len(groups))):  # every image a class of its own; one class for all
+        np.testing.assert_allclose(resampled_means(columns, groups=same, resamples=4000).std(0), plain, rtol=0.08)
+    with pytest.raises(ValueError, match=f"a group for each of {len(groups)} images, got 3"):
+        resampled_means(columns, groups=groups[:3])
+
+
+@pytest.mark.parametrize("clustered", [True, False])
+def test_intervals_cover_the_mean_as_often_as_they_say(clustered: bool) -> None:
+    rng, groups = np.random.default_rng(5), np.repeat(np.arange(30), 8)
+    covered = {"groups": 0, "images": 0}
+    for _ in range(200):
+        sample = rng.normal(10, 2, 30)[groups] * clustered + rng.normal(0 if clustered else 10, 1, len(groups))
+        for name, given in (("groups", groups), ("images", None)):
+            _, low, high = mean_interval(sample, groups=given, resamples=300)
+            covered[name] += low <= 10 <= high
+    assert covered["groups"] >= 0.9 * 200
+    assert covered["images"] < 0.7 * 200 if clustered else covered["images"] >= 0.9 * 200  # the control
+
+
+def test_intervals_are_the_percentiles_of_the_plain_loop() -> None:
+    after, before, _ = values().T
+    means = slow_means(values(), 300, 5)
+    options = {"resamples": 300, "seed": 5}
+
+    def expected(value: float, drawn: np.ndarray) -> object:
+        return pytest.approx((value, *np.quantile(drawn, [0.025, 0.975])))
+
+    assert mean_interval(after, **options) == expected(after.mean(), means[:, 0])
+    difference = after.mean() - before.mean()
+    assert paired_difference(after, before, **options) == expected(difference, means[:, 0] - means[:, 1])
+    assert paired_ratio(after, before, **options) == expected(after.mean() / before.mean(), means[:, 0] / means[:, 1])
+    assert abs(np.mean(after / before) - after.mean() / before.mean()) > 0.2  # the control: a mean of ratios differs
+
+
+def test_pairing_takes_out_what_images_have_in_common() -> None:
+    rng = np.random.default_rng(2)
+    before = rng.normal(20, 10, 400)
+    after = before - 1 + rng.normal(0, 0.5, 400)
+    mean, low, high = paired_difference(after, before)
+    assert mean == pytest.approx(-1, abs=0.1)
+    assert low < high < -0.9
+    assert paired_ratio(after, before)[2] < 1
+    shuffled = rng.permutation(after)  # the control: the same numbers, images mixed up, show nothing
+    assert paired_difference(shuffled, before)[1] < 0 < paired_difference(shuffled, before)[2]
+    assert paired_ratio(shuffled, before)[2] > 1
+    assert mean_interval(np.array([True, False, True, True]))[0] == 0.75
+    assert paired_difference(np.array([3, 4]), np.array([1, 1]))[0] == 2.5
+
+
+def test_a_ratio_to_nothing_is_not_a_number_and_never_astronomic() -> None:
+    zeros, ones = np.zeros(50), np.ones(50)
+    rare = np.eye(50)[0]  # more than a third of the draws do not hold this image
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(paired_ratio(ones, zeros)).all()
+        assert np.isnan(paired_ratio(zeros, zeros)).all()
+        assert paired_ratio(zeros, ones) == (0, 0, 0)
+        value, low, high = paired_ratio(ones, rare)
+    assert (value, high) == (50, np.inf)  # from these images the ratio has no upper bound
+    assert low == pytest.approx(50 / 3, rel=0.35)
+    # A draw with no image that could be steered says nothing about the mean over steered ones.
+    assert paired_ratio(3 * rare, rare) == pytest.approx((3, 3, 3))
