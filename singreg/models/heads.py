@@ -1,10 +1,12 @@
-"""Finding a classifier's last linear layer: a Linear, a 1x1 convolution, batch norm + linear, or the last layer of an MLP head."""
+"""A classifier's parts: its head (Linear, 1x1 convolution, batch norm + linear, end of an MLP) and its last stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 
@@ -13,7 +15,7 @@ class HeadError(ValueError):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for a Linear or a 1x1 convolution without groups: weight (C, m) or (C, m, 1, 1)."""
+    """Return True for a Linear or a 1x1 convolution without groups: weight (C, m) or (C, m, 1, 1)."""
     if isinstance(module, nn.Conv2d):
         one_place = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "valid")
         return one_place and module.groups == 1
@@ -21,10 +23,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, nn.Module]:
-    """The module whose input is the feature f, and its name inside the model: what `name` points to, or the layer within it.
+    """Return name and module whose input is the feature f: what `name` points to, or the layer within it.
 
-    A container of batch norm (+ dropout) + linear is returned whole, to be folded; of any other container the last linear
-    layer is returned. Weight shapes (C, m) or (C, m, 1, 1).
+    A container of batch norm (+ dropout) + linear is returned whole, to be folded; of any other container the last
+    linear layer is returned.
 
     Raises:
         HeadError: no head, several heads, or no linear layer under that name.
@@ -36,14 +38,14 @@ def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, 
     kind = type(model).__name__
     if not name:
         raise HeadError(
-            f"{kind} names no classifier in its pretrained_cfg, so its head cannot be found; use Classifier.from_module(model, "
+            f"{kind} names no classifier in its pretrained_cfg; use Classifier.from_module(model, "
             'head="NAME") with the name of its last linear layer'
         )
     if not isinstance(name, str):
         raise HeadError(
-            f"{kind} has {len(name)} heads ({', '.join(name)}) whose logits are combined: there is no one head whose null space "
-            "could be taken. Use the architecture without distillation, or wrap the model in a module whose forward returns the "
-            f'logits of one head alone and give that to Classifier.from_module(wrapper, head="model.{name[0]}")'
+            f"{kind} has {len(name)} heads ({', '.join(name)}) whose logits are combined: there is no one null space; "
+            "use the architecture without distillation, or wrap the model in a module whose forward returns the logits "
+            f'of one head and give that to Classifier.from_module(wrapper, head="model.{name[0]}")'
         )
     try:
         module = model.get_submodule(name)
@@ -55,14 +57,14 @@ def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, 
     inner = [(n, m) for n, m in module.named_modules() if is_linear(m)]
     if not inner:
         raise HeadError(
-            f"the head {name!r} of {kind} is {type(module).__name__} and holds no linear layer (the model was made with "
+            f"the head {name!r} of {kind} is {type(module).__name__} and holds no linear layer (made with "
             "num_classes=0?); pass num_classes, or head_mode='new'"
         )
     return f"{name}.{inner[-1][0]}", inner[-1][1]
 
 
 def batch_norm_and_linear(module: nn.Module) -> tuple[nn.BatchNorm1d, nn.Linear] | None:
-    """The two layers of a head that is a batch norm, perhaps a dropout, and a linear layer; None for anything else."""
+    """Return the two layers of a head that is a batch norm, perhaps a dropout, and a linear layer; else None."""
     layers = [child for child in module.children() if not isinstance(child, (nn.Dropout, nn.Identity))]
     if len(layers) == 2 and isinstance(layers[0], nn.BatchNorm1d) and isinstance(layers[1], nn.Linear):
         return layers[0], layers[1]
@@ -70,7 +72,7 @@ def batch_norm_and_linear(module: nn.Module) -> tuple[nn.BatchNorm1d, nn.Linear]
 
 
 def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(W (C, m), b (C,) or None) of the affine map the head is in eval mode; differentiable, batch norm folded in."""
+    """Return W (C, m) and b (C,) or None of the map a head is in eval mode; differentiable, batch norm folded in."""
     pair = batch_norm_and_linear(head)
     if pair is None:
         weight, bias = head.weight, head.bias
@@ -78,7 +80,9 @@ def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         return weight.flatten(1), bias if isinstance(bias, Tensor) else None
     norm, linear = pair
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("the head's batch norm keeps no running statistics, so it cannot be folded into the linear layer")
+        raise ValueError(
+            "the head's batch norm keeps no running statistics, so it cannot be folded into the linear layer"
+        )
     scale = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -87,70 +91,97 @@ def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     return linear.weight * scale, bias
 
 
-def as_features(captured: Tensor, name: str) -> Tensor:
-    """The head's input as (B, m): a 1x1 convolution's (B, m, 1, 1) is flattened.
+def apply_head(head: nn.Module, features: Tensor) -> Tensor:
+    """Return logits (B, C) of features (B, m) through the head module itself, in its own dtype."""
+    if isinstance(head, nn.Conv2d):
+        return torch.flatten(head(features[:, :, None, None]), 1)
+    logits: Tensor = head(features)
+    return logits
 
-    Raises:
-        ValueError: the head is applied at several places of a map or to several tokens, so there is no one feature.
-    """
+
+def as_features(captured: Tensor, name: str) -> Tensor:
+    """Return the head's input as (B, m), a 1x1 convolution's flattened; a ValueError where there is no one feature."""
     if captured.ndim > 2 and captured.shape[2:].numel() == 1:
         captured = captured.flatten(1)
     if captured.ndim != 2:
         raise ValueError(
-            f"the head {name!r} gets an input of shape {tuple(captured.shape)}, several tokens or places of a map at once; expected "
-            "(B, m) or (B, m, 1, 1). Use an architecture that pools before its last linear layer"
+            f"expected an input (B, m) or (B, m, 1, 1) of the head {name!r}, got {tuple(captured.shape)}, several "
+            "tokens or places of a map; use an architecture that pools before its last linear layer"
         )
     return captured
 
 
 def check_is_affine(head: nn.Module, name: str) -> None:
-    """Refuse a head that is not f W^T + b in eval mode: a normalised (cosine) or otherwise changed linear layer (no shapes).
-
-    Raises:
-        ValueError: the head's output on two probes is not that of its weight (C, m) and bias (C,).
-    """
+    """Raise a ValueError for a head that is not f Wᵀ + b in eval mode, such as a normalised (cosine) linear layer."""
     weight, bias = effective_weight(head)
     if weight.is_meta:
         return
     with torch.no_grad():
         probe = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(2, -1)
-        offset = weight.new_zeros(len(weight)).double() if bias is None else bias.double()
-        expected = probe.double() @ weight.double().T + offset
-        scale = (probe.double().abs() @ weight.double().abs().T + offset.abs()).max()
-        error = (apply_head(head, probe).double() - expected).abs().max()
+        # On the CPU: not every device has float64.
+        exact, wide = probe.cpu().double(), weight.cpu().double()
+        offset = torch.zeros(len(wide)).double() if bias is None else bias.cpu().double()
+        scale = (exact.abs() @ wide.abs().T + offset.abs()).max()
+        error = (apply_head(head, probe).cpu().double() - (exact @ wide.T + offset)).abs().max()
     if error > torch.finfo(weight.dtype).eps ** 0.5 * scale:
         raise ValueError(
-            f"the head {name!r} ({type(head).__name__}) does not compute f W^T + b from its weight {tuple(weight.shape)}: it differs "
-            f"by {float(error):.3g} on features in [-1, 1], so its null space is not that of its weight. Name a plain linear layer"
+            f"the head {name!r} ({type(head).__name__}) does not compute f W^T + b from its weight: "
+            f"it differs by {float(error):.3g} on features in [-1, 1]; name a plain linear layer"
         )
 
 
 def check_is_output(output: Tensor, logits: object, name: str) -> Tensor:
-    """`logits` (B, C), when they are what the head gave, perhaps flattened or in another dtype.
-
-    Raises:
-        ValueError: the model returns something else, for instance two heads averaged or a softmax.
-    """
+    """Return `logits` (B, C) if they are what the head gave, perhaps flattened or in another dtype."""
     if not isinstance(logits, Tensor):
         raise ValueError(
-            f"the model returned {type(logits).__name__}, not its logits (B, C); wrap it in a module whose forward returns them"
+            f"expected logits (B, C) from the model, got {type(logits).__name__}; wrap it in a module that returns them"
         )
     flat = output.flatten(1)
     same = flat.shape == logits.shape and (
-        flat.data_ptr() == logits.data_ptr() or torch.allclose(flat.to(logits.dtype), logits, rtol=0, atol=0, equal_nan=True)
+        flat.data_ptr() == logits.data_ptr()
+        or torch.allclose(flat.to(logits.dtype), logits, rtol=0, atol=0, equal_nan=True)
     )
     if not same:
         raise ValueError(
-            f"the model's output {tuple(logits.shape)} is not that of its head {name!r} {tuple(output.shape)}: something is done to "
-            "the logits after it (a second head, a softmax, a scale?), so this head's null space is not the model's. Wrap the "
-            "model in a module whose forward returns the head's output alone, and give that to Classifier.from_module"
+            f"the model's output {tuple(logits.shape)} is not that of its head {name!r} {tuple(output.shape)} (a "
+            "second head, a softmax, a scale?), so its null space is not the model's. Wrap the model in a module whose "
+            "forward returns the head's output alone, and give that to Classifier.from_module"
         )
     return logits
 
 
-def apply_head(head: nn.Module, features: Tensor) -> Tensor:
-    """Logits (B, C) from features (B, m) through the head module itself, in its own dtype."""
-    if isinstance(head, nn.Conv2d):
-        return torch.flatten(head(features[:, :, None, None]), 1)
-    logits: Tensor = head(features)
-    return logits
+def last_stage(model: nn.Module, head: set[str]) -> set[str]:
+    """Return the parameter names of the last stage and everything after it, by timm's own grouping into layers."""
+    try:
+        matcher = model.group_matcher(coarse=True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, NotImplementedError) as error:  # the last two are rdnet's way
+        kind = type(model).__name__
+        raise ValueError(f"{kind} does not say what its stages are (group_matcher); use tuning head or all") from error
+    groups: dict[int, list[str]] = group_parameters(model, matcher)
+    layers = [number for number, names in sorted(groups.items()) if any(name not in head for name in names)]
+    # A group of a norm alone, after the last stage, belongs to that stage.
+    sizes = {n: sum(model.get_parameter(each).numel() for each in groups[n] if each not in head) for n in layers}
+    last = next((number for number in reversed(layers) if sizes[number] > 0.01 * sum(sizes.values())), 0)
+    # So does what timm groups apart but comes after the last feature map: mobilenetv3's conv_head, an MLP.
+    features: Any = getattr(model, "feature_info", None) or [{"module": ""}]
+    stage = f"{features[-1]['module']}."
+    last = min([last, *[number for number in layers if any(name.startswith(stage) for name in groups[number])][-1:]])
+    return {name for number in layers if number >= last for name in groups[number]}
+
+
+def set_modes(module: nn.Module, batch_norm: str) -> None:
+    """Put parts without a trained parameter in eval mode, and every batch norm when `batch_norm` is "eval".
+
+    A batch norm without parameters of its own trains only where everything beside it does.
+    """
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    whole = all(parameter.requires_grad for parameter in parameters)
+    for child in module.children():
+        is_norm = getattr(child, "running_var", None) is not None  # batch norm, and what else keeps running statistics
+        if is_norm and (batch_norm == "eval" or (not whole and not list(child.parameters()))):
+            child.eval()
+        else:
+            set_modes(child, batch_norm)

@@ -1,9 +1,8 @@
-"""The vision-language model that says what features mean: a thin adapter over open_clip."""
+"""VisionLanguageModel: a frozen open_clip model that turns images and prompts into vectors of one space."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,79 +16,77 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from singreg.utils import plain
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_TEMPLATES = ("an image of a {class}",)
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 
 
 class VisionLanguageModel(nn.Module):
     """A frozen VLM (METHOD section 2): raw image embeddings `z` (B, n) and unit text embeddings `t` (K, n).
 
     Build it with `from_open_clip`. It always is in eval mode, no parameter asks for a gradient, and `.train()` does not
-    change that, so it can sit inside a larger module.
-
-    Attributes: `transform` (PIL image to tensor, the model's own evaluation preprocessing), `preprocessing` (the same as
-    a JSON-able dict), `dim` (n), `tag` (what was loaded), `weights_hash` (SHA-256 of the weights), `logit_scale`.
+    change that, so it can sit inside a larger module. `transform` is the model's own evaluation preprocessing (PIL to
+    tensor), `preprocessing` the same as a JSON-able dict, `dim` is n, `weights_hash` a SHA-256 for cache keys.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Callable[..., Tensor], *, tag: str, variant: str = "") -> None:
         super().__init__()
         # Channels-last is half again as fast for convolutional towers on a CPU, and the same to rounding for all.
-        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.tokenizer = tokenizer
-        self.tag = tag
-        self.preprocessing: dict[str, Any] = _plain(open_clip.get_model_preprocess_cfg(model))
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.tokenizer, self.tag = tokenizer, tag
+        self.preprocessing: dict[str, Any] = plain(open_clip.get_model_preprocess_cfg(model))
         cfg = open_clip.transform.PreprocessCfg(**self.preprocessing)
         self.transform: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(cfg, is_train=False)
         self.weights_hash = hash_of_state(model, variant)
-        self.logit_scale = float(getattr(model, "logit_scale", torch.zeros(())).detach().exp())
         self.dim = int(self._texts(["an image"]).shape[-1])
 
     @classmethod
     def from_open_clip(
-        cls, name: str, pretrained: str | None = None, *, device: str | torch.device = "cpu",
+        cls,
+        name: str,
+        pretrained: str | None = None,
+        *,
+        device: str | torch.device = "cpu",
         cache_dir: str | Path | None = None,
-    ) -> VisionLanguageModel:  # fmt: skip
+    ) -> VisionLanguageModel:
         """Load "ViT-L-14" with a tag or a weight file as `pretrained`, "local-dir:FOLDER", or "hf-hub:ORG/REPO".
 
-        The activation is taken from the tag (the OpenAI weights need QuickGELU, which "ViT-L-14" alone does not say).
-        A weight file carries no such note: name the architecture it was trained with, such as "ViT-L-14-quickgelu".
+        The activation is taken from the tag (the OpenAI weights need QuickGELU, which "ViT-L-14" alone does not say). A
+        weight file carries no such note: name the architecture it was trained with, such as "ViT-L-14-quickgelu".
         Weights are read from safetensors, or with `weights_only` from PyTorch files: nothing is unpickled.
-
-        Shapes: none; the loaded model gives (B, n) and (K, n).
 
         Raises:
             ValueError: unknown architecture, no or an unknown tag, a tag that goes with another activation, or weights
                 that are damaged, of another architecture, or not to be had (no network).
             FileNotFoundError: the folder, its configuration or its weights are missing.
         """
-        quick_gelu = _check_source(name, pretrained)
+        quick_gelu = needs_quick_gelu(name, pretrained)
         tag = name if pretrained is None else f"{name}/{Path(pretrained).name}"
-        cache = None if cache_dir is None else str(cache_dir)
+        cache: dict[str, Any] = {"cache_dir": None if cache_dir is None else str(cache_dir)}
+        loading = {"device": device, "force_quick_gelu": quick_gelu, "weights_only": True, **cache}
         try:
-            model = open_clip.create_model(
-                name, pretrained, device=device, force_quick_gelu=quick_gelu, require_pretrained=True,
-                pretrained_text=False, cache_dir=cache, weights_only=True,
-            )  # fmt: skip
-            tokenizer = open_clip.get_tokenizer(name, cache_dir=cache)
+            # Without require_pretrained, missing weights would only be logged and left random.
+            model = open_clip.create_model(name, pretrained, require_pretrained=True, pretrained_text=False, **loading)
+            tokenizer = open_clip.get_tokenizer(name, **cache)
         except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
             raise ValueError(f"the weights of {tag} could not be loaded; open_clip says: {error}") from error
         logger.info("loaded vision-language model %s", tag)
         return cls(model, tokenizer, tag=tag, variant="quickgelu" if quick_gelu else "")
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
-        """Stay in eval mode whatever is asked: the model is a fixed measuring instrument (no shapes)."""
+        """Stay in eval mode whatever is asked: the model is a fixed measuring instrument."""
         return super().train(False)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are (no shapes)."""
+        """Where the weights are."""
         return next(self.model.parameters()).device
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """Raw (not normalised) image embeddings: preprocessed images (B, 3, H, W) to (B, n), float32, no gradient."""
+        """Return raw (not normalised) float32 embeddings (B, n) of preprocessed images (B, 3, H, W)."""
         if images.ndim != 4:
             raise ValueError(f"expected a batch of images (B, 3, H, W), got shape {tuple(images.shape)}")
         with torch.autocast(self.device.type, enabled=False):
@@ -99,20 +96,15 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings of K prompts as unit rows (K, n), float32, no gradient.
-
-        Raises:
-            ValueError: no prompt at all, or a blank one (its place is named).
-        """
+        """Return embeddings of K prompts as unit rows (K, n), float32; a ValueError names blank ones."""
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
-        blank = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
-        if blank:
+        if blank := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
             raise ValueError(f"prompts must not be blank; blank at positions {blank} of {len(prompts)}")
         return torch.cat([self._texts(prompts[i : i + 256]) for i in range(0, len(prompts), 256)])
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
-        """One unit row per class (C, n): the mean over templates of the unit rows, normalised again.
+        """Return one unit row per class (C, n): the mean over templates of the unit rows, normalised again.
 
         `{class}` in a template is replaced by the name as it is ("a"/"an" is not adapted: the text stays the paper's).
 
@@ -138,7 +130,7 @@ class VisionLanguageModel(nn.Module):
 
 
 def hash_of_state(model: nn.Module | Mapping[str, Tensor], extra: str = "") -> str:
-    """SHA-256 over a module's state, as hexadecimal: names sorted, each with dtype, shape and bytes (any shapes)."""
+    """Return the SHA-256 of a module's state: names sorted, each with dtype, shape and bytes."""
     digest = hashlib.sha256(extra.encode())
     for name, tensor in sorted((model.state_dict() if isinstance(model, nn.Module) else model).items()):
         values = tensor.detach().cpu().contiguous()
@@ -147,45 +139,35 @@ def hash_of_state(model: nn.Module | Mapping[str, Tensor], extra: str = "") -> s
     return digest.hexdigest()
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as JSON gives it back: tuples become lists, so that equal settings compare equal."""
-    return dict(json.loads(json.dumps(config)))
-
-
-def _check_source(name: str, pretrained: str | None) -> bool:
-    """Refuse whatever open_clip would load with random weights; return whether QuickGELU must be forced."""
+def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Return whether QuickGELU must be forced; raise for whatever open_clip would load with random or other weights."""
     schema, identifier = open_clip.factory.parse_model_name(name)
     if schema is not None:
         if pretrained is not None:
             raise ValueError(f"{name!r} brings its own weights: leave out pretrained={pretrained!r}")
         if schema == "local-dir":
-            _check_folder(Path(identifier))
+            folder = Path(identifier)
+            config, weights = folder / "open_clip_config.json", (".safetensors", ".bin", ".pth")
+            if not config.is_file():
+                raise FileNotFoundError(f"an open_clip folder has {config.name}; not found: {config}")
+            if not any(path.suffix in weights for path in folder.iterdir()):
+                raise FileNotFoundError(f"no weights in {folder}: expected {folder / 'open_clip_model.safetensors'}")
         return False
-    return _check_tag(identifier.replace("/", "-"), pretrained)
-
-
-def _check_folder(folder: Path) -> None:
-    config = folder / "open_clip_config.json"
-    if not folder.is_dir() or not config.is_file():
-        raise FileNotFoundError(f"an open_clip folder has {config.name}; not found: {config if folder.is_dir() else folder}")
-    if not any(path.suffix in _WEIGHT_SUFFIXES for path in folder.iterdir()):
-        raise FileNotFoundError(f"no weights in {folder}: expected {folder / 'open_clip_model.safetensors'}")
-
-
-def _check_tag(name: str, pretrained: str | None) -> bool:
-    config = open_clip.get_model_config(name)
-    if config is None:
+    name = identifier.replace("/", "-")
+    architecture = open_clip.get_model_config(name)
+    if architecture is None:
         known = ", ".join(open_clip.list_models()[:200:20])
         raise ValueError(f"open_clip knows no model {name!r}; it knows for example {known}; or pass local-dir:FOLDER")
-    tags = open_clip.list_pretrained_tags_by_model(name)
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:12]) or "none"
     if pretrained is None:
-        raise ValueError(f"{name!r} needs weights: pass pretrained= a weight file or one of {', '.join(tags[:12]) or 'none'}")
+        raise ValueError(f"{name!r} needs weights: pass pretrained= a weight file or one of {tags}")
     tag_config = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
     if not tag_config:
         if Path(pretrained).is_file():
             return False
-        raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag of {name!r}; tags: {', '.join(tags)}")
+        raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag of {name!r}; tags: {tags}")
     quick = bool(tag_config.get("quick_gelu", False))
-    if config.get("quick_gelu", False) and not quick:
-        raise ValueError(f"weights {pretrained!r} were trained without QuickGELU: use {name.removesuffix('-quickgelu')!r}")
+    if architecture.get("quick_gelu", False) and not quick:
+        plain_name = name.removesuffix("-quickgelu")
+        raise ValueError(f"weights {pretrained!r} were trained without QuickGELU: use {plain_name!r}")
     return quick

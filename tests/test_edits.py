@@ -1,0 +1,383 @@
+"""Edited heads: alignment leaves the null space no prompt, dropping it keeps all logits, averages end in their models."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from singreg.models.classifier import Classifier
+from singreg.models.edits import (
+    AlignedHead,
+    align_head_,
+    aligned_weight,
+    constrain_to_rows,
+    drop_null,
+    interpolate_weights,
+    prompt_directions,
+    release_rows,
+)
+from singreg.models.heads import HeadError, find_head
+from singreg.nullspace import NullSpace
+from singreg.ridge import RidgeStatistics
+from singreg.translator import LinearTranslator
+from tests.fakes import CLASSES, HEADS, WIDTH, images, net, shake
+
+M, N = 24, 9
+PLAIN = ("linear", "no bias", "convolution")
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def features(count: int = 400, width: int = M) -> Tensor:
+    """Correlated and off-centre, as a network's are."""
+    return normal(count, width, seed=5) @ (normal(width, width, seed=6) / 3) + 2 * normal(width, seed=7).abs()
+
+
+def moments(f: Tensor) -> dict[str, Any]:
+    return {"covariance": f.T.cov(correction=0), "mean": f.mean(0)}
+
+
+def translator(seed: int = 2, width: int = M) -> LinearTranslator:
+    return LinearTranslator(normal(N, width, seed=seed), normal(N, seed=seed + 1))
+
+
+def directions(prompts: int, width: int = M) -> Tensor:
+    return prompt_directions(translator(width=width), normal(prompts, N, seed=4))
+
+
+def align(weight: Tensor, d: Tensor, **options: Any) -> AlignedHead:
+    return aligned_weight(weight, d, **{**moments(features()), **options})
+
+
+def left_out(weight: Tensor, rows: Tensor) -> float:
+    """max_k ‖Π_n d_k‖ / ‖d_k‖ for the null space of W."""
+    null = NullSpace.from_weight(weight, allow_empty=True).component(rows)
+    return float((null.norm(dim=1) / rows.norm(dim=1)).max())
+
+
+def rms(x: Tensor) -> Tensor:
+    return (x - x.mean(0)).square().mean().sqrt()
+
+
+def small(kind: str = "linear") -> Classifier:
+    return Classifier.from_module(net(kind), head="head", tag="small")
+
+
+# (classes, prompts): no room for R, some room, a head with as many rows as features
+@pytest.mark.parametrize(("classes", "prompts"), [(4, 4), (5, 3), (12, 3), (24, 6)])
+def test_no_null_direction_raises_a_prompt(classes: int, prompts: int) -> None:
+    weight, f = normal(classes, M, seed=1), features()
+    translated = normal(prompts, N, seed=4) @ translator().matrix
+    aligned = align(weight, directions(prompts))
+    assert classes == M or left_out(weight, translated) > 0.5  # the control
+    assert left_out(aligned.weight, translated) <= 1e-8
+    rank = NullSpace.from_weight(aligned.weight, allow_empty=True).rank
+    assert rank == aligned.rank == aligned.rank_before == classes
+    assert (aligned.free_rows, aligned.raised) == (classes - prompts, 0)
+    torch.testing.assert_close(aligned.rows @ aligned.rows.T, torch.eye(classes, dtype=torch.float64))
+    assert left_out(aligned.rows, aligned.weight) < 1e-8
+    # What it says of the logits is what happens to them.
+    shift = (f @ aligned.weight.T + aligned.bias_shift) - f @ weight.T
+    torch.testing.assert_close(shift.mean(0), torch.zeros(classes, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert aligned.logit_change == pytest.approx(float(rms(shift) / rms(f @ weight.T)), rel=1e-6, abs=1e-9)
+    assert aligned.logit_change > 0.01 or classes == M
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.3])
+def test_without_room_it_is_least_squares_on_the_features(ridge: float) -> None:
+    """The slow formula: numpy's least squares on the centred features, with λ as √(N λ) I among the samples."""
+    weight, f, d = normal(4, M, seed=1), features(), directions(4)
+    x = f - f.mean(0)
+    penalty = ridge * x.square().sum() / (len(f) * M)
+    x = torch.cat([x, (len(f) * penalty).sqrt() * torch.eye(M, dtype=torch.float64)])
+    expected = np.linalg.lstsq((x @ d.T).numpy(), (x @ weight.T).numpy(), rcond=None)[0].T @ d.numpy()
+    np.testing.assert_allclose(align(weight, d, ridge=ridge, floor=0.0).weight.numpy(), expected, atol=1e-9)
+
+
+def test_free_rows_are_the_best_there_are() -> None:
+    """No head with the same budget found by descent keeps the logits better; one free row less is worse."""
+    weight, d, x = normal(7, M, seed=1), directions(3), features() - features().mean(0)
+    exact = [align(weight, d, free_rows=r, ridge=0.0, floor=0.0) for r in (2, 1)]
+    errors = [float((x @ (weight - a.weight).T).square().mean()) for a in exact]
+    assert errors[1] > 1.05 * errors[0]
+    found = []
+    for seed in range(5):
+        free = normal(2, M, seed=seed)
+        for _ in range(300):  # alternating least squares: B given the rows, the free rows given B
+            rows = torch.cat([d, free])
+            coefficients = torch.linalg.lstsq(x @ rows.T, x @ weight.T).solution.T
+            rest = x @ (weight - coefficients[:, :3] @ d).T
+            free = torch.linalg.lstsq(x, torch.linalg.lstsq(coefficients[:, 3:], rest.T).solution.T).solution.T
+        found.append(float((x @ (weight - coefficients @ torch.cat([d, free])).T).square().mean()))
+    assert min(found) == pytest.approx(errors[0], rel=1e-3)
+    assert min(found) > errors[0] * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(("rank", "prompts"), [(6, 6), (6, 2), (4, 4)])
+def test_a_head_that_is_aligned_already_stays(rank: int, prompts: int) -> None:
+    d = directions(prompts)
+    weight = normal(6, rank, seed=1) @ torch.cat([d, normal(rank - prompts, M, seed=2)])
+    aligned = align(weight, d)
+    torch.testing.assert_close(aligned.weight, weight, atol=1e-9, rtol=0)
+    assert max(float(aligned.bias_shift.abs().max()), aligned.logit_change) < 1e-8
+    assert (aligned.rank, aligned.rank_before, aligned.free_rows) == (rank, rank, rank - prompts)
+
+
+@pytest.mark.parametrize(("prompts", "rank"), [(2, 4), (6, 6)])
+def test_the_rank_grows_only_where_prompts_need_it(prompts: int, rank: int) -> None:
+    weight, d = normal(8, 4, seed=1) @ normal(4, M, seed=2), directions(prompts)
+    aligned = align(weight, d)
+    assert (aligned.rank_before, aligned.rank, aligned.free_rows) == (4, rank, rank - prompts)
+    assert NullSpace.from_weight(aligned.weight).rank == rank
+    assert left_out(aligned.weight, d) <= 1e-8
+    more = align(weight, d, free_rows=8 - prompts)
+    assert more.rank <= 4 + prompts
+    assert more.logit_change < aligned.logit_change
+
+
+def test_a_head_whose_rows_sum_to_zero_still_holds_every_prompt() -> None:
+    """Its fit has rank C - 1, so one of C directions would be left out; lifting it moves all logits alike."""
+    weight, d = normal(5, M, seed=1), directions(5)
+    bare, lifted = (align(weight - weight.mean(0), d, floor=floor) for floor in (0.0, 1e-3))
+    assert left_out(bare.weight, d) > 0.1
+    assert left_out(lifted.weight, d) <= 1e-8
+    assert (bare.raised, lifted.raised, lifted.rank, lifted.rank_before) == (0, 1, 5, 4)
+    added = (lifted.weight - bare.weight) @ features().T
+    torch.testing.assert_close(added, added.mean(0).expand_as(added), atol=1e-9, rtol=0)
+    assert added.abs().max() > 1e-6
+
+
+def test_an_ensemble_gives_its_leading_directions() -> None:
+    ensemble, texts = [translator(seed) for seed in (2, 20, 40)], normal(2, N, seed=4)
+    each = [nn.functional.normalize(texts @ T.matrix) for T in ensemble]
+    slow = torch.linalg.svd(torch.cat(each)).Vh
+    for leading, wanted in ((None, 2), (1, 1), (6, 6)):
+        d = prompt_directions(ensemble, texts, leading)
+        assert d.shape == (wanted, M)
+        torch.testing.assert_close(d.T @ d, slow[:wanted].T @ slow[:wanted])
+    whole = prompt_directions(ensemble, texts, 6)
+    assert max(left_out(whole, rows) for rows in each) < 1e-8 < 0.1 < left_out(slow[:2], each[2])
+    louder = LinearTranslator(100 * ensemble[0].matrix, ensemble[0].offset)  # the length of a matrix does not weigh
+    torch.testing.assert_close(prompt_directions([louder, *ensemble[1:]], texts, 6).abs(), whole.abs())
+    assert len(prompt_directions(ensemble[0], texts[[0, 1, 0]])) == 2  # a prompt given twice is one direction
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_the_edit_is_written_into_the_classifier(kind: str) -> None:
+    classifier, x = small(kind).requires_grad_(False), images(40).double()
+    parameters, before = dict(classifier.named_parameters()), copy.deepcopy(classifier)
+    f, logits = classifier.features_and_logits(x)
+    T, texts = translator(width=WIDTH), normal(3, N, seed=4)
+    aligned = align_head_(classifier, T, texts, RidgeStatistics(WIDTH, N).update(f, T(f)))
+    assert left_out(classifier.weight, texts @ T.matrix) <= 1e-8 < 0.1 < left_out(before.weight, texts @ T.matrix)
+    assert all(parameter is parameters[name] for name, parameter in classifier.named_parameters())
+    assert torch.equal(classifier.features(x), f)
+    after = classifier(x)
+    if kind == "no bias":  # nothing can be centred: the whole logits are kept as well as they can
+        assert aligned.logit_change == pytest.approx(float((after - logits).norm() / logits.norm()), rel=1e-6)
+    else:
+        torch.testing.assert_close(after.mean(0), logits.mean(0))
+        assert aligned.logit_change == pytest.approx(float(rms(after - logits) / rms(logits)), rel=1e-6)
+
+
+def test_refusals() -> None:
+    T, texts, d = translator(width=WIDTH), normal(3, N, seed=4), directions(3, WIDTH)
+    f, weight = features(width=WIDTH), normal(3, WIDTH, seed=1)
+    statistics, free = RidgeStatistics(WIDTH, N).update(f, T(f)), moments(f)
+    for call, words in (
+        (lambda: align_head_(small("batch norm"), T, texts, statistics), "a batch norm and a linear layer"),
+        (lambda: constrain_to_rows(small("batch norm"), texts), "a batch norm and a linear layer"),
+        (lambda: aligned_weight(weight[:2], d, **free), r"a head of 2 rows .* got 3 independent directions"),
+        (lambda: aligned_weight(weight, d[:2], free_rows=2, **free), r"2 independent directions and free_rows 2"),
+        (lambda: align(weight, d), r"covariance \(12, 12\).*\(24, 24\)"),
+        (lambda: align_head_(small(), T, texts, RidgeStatistics(WIDTH, N)), "at least 2 images"),
+        (lambda: prompt_directions(T, texts, 4), r"leading must be in 1\.\.3.* got 4"),
+        (lambda: prompt_directions(T, texts[:, :8]), r"expected texts \(k, n\) .* got \(3, 8\)"),
+        (lambda: prompt_directions(LinearTranslator(0 * T.matrix, T.offset), texts), r"translated prompt .* zero"),
+        (lambda: constrain_to_rows(small(), d), r"\d+\.\d% of the head's norm lies outside the given 3 rows"),
+        (lambda: release_rows(small()), "'head' is not constrained"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def constrained(kind: str = "linear") -> tuple[Classifier, Tensor]:
+    """A classifier with an aligned head, constrained to its whole row space, and the translated prompts."""
+    classifier, T, texts = small(kind), translator(width=WIDTH), normal(3, N, seed=4)
+    f = classifier.features(images(40).double()).detach()
+    aligned = align_head_(classifier, T, texts, RidgeStatistics(WIDTH, N).update(f, T(f)))
+    return constrain_to_rows(classifier, aligned.rows), texts @ T.matrix
+
+
+def trained_weight(classifier: Classifier) -> Tensor:
+    return classifier.model.get_parameter(f"{classifier.head_name}.parametrizations.weight.original")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_training_keeps_the_row_space_and_releasing_keeps_the_logits(kind: str, decay: float) -> None:
+    classifier, translated = constrained(kind)
+    free, x, before = release_rows(copy.deepcopy(classifier)), images(16).double(), classifier.weight.detach().clone()
+    torch.testing.assert_close(classifier(x), free(x))
+    for model in (classifier, free):
+        model.tune("head")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(trained) == (1 if kind == "no bias" else 2)
+        optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=decay)
+        for _ in range(10):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), torch.arange(16) % CLASSES).backward()
+            optimizer.step()
+    assert left_out(free.weight.detach(), translated) > 1e-3  # the control: without the constraint it is lost at once
+    assert left_out(classifier.weight.detach(), translated) <= 1e-8
+    assert (classifier.weight - before).norm() > 0.1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert left_out(classifier.weight.detach(), translated) <= 1e-8
+    logits, shape, parameter = classifier(x), classifier.weight.shape, trained_weight(classifier)
+    twin = copy.deepcopy(classifier)
+    release_rows(classifier)
+    assert torch.equal(twin(x), logits)  # a copy keeps its own constraint
+    assert torch.equal(classifier(x), logits)
+    assert classifier.weight.shape == shape
+    assert classifier.head.weight is parameter  # an optimiser that holds it goes on
+    assert type(classifier.head) in (nn.Linear, nn.Conv2d)
+
+
+def test_the_gradient_is_the_projected_one() -> None:
+    classifier, _ = constrained()
+    basis, raw = NullSpace.from_weight(classifier.weight).basis, trained_weight(classifier)
+    target = normal(CLASSES, WIDTH, seed=9)
+    (gradient,) = torch.autograd.grad((classifier.weight * target).sum(), raw)
+    torch.testing.assert_close(gradient, target @ basis @ basis.T)
+    assert (gradient - target).norm() > 0.1
+
+
+def test_a_constrained_classifier_is_copied_and_its_state_read_back() -> None:
+    classifier, x = constrained()[0], images(4).double()
+    assert find_head(classifier.model, "head") == ("head", classifier.head)
+    assert (classifier.num_classes, classifier.feature_dim) == (CLASSES, WIDTH)
+    assert torch.equal(classifier.logits(classifier.features(x)), classifier(x))
+    twin, other = copy.deepcopy(classifier), constrained()[0]
+    with torch.no_grad():
+        trained_weight(twin).add_(1.0)
+    assert not torch.equal(twin(x), classifier(x))  # nothing is shared
+    other.load_state_dict(twin.state_dict())
+    assert torch.equal(twin(x), other(x))
+    with pytest.raises(HeadError, match="constrained already; call release_rows"):
+        constrain_to_rows(classifier, classifier.weight)
+
+
+def timm_model(seed: int = 0, **arguments: Any) -> Classifier:
+    torch.manual_seed(seed)
+    options = {"pretrained": False, "image_size": 32, "num_classes": 7, **arguments}
+    classifier = Classifier.from_timm(options.pop("name", "test_resnet"), **options)
+    shake(classifier.model, seed=seed, strength=0.1)
+    return classifier
+
+
+def test_plain_timm_loads_it_once_released(tmp_path: Path) -> None:
+    classifier, texts = timm_model(), normal(4, N, seed=4)
+    f, T = classifier.features(images(200)).detach(), translator(width=96)
+    align_head_(classifier, T, texts, RidgeStatistics(96, N).update(f, T(f)))
+    constrain_to_rows(classifier, classifier.weight.detach())
+    with pytest.raises(ValueError, match=r"the head of test_resnet.* is constrained.* release_rows"):
+        classifier.save(tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+    release_rows(classifier).save(tmp_path / "model")
+    model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(model(images()), classifier(images()))
+    assert left_out(model.fc.weight.detach(), texts @ T.matrix) < 1e-4  # float32 head
+
+
+@pytest.mark.parametrize("kind", sorted(HEADS))
+def test_dropping_the_null_keeps_every_logit_and_leaves_none_to_steer_in(kind: str) -> None:
+    rank = 2 if kind == "rank 2" else CLASSES
+    classifier, x = small(kind), images(20).double()
+    state = {name: value.clone() for name, value in classifier.state_dict().items()}
+    dropped = drop_null(classifier)
+    f, logits = dropped.features_and_logits(x)
+    torch.testing.assert_close(logits, classifier(x), atol=1e-12, rtol=0)
+    assert (classifier.feature_dim, dropped.feature_dim, dropped.head_name) == (WIDTH, rank, "head.1")
+    # The new features are the row-space part in its own axes, lengths kept.
+    old = classifier.features(x)
+    torch.testing.assert_close(f.norm(dim=1), NullSpace.from_weight(classifier.weight).remove(old).norm(dim=1))
+    assert (old.norm(dim=1) - f.norm(dim=1)).min() > 1e-3  # the control: something was dropped
+    assert NullSpace.from_weight(dropped.weight, allow_empty=True).nullity == 0
+    dropped.tune("all").train()
+    dropped(x).square().sum().backward()
+    assert all(p.grad is not None for p in dropped.parameters())
+    with torch.no_grad():
+        dropped.head.get_parameter("weight").zero_()
+    assert all(torch.equal(value, state[name]) for name, value in classifier.state_dict().items())  # nothing is shared
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "resnetv2_18"])
+def test_dropped_timm_models_keep_transform_and_names_and_refuse_a_folder(name: str, tmp_path: Path) -> None:
+    classifier = timm_model(name=name, head_mode="new", num_classes=3, class_names=["a", "b", "c"])
+    dropped = drop_null(classifier)
+    with torch.no_grad():
+        torch.testing.assert_close(dropped(images()), classifier(images()), atol=1e-5, rtol=1e-5)
+    assert (dropped.class_names, dropped.preprocessing) == (("a", "b", "c"), classifier.preprocessing)
+    assert dropped.tag != classifier.tag
+    with pytest.raises(ValueError, match=r"one layer more .* drop_null on that again"):
+        dropped.save(tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+def pair() -> tuple[Classifier, Classifier]:
+    before, after = timm_model(1), timm_model(2)
+    after.model.bn1.num_batches_tracked.fill_(9)  # type: ignore[union-attr, operator]
+    return before, after
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_the_ends_are_the_two_models_bit_for_bit(alpha: float) -> None:
+    before, after = pair()
+    with torch.no_grad():
+        before.head.get_parameter("bias")[0], after.head.get_parameter("bias")[0] = -0.0, 1e-40
+    state, mixed = (before, after)[int(alpha)].state_dict(), interpolate_weights(before, after, alpha)
+    assert state.keys() == mixed.state_dict().keys()
+    for name, value in mixed.state_dict().items():
+        assert value.numpy().tobytes() == state[name].numpy().tobytes()
+        assert value.data_ptr() != state[name].data_ptr()
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5])
+def test_between_them_every_float_is_the_weighted_mean(alpha: float) -> None:
+    before, after = pair()
+    after.train()
+    states = [copy.deepcopy(each.model.state_dict()) for each in (before, after)]
+    mixed = interpolate_weights(before, after, alpha)
+    for name, value in mixed.model.state_dict().items():
+        old, new = states[0][name], states[1][name]
+        expected = (1 - alpha) * old + alpha * new if value.is_floating_point() else new
+        torch.testing.assert_close(value, expected)
+        assert not name.endswith("running_mean") or not torch.equal(value, old)
+    assert torch.equal(interpolate_weights(after, before, 1 - alpha).weight, mixed.weight)
+    assert not mixed.training
+    assert all(torch.equal(value, states[1][name]) for name, value in after.model.state_dict().items())
+
+
+def test_averages_of_other_shapes_or_classes_are_refused() -> None:
+    before = timm_model()
+    names = [timm_model(head_mode="new", num_classes=2, class_names=list(pair)) for pair in ("ab", "ba")]
+    for pair_, words in (
+        ((before, timm_model(num_classes=5)), r"fc\.weight is \(7, 96\) before and \(5, 96\) after.*\(2 differences\)"),
+        ((before, drop_null(before)), r"fc\.0\.weight is None before"),
+        (names, r"the classes are \('a', 'b'\)... before and \('b', 'a'\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            interpolate_weights(*pair_, 0.5)
+    for alpha in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
+            interpolate_weights(before, before, alpha)
