@@ -1,4 +1,4 @@
-"""Edited heads: alignment leaves the null space no prompt, dropping it keeps all logits, averages end in their models."""
+"""Edited heads: alignment leaves the null space no prompt, dropping it keeps all logits, averages end in two models."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_what_killed_runs_left_goes_after_a_day(split: TableSplit, cache: Path) 
 
 def test_with_a_real_model(split: TableSplit, tmp_path: Path, cache: Path) -> None:
     from singreg.models.vlm import VisionLanguageModel
-    from tests.models.tiny_vlm import write_tiny_vlm
+    from tests.fakes import write_tiny_vlm
 
     vlm = VisionLanguageModel.from_open_clip(write_tiny_vlm(tmp_path / "vlm"))
     rows = cached_embeddings(vlm, split, cache, batch_size=3, progress=False)

@@ -40,7 +40,7 @@ class Measured:
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
         self.model = Classifier.from_timm(name, pretrained=False, num_classes=toy.CLASSES)
-        self.model._transform = large_and_varied
+        self.model.own_transform = large_and_varied
         part = toy.ToyPart(COUNT)
         images = torch.stack([self.model.transform(part.image(index)) for index in range(COUNT)])
         with torch.no_grad():
