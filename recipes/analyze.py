@@ -32,7 +32,7 @@ from singreg.nullspace import NullSpace
 from singreg.plots.scores import plot_analysis
 from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, prepare
+from singreg.setup import Setup, prepare, try_one_batch
 from singreg.steering import steer
 from singreg.translator import LinearTranslator
 from singreg.utils import cache_folder
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"neighbours: the gallery (the bank) has {len(setup.splits.bank)} images; ask for fewer")
         words = embed_concepts(setup.vlm, bank, config.concept_templates).to(setup.texts)
         if config.dry_run:
-            dry_run(setup)
+            try_one_batch(setup)
             return
         setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))
         run.open()
@@ -107,18 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found |= {"classes": analyze_classes(rows, setup.splits.class_names), "omissions": bank.omissions()}
         report(run, setup, translators, rows, found)
     accelerator.end_training()
-
-
-def dry_run(setup: Setup) -> None:
-    """Run one batch and say what would be measured."""
-    some = range(min(64, len(setup.splits.test)))
-    split, embeddings = setup.splits.test.subset(some), setup.embeddings["test"][: len(some)]
-    passes = replace(setup.passes, progress=False)
-    batch = next(iterate_features(setup.classifier, split, embeddings, passes, "dry run"))
-    if setup.passes.progress:
-        shapes = f"features {tuple(batch.features.shape)}, embeddings {tuple(batch.embeddings.shape)}"
-        print(f"one batch of {setup.classifier.tag}: {shapes}")
-        print("dry run: nothing was measured, no run folder was made")
 
 
 def batches(setup: Setup, description: str, split: str = "test") -> Iterator[FeatureBatch]:

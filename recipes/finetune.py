@@ -14,7 +14,6 @@ from functools import partial
 import pandas as pd
 
 from singreg.analysis.comparison import Measured, audit_gap, compare_arms, finetune_warnings, no_claim, verdict
-from singreg.analysis.features import iterate_features
 from singreg.analysis.fitting import FittedTranslator, fit_on_split, reference_image_scores
 from singreg.analysis.scores import analyze_model
 from singreg.checkpoints import Checkpoints, Stage, fingerprints, refuse_other_inputs, stage
@@ -24,15 +23,17 @@ from singreg.loop import finish, follow, own_random_numbers, prepare_arm, resume
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.report import Figure, Section, interval, log, log_figures, percent, track, write_report
+from singreg.plots.finetune import plot_finetune
+from singreg.plots.scores import STAGES
+from singreg.report import Section, log, log_figures, track, write_report
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start
-from singreg.setup import Setup, prepare
+from singreg.setup import Setup, prepare, try_one_batch
+from singreg.tables import score_table
 from singreg.task import describe_training, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.watching import log_watched, watch
 
-MODELS = {"before": "before", "control": "control (cross-entropy)", "sing": "SingLoss"}
 READING = (
     "Means over the same test images with 95 % bootstrap intervals. AS⁻: what removing the null space takes from the "
     "true class (lower is better); IS: how far it moves the image's meaning (to be kept). frozen: the translator "
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run.check()
         setup = prepare(config, config.model, accelerator, before_embedding=partial(check, config, run))
         if config.dry_run:
-            dry_run(setup)
+            try_one_batch(setup)
             return
         run.open()
     with run.guarded():
@@ -162,31 +163,24 @@ def train(
 def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, Measured]) -> None:
     """Compare the arms and write the run's report."""
     comparisons = compare_arms(measured)
-    results = pd.DataFrame(
-        [
-            [MODELS[name], translator, percent(figures["top1"])]
-            + [interval(scores["overall"][key], *scores["intervals"][key]) for key in ("AS_neg", "AS_abs", "IS")]
-            for name, (_, figures) in measured.items()
-            for translator, scores in figures["translators"].items()
-        ],
-        columns=["model", "translator", "top-1", "AS⁻ °", "|AS| °", "IS °"],
-    )
-    plots: list[Figure] = []
+    plots = plot_finetune(measured, setup.splits.class_names, run.folder / "plots")
     log_figures(run.accelerator, plots)
+    figures = {name: found for name, (_, found) in measured.items()}
+    results = score_table({STAGES[name]: found for name, found in figures.items()})
     write_report(
         run,
         title=f"{run.folder.name}: null-space leakage before and after fine-tuning",
         verdict=verdict(measured, comparisons, trained=config.training.epochs > 0),
-        warnings=finetune_warnings(measured["before"][1]),
+        warnings=finetune_warnings(figures["before"]),
         sections=[
             Section("Results", [results, READING, *plots[:1]]),
             Section("SingLoss against the control", [comparisons, "Ratios of means; intervals are paired by image."]),
             Section("Images and classes", plots[1:]),
         ],
         figures={
-            "measurements": {name: figures for name, (_, figures) in measured.items()},
+            "measurements": figures,
             "comparisons": comparisons.to_dict("records"),
-            "audit_gap": audit_gap(measured["sing"][1]),
+            "audit_gap": audit_gap(figures["sing"]),
             "class_names": setup.splits.class_names,
         },
         rows=pd.concat([rows.assign(model=name) for name, (rows, _) in measured.items()]),
@@ -199,15 +193,6 @@ def check(config: FinetuneConfig, run: Run, splits: Splits, classifier: Classifi
     claim = no_claim(len(splits.audit), classifier.feature_dim) or "enough images for the auditor"
     if config.dry_run and run.accelerator.is_main_process:
         print(f"{told}\n{claim}", flush=True)
-
-
-def dry_run(setup: Setup) -> None:
-    """Run one batch through the classifier and print its shapes; nothing is written but the embeddings."""
-    some = setup.splits.bank.subset(range(min(64, len(setup.splits.bank))))
-    passes = replace(setup.passes, progress=False)
-    batch = next(iterate_features(setup.classifier, some, setup.embeddings["bank"][: len(some)], passes, "dry run"))
-    print(f"one batch: features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}")
-    print("dry run: nothing was trained, no run folder was made")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from singreg.analysis.features import PassSettings
+from singreg.analysis.features import PassSettings, iterate_features
 from singreg.config import ModelConfig, RunConfig, VLMConfig
 from singreg.data.datasets import ImageSplit, Splits, load_splits
 from singreg.data.embeddings import cached_embeddings
@@ -194,6 +194,18 @@ def describe_pair(
         vlm_preprocessing=sha256_of_json(vlm.preprocessing),
         normalized_targets=normalized_targets,
     )
+
+
+def try_one_batch(setup: Setup) -> None:
+    """Run one batch of test images through the classifier and print its shapes: a dry run's last step."""
+    count = min(BATCH_SIZE, len(setup.splits.test))
+    split, embeddings = setup.splits.test.subset(range(count)), setup.embeddings["test"][:count]
+    passes = replace(setup.passes, progress=False)
+    batch = next(iterate_features(setup.classifier, split, embeddings, passes, "dry run"))
+    if setup.passes.progress:
+        shapes = f"features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}"
+        print(f"one batch: {shapes}, embeddings {tuple(batch.embeddings.shape)}")
+        print("dry run: nothing was measured, no run folder was made")
 
 
 def describe_head(classifier: Classifier, model: ModelConfig) -> str:

@@ -356,7 +356,7 @@ def test_a_dry_run_tells_its_numbers_before_it_embeds_and_makes_nothing(
     for words in ("rank 10, nullity 246 (96.1% of", "train 80, bank 90, audit 64, test 45", "steps: 10 (5 an epoch)"):
         assert words in shown
     assert "No claim: the auditor has 64 images, 1536 are needed" in shown
-    assert "one batch: features (64, 256), logits (64, 10)" in shown
+    assert "one batch: features (45, 256), logits (45, 10)" in shown
     assert "nullity 246" in early
     assert "steps: " in early
     assert not (tmp_path / "run").exists()

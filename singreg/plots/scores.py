@@ -18,50 +18,17 @@ from singreg.analysis.chance import FIGURES, KINDS
 from singreg.analysis.concepts import select_concepts
 from singreg.analysis.probes import BLOCKS
 from singreg.data.datasets import ImageSplit
-from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, label_points, panels, save, styled
+from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, bar, drawable, label_points, panels, save, styled
 from singreg.tables import BLOCK_TITLES, KIND_TITLES
 
 STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "SingLoss"}
+"""How the models of a fine-tuning run are called wherever people read them."""
 COLOURS = {"before": GREY, "control": ORANGE, "sing": BLUE}
 TITLES = {"AS": "AS °", "AS_neg": "AS⁻ °", "AS_pos": "AS⁺ °", "AS_abs": "|AS| °", "IS": "IS °", "kappa": "κ"}
 PERTURBATIONS = {"null": (BLUE, "null space"), "random": (GREY, "random"), "principal": ("#dc2626", "row space")}
 CLASSES_SHOWN = 24
-COMPARED_CLASSES = 40
 NAME_LENGTH = 28  # characters beside an axis
 Found = Mapping[str, Any]
-
-
-def plot_summary(measurements: Mapping[str, Found], path: Path) -> Path:
-    """Draw AS⁻, |AS|, IS and top-1 of every stage with 95 % intervals, by the auditor and the frozen translator.
-
-    Args:
-        measurements: what `analyze_model` returned, by stage.
-    """
-    figure, (*scores, right) = panels(4, width=3.2)
-    titles = {"AS_neg": "AS⁻ (leakage)", "AS_abs": "|AS|", "IS": "IS (variety)"}
-    for axes, (key, title) in zip(scores, titles.items(), strict=True):
-        for x, (stage, measured) in enumerate(measurements.items()):
-            for place, (name, alpha) in enumerate((("auditor", 1.0), ("frozen", 0.4))):
-                by = measured["translators"][name]
-                _bar(axes, x - 0.2 + 0.4 * place, 0.38, by["overall"][key], by["intervals"][key], COLOURS[stage], alpha)
-        styled(axes, title).set_ylabel("degrees")
-    for x, (stage, measured) in enumerate(measurements.items()):
-        _bar(right, x, 0.6, 100 * measured["top1"], [100 * v for v in measured["top1_interval"]], COLOURS[stage])
-    styled(right, "top-1").set_ylabel("%")
-    for axes in (*scores, right):
-        axes.set_xticks(range(len(measurements)), [STAGES[name].split(" ")[0] for name in measurements])
-    images = next(iter(measurements.values()))["images"]
-    note = f"{images} test images, 95 % intervals; full colour: auditor, pale: frozen translator"
-    figure.suptitle(note, fontsize=9)
-    return save(figure, path)
-
-
-def _bar(
-    axes: Axes, x: float, width: float, value: float, bounds: Sequence[float], colour: str, alpha: float = 1.0
-) -> None:
-    low, high = bounds
-    axes.bar(x, value, width, color=colour, alpha=alpha)
-    axes.errorbar(x, value, [[max(value - low, 0)], [max(high - value, 0)]], color="black", capsize=3, lw=1)
 
 
 def plot_joint(joints: Mapping[str, Found], path: Path, *, separate: bool = False) -> Path:
@@ -101,41 +68,6 @@ def plot_joint(joints: Mapping[str, Found], path: Path, *, separate: bool = Fals
         drawn[0].legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     note = "every image; ellipses at 1σ (solid) and 2σ (dashed); below the line the removal hurts the true class"
     figure.suptitle(note, fontsize=9)
-    return save(figure, path)
-
-
-def plot_distributions(rows: Mapping[str, pd.DataFrame], path: Path, *, translator: str = "auditor") -> Path:
-    """Draw violins of AS and IS over test images by one translator, the mean marked, for every stage."""
-    figure, drawn = panels(2, width=5.0)
-    for axes, key in zip(drawn, ("AS", "IS"), strict=True):
-        values = [table[f"{key}/{translator}"].to_numpy() for table in rows.values()]
-        found: Any = axes.violinplot(values, showmeans=True, showextrema=False, widths=0.8)
-        for body, name in zip(found["bodies"], rows, strict=True):
-            body.set(facecolor=COLOURS[name], alpha=0.6)
-        if key == "AS":
-            axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks(range(1, len(rows) + 1), [STAGES[name] for name in rows])
-        styled(axes, f"{key} by the {translator}").set_ylabel("degrees")
-    return save(figure, path)
-
-
-def plot_class_leakage(measurements: Mapping[str, Found], class_names: Sequence[str], path: Path) -> Path:
-    """Draw AS⁻ of every class in each stage by the auditor, leakiest first; at most 40 classes."""
-    per_class = {stage: measured["translators"]["auditor"]["per_class"] for stage, measured in measurements.items()}
-    table = pd.DataFrame({stage: found["AS_neg"] for stage, found in per_class.items()}, dtype=float)
-    shown = table.sort_values(str(table.columns[0]), ascending=False, kind="stable").dropna(how="all")[
-        :COMPARED_CLASSES
-    ]
-    figure, (axes,) = panels(width=7.0, height=max(2.5, 0.24 * len(shown) + 1.2))
-    places = range(len(shown))
-    axes.hlines(places, shown.min(axis=1), shown.max(axis=1), color="#d1d5db", linewidth=2, zorder=1)
-    for stage in shown:
-        axes.scatter(shown[stage], places, s=28, color=COLOURS[str(stage)], label=STAGES[str(stage)], zorder=2)
-    axes.set_yticks(places, [drawable(class_names[label]) for label in shown.index], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("AS⁻ °")
-    part = "" if len(shown) == len(table) else f" ({len(shown)} of {len(table)} classes)"
-    styled(axes, f"leakage by class{part}, by the auditor").legend(fontsize=8)
     return save(figure, path)
 
 
@@ -337,7 +269,7 @@ def plot_information(found: Found, path: Path) -> Path:
     for axes, figure_name, factor in ((left, "r2", 1.0), (right, "accuracy", 100.0)):
         for x, (name, colour) in enumerate(zip(BLOCKS, (GREY, "#dc2626", BLUE), strict=True)):
             bounds = [factor * value for value in found["intervals"][f"{figure_name} {name}"]]
-            _bar(axes, x, 0.6, factor * found[figure_name][name], bounds, colour)
+            bar(axes, x, 0.6, factor * found[figure_name][name], bounds, colour)
         axes.set_xticks(range(len(BLOCKS)), [BLOCK_TITLES[name] for name in BLOCKS], fontsize=9)
     low, high = found["intervals"]["unique"]
     title = f"image embedding; only in the null space: {found['unique']:.3f} [{low:.3f}, {high:.3f}]"
