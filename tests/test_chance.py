@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.chance import FIGURES, KINDS, _cycle, measure_chance
-from singreg.nullspace import NullSpace, RandomSubspace
+from singreg.nullspace import NullSpace, RandomSubspace, matched_coefficients
 from singreg.translator import LinearTranslator
 from tests.processes import run_processes
 from tests.reference import formulas
@@ -98,6 +98,36 @@ def test_the_observed_scores_are_the_real_removals() -> None:
         assert scores["observed"]["IS"] == pytest.approx(image, abs=1e-6)
         assert scores["observed"]["AS"] == pytest.approx(float(change.mean()), abs=1e-6)
         assert (texts["mean"]["IS"], texts["spread"]["IS"]) == pytest.approx((scores["observed"]["IS"], 0), abs=1e-9)
+
+
+@pytest.mark.parametrize("rows", [2, 9])  # a null space larger and smaller than the row space
+def test_equal_energy_is_equal_for_every_image_at_the_same_angle(rows: int) -> None:
+    g = torch.Generator().manual_seed(rows)
+    f = torch.randn(50, 12, generator=g, dtype=torch.float64) + 1
+    space = NullSpace.from_weight(torch.randn(rows, 12, generator=g))
+    random = RandomSubspace.draw(12, space.nullity, seed=1)
+    assert random.complement == (rows < 6)
+    null, part, squared = space.component(f), random.component(f), f.square().sum(1)
+    share, other = null.square().sum(1) / squared, part.square().sum(1) / squared
+    assert (share - other).abs().max() > 0.05  # the control: a plain random removal takes another share of each image
+    alpha, beta = matched_coefficients(share, other)
+    delta = alpha[:, None] * f + beta[:, None] * part
+    torch.testing.assert_close(delta.norm(dim=1), null.norm(dim=1))
+    torch.testing.assert_close((delta * f).sum(1), (null * f).sum(1))
+    torch.testing.assert_close((f - delta).norm(dim=1), space.remove(f).norm(dim=1))
+
+
+@pytest.mark.parametrize("dimension", [3, 7])
+def test_random_subspaces_are_uniform_and_orthonormal(dimension: int) -> None:
+    spaces, eye = [RandomSubspace.draw(10, dimension, seed=seed) for seed in range(400)], torch.eye(10).double()
+    mean = torch.stack([s.component(eye) for s in spaces]).mean(0)
+    torch.testing.assert_close(mean, eye * dimension / 10, atol=0.06, rtol=0)
+    first = spaces[0].component(eye)
+    torch.testing.assert_close(first @ first, first)
+    assert torch.linalg.matrix_rank(first) == dimension
+    assert torch.equal(RandomSubspace.draw(10, dimension, seed=0).component(eye), first)
+    with pytest.raises(ValueError, match=r"1\.\.4, got 5"):
+        RandomSubspace.draw(4, 5, seed=0)
 
 
 def test_energies_removed_are_reported() -> None:
