@@ -150,7 +150,8 @@ def _attack_table(kept: Mapping[str, Any]) -> str:
 
 def options(kind: type, prefix: str = "") -> list[dict[str, str]]:
     """List every option of a configuration with its default and what its docstring says."""
-    texts = {found.arg_name: found.description or "" for found in parse_docstring(kind.__doc__ or "").params}
+    documented = [found for each in kind.__mro__ for found in parse_docstring(each.__doc__ or "").params]
+    texts = {found.arg_name: found.description or "" for found in reversed(documented)}
     hints, rows = get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         name, hint = f"{prefix}{field.name}", hints[field.name]

@@ -9,24 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from singreg.nullspace import Invariance
-from singreg.parsing import dump, overridden, parse
+from singreg.parsing import dump as dump
+from singreg.parsing import overridden as overridden
+from singreg.parsing import parse as parse
 from singreg.terms import HEAD_TERMS, PRESETS, TERMS, Placebo
-
-__all__ = [
-    "DataConfig",
-    "FinetuneConfig",
-    "LoopTranslatorConfig",
-    "LossConfig",
-    "ModelConfig",
-    "Problems",
-    "RunConfig",
-    "TrainingConfig",
-    "TranslatorConfig",
-    "VLMConfig",
-    "dump",
-    "overridden",
-    "parse",
-]
 
 PER_CLASS = ("train", "audit", "test")
 SCENES: dict[str, float] = {"train": 2000, "audit": 1600, "test": 1000, "bank": 0, "bias": 0.6, "seed": 0}
@@ -40,29 +26,18 @@ class Problems(list[str]):
         if not ok:
             self.append(sentence)
 
-    def least(self, minimum: float, **values: float | None) -> None:
-        """Each named value must be finite and at least `minimum`, or None."""
+    def within(self, low: float, high: float = math.inf, **values: float | None) -> None:
+        """Each named value must be a finite number from `low` to `high`, or None."""
+        wanted = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         for name, value in values.items():
-            ok = value is None or minimum <= value < math.inf
-            self.need(ok, f"{name}: expected a number of at least {minimum:g}, got {value}")
-
-    def above_0(self, **values: float) -> None:
-        """Each named value must be finite and above 0."""
-        for name, value in values.items():
-            self.need(0 < value < math.inf, f"{name}: expected a number above 0, got {value}")
-
-    def share(self, **values: float) -> None:
-        """Each named value must be in [0, 1]."""
-        for name, value in values.items():
-            self.need(0 <= value <= 1, f"{name}: expected a share from 0 to 1, got {value}")
+            ok = value is None or (low <= value <= high and value < math.inf)
+            self.need(ok, f"{name}: expected a number {wanted}, got {value}")
 
     def keys(self, name: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
         """A mapping may have these keys only."""
-        for key in sorted(set(given) - set(known)):
-            self.append(f"{name}.{key}: no such key; known are {', '.join(known)}")
+        self += [f"{name}.{key}: no such key; known are {', '.join(known)}" for key in sorted(set(given) - set(known))]
 
     def show(self) -> None:
-        """Raise one ValueError with every sentence on a line of its own, if there is any."""
         if self:
             raise ValueError("\n".join(self))
 
@@ -104,24 +79,21 @@ class DataConfig:
     bad_images: Literal["stop", "drop"] = "stop"
 
     def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
         problems = Problems()
         problems.keys("per_class", self.per_class, PER_CLASS)
-        for name, value in self.per_class.items():
-            problems.least(0 if name == "audit" else 1, **{f"per_class.{name}": value})
         problems.keys("scenes", self.scenes, tuple(SCENES))
+        for name, value in self.per_class.items():
+            problems.within(0 if name == "audit" else 1, **{f"per_class.{name}": value})
         for name, value in self.scenes.items():
-            if name == "bias":
-                problems.share(**{"scenes.bias": value})
-            elif name in SCENES:
-                problems.least(1 if name in ("train", "test") else 0, **{f"scenes.{name}": value})
-        problems.share(unlabeled_to_audit=self.unlabeled_to_audit)
-        problems.least(1, image_size=self.image_size)
-        problems.least(0, workers=self.workers)
-        scenes = self.source == "scenes"
-        problems.need(not (scenes and self.streaming), "streaming: needs a Hugging Face data set as source, got scenes")
-        own = self.classes is not None or self.unlabeled is not None or bool(self.per_class)
-        problems.need(not (scenes and own), "source: scenes has no classes, per_class or unlabeled; leave them out")
+            least = 1 if name in ("train", "test") else 0
+            problems.within(least, 1 if name == "bias" else math.inf, **{f"scenes.{name}": value})
+        problems.within(0, 1, unlabeled_to_audit=self.unlabeled_to_audit)
+        problems.within(1, image_size=self.image_size)
+        problems.within(0, workers=self.workers)
+        if self.source == "scenes":
+            own = self.classes is not None or self.unlabeled is not None or bool(self.per_class)
+            problems.need(not own, "source: scenes has no classes, per_class or unlabeled; leave them out")
+            problems.need(not self.streaming, "streaming: needs a Hugging Face data set as source, got scenes")
         problems.show()
 
     @property
@@ -170,7 +142,6 @@ class VLMConfig:
     templates: list[str] = field(default_factory=lambda: ["an image of a {class}"])
 
     def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
         problems = Problems()
         problems.need(bool(self.templates), "templates: expected at least one class prompt")
         for template in self.templates:
@@ -189,9 +160,8 @@ class TranslatorConfig:
     ridge: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise a ValueError for a negative penalty."""
         problems = Problems()
-        problems.least(0, ridge=self.ridge)
+        problems.within(0, ridge=self.ridge)
         problems.show()
 
 
@@ -209,9 +179,8 @@ class LoopTranslatorConfig(TranslatorConfig):
     stream_every: int = 0
 
     def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
         problems = Problems()
-        problems.least(0, ridge=self.ridge, refreshes=self.refreshes, stream_every=self.stream_every)
+        problems.within(0, ridge=self.ridge, refreshes=self.refreshes, stream_every=self.stream_every)
         problems.show()
 
 
@@ -234,14 +203,13 @@ class LossConfig:
     balance: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
         problems = Problems()
-        problems.least(0, weight=self.weight, balance=self.balance)
+        problems.within(0, weight=self.weight, balance=self.balance)
         problems.need(
             self.preset in PRESETS, f"preset: no preset {self.preset!r}; known are {', '.join(sorted(PRESETS))}"
         )
         problems.keys("terms", self.terms, tuple(sorted(TERMS)))
-        problems.least(0, **{f"terms.{name}": weight for name, weight in self.terms.items()})
+        problems.within(0, **{f"terms.{name}": weight for name, weight in self.terms.items()})
         problems.show()
         left = [name for name, weight in {**PRESETS[self.preset], **self.terms}.items() if weight]
         if not left:
@@ -280,12 +248,12 @@ class TrainingConfig:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
         problems = Problems()
-        problems.above_0(learning_rate=self.learning_rate, head_factor=self.head_factor)
-        problems.least(1, batch_size=self.batch_size, checkpoint_every=self.checkpoint_every)
-        problems.least(0, epochs=self.epochs, weight_decay=self.weight_decay, l2_sp=self.l2_sp)
-        problems.share(head_first=self.head_first)
+        for name, rate in (("learning_rate", self.learning_rate), ("head_factor", self.head_factor)):
+            problems.need(0 < rate < math.inf, f"{name}: expected a number above 0, got {rate}")
+        problems.within(1, batch_size=self.batch_size, checkpoint_every=self.checkpoint_every)
+        problems.within(0, epochs=self.epochs, weight_decay=self.weight_decay, l2_sp=self.l2_sp)
+        problems.within(0, 1, head_first=self.head_first)
         problems.show()
 
 
@@ -310,7 +278,6 @@ class RunConfig:
     vlm: VLMConfig = field(default_factory=VLMConfig)
 
     def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
         problems = Problems()
         problems.need(bool(Path(self.out).name), f"out: expected a folder, got {self.out!r}")
         problems.need(0 <= self.seed < 2**32, f"seed: expected a whole number from 0 to {2**32 - 1}, got {self.seed}")
@@ -324,15 +291,7 @@ class RunConfig:
 
 @dataclass
 class FinetuneConfig(RunConfig):
-    """A run of recipes/finetune.py; every field is a key of the YAML and a flag of the command line.
-
-    Args:
-        out: the run's folder.
-        seed: every random choice hangs on it.
-        dry_run: build everything, run one batch, say what would happen, stop.
-        resume: go on with an interrupted run of the same folder and configuration.
-        log_with: tracker that accelerate knows (tensorboard, wandb, mlflow, all, ...).
-    """
+    """A run of recipes/finetune.py; every field is a key of the YAML and a flag of the command line."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     translator: LoopTranslatorConfig = field(default_factory=LoopTranslatorConfig)
@@ -340,7 +299,6 @@ class FinetuneConfig(RunConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        """Raise a ValueError for balancing a loss that moves the head alone."""
         super().__post_init__()
         backbone = self.model.tuning != "head" and self.training.epochs > 0
         if backbone and self.loss.balance and self.loss.moves_the_head_alone():
