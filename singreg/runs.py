@@ -41,14 +41,7 @@ REPEATED = 5.0
 
 
 def start(config: RunConfig) -> Accelerator:
-    """Return the Accelerator of a run, with its seed set and its trackers writing below the run's folder.
-
-    Global batches are split over processes, so one process and many see the same ones. Mixed precision and gradient
-    accumulation are those of `accelerate launch`.
-
-    Raises:
-        SystemExit: `accelerate launch` was told what singreg does not do.
-    """
+    """Return the Accelerator of a run: seeded, batches split over processes, trackers below the run's folder."""
     _refuse_what_needs_other_weights()
     # Left alone, MKL's products round by where memory happens to begin and by how its threads took turns.
     os.environ.setdefault("MKL_CBWR", "AUTO")
@@ -121,10 +114,7 @@ def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn what is wrong with a user's files or settings into its message and exit status 1.
-
-    For the time while a run is set up: later errors are not the user's doing and keep their traceback.
-    """
+    """While a run is set up, turn what is wrong with a user's files or settings into its message and exit status 1."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -136,13 +126,7 @@ class OtherRunError(ValueError):
 
 
 class Run:
-    """A run's folder with the resolved configuration in it; only the main process writes.
-
-    Args:
-        config: the run's configuration.
-        accelerator: the run's Accelerator.
-        recipe: name of the recipe's file, for the command that resumes the run.
-    """
+    """A run's folder with the resolved configuration in it; only the main process writes."""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, recipe: str) -> None:
         self.config, self.accelerator, self.recipe = config, accelerator, recipe
@@ -150,12 +134,7 @@ class Run:
         self.seconds: dict[str, float] = {}
 
     def check(self) -> Run:
-        """Raise now what `open` would raise later, so that nothing long is done for a run that cannot start.
-
-        Raises:
-            FileExistsError: the folder holds a run and `resume` is False.
-            ValueError: it was another configuration.
-        """
+        """Raise, before anything long is done, if the folder holds another run or `resume` is not set."""
         resolved = self.folder / "config.yaml"
         if not resolved.is_file():
             return self
@@ -198,11 +177,7 @@ class Run:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Say, when the run is interrupted or fails, what is kept and how to go on; the error itself passes through.
-
-        SIGTERM and Ctrl-C end a training with a checkpoint of the step that is under way (see `StopRequest`). A full
-        disk and a folder that cannot be written are sentences, not tracebacks.
-        """
+        """Say, when the run is interrupted or fails, how to go on; the error passes through, a full disk as a sentence."""
         with _signals_handled():
             try:
                 yield

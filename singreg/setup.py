@@ -31,14 +31,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Setup:
-    """One classifier and one vision-language model on the splits of a data set.
-
-    Attributes:
-        texts: (C, n) unit rows of the class prompts.
-        embeddings: (N, n) image embeddings by the split's name (bank, audit, test).
-        info: what translators between the two models are fitted on.
-        passes: how images are read in passes that train nothing.
-    """
+    """One classifier and one VLM on the splits of a data set: class prompts (C, n), embeddings (N, n) by split name."""
 
     splits: Splits
     classifier: Classifier
