@@ -47,7 +47,7 @@ def hold_out(setup: Setup, per_class: int) -> tuple[Setup, Images | None]:
     few = [name for name, rows in zip(audit.class_names, by_class, strict=True) if len(rows) <= per_class]
     if few:
         raise ValueError(
-            f"validation_per_class is {per_class}, but the audit split has no more labelled images of {', '.join(few)}; "
+            f"validation_per_class is {per_class}, but the audit split has no more images of {', '.join(few)}; "
             "lower it, or give the audit split more (data.per_class.audit, data.scenes.audit)"
         )
     taken = np.sort(np.concatenate([rows[:per_class] for rows in by_class]))

@@ -1,0 +1,173 @@
+"""Several classifiers on the same images: differences paired, the order checked over views, what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import kendalltau
+
+from singreg.analysis.models_compared import (
+    FIGURES,
+    comparison_verdict,
+    comparison_warnings,
+    interval,
+    kendall_tau,
+    lowest_tau,
+    model_differences,
+    order_check,
+    paired_figures,
+)
+from singreg.analysis.statistics import paired_difference, paired_ratio
+
+COUNT = 200
+TRANSLATORS = ("fitted", "auditor")
+
+
+def model(shift: float, seed: int = 0, *, reversed_for: str = "", image: float = 1.0) -> pd.DataFrame:
+    """Rows of a model `shift` degrees below what all have in common; one translator may say the opposite."""
+    common, noise = np.random.default_rng(0).normal(-4, 3, COUNT), np.random.default_rng(5 + seed).normal(0, 0.2, COUNT)
+    rows = {"image": [f"image {i}" for i in range(COUNT)], "label": np.arange(COUNT) % 5}
+    rows["correct"] = (np.arange(COUNT) % 5 > 0).astype(float)
+    for name in TRANSLATORS:
+        rows[f"AS/{name}"] = common + (shift if name == reversed_for else -shift) + noise
+        rows[f"IS/{name}"] = image * (30 + np.random.default_rng(1).normal(-4, 3, COUNT))
+    return pd.DataFrame(rows)
+
+
+def three(reversed_for: str = "") -> dict[str, pd.DataFrame]:
+    shifts = {"good": 0, "fair": 1, "bad": 2}
+    return {name: model(shift, shift, reversed_for=reversed_for) for name, shift in shifts.items()}
+
+
+def head(label: str, omitted: str | None = None) -> dict[str, Any]:
+    return {"label": label, "source": label, "passport": None, "omitted": omitted}
+
+
+def test_figures_and_differences_are_the_slow_ones() -> None:
+    measured = three()
+    measured["bad"]["correct"] = 0.0
+    figures = paired_figures({"A": measured, "B": measured}, resamples=200, seed=3)
+    assert figures.views == tuple((space, name) for space in "AB" for name in TRANSLATORS)
+    assert (figures.models, figures.images, figures.primary) == (("good", "fair", "bad"), COUNT, 1)
+    found = {
+        tuple(d[name] for name in ("figure", "space", "translator", "first", "second")): (
+            d["value"],
+            d["low"],
+            d["high"],
+        )
+        for d in model_differences(figures)
+    }
+    assert len(found) == 3 * (1 + 4 * len(FIGURES))
+    good, bad = measured["good"], measured["bad"]
+    options: dict[str, Any] = {"resamples": 200, "seed": 3, "groups": good["label"].to_numpy()}
+    for figure, of in (
+        ("AS_neg", lambda r: np.maximum(-r["AS/auditor"].to_numpy(), 0)),
+        ("AS_abs", lambda r: np.abs(r["AS/auditor"].to_numpy())),
+        ("IS", lambda r: r["IS/auditor"].to_numpy()),
+    ):
+        expected = paired_difference(of(bad), of(good), **options)
+        assert found[figure, "B", "auditor", "good", "bad"] == pytest.approx(expected)
+    ratios = [paired_ratio(r["IS/auditor"], np.abs(r["AS/auditor"]), **options) for r in (good, bad)]
+    assert interval(figures.figures["ratio"][:, 1, 0]) == pytest.approx(ratios[0])
+    assert found["ratio", "A", "auditor", "good", "bad"][0] == pytest.approx(ratios[1][0] - ratios[0][0])
+    points = paired_difference(100 * bad["correct"].to_numpy(), 100 * good["correct"].to_numpy(), **options)
+    assert found["top1", "-", "-", "good", "bad"] == pytest.approx(points)
+
+
+def test_pairing_sees_what_unpaired_intervals_hide() -> None:
+    figures = paired_figures({"A": {"a": model(0), "b": model(0.1, seed=1)}})
+    found = next(d for d in model_differences(figures) if (d["figure"], d["translator"]) == ("AS_abs", "auditor"))
+    assert 0 < found["low"] < found["value"] < found["high"]
+    ends = [interval(figures.figures["AS_abs"][:, 1, place])[1:] for place in (0, 1)]
+    assert ends[0][1] > ends[1][0]  # the control: the models' own intervals overlap, by far
+    assert ends[0][1] - ends[0][0] > 5 * (found["high"] - found["low"])
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=8))
+def test_tau_is_scipys_with_ties_too(pairs: list[tuple[int, int]]) -> None:
+    first, second = (np.array(values, dtype=float) for values in zip(*pairs, strict=True))
+    assert kendall_tau(first, second) == pytest.approx(
+        float(kendalltau(first, second).statistic), nan_ok=True, abs=1e-6
+    )
+
+
+def test_a_clear_order_holds_and_a_reversed_view_is_seen() -> None:
+    check = order_check(paired_figures({"A": three(), "B": three()}), "AS_neg")
+    assert check["orders"] == [["good", "fair", "bad"]] * 4
+    assert (lowest_tau(check), check["everywhere"], check["stable"]) == (1.0, 1.0, [1.0] * 4)
+    check = order_check(paired_figures({"A": three(), "B": three(reversed_for="fitted")}), "AS_neg")
+    assert check["views"][2] == "B, fitted"
+    assert check["orders"][2:] == [["bad", "fair", "good"], ["good", "fair", "bad"]]
+    assert (check["tau"][0][2], check["same"][0][2], lowest_tau(check), check["everywhere"]) == (-1.0, 0.0, -1.0, 0.0)
+    assert (check["tau"][1][3], check["same"][1][3]) == (1.0, 1.0)
+
+
+def test_models_that_are_alike_have_no_order() -> None:
+    figures = paired_figures({"A": {"a": model(0), "b": model(0, seed=1)}})
+    check, drawn = order_check(figures, "AS_neg"), figures.figures["AS_neg"][1:, 0]
+    assert all(0.05 < stable < 0.95 for stable in check["stable"])
+    by_hand = (drawn[:, 0] < drawn[:, 1]).mean()
+    assert check["stable"][0] == pytest.approx(by_hand if check["orders"][0] == ["a", "b"] else 1 - by_hand)
+
+
+def test_large_is_good_for_is_and_ratio_and_small_for_leakage() -> None:
+    figures = paired_figures({"A": {"small": model(0), "large": model(0, image=2.0, seed=1)}})
+    assert order_check(figures, "ratio")["orders"][0] == order_check(figures, "IS")["orders"][0] == ["large", "small"]
+    assert order_check(paired_figures({"A": three()}), "AS_abs")["orders"][0] == ["good", "fair", "bad"]
+
+
+OTHER = model(1).assign(image=[f"image {i}" if i != 3 else "another" for i in range(COUNT)])
+FOREIGN = model(1).drop(columns=["AS/fitted", "AS/auditor"]).assign(**{"AS/mine": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("measured", "words"),
+    [
+        ({}, "at least one measured model"),
+        ({"A": {}}, "at least one measured model"),
+        ({"A": {"a": model(0), "b": OTHER}}, "b in A .*same order: image 3 is another"),
+        ({"A": {"a": model(0), "b": model(0)[:-1]}}, f"b in A was measured on {COUNT - 1} images, .* on {COUNT}"),
+        ({"A": {"a": model(0)}, "B": {"b": model(0)}}, r"same models; 'B' has \['b'\], not \['a'\]"),
+        ({"A": {"a": model(0), "b": FOREIGN}}, "no translator was fitted for all models in 'A'"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(measured: dict[str, dict[str, pd.DataFrame]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        paired_figures(measured)
+
+
+def test_verdict_names_best_worst_order_and_what_was_left_out() -> None:
+    heads = [head("good"), head("full", "no null space: 9 classes fill all 8 features")]
+    figures = paired_figures({"clip": three(), "eva": three()})
+    first, second, third = comparison_verdict(figures, model_differences(figures), heads)
+    harm = figures.figures["AS_neg"][0, 1]
+    assert f"good ({harm[0]:.2f}° [" in first
+    assert f"bad ({harm[2]:.2f}° [" in first
+    assert f"{harm[2] - harm[0]:.2f}° [" in first
+    assert "is the same in all 4 views (lowest Kendall τ 1.00)" in second
+    assert "In 3 of 3 pairs" in third
+    assert third.endswith("full.")
+    turned = paired_figures({"clip": dict(reversed(three().items()))})  # the order given does not matter
+    assert comparison_verdict(turned, model_differences(turned), [])[0] == first
+    only = paired_figures({"clip": {"good": model(0)}})
+    assert comparison_verdict(only, [], heads)[0].startswith("Only good (")
+    assert "None of the models" in comparison_verdict(None, [], heads)[0]
+
+
+def test_warnings_name_the_models_and_the_space() -> None:
+    def read(fit_images: int = 9999, zero_shot: float = 0.9, vlm: float = 0.9) -> dict[str, Any]:
+        scores = {"fit_images": fit_images, "zero_shot": zero_shot}
+        return {"head": {"features": 8}, "vlm_zero_shot": vlm, "translators": dict.fromkeys(TRANSLATORS, scores)}
+
+    measured = {"clip": {"few": read(3), "lost": read(zero_shot=0.01)}, "blind": {"few": read(vlm=0.2)}}
+    agreement = {"clip": {"few": 0.3, "lost": 0.9}, "blind": {"few": 0.9}}
+    said = comparison_warnings(measured, agreement)
+    assert len(said) == 4
+    wanted = ("few (3 for 8 features, fitted), few (3", "lost (fitted: 1%)", "few (0.30)", "in blind, only 20%")
+    assert all(part in sentence for part, sentence in zip(wanted, said, strict=True))
+    assert comparison_warnings({"clip": {"a": read()}}, {"clip": {"a": 0.9}}) == []
