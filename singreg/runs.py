@@ -177,7 +177,7 @@ class Run:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Say, when the run is interrupted or fails, how to go on; the error passes through, a full disk as a sentence."""
+        """Say how to go on when the run is interrupted or fails; the error passes on, a full disk as a sentence."""
         with _signals_handled():
             try:
                 yield
