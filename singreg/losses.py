@@ -165,11 +165,6 @@ class SingLoss(nn.Module):
         """a of the first translator, (n,)."""
         return self.offsets[0]
 
-    @property
-    def translators(self) -> list[tuple[Tensor, Tensor]]:
-        """(A (n, m), a (n,)) of every translator in use."""
-        return list(zip(self.matrices, self.offsets, strict=True))
-
     def get_extra_state(self) -> Tensor:
         """Return step and scale for `state_dict`, as a tensor, which safetensors can hold."""
         return torch.stack([self.step.double(), self.scale.double()])

@@ -80,7 +80,6 @@ class Classifier(nn.Module):
         imagenet_rows: bool = False,
         num_classes: int | None = None,
         image_size: int | None = None,
-        cache_dir: str | None = None,
         **model_kwargs: Any,
     ) -> Classifier:
         """Make one of any timm name, `local-dir:FOLDER` or `hf-hub:USER/MODEL`; its pretrained_cfg names the head.
@@ -94,7 +93,6 @@ class Classifier(nn.Module):
             imagenet_rows: `class_indices` are ImageNet-1k's, used only where the head is, or names found if they fit.
             num_classes: rows of a "new" head, or of an untrained model.
             image_size: side of the input in pixels, if not the model's own.
-            cache_dir: of downloads.
             model_kwargs: further arguments of `timm.create_model`.
 
         Raises:
@@ -104,10 +102,10 @@ class Classifier(nn.Module):
         _check_arguments(head_mode, class_indices, class_names, num_classes)
         if head_mode == "keep" and num_classes is not None:
             model_kwargs["num_classes"] = num_classes
-        model = _create(name, pretrained=pretrained, cache_dir=cache_dir, **model_kwargs)
+        model = _create(name, pretrained=pretrained, **model_kwargs)
         cfg = model.pretrained_cfg
         if image_size and cfg.get("fixed_input_size") and image_size != cfg["input_size"][-1]:
-            model = _create(name, pretrained=pretrained, cache_dir=cache_dir, img_size=image_size, **model_kwargs)
+            model = _create(name, pretrained=pretrained, img_size=image_size, **model_kwargs)
             cfg = model.pretrained_cfg
         tag = ".".join(part for part in (cfg.get("architecture", name), cfg.get("tag")) if part)
         if pretrained and head_mode == "keep" and num_classes not in (None, cfg["num_classes"]):

@@ -151,9 +151,6 @@ def align_head_(
     translators: LinearTranslator | Sequence[LinearTranslator],
     texts: Tensor,
     statistics: RidgeStatistics,
-    *,
-    leading: int | None = None,
-    free_rows: int | None = None,
 ) -> AlignedHead:
     """Write the aligned head into the classifier, in place, and return what was done.
 
@@ -161,11 +158,9 @@ def align_head_(
 
     Args:
         classifier: its head is written to.
-        translators: as in `prompt_directions`, with `texts` and `leading`.
+        translators: one, or an ensemble, whose leading directions are taken.
         texts: prompts of the classes, (k, n).
         statistics: of the features of at least two images, best of the head's own classes, whose logits are kept.
-        leading: how many directions of an ensemble.
-        free_rows: as in `aligned_weight`.
 
     Raises:
         HeadError: the head is a batch norm and a linear layer, or is constrained already.
@@ -181,10 +176,8 @@ def align_head_(
     weight, bias, count = head.get_parameter("weight"), classifier.bias, statistics.count
     covariance = statistics.ff if bias is None else statistics.centred()[0]
     mean = None if bias is None else statistics.f / count
-    directions = prompt_directions(translators, texts, leading)
-    found = aligned_weight(
-        classifier.weight, directions, covariance=covariance / count.clamp_min(1), mean=mean, free_rows=free_rows
-    )
+    directions = prompt_directions(translators, texts)
+    found = aligned_weight(classifier.weight, directions, covariance=covariance / count.clamp_min(1), mean=mean)
     with torch.no_grad():
         weight.copy_(found.weight.reshape(weight.shape))
         if bias is not None:
