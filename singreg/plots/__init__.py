@@ -18,7 +18,8 @@ from singreg.utils import atomic_write
 
 GREY, BLUE, ORANGE, RED = "#6b7280", "#2563eb", "#d97706", "#c2410c"
 CYCLE = (BLUE, ORANGE, "#059669", "#9333ea", "#dc2626", "#0891b2", "#4d7c0f", "#be185d")
-PLACES = ((6, 0, "left"), (-6, 0, "right"), (0, 9, "center"), (0, -9, "center"), (6, 12, "left"), (6, -12, "left"))
+HEIGHTS = (0, 9, -9, 18, -18, 27, -27)
+PLACES = [place for dy in HEIGHTS for place in ((6, dy, "left"), (-6, dy, "right"))]  # in the order they are tried
 
 
 def panels(columns: int = 1, rows: int = 1, *, width: float = 4.2, height: float = 4.0) -> tuple[Figure, list[Axes]]:

@@ -66,7 +66,8 @@ def plot_joint(joints: Mapping[str, Found], path: Path, *, separate: bool = Fals
             axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
     if not separate:
         drawn[0].legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
-    note = "every image; ellipses at 1σ (solid) and 2σ (dashed); below the line the removal hurts the true class"
+    below = "below the line the removal hurts the true class"
+    note = f"every image; ellipses at 1σ (solid) and 2σ (dashed){'; ' if separate else chr(10)}{below}"
     figure.suptitle(note, fontsize=9)
     return save(figure, path)
 
@@ -145,7 +146,7 @@ def plot_concepts(found: Found, path: Path, *, count: int = 12, label: int | Non
     span = max(edges.max() - edges.min(), 0.5)
     for axes, (title, table) in zip(drawn, tables.items(), strict=True):
         _arrows(axes, table, span)
-        axes.set_xlim(edges.min() - 0.08 * span, edges.max() + 0.48 * span)  # room for the figures
+        axes.set_xlim(edges.min() - 0.08 * span, edges.max() + 0.75 * span)  # room for the figures
         axes.set_ylim(longest - 0.4, -0.6)
         axes.set_xlabel("angle to the concept °")
         styled(axes, f"{title}: ○ before, ► after the removal")

@@ -1,0 +1,146 @@
+"""The slow formulas and the fast path agree to 1e-4 degrees: scores of every image, and steering at 40°.
+
+On the features of the packaged classifier, and of small random timm models with a linear and a 1x1-convolution head.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from singreg.analysis.features import PassSettings
+from singreg.analysis.fitting import fit_on_split
+from singreg.analysis.scores import CENTRED, analyze_model
+from singreg.analysis.steering import steering_targets
+from singreg.data.datasets import SceneSplit
+from singreg.data.scenes import SHAPES, sample_scenes
+from singreg.models.classifier import Classifier
+from singreg.nullspace import NullSpace
+from singreg.steering import steer
+from singreg.translator import LinearTranslator
+from tests import toy
+from tests.demo import demo_classifier, demo_vlm, embedded
+from tests.reference import formulas
+
+HEADS = {"test_resnet": nn.Linear, "resnetv2_18": nn.Conv2d}
+IMAGES, DEGREES, TOLERANCE = 40, 40.0, 1e-4
+
+
+def large_and_varied(image: Image.Image) -> Tensor:
+    """(3, 32, 32); with the contrast drawn out, as a random network tells plain noise hardly apart."""
+    return 20 * nn.functional.interpolate(toy.to_tensor(image)[None], size=(32, 32))[0] - 10
+
+
+class Measured:
+    """A model, its features as a plain loop takes them, two translators, and what `analyze_model` says."""
+
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        if name == "packaged":
+            self.model, split = demo_classifier(), SceneSplit("test", sample_scenes(150, seed=2))
+            fitted_on, self.texts = SceneSplit("audit", sample_scenes(300, seed=1)), demo_vlm().embed_classes(SHAPES)
+            z, fit_z = (embedded(each.table).float().numpy() for each in (split, fitted_on))
+        else:
+            self.model = Classifier.from_timm(name, pretrained=False, num_classes=toy.CLASSES)
+            self.model._transform = large_and_varied
+            split = fitted_on = toy.ToySplit(IMAGES)  # type: ignore[assignment]
+            z = fit_z = (1 + np.random.default_rng(0).normal(size=(IMAGES, toy.DIM))).astype(np.float32)
+            self.texts = toy.texts()
+        settings = PassSettings(batch_size=37, progress=False)
+        images = torch.stack([self.model.transform(split.image(index)) for index in range(len(split))])
+        with torch.no_grad():
+            self.model.eval()
+            self.features, self.labels = self.model.features(images).double(), torch.from_numpy(split.labels)
+        fitted = fit_on_split(self.model, fitted_on, fit_z, ridges=[1.0], settings=settings)
+        # One that reads all directions alike, so that steering reaches the wanted angle.
+        g, width = torch.Generator().manual_seed(1), z.shape[1]
+        matrix = torch.randn(width, self.model.feature_dim, generator=g) / self.features.norm(dim=1).mean().float()
+        drawn = LinearTranslator(matrix, torch.randn(width, generator=g))
+        self.mean, self.translators = fitted.mean, {"fitted": fitted.translator, "drawn": drawn}
+        options: Any = {"mean": self.mean, "settings": settings, "steering_image_score": DEGREES}
+        self.rows, self.found = analyze_model(self.model, split, z, self.texts, self.translators, **options)
+
+    def translate(self, name: str, features: Tensor) -> Tensor:
+        translator = self.translators[name]
+        return features @ translator.matrix.double().T + translator.offset.double()
+
+
+measured = cache(Measured)
+
+
+@pytest.mark.parametrize("name", [*HEADS, "packaged"])
+@pytest.mark.parametrize("reader", ["fitted", "drawn"])
+@pytest.mark.parametrize("kind", ["", CENTRED])
+def test_scores_of_every_image_are_the_slow_formulas(name: str, reader: str, kind: str) -> None:
+    m = measured(name)
+    assert isinstance(m.model.head, HEADS.get(name, nn.Module))
+    null = formulas.null_projector(m.model.head.weight.flatten(1))  # type: ignore[operator, union-attr]
+    origin = m.mean.double() if kind else torch.zeros_like(m.mean.double())
+    z, text = m.translate(reader, m.features), m.texts.double()[m.labels]
+    z_eq = m.translate(reader, m.features - (m.features - origin) @ null.T)
+    attribute = formulas.angle_degrees(z, text) - formulas.angle_degrees(z_eq, text)
+    image = formulas.angle_degrees(z, z_eq)
+    assert float(image.mean()) > (0.01 if kind else 0.5)  # something moved, or agreement would mean little
+    np.testing.assert_allclose(m.rows[f"{kind}AS/{reader}"], attribute.numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(m.rows[f"{kind}IS/{reader}"], image.numpy(), atol=TOLERANCE)
+    overall = m.found["translators"][reader]["centred" if kind else "overall"]
+    assert overall["AS_neg"] == pytest.approx(float(torch.relu(-attribute).mean()), abs=TOLERANCE)
+    assert m.found["logit_change_float64"] <= 1e-9 < m.found["logit_change_float32"] <= 1e-4
+
+
+def slow_steering(m: Measured, reader: str, null: Tensor, f: Tensor, text: Tensor) -> tuple[float, Tensor] | None:
+    """(step, steered feature) of one image by autograd, the projector and bisection; None when out of reach."""
+    leaf = f.clone().requires_grad_()
+    torch.cosine_similarity(m.translate(reader, leaf), text, dim=0).backward()  # type: ignore[no-untyped-call]
+    direction = null @ leaf.grad
+    direction = direction / direction.norm()
+    z = m.translate(reader, f)
+
+    def turned(step: float) -> float:
+        return float(formulas.angle_degrees(z, m.translate(reader, f + step * direction)))
+
+    low, high = 0.0, 1e6 * float(f.norm())
+    if turned(high) < DEGREES:
+        return None
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if turned(middle) < DEGREES else (low, middle)
+    return low, f + low * direction
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("reader", ["fitted", "drawn"])
+def test_steering_at_forty_degrees_is_the_slow_search(name: str, reader: str) -> None:
+    """Every image's step, steered feature and AS towards the target; and the means that `analyze_model` reports."""
+    m = measured(name)
+    null = formulas.null_projector(m.model.weight)
+    text = m.texts.double()[steering_targets(m.labels, torch.arange(IMAGES), toy.CLASSES)]
+    T = m.translators[reader]
+    options: Any = {"matrix": T.matrix.double(), "offset": T.offset.double(), "image_score": DEGREES}
+    fast = steer(m.features, text, null_space=NullSpace.from_weight(m.model.weight), **options)
+    scores, steps = [], []
+    for index, f in enumerate(m.features):
+        found = slow_steering(m, reader, null, f, text[index])
+        assert bool(fast.reachable[index]) == (found is not None)
+        if found is None:
+            continue
+        step, steered = found
+        sides = (f, steered, fast.features[index])
+        before, after, mine = (formulas.angle_degrees(m.translate(reader, x), text[index]) for x in sides)
+        reached = formulas.angle_degrees(m.translate(reader, f), m.translate(reader, fast.features[index]))
+        assert (float(mine), float(reached)) == pytest.approx((float(after), DEGREES), abs=TOLERANCE)
+        assert float(fast.step[index]) == pytest.approx(step, rel=1e-6)
+        scores.append(float(before - after))
+        steps.append(step / float(f.norm()))
+    summary = m.found["steering"][reader]
+    assert len(scores) > IMAGES / 4
+    assert summary["reachable"] == pytest.approx(len(scores) / IMAGES)
+    means = np.mean(scores), np.std(scores)
+    assert (summary["attribute_score"], summary["attribute_score_std"]) == pytest.approx(means, abs=TOLERANCE)
+    assert summary["step"] == pytest.approx(np.mean(steps), rel=1e-4)
