@@ -224,8 +224,8 @@ class LossConfig:
 class TrainingConfig:
     """Optimisation by AdamW with warm-up and cosine decay, the same for both arms.
 
-    Mixed precision and gradient accumulation are accelerate's own: accelerate launch --mixed_precision bf16
-    --gradient_accumulation_steps 2.
+    Mixed precision and gradient accumulation are accelerate's own: accelerate launch --mixed_precision bf16, and
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2 in the environment (its flag of that name reaches DeepSpeed alone).
 
     Args:
         epochs: passes over the training images; 0 measures only.

@@ -259,6 +259,20 @@ def test_measuring_only(tmp_path: Path) -> None:
     np.testing.assert_allclose([before[k] for k in ("AS", "IS")], [after[k] for k in ("AS", "IS")], atol=1e-4)
 
 
+def test_precision_and_accumulation_are_accelerates_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    with pytest.raises(SystemExit, match=r"batch_size = 16 cannot be split evenly into 3 accumulation"):
+        finetune(tmp_path / "run")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    sizes: list[int] = []
+    in_step(monkeypatch, 0, "sing", lambda batch: sizes.append(len(batch[0])))
+    finetune(tmp_path / "run", "--training.epochs", "1")
+    assert sizes == [8, 8]
+    machine = json.loads((tmp_path / "run" / "report.json").read_text())["machine"]
+    assert (machine["mixed_precision"], machine["accumulation"]) == ("bf16", 2)
+
+
 def test_a_loss_that_is_not_finite_names_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_step(monkeypatch, 4, "control", lambda batch: [batch[0] * float("nan"), *batch[1:]])
     with pytest.raises(TrainingFailed, match=r"(?s)'control'.*not finite at step 5.*scene-\d+-\d+"):
