@@ -1,0 +1,390 @@
+"""Steering at a fixed image score and at equal effort: plain loops, chunks, processes, planted truths."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+import singreg.analysis.steering as steering
+from singreg.analysis.features import FeatureBatch
+from singreg.analysis.steering import measure_steering, plan_pairs, steer_pairs, steering_targets
+from singreg.analysis.steering_curves import (
+    Budgets,
+    at,
+    fit_conditional,
+    natural_radii,
+    steering_verdict,
+    steering_warnings,
+    the_curve,
+)
+from singreg.nullspace import NullSpace
+from singreg.steering import AnyTranslator, ConditionalGaussian, bisect_step
+from singreg.translator import LinearTranslator
+from tests import toy
+from tests.processes import run_processes
+from tests.reference.formulas import angle_degrees, null_projector
+from tests.steering_world import COUNT, NAMES, RADII, STEPS, C, M, N, SteeringWorld, shared
+
+
+def gradient(translator: AnyTranslator, f: Tensor, text: Tensor) -> Tensor:
+    leaf = f.clone().requires_grad_()
+    cosine_similarity(translator(leaf), text, dim=0).backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def first(z: Tensor, text: Tensor, texts: Tensor) -> float:
+    own = cosine_similarity(z, text, dim=0)
+    rivals = [t.double() for t in texts if (t.double() - text).norm() > 1e-3]
+    return float(all(own > cosine_similarity(z, rival, dim=0) for rival in rivals))
+
+
+def steerings(world: SteeringWorld) -> list[tuple[int, int, int, Tensor, Tensor]]:
+    """(image, source, target, feature, prompt) of every planned steering, in float64."""
+    sources = world.plan.source_labels.tolist()
+    return [
+        (i, sources.index(label), k, world.features[i].double(), world.plan.texts[k].double())
+        for i, label in enumerate(world.labels.tolist())
+        if world.plan.chosen[i]
+        for k in range(len(world.plan.targets))
+        if world.plan.wanted[sources.index(label), k]
+    ]
+
+
+def figures(world: SteeringWorld, judge: str, f: Tensor, moved: Tensor, text: Tensor) -> list[float]:
+    """AS, |AS| and success of one displacement as a judge reads it."""
+    before, after = (world.translators[judge](x) for x in (f, moved))
+    gained = float(angle_degrees(before, text) - angle_degrees(after, text))
+    return [gained, abs(gained), first(after, text, world.texts)]
+
+
+def largest_inside(gaussian: ConditionalGaussian, f: Tensor, d: Tensor, radius: float) -> float:
+    """The last of many steps that stays within the radius, then of many after it; 0 if none does."""
+    start = 0.0
+    for width in (60.0, 0.02):
+        tried = start + torch.linspace(0, width, 6001, dtype=torch.float64)
+        inside = gaussian.radius(f + tried[:, None] * d) <= radius
+        start = float(tried[inside][-1]) if inside.any() else 0.0
+    return start
+
+
+def slow_curve(world: SteeringWorld, attacker: str, judge: str, budget: str) -> np.ndarray:
+    """(3, G) by plain loops: for each image the mean over its targets, then the mean over images."""
+    gaussian, natural = world.budgets.gaussian, world.budgets.natural
+    assert gaussian is not None
+    assert natural is not None
+    by_image: dict[int, list[list[list[float]]]] = {}
+    for i, _, _, f, text in steerings(world):
+        d = world.space.component(gradient(world.translators[attacker], f, text))
+        d = gaussian.on_manifold(d) if budget == "on-manifold" else d
+        d = d / d.norm()
+        row = []
+        for limit in world.budgets.grid(budget):
+            radius = limit * natural["median"]
+            step = limit * float(f.norm()) if budget == "step" else largest_inside(gaussian, f, d, radius)
+            row.append(figures(world, judge, f, f + step * d, text))
+        by_image.setdefault(i, []).append(row)
+    found: np.ndarray = np.mean([np.mean(rows, axis=0) for rows in by_image.values()], axis=0).T
+    return found
+
+
+@pytest.mark.parametrize("budget", ["step", "radius", "on-manifold"])
+def test_curves_are_those_of_plain_loops(budget: str) -> None:
+    world = SteeringWorld.make()
+    found = [curve for curve in world.curves() if curve["budget"] == budget]
+    assert [(c["attacker"], c["judge"]) for c in found] == [(a, j) for a in ("one", "two") for j in ("one", "two")]
+    for curve in found[:2]:
+        slow = slow_curve(world, curve["attacker"], curve["judge"], budget)
+        for name, values in zip(("AS", "AS_abs", "success"), slow, strict=True):
+            got = np.array(curve["figures"][name])
+            np.testing.assert_allclose(got, values, atol=2e-2 if budget != "step" else 1e-4, err_msg=name)
+            grid, (area, least, most) = np.array(curve["grid"]), curve["area"][name]
+            height = np.sum((values[1:] + values[:-1]) / 2 * np.diff(grid)) / (grid[-1] - grid[0])
+            assert area == pytest.approx(height, abs=2e-2)
+            assert least <= area <= most
+            low, high = np.array(curve["intervals"][name]).T
+            assert (low <= got + 1e-9).all()
+            assert (got <= high + 1e-9).all()
+    assert found[0]["figures"]["AS"] != found[1]["figures"]["AS"]  # the judges are told apart
+
+
+def test_curves_begin_at_nothing_and_hold_the_natural_percentiles() -> None:
+    world = SteeringWorld.make()
+    step, radius = (the_curve(world.curves(), budget=b, attacker="one", judge="one") for b in ("step", "radius"))
+    assert step["figures"]["AS"][0] == 0
+    assert step["outside"] == [0.0] * len(STEPS)
+    assert set(world.budgets.marks.values()) | set(RADII) == set(radius["grid"])
+    assert radius["grid"] == sorted(radius["grid"])
+    # Half of all images are outside the median by definition; a wider radius leaves out fewer, and none in the end.
+    assert radius["outside"] == sorted(radius["outside"], reverse=True)
+    assert radius["outside"][0] > 0
+    assert radius["outside"][-1] == 0
+    assert at(radius, 1.0, "AS") == radius["figures"]["AS"][radius["grid"].index(1.0)]
+    with pytest.raises(ValueError, match=r"1\.05 is not on the grid of radius: 0\.9, "):
+        at(radius, 1.05, "AS")
+    with pytest.raises(ValueError, match="expected one curve"):
+        the_curve(world.curves(), budget="step")
+
+
+@pytest.mark.parametrize("image_score", [40.0, 75.0], ids=["all within reach", "some out of reach"])
+def test_table_of_pairs_is_that_of_plain_loops(image_score: float) -> None:
+    world = SteeringWorld.make()
+    for found in world.pairs(image_score=image_score):
+        table: dict[tuple[int, int], list[list[float]]] = {}
+        for _, source, target, f, text in steerings(world):
+            attacker = world.translators[found["attacker"]]
+            d = world.space.component(gradient(attacker, f, text))
+            d = d / d.norm()
+            step = float(bisect_step(attacker, f[None], d[None], image_score, largest=1e9))
+            row = [math.nan, math.nan, 0.0, math.nan]
+            if not math.isnan(step):
+                row = [*figures(world, found["judge"], f, f + step * d, text), step / float(f.norm())]
+            table.setdefault((source, target), []).append(row)
+        everything = np.concatenate([np.array(rows) for rows in table.values()])
+        cells = {place: {n: m[place[0]][place[1]] for n, m in found["matrices"].items()} for place in table}
+        for cell, rows in [*((cells[place], rows) for place, rows in table.items()), (found["overall"], everything)]:
+            values = np.array(rows)
+            reached = ~np.isnan(values[:, 0])
+            assert cell.get("rows", cell["images"]) == len(values)
+            assert cell["reachable"] == pytest.approx(reached.mean())
+            assert cell["success"] == pytest.approx(values[:, 2].mean())
+            if not reached.any():
+                assert cell["AS"] is cell["step"] is None
+                continue
+            wanted = {"AS": values[reached, 0], "AS_abs": values[reached, 1], "step": values[reached, 3]}
+            assert {name: cell[name] for name in wanted} == pytest.approx(
+                {n: v.mean() for n, v in wanted.items()}, abs=1e-4
+            )
+            assert cell["AS_abs_std"] == pytest.approx(values[reached, 1].std(), abs=1e-3)
+        assert found["overall"]["pairs"] == len(table) == 8  # 3 x 3 without cat to cat
+        assert found["overall"]["images"] == len({i for i, *_ in steerings(world)})
+        low, high = found["intervals"]["AS_abs"]
+        assert low <= found["overall"]["AS_abs"] <= high
+        assert found["calibration_error"] < 1e-3  # steered to the wanted score exactly
+        assert found["logit_change"] < 1e-9  # and the logits stay
+        assert found["matrices"]["AS"][1][1] is None  # cat to cat
+    assert (everything[:, 3] > 0).all() == (image_score == 40)
+
+
+def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = SteeringWorld.make()
+    curves, pairs = world.curves(), world.pairs()
+    monkeypatch.setattr(steering, "CHUNK_ELEMENTS", 3 * (M + N + C))  # three rows: an image's targets are torn apart
+    rows = list(world.plan.select(world.batches(COUNT)[0]).rows(world.plan, C))
+    assert [len(r.features) for r in rows[:-1]] == [3] * (len(rows) - 1)
+    for a, b in zip(curves, world.curves(world.batches(5)), strict=True):
+        for name in a["figures"]:
+            np.testing.assert_allclose(a["figures"][name], b["figures"][name], atol=1e-5)
+    for a, b in zip(pairs, world.pairs(world.batches(5)), strict=True):
+        assert a["overall"] == pytest.approx(b["overall"], rel=1e-9)
+
+
+@pytest.mark.parametrize("stride", [2, 1], ids=["both have images", "one has none"])
+def test_processes_count_every_image_once(stride: int) -> None:
+    world = SteeringWorld.make(images_per_source=2)
+    curves, pairs = world.curves(), world.pairs()
+    assert pairs[0]["overall"]["images"] == 6
+    for found_curves, found_pairs in run_processes(2, shared, stride):
+        for a, b in zip(curves, found_curves, strict=True):
+            np.testing.assert_allclose(a["figures"]["AS"], b["figures"]["AS"], atol=1e-5)
+            np.testing.assert_allclose(a["area"]["success"], b["area"]["success"], atol=1e-6)
+            np.testing.assert_allclose(a["outside"], b["outside"], atol=1e-7)
+        for a, b in zip(pairs, found_pairs, strict=True):
+            assert a["overall"] == pytest.approx(b["overall"], rel=1e-9)
+            assert a["matrices"]["images"] == b["matrices"]["images"]
+            assert a["intervals"]["AS"] == pytest.approx(b["intervals"]["AS"], rel=1e-9)
+            assert a["calibration_error"] == pytest.approx(b["calibration_error"], abs=1e-9)
+
+
+def test_any_callable_may_attack_and_judge() -> None:
+    """A linear translator behind a plain function takes autograd, bisection and a call a step, and reads the same."""
+    world = SteeringWorld.make()
+    known = {"one": world.translators["one"]}
+    hidden = {"one": lambda f: world.translators["one"](f)}
+    for a, b in zip(world.curves(attackers=known), world.curves(attackers=hidden), strict=True):
+        for name in a["figures"]:
+            np.testing.assert_allclose(a["figures"][name], b["figures"][name], atol=1e-4)
+    (a,), (b,) = (world.pairs(attackers=kind) for kind in (known, hidden))
+    assert a["overall"] == pytest.approx(b["overall"], rel=1e-6)
+    assert a["matrices"]["step"][0] == pytest.approx(b["matrices"]["step"][0], rel=1e-6)
+
+
+def test_a_float32_network_attacks_float64_features() -> None:
+    torch.manual_seed(0)
+    world = SteeringWorld.make()
+    network = torch.nn.Sequential(torch.nn.Linear(M, 16), torch.nn.Tanh(), torch.nn.Linear(16, N)).eval()
+    (found,) = world.pairs(attackers={"network": network}, image_score=10.0)
+    assert found["overall"]["reachable"] > 0.5
+    assert found["calibration_error"] < 1e-3
+    curves = world.curves(attackers={"network": network}, judges=world.translators)
+    assert {c["judge"] for c in curves} == {"one", "two"}
+    assert curves[0]["figures"]["AS"][0] == 0
+
+
+def test_what_the_translator_does_not_see_cannot_be_steered() -> None:
+    """Planted truth: without A's null part nothing moves and nothing is reachable; the control moves."""
+    world = SteeringWorld.make()
+    blind = {"blind": LinearTranslator(world.space.remove(world.translators["one"].matrix), torch.zeros(N))}
+    for curve in world.curves(attackers=blind):
+        assert max(map(abs, curve["figures"]["AS"])) < 1e-4
+        assert len(set(curve["figures"]["success"])) == 1
+    (found,) = world.pairs(attackers=blind)
+    assert (found["overall"]["reachable"], found["overall"]["AS"], found["overall"]["success"]) == (0, None, 0)
+    assert found["intervals"]["AS"] == [None, None]
+    assert found["calibration_error"] is None
+    control = world.curves()[0]
+    assert control["figures"]["AS"][-1] > 10
+    assert control["figures"]["success"][-1] > control["figures"]["success"][0]
+
+
+def test_the_on_manifold_direction_gains_more_where_variances_differ() -> None:
+    """Planted truth: a Gaussian with variances from 0.001 to 10; the control has equal ones and no difference."""
+    world = SteeringWorld.make()
+    gained = {}
+    for name, deviation in {"uneven": torch.logspace(-1.5, 0.5, M), "even": torch.ones(M)}.items():
+        g = torch.Generator().manual_seed(5)
+        rotation = torch.linalg.qr(torch.randn(M, M, generator=g)).Q
+        features = torch.randn(COUNT, M, generator=g) * deviation @ rotation.T
+        covariance = rotation @ torch.diag(deviation**2) @ rotation.T
+        gaussian = ConditionalGaussian.from_moments(torch.zeros(M), covariance, world.space, floor=1e-6)
+        budgets = Budgets.over(STEPS, RADII, gaussian, world.budgets.natural)
+        curves = replace(world, features=features, budgets=budgets).curves()
+        radius, manifold = (next(c for c in curves if c["budget"] == b) for b in ("radius", "on-manifold"))
+        gained[name] = at(manifold, 1.2, "AS") / at(radius, 1.2, "AS")
+    assert gained["uneven"] > 1.2
+    assert gained["even"] == pytest.approx(1, abs=1e-5)
+
+
+def test_natural_radii_are_of_images_that_did_not_make_the_gaussian() -> None:
+    model, bank, test = toy.classifier(), toy.ToySplit(120), toy.ToySplit(40, seed=9)
+    space, f = NullSpace.from_weight(model.weight), toy.features(model, bank).float().double()
+    gaussian = fit_conditional(model, bank, toy.embeddings(120), space, settings=toy.QUIET)
+    wanted = ConditionalGaussian.from_moments(f.mean(0), torch.cov(f.T), space)
+    g = toy.features(model, test).float().double()
+    torch.testing.assert_close(gaussian.radius(g), wanted.radius(g), rtol=1e-6, atol=1e-6)
+    found = natural_radii(model, test, toy.embeddings(40, seed=9), gaussian, fit_images=120, settings=toy.QUIET)
+    assert found["median"] == pytest.approx(float(wanted.radius(g).quantile(0.5)), rel=1e-6)
+    assert (found["images"], found["fit_images"], found["dimensions"]) == (40, 120, space.nullity)
+    assert found["p99"] > found["p95"] > found["median"]
+    assert Budgets.over(STEPS).grid("radius") == ()
+
+
+@pytest.mark.parametrize("steps", [[0.1, 0.1], [-0.1, 0.5]])
+def test_steps_that_make_no_curve_are_refused(steps: list[float]) -> None:
+    with pytest.raises(ValueError, match="two different steps, each 0 or more"):
+        Budgets.over(steps)
+
+
+def test_pairs_are_drawn_evenly_over_sources_and_images_limited() -> None:
+    labels, texts, names = np.arange(60) % 5, torch.eye(5), list("abcde")
+
+    def plan(**limits: Any) -> steering.PairPlan:
+        return plan_pairs(labels, names, texts, range(5), names, texts, **limits)
+
+    found = plan(max_pairs=10, images_per_source=3, seed=1)
+    assert found.wanted.sum(1).tolist() == [2] * 5
+    assert not found.wanted.diagonal().any()
+    assert np.flatnonzero(found.chosen).tolist() == list(range(15))  # the first of each class
+    assert torch.equal(found.wanted, plan(max_pairs=10, seed=1).wanted)
+    assert not torch.equal(found.wanted, plan(max_pairs=10, seed=2).wanted)
+    few = plan(max_pairs=2)
+    assert int(few.wanted.sum()) == 2
+    assert few.chosen.sum() == 24  # only images that have a target
+    assert plan(max_pairs=999).wanted.sum() == 20
+
+
+def test_bad_plans_name_everything_wrong() -> None:
+    labels, texts = np.array([0, 0, 1]), torch.eye(4)[:3]
+    with pytest.raises(ValueError, match=r"without test images: cat; the only target is the source itself.*: bee"):
+        plan_pairs(labels, ["ant", "bee", "cat"], texts, [0, 1, 2], ["an image of a bee"], texts[1:2])
+
+
+def one_pair(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`measure_steering`, and `steer_pairs` of two classes: both must choose the other one as target."""
+    world = SteeringWorld.make()
+    labels, texts, weight = world.labels % 2, world.texts[:2], world.weight[:2]
+    options: dict[str, Any] = {"null_space": NullSpace.from_weight(weight), "image_score": 30.0}
+    attacker, judge = world.translators["one"], world.translators["two"]
+    single = measure_steering(
+        world.features,
+        labels,
+        torch.arange(COUNT),
+        texts=texts,
+        attacker=attacker,
+        judge=judge,
+        **{**options, **changes},
+    )
+    plan = plan_pairs(labels.numpy(), NAMES[:2], texts, [0, 1], NAMES[:2], texts)
+    indices, z = torch.arange(COUNT), torch.zeros(COUNT, N)
+    batch = FeatureBatch(world.features, world.features @ weight.T, z, labels, indices)
+    judges: dict[str, Any] = {"attackers": {"one": attacker}, "judges": {"two": judge}}
+    (found,) = steer_pairs([batch], plan, texts=texts, weight=weight, **judges, **{**options, **changes})
+    return single, found["overall"]
+
+
+@pytest.mark.parametrize("image_score", [30.0, 80.0])
+def test_measure_steering_reads_what_the_table_of_pairs_does(image_score: float) -> None:
+    single, pair = one_pair(image_score=image_score)
+    assert single["attribute_score"] == pytest.approx(pair["AS"], abs=1e-3)
+    assert single["attribute_score_std"] == pytest.approx(pair["AS_std"], abs=1e-3)
+    assert single["step"] == pytest.approx(pair["step"], rel=1e-4)
+    assert (single["reachable"], single["success"]) == pytest.approx((pair["reachable"], pair["success"]))
+    assert (single["images"], single["image_score"]) == (COUNT, image_score)
+
+
+def test_another_judge_sees_less_than_the_attackers_own() -> None:
+    model, split = toy.classifier(), toy.ToySplit(37)
+    f, labels, indices = toy.features(model, split).float(), torch.from_numpy(split.labels), torch.arange(37)
+    options: dict[str, Any] = {"texts": toy.texts(), "null_space": NullSpace.from_weight(model.weight)}
+    options |= {"attacker": toy.translator(), "image_score": 30.0}
+    own, other = (measure_steering(f, labels, indices, judge=judge, **options) for judge in (None, toy.translator(9)))
+    assert own["attribute_score"] > abs(other["attribute_score"]) + 10
+    assert own["step"] == other["step"]  # the attack is the same
+    kept = (torch.eye(toy.WIDTH).double() - null_projector(model.weight)).float()
+    options["attacker"] = LinearTranslator(toy.translator().matrix @ kept, torch.zeros(toy.DIM))
+    blind = measure_steering(f, labels, indices, **options)
+    assert (blind["reachable"], blind["success"], blind["images"]) == (0.0, 0.0, 37)
+    assert all(math.isnan(blind[name]) for name in ("attribute_score", "attribute_score_std", "step"))
+    with pytest.raises(ValueError, match=r"at least 2 classes.*\(1, 7\)"):
+        measure_steering(f, 0 * labels, indices, **{**options, "texts": toy.texts(1)})
+
+
+def test_targets_are_other_classes_fixed_by_image_and_seed() -> None:
+    labels, indices = torch.arange(4000) % 7, torch.arange(4000)
+    targets = steering_targets(labels, indices, 7)
+    assert (targets != labels).all()
+    assert torch.bincount((targets - labels) % 7, minlength=7)[1:].min() > 0.7 * 4000 / 6
+    some = torch.tensor([3999, 5, 17])
+    assert torch.equal(steering_targets(labels[some], indices[some], 7), targets[some])
+    other = steering_targets(labels, indices, 7, seed=1)
+    assert (other == targets).double().mean() < 0.4  # chance is one in six
+    assert (other != labels).all()
+    assert steering_targets(torch.tensor([0, 1, 0]), torch.tensor([0, 1, 2]), 2).tolist() == [1, 0, 1]
+
+
+def test_warnings_name_what_is_not_to_be_believed() -> None:
+    world = SteeringWorld.make()
+    both = {"fitted": world.translators["one"], "auditor": world.translators["two"]}
+    scores = {"fit_images": 100, "zero_shot": 0.2, "overall": {"IS": 30.0}}
+    measurement = {"head": {"features": 40}, "vlm_zero_shot": 0.9, "translators": dict.fromkeys(both, scores)}
+    natural = {**dict(world.budgets.natural or {}), "floored": 5}
+    pairs, curves = world.pairs(attackers=both, image_score=179.5), world.curves(attackers=both)
+    found = steering_warnings(measurement, pairs, natural, 179.5)
+    for words in ("fitted translator rests on 100", "covariance", "says little", "5 of 8 null", "8 of 8 pairs"):
+        assert any(words in warning for warning in found), words
+    good = {**measurement, "head": {"features": 4}, "vlm_zero_shot": 0.3}
+    natural = {**natural, "floored": 0}
+    assert steering_warnings(good, world.pairs(attackers=both, image_score=10.0), natural, 10.0) == []
+    for table, words in ((pairs, "No image can be steered"), (world.pairs(attackers=both), "features turn by")):
+        said = steering_verdict(
+            measurement, table, [{**c, "grid": [*c["grid"]]} for c in curves], world.budgets.marks, 40.0
+        )
+        assert words in said[0]
+        assert len(said) == 4
