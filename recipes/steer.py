@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from singreg import unclip
+from singreg import tables, unclip
 from singreg.analysis import steering_curves as effort
-from singreg.analysis.features import PassSettings, iterate_features
+from singreg.analysis.features import iterate_features
 from singreg.analysis.fitting import fit_mlp_on_split, fit_translators
 from singreg.analysis.scores import analyze_model
 from singreg.analysis.steering import PairPlan, plan_pairs, steer_pairs
@@ -23,20 +23,11 @@ from singreg.config import ModelConfig, Problems, RunConfig, TranslatorConfig, p
 from singreg.data.classes import resolve_classes
 from singreg.mlp import MLPSettings
 from singreg.nullspace import NullSpace
-from singreg.plots.steering import draw_curves, draw_pairs
-from singreg.report import Figure, Section, interval, log, log_figures, number, percent, track, write_report
+from singreg.plots.steering import plot_steering
+from singreg.report import Figure, log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, prepare
+from singreg.setup import Setup, prepare, try_one_batch
 from singreg.utils import cache_folder
-
-READING = (
-    "AS: angle gained towards the target prompt over steerings that reach the score; success: share of all steerings "
-    "after which the target prompt outranks every class prompt. 95 % intervals over classes and images; lower is harder."
-)
-AREAS = (
-    "Mean height over the grid. Radius: Mahalanobis distance of the null component from what the row-space component "
-    "predicts, over its median on untouched test images. On-manifold: the covariance times the gradient."
-)
 
 
 @dataclass
@@ -75,9 +66,8 @@ class SteerConfig(RunConfig):
         """Raise one ValueError that names everything wrong with the values."""
         super().__post_init__()
         problems = Problems()
-        good = 0 < self.image_score < 180
-        problems.need(good, f"image_score: expected degrees between 0 and 180, got {self.image_score}")
-        problems.least(1, images_per_class=self.images_per_class, max_pairs=self.max_pairs)
+        problems.need(0 < self.image_score < 180, f"image_score: expected degrees in (0, 180), got {self.image_score}")
+        problems.within(1, images_per_class=self.images_per_class, max_pairs=self.max_pairs)
         problems.need(bool(self.sources), 'sources: expected class names or "all"')
         problems.need(bool(self.targets or self.prompts), 'targets: expected class names, "all", or one of prompts')
         for prompt in self.prompts:
@@ -96,15 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = Run(config, accelerator, "steer")
         if not config.dry_run:
             run.check()
-        pipeline = unclip.open_asked(config.unclip)  # first: what is missing should not be said after minutes of work
+        pipeline = unclip.open_asked(
+            config.unclip, accelerator
+        )  # first: what is missing should not be said after minutes of work
         setup = prepare(config, config.model, accelerator)
-        setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))  # several passes over features
         if pipeline is not None and unclip.embedding_width(pipeline) != setup.texts.shape[1]:
             raise ValueError(f"unclip: {config.unclip} draws no embeddings of {setup.vlm.tag}; set its CLIP as vlm")
         plan = choose_pairs(config, setup)
         if config.dry_run:
-            dry_run(setup, plan)
+            if accelerator.is_main_process:
+                print(f"steering: {int(plan.wanted.sum())} pairs, {int(plan.chosen.sum())} images")
+            try_one_batch(setup)
             return
+        setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))  # several passes over features
         run.open()
     with run.guarded():
         steer(config, setup, plan, run, pipeline)
@@ -127,12 +121,17 @@ def choose_pairs(config: SteerConfig, setup: Setup) -> PairPlan:
     return plan_pairs(labels, names, setup.texts, sources, prompts, torch.cat(texts), **limits, seed=config.seed)
 
 
+def head_space(config: SteerConfig, setup: Setup) -> NullSpace:
+    """Return the null space of the classifier's head."""
+    return NullSpace.from_weight(setup.classifier.weight, invariance=config.model.invariance).to(setup.texts.device)
+
+
 def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run, pipeline: Any) -> None:
     """Fit the translators, measure the classifier, steer its features and report."""
     classifier, texts, passes = setup.classifier, setup.texts, setup.passes
     test, bank = ((getattr(setup.splits, name), setup.embeddings[name]) for name in ("test", "bank"))
     both: dict[str, Any] = {"invariance": config.model.invariance, "settings": passes}
-    space = NullSpace.from_weight(classifier.weight, invariance=config.model.invariance).to(texts.device)
+    space = head_space(config, setup)
     with run.timed("translators"):
         ridge = config.translator.ridge
         fitted = fit_translators(classifier, setup.splits, setup.embeddings, ridge=ridge, info=setup.info, **both)
@@ -155,86 +154,46 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run, pipeline:
     with run.timed("curves"):  # judged by the linear translators alone: a judge is called at every point
         batches = iterate_features(classifier, *test, passes, "steering at equal effort")
         curves = effort.steer_curves(batches, plan, budgets, judges=linear, **steering)
-    if not run.accelerator.is_main_process:
-        return
-    plots, folder, names = [], run.folder / "plots", (plan.sources, plan.targets)
-    images = f"{len(plan.sources)} sources, {len(plan.targets)} targets, {pairs[0]['overall']['images']:.0f} images"
-    title = f"steering at equal effort: {images}; bands: 95 % over classes and images; one step, so a lower bound"
-    plots.append(
-        Figure(draw_curves(curves, budgets.marks, title, folder / "curves.png"), "Success and AS at equal effort.")
-    )
-    plots.append(Figure(draw_pairs(pairs, names, config.image_score, folder / "pairs.png"), "Every source and target."))
-    shown: list[dict[str, Any]] = []
+    found = {"measurement": measurement, "image_score": config.image_score, "sources": plan.sources}
+    found |= {"targets": plan.targets, "pairs": pairs, "curves": curves, "natural": natural, "shown": []}
+    if run.accelerator.is_main_process:
+        report(config, setup, plan, run, pipeline, linear, rows, found)
+
+
+def report(
+    config: SteerConfig,
+    setup: Setup,
+    plan: PairPlan,
+    run: Run,
+    pipeline: Any,
+    linear: dict[str, Any],
+    rows: pd.DataFrame,
+    found: dict[str, Any],
+) -> None:
+    """Draw the plots and the steered images asked for, log to the trackers and write the report."""
+    plots = plot_steering(found, run.folder / "plots")
     if pipeline is not None:
-        sheet = folder / "unclip.png"
-        judges: dict[str, Any] = {"attacker": linear["fitted"], "judge": linear["auditor"], "null_space": space}
-        shown = unclip.draw_steered(
-            pipeline, setup, plan, sheet, image_score=config.image_score, seed=config.seed, **judges
-        )
-        plots += [Figure(sheet, f"Steered embeddings, drawn by {config.unclip}.")] if sheet.exists() else []
+        options: dict[str, Any] = {"image_score": config.image_score, "seed": config.seed}
+        options |= {"null_space": head_space(config, setup), "attacker": linear["fitted"], "judge": linear["auditor"]}
+        sheet = run.folder / "plots" / "unclip.png"
+        found["shown"] = unclip.draw_steered(pipeline, setup, plan, sheet, **options)
+        if sheet.exists():
+            plots["unclip"] = Figure(sheet, f"each image, its embedding and the auditor's, drawn by {config.unclip}")
     track(run.accelerator, "steer", config)
-    for curve in curves:
+    for curve in found["curves"]:
         name = f"{curve['budget']} (x 1000)/success/{curve['attacker']} attacks, {curve['judge']} judges"
         for place, success in zip(curve["grid"], curve["figures"]["success"], strict=True):
             log(run.accelerator, {name: success}, round(1000 * place))
-    log_figures(run.accelerator, plots)
-    figures = {"measurement": measurement, "image_score": config.image_score, "sources": plan.sources}
-    figures |= {"targets": plan.targets, "pairs": pairs, "curves": curves, "natural": natural, "shown": shown}
+    log_figures(run.accelerator, list(plots.values()))
     write_report(
         run,
-        title=f"{run.folder.name}: steering {classifier.tag} through its null space",
-        verdict=effort.steering_verdict(measurement, pairs, curves, budgets.marks, config.image_score),
-        warnings=effort.steering_warnings(measurement, pairs, natural, config.image_score),
-        sections=[
-            Section(f"Table 1: at an image score of {config.image_score:g}°", [table1(pairs), READING]),
-            Section("Steering at equal effort", [plots[0], areas(curves), AREAS]),
-            Section("Pairs and images", plots[1:]),
-        ],
-        figures=figures,
+        title=f"{run.folder.name}: steering {setup.classifier.tag} through its null space",
+        verdict=tables.steering_verdict(found),
+        warnings=tables.steering_warnings(found),
+        sections=tables.steering_sections(found, plots),
+        figures=found,
         rows=rows,
     )
-
-
-def table1(pairs: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return the paper's table 1 over all pairs, by attacker and judge."""
-    rows = [
-        {
-            "attacker": found["attacker"],
-            "judge": found["judge"],
-            "|AS| °": f"{number(found['overall']['AS_abs'])} ± {number(found['overall']['AS_abs_std'])}",
-            "AS °": interval(found["overall"]["AS"], *found["intervals"]["AS"]),
-            "step / |f|": number(found["overall"]["step"], 3),
-            "reachable": percent(found["overall"]["reachable"]),
-            "success": percent(found["overall"]["success"]),
-        }
-        for found in pairs
-    ]
-    return pd.DataFrame(rows)
-
-
-def areas(curves: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return the mean height of every curve over its grid."""
-    names = {"AS": "mean AS °", "success": "mean success"}
-    rows = [
-        {
-            **{key: c[key] for key in ("budget", "attacker", "judge")},
-            **{t: interval(*c["area"][n]) for n, t in names.items()},
-        }
-        for c in curves
-    ]
-    return pd.DataFrame(rows)
-
-
-def dry_run(setup: Setup, plan: PairPlan) -> None:
-    """Run one batch and say what would be steered; nothing is written but the embeddings."""
-    some = setup.splits.test.subset(range(min(64, len(setup.splits.test))))
-    passes, chosen = PassSettings(progress=False), np.asarray(setup.splits.test.labels)[plan.chosen]
-    batch = next(iterate_features(setup.classifier, some, setup.embeddings["test"][: len(some)], passes, "dry run"))
-    counts = [int((chosen == label).sum()) for label in plan.source_labels.tolist()]
-    rows = sum(count * wanted for count, wanted in zip(counts, plan.wanted.sum(1).tolist(), strict=True))
-    print(f"one batch: features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}")
-    print(f"steering: {int(plan.wanted.sum())} pairs, {int(plan.chosen.sum())} images, {rows} steerings")
-    print("dry run: nothing was measured, no run folder was made")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from singreg.analysis.chance import KINDS
@@ -13,6 +14,7 @@ from singreg.analysis.concepts import select_concepts
 from singreg.analysis.fitting import AGREEMENT, IMAGES_PER_FEATURE, ZERO_SHOT
 from singreg.analysis.passport import VISIBLE, chance_angle, judge_passport
 from singreg.analysis.probes import BLOCKS
+from singreg.analysis.steering_curves import BUDGETS, at, natural_marks, the_curve
 from singreg.report import Figure, Section, interval, number, percent
 
 KIND_TITLES = {
@@ -23,6 +25,7 @@ KIND_TITLES = {
 }
 BLOCK_TITLES = {"features": "f, whole", "row_space": "Π_p f, row space", "null_space": "Π_n f, null space"}
 SCORES = {"AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °"}
+MANY_FLOORED = 0.1
 Found = Mapping[str, Any]
 
 
@@ -242,4 +245,95 @@ def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
         Section("Concepts", [concept_table(found["concepts"]), *found["omissions"], figures["concepts"]]),
         Section("Images", [figures["images"], image_table(found["images"])]),
         Section("Validation", validation),
+    ]
+
+
+def steering_verdict(found: Found) -> list[str]:
+    """Say how far features turn at a fixed image score, at equal effort and within natural radii."""
+    read = {(p["attacker"], p["judge"]): p["overall"] for p in found["pairs"]}
+    own, audited, score = read["fitted", "fitted"], read["fitted", "auditor"], found["image_score"]
+    step, radius, manifold = (the_curve(found["curves"], budget=b, attacker="fitted", judge="auditor") for b in BUDGETS)
+    removal, mark = (
+        found["measurement"]["translators"]["fitted"]["overall"]["IS"],
+        natural_marks(found["natural"])["95 %"],
+    )
+    first = f"No image can be steered to an image score of {score:g}°; use a smaller one."
+    if own["AS_abs"] is not None:
+        first = (
+            f"Steered to an image score of {score:g}° (removing the null component: {removal:.1f}°), features turn "
+            f"towards the target by {own['AS_abs']:.2f}° as the fitted translator reads it, {audited['AS_abs']:.2f}° as "
+            f"the auditor does; {own['reachable']:.0%} can be, with a step of {own['step']:.0%} of |f|."
+        )
+    return [
+        first,
+        f"At a step of 10% of |f| the target prompt outranks every class prompt in {at(step, 0.1, 'success'):.0%} "
+        f"of the steerings by the auditor, against {at(step, 0.0, 'success'):.0%} without a step.",
+        f"Within the radius of 95 % of natural images {at(radius, mark, 'success'):.0%} succeed along the gradient "
+        f"and {at(manifold, mark, 'success'):.0%} along the on-manifold direction, by the auditor.",
+        f"Logits moved by at most {max(p['logit_change'] for p in found['pairs']):.1e}. One gradient step each, so "
+        "these are lower bounds of how easily the classifier is steered.",
+    ]
+
+
+def steering_warnings(found: Found) -> list[str]:
+    """Say why not to believe a steering's figures, and which pairs have none."""
+    measured, natural = found["measurement"], found["natural"]
+    warnings, width = analysis_warnings(measured, agreement=1.0), measured["head"]["features"]
+    if natural["fit_images"] < IMAGES_PER_FEATURE * width:
+        warnings.append(f"The radii rest on the covariance of {natural['fit_images']} images for {width} features.")
+    if natural["floored"] > MANY_FLOORED * natural["dimensions"]:
+        warnings.append(
+            f"{natural['floored']} of {natural['dimensions']} null directions vary less than {natural['floor']:g} of "
+            "the mean; their variance is held there, and radii depend on it."
+        )
+    for pairs in (p for p in found["pairs"] if p["attacker"] == p["judge"]):
+        images, reachable = (np.ravel(pairs["matrices"][name]) for name in ("images", "reachable"))
+        planned, lost = int((images > 0).sum()), int((reachable[images > 0] == 0).sum())
+        if lost:
+            warnings.append(
+                f"{lost} of {planned} pairs have no image that reaches {found['image_score']:g}° by the "
+                f"{pairs['attacker']} translator; they are left out of its mean AS."
+            )
+    return warnings
+
+
+def steering_sections(found: Found, figures: Mapping[str, Figure]) -> list[Section]:
+    """Arrange a steering's tables and figures (`plot_steering`) as the sections of its report."""
+    table1 = [
+        {
+            **{name: pairs[name] for name in ("attacker", "judge")},
+            "|AS| °": f"{number(pairs['overall']['AS_abs'])} ± {number(pairs['overall']['AS_abs_std'])}",
+            "AS °": interval(pairs["overall"]["AS"], *pairs["intervals"]["AS"]),
+            "step / |f|": number(pairs["overall"]["step"], 3),
+            **{name: percent(pairs["overall"][name]) for name in ("reachable", "success")},
+        }
+        for pairs in found["pairs"]
+    ]
+    areas = [
+        {
+            **{name: curve[name] for name in ("budget", "attacker", "judge")},
+            **{
+                f"mean {title}": interval(*curve["area"][name])
+                for name, title in (("AS", "AS °"), ("success", "success"))
+            },
+        }
+        for curve in found["curves"]
+    ]
+    reading = (
+        "AS: angle gained towards the target prompt over steerings that reach the score; success: share of all "
+        "steerings after which the target prompt outranks every class prompt. 95 % intervals over classes and images; "
+        "lower is harder to steer."
+    )
+    effort = (
+        "Mean height over the grid. Radius: Mahalanobis distance of the null component from what the row-space "
+        "component predicts, over its median on untouched test images. On-manifold: the covariance times the gradient."
+    )
+    lost = [shown["image"] for shown in found["shown"] if shown["step"] is None]
+    left_out = [f"{len(lost)} images cannot reach the score and are not drawn: {', '.join(lost)}."] if lost else []
+    drawn = [figures["unclip"]] if "unclip" in figures else []
+    return [
+        Section(f"Table 1: at an image score of {found['image_score']:g}°", [_table(table1), reading]),
+        Section("Steering at equal effort", [figures["curves"], _table(areas), effort]),
+        Section("Pairs", [figures["pairs"], *drawn, *left_out]),
+        Section("Translators", [translator_table(found["measurement"])]),
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import ImageOps
 from torch import Tensor
 
@@ -63,14 +64,17 @@ def open_pipeline(name: str = KARLO, *, device: str | torch.device = "cpu", dtyp
     return pipeline_class(**loaded).to(device=device, dtype=dtype)
 
 
-def open_asked(name: str | None) -> Any:
-    """Open a pipeline as a configuration asks for it; None for None.
+def open_asked(name: str | None, accelerator: Accelerator) -> Any:
+    """Open a pipeline as a configuration asks for it, on the main process; None elsewhere and for None.
 
     Raises:
         ValueError: the extra is not installed, or there is no such pipeline.
     """
+    if name is None:
+        return None
     try:
-        return None if name is None else open_pipeline(name)
+        pipeline_parts()  # on every process, so that all of them stop
+        return open_pipeline(name, device=accelerator.device) if accelerator.is_main_process else None
     except (ImportError, OSError) as error:
         raise ValueError(f"unclip: {error}") from error
 

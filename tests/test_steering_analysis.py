@@ -20,8 +20,6 @@ from singreg.analysis.steering_curves import (
     at,
     fit_conditional,
     natural_radii,
-    steering_verdict,
-    steering_warnings,
     the_curve,
 )
 from singreg.nullspace import NullSpace
@@ -367,24 +365,3 @@ def test_targets_are_other_classes_fixed_by_image_and_seed() -> None:
     assert (other == targets).double().mean() < 0.4  # chance is one in six
     assert (other != labels).all()
     assert steering_targets(torch.tensor([0, 1, 0]), torch.tensor([0, 1, 2]), 2).tolist() == [1, 0, 1]
-
-
-def test_warnings_name_what_is_not_to_be_believed() -> None:
-    world = SteeringWorld.make()
-    both = {"fitted": world.translators["one"], "auditor": world.translators["two"]}
-    scores = {"fit_images": 100, "zero_shot": 0.2, "overall": {"IS": 30.0}}
-    measurement = {"head": {"features": 40}, "vlm_zero_shot": 0.9, "translators": dict.fromkeys(both, scores)}
-    natural = {**dict(world.budgets.natural or {}), "floored": 5}
-    pairs, curves = world.pairs(attackers=both, image_score=179.5), world.curves(attackers=both)
-    found = steering_warnings(measurement, pairs, natural, 179.5)
-    for words in ("fitted translator rests on 100", "covariance", "says little", "5 of 8 null", "8 of 8 pairs"):
-        assert any(words in warning for warning in found), words
-    good = {**measurement, "head": {"features": 4}, "vlm_zero_shot": 0.3}
-    natural = {**natural, "floored": 0}
-    assert steering_warnings(good, world.pairs(attackers=both, image_score=10.0), natural, 10.0) == []
-    for table, words in ((pairs, "No image can be steered"), (world.pairs(attackers=both), "features turn by")):
-        said = steering_verdict(
-            measurement, table, [{**c, "grid": [*c["grid"]]} for c in curves], world.budgets.marks, 40.0
-        )
-        assert words in said[0]
-        assert len(said) == 4

@@ -25,8 +25,6 @@ FIGURES = ("AS", "AS_abs", "success")
 BUDGETS = ("step", "radius", "on-manifold")
 INTERVAL = (0.025, 0.975)
 STEPS = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-IMAGES_PER_FEATURE = 6  # behind a translator, below which it is not identified
-MANY_FLOORED = 0.1
 RADII = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
 
 
@@ -340,68 +338,3 @@ def the_curve(curves: Iterable[Mapping[str, Any]], **wanted: Any) -> Mapping[str
     if len(found) != 1:
         raise ValueError(f"expected one curve with {wanted}, got {len(found)}")
     return found[0]
-
-
-def steering_verdict(
-    measurement: Mapping[str, Any],
-    pairs: Sequence[Mapping[str, Any]],
-    curves: Sequence[Mapping[str, Any]],
-    marks: Mapping[str, float],
-    image_score: float,
-) -> list[str]:
-    """Say what steering found in four sentences: table 1, equal effort, natural radii, what the figures bound."""
-    read = {(p["attacker"], p["judge"]): p["overall"] for p in pairs}
-    own, audited = read["fitted", "fitted"], read["fitted", "auditor"]
-    step, radius, manifold = (the_curve(curves, budget=b, attacker="fitted", judge="auditor") for b in BUDGETS)
-    removal = measurement["translators"]["fitted"]["overall"]["IS"]
-    first = f"No image can be steered to an image score of {image_score:g}°; use a smaller one."
-    if own["AS_abs"] is not None:
-        first = (
-            f"Steered to an image score of {image_score:g}° (removing the null component: {removal:.1f}°), features turn "
-            f"by {own['AS_abs']:.2f}° towards the target as the fitted translator reads it and {audited['AS_abs']:.2f}° as "
-            f"the auditor does; {own['reachable']:.0%} can be, with a step of {own['step']:.0%} of |f|."
-        )
-    at_step, none, mark = at(step, 0.1, "success"), at(step, 0.0, "success"), marks["95 %"]
-    return [
-        first,
-        f"At a step of 10% of |f| the target prompt outranks every class prompt in {at_step:.0%} of the steerings by the "
-        f"auditor, against {none:.0%} without a step.",
-        f"Within the radius of 95 % of natural images {at(radius, mark, 'success'):.0%} succeed along the gradient and "
-        f"{at(manifold, mark, 'success'):.0%} along the on-manifold direction, by the auditor.",
-        f"Logits moved by at most {max(p['logit_change'] for p in pairs):.1e}. One gradient step each, so these are lower "
-        "bounds of how easily the classifier is steered.",
-    ]
-
-
-def steering_warnings(
-    measurement: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], natural: Mapping[str, Any], image_score: float
-) -> list[str]:
-    """Give reasons not to believe a figure, and say what was left out."""
-    width, translators, vlm = measurement["head"]["features"], measurement["translators"], measurement["vlm_zero_shot"]
-    behind = {f"the {name} translator": scores["fit_images"] for name, scores in translators.items()}
-    behind["the covariance behind the radii"] = natural["fit_images"]
-    warnings = [
-        f"{name} rests on {images} images for {width} features; below {IMAGES_PER_FEATURE} a feature make no claim."
-        for name, images in behind.items()
-        if images < IMAGES_PER_FEATURE * width
-    ]
-    warnings += [
-        f"features translated by the {name} translator name {scores['zero_shot']:.0%} of the classes, the VLM's own "
-        f"embeddings {vlm:.0%}; its AS says little about classes."
-        for name, scores in translators.items()
-        if scores["zero_shot"] < 0.5 * vlm
-    ]
-    if natural["floored"] > MANY_FLOORED * natural["dimensions"]:
-        warnings.append(
-            f"{natural['floored']} of {natural['dimensions']} null directions vary less than {natural['floor']:g} of the "
-            "mean; their variance is held there, and radii depend on it."
-        )
-    for found in pairs:
-        counts, shares = (np.ravel(found["matrices"][name]) for name in ("images", "reachable"))
-        lost = sum(share == 0 for share in shares[counts > 0])
-        if found["attacker"] == found["judge"] and lost:
-            warnings.append(
-                f"{lost} of {(counts > 0).sum()} pairs have no image that reaches {image_score:g}° by the "
-                f"{found['attacker']} translator; they are left out of its mean AS."
-            )
-    return [f"Warning: {warning}" for warning in warnings]

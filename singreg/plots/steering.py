@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from singreg import report
+from singreg.analysis.steering_curves import natural_marks
 from singreg.plots import BLUE, CYCLE, GREY, ORANGE, drawable, panels, save, styled
 
 CLASSES_SHOWN, NUMBERS_UP_TO, NAME_LENGTH = 60, 20, 22
@@ -34,6 +36,18 @@ ATTACKS = {  # (attack, judge, defence): colour, line, width, label
     ("random direction", "fitted", ""): (GREY, ":", 1.5, "random direction"),
 }
 ATTACK_PANELS = (("step", "success"), ("step", "AS"), ("radius", "success"))
+
+
+def plot_steering(found: Mapping[str, Any], folder: Path) -> dict[str, report.Figure]:
+    """Draw the figures of recipes/steer.py below a folder."""
+    names, degrees = (found["sources"], found["targets"]), found["image_score"]
+    curves = draw_curves(found["curves"], natural_marks(found["natural"]), folder / "curves.png")
+    pairs = draw_pairs(found["pairs"], names, degrees, folder / "pairs.png")
+    said = "success and AS against every budget; bands: 95 % over classes and images; one step, so a lower bound"
+    return {
+        "curves": report.Figure(curves, said),
+        "pairs": report.Figure(pairs, f"every source and target at an image score of {degrees:g}°"),
+    }
 
 
 PairNames = tuple[Sequence[str], Sequence[str]]
@@ -97,7 +111,7 @@ def _heat_map(axes: Axes, values: np.ndarray, names: PairNames, scale: np.ndarra
     axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
 
 
-def draw_curves(curves: Sequence[Mapping[str, Any]], marks: Mapping[str, float], title: str, path: Path) -> Path:
+def draw_curves(curves: Sequence[Mapping[str, Any]], marks: Mapping[str, float], path: Path) -> Path:
     """Draw success and AS against every budget, by attacker (colour) and judge (line), with 95 % bands.
 
     Args:
@@ -121,7 +135,6 @@ def draw_curves(curves: Sequence[Mapping[str, Any]], marks: Mapping[str, float],
                 _mark(panel, marks)
     _same_heights(axes, len(FIGURES))
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(title, fontsize=9)
     return save(figure, path)
 
 

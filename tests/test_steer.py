@@ -1,0 +1,205 @@
+"""recipes/steer.py from end to end on tiny scenes: files, two processes, what cannot be steered, bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import steer as recipe
+from singreg.config import parse
+from singreg.tables import steering_warnings
+from tests.processes import run_processes
+
+TINY = {
+    "data.scenes": "{train: 90, audit: 80, test: 50, bank: 10}",
+    "images_per_class": "2",
+    "sources": '["circle", "star"]',
+    "targets": '["star", "heart"]',
+    "prompts": '["an image of grass"]',
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for all runs of this file."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SINGREG_CACHE", str(folder))
+        yield folder
+
+
+def arguments(out: Path, *more: str) -> list[str]:
+    return [word for key, value in TINY.items() for word in (f"--{key}", value)] + ["--out", str(out), *more]
+
+
+def steer(out: Path, *more: str) -> dict[str, Any]:
+    """Run the recipe in this process, whose group of processes stays as it is; return its report.json."""
+    AcceleratorState._reset_state(True)
+    with patch.object(Accelerator, "end_training", lambda _: None):
+        try:
+            recipe.main(arguments(out, *more))
+        finally:
+            AcceleratorState._reset_state(True)
+    path = out / "report.json"
+    report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return report
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A small run: its folder and report."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, steer(folder)
+
+
+def test_the_recipe_from_end_to_end(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = finished
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    written = {f"report.{kind}" for kind in ("json", "md", "html")} | {"plots/curves.png", "plots/pairs.png"}
+    assert written | {"config.yaml", "scores.parquet"} <= files
+    assert report["kind"] == "steer"
+    assert (report["sources"], report["targets"]) == (["circle", "star"], ["star", "heart", "an image of grass"])
+    names = ("fitted", "auditor")
+    assert [(p["attacker"], p["judge"]) for p in report["pairs"]] == [(a, j) for a in names for j in names]
+    own = report["pairs"][0]
+    assert (own["overall"]["pairs"], own["overall"]["images"]) == (5, 4)  # star to star is left out
+    assert own["matrices"]["images"] == [[2, 2, 2], [0, 2, 2]]
+    assert own["calibration_error"] < 1e-3
+    assert own["logit_change"] < 1e-9
+    assert len(report["curves"]) == 4 * 3
+    fitted = {name: t["fit_images"] for name, t in report["measurement"]["translators"].items()}
+    assert fitted == {"fitted": 100, "auditor": 80}
+    assert (report["natural"]["images"], report["natural"]["fit_images"]) == (50, 100)
+    assert any("100 images for 256" in warning for warning in report["warnings"])
+    assert len(report["verdict"]) == 4
+    events = EventAccumulator(str(folder / "tensorboard" / "steer")).Reload()
+    assert events.Tags()["images"] == ["plots/curves", "plots/pairs"]
+    curve = next(c for c in report["curves"] if (c["budget"], c["attacker"], c["judge"]) == ("step", *names))
+    logged = events.Scalars("step (x 1000)/success/fitted attacks, auditor judges")
+    assert [event.step for event in logged] == [round(1000 * step) for step in curve["grid"]]
+    assert [event.value for event in logged] == pytest.approx(curve["figures"]["success"])
+
+
+def test_the_resolved_configuration_is_the_run(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, report = finished
+    resolved = folder / "config.yaml"
+    assert yaml.safe_load(resolved.read_text())["prompts"] == ["an image of grass"]
+    again = steer(tmp_path / "again", "--config", str(resolved), "--out", str(tmp_path / "again"))
+    assert (again["pairs"], again["curves"]) == (report["pairs"], report["curves"])
+    with pytest.raises(SystemExit, match="already holds a run"):
+        steer(folder)
+
+
+def in_process(rank: int, world: int, out: str, cache: str) -> None:
+    with patch.dict("os.environ", SINGREG_CACHE=cache):
+        steer(Path(out))
+
+
+def test_two_processes_find_what_one_finds(finished: tuple[Path, dict[str, Any]], tmp_path: Path, cache: Path) -> None:
+    run_processes(2, in_process, str(tmp_path / "two"), str(cache))
+    one, two = finished[1], json.loads((tmp_path / "two" / "report.json").read_text())
+    assert two["machine"]["processes"] == 2
+    for a, b in zip(one["pairs"], two["pairs"], strict=True):
+        assert a["matrices"]["images"] == b["matrices"]["images"]
+        assert a["overall"]["AS"] == pytest.approx(b["overall"]["AS"], abs=1e-3)
+    for a, b in zip(one["curves"], two["curves"], strict=True):
+        assert a["figures"]["AS"] == pytest.approx(b["figures"]["AS"], abs=1e-3)
+        assert a["area"]["success"] == pytest.approx(b["area"]["success"], abs=1e-3)
+    assert one["natural"]["p95"] == pytest.approx(two["natural"]["p95"], rel=1e-5)
+
+
+def test_non_linear_translators_attack_and_judge(tmp_path: Path) -> None:
+    report = steer(tmp_path / "mlp", "--mlp", '["mlp3"]', "--image_score", "10")
+    names = ["fitted", "auditor", "mlp3"]
+    assert [(p["attacker"], p["judge"]) for p in report["pairs"]] == [(a, j) for a in names for j in names]
+    own = report["pairs"][-1]
+    assert own["overall"]["reachable"] > 0.5
+    assert own["calibration_error"] < 1e-2  # float32 weights and bisection; the linear ones are exact to 1e-3
+    assert own["logit_change"] < 1e-9
+    assert own["overall"]["AS"] > 1
+    assert {(c["attacker"], c["judge"]) for c in report["curves"]} == {(a, j) for a in names for j in names[:2]}
+
+
+def test_a_run_that_reaches_nothing_says_so(tmp_path: Path) -> None:
+    """An image score that no null step can turn to: no figure, no crash, a warning for each attacker."""
+    report = steer(tmp_path / "far", "--image_score", "179.5")
+    assert [p["overall"]["reachable"] for p in report["pairs"]] == [0.0] * 4
+    assert report["pairs"][0]["overall"]["AS_abs"] is None
+    assert report["measurement"]["steering"]["fitted"]["attribute_score"] is None
+    assert sum("reaches 179.5°" in warning for warning in report["warnings"]) == 2
+    assert "No image can be steered" in report["verdict"][0]
+    assert "nan" not in (tmp_path / "far" / "report.md").read_text().lower()
+
+
+def test_warnings_say_what_not_to_believe(finished: tuple[Path, dict[str, Any]]) -> None:
+    report = finished[1]
+    report = {**report, "natural": {**report["natural"], "floored": 100}}
+    text = " ".join(steering_warnings(report))
+    assert "The radii rest on the covariance of 100 images" in text
+    assert "100 of 246 null directions vary less" in text
+    assert "reaches" not in text
+    head = {**report["measurement"]["head"], "features": 4}
+    good = {**report, "measurement": {**report["measurement"], "head": head}}
+    assert not any("images for" in warning for warning in steering_warnings(good))
+
+
+def test_a_dry_run_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steer(tmp_path / "dry", "--dry_run", "true")
+    shown = capsys.readouterr().out
+    assert "5 pairs, 4 images" in shown
+    assert "rank 10, nullity 246" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--targets", "[]", "--prompts", "[]"], ["targets: expected class names"]),
+        (
+            ["--prompts", '["a dog", "...", "a dog"]', "--mlp", '["mlp3", "mlp3"]'],
+            ["no text in '...'", "prompts: something", "mlp: something"],
+        ),
+        (["--image_score", "180", "--images_per_class", "0"], ["image_score: expected degrees", "images_per_class"]),
+    ],
+)
+def test_bad_values_are_shown_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        steer(tmp_path / "bad", *more)
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--sources", '["circel"]'], r"'circel' \(near: circle"),
+        (
+            ["--targets", "circle", "--sources", "circle", "--prompts", "[]"],
+            "only target is the source itself.*: circle",
+        ),
+    ],
+)
+def test_names_that_do_not_fit_stop_before_any_work(tmp_path: Path, more: list[str], expected: str) -> None:
+    with pytest.raises(SystemExit, match=expected):
+        steer(tmp_path / "bad", *more)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["steer_demo", "steer_imagenet16"])
+def test_shipped_configurations_parse(name: str) -> None:
+    path = Path(recipe.__file__).parents[1] / "configs" / f"{name}.yaml"
+    config = parse(recipe.SteerConfig, ["--config", str(path)])
+    assert (config.image_score, config.sources, config.targets) == (40.0, "all", "all")
