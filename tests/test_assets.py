@@ -1,4 +1,4 @@
-"""The packaged models: unchanged files, small, opened by the public loaders, and able to see what the demo needs seen."""
+"""The packaged models: unchanged small files, opened by the public loaders, that see what the demo needs seen."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def accuracy(bias: float) -> float:
 
 
 def test_the_classifier_opens_with_plain_timm_and_leans_on_the_background() -> None:
-    """Far above the chance of 10 %, yet not done: the background it was trained with helps it, which leaves room to improve."""
+    """Far above the chance of 10 %, yet not done: the background it was trained with helps it."""
     biased, unbiased = accuracy(TRAINED_BIAS), accuracy(0.0)
     assert unbiased > 0.7
     assert biased > unbiased + 0.05

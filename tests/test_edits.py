@@ -252,15 +252,6 @@ def test_training_keeps_the_row_space_and_releasing_keeps_the_logits(kind: str, 
     assert type(classifier.head) in (nn.Linear, nn.Conv2d)
 
 
-def test_the_gradient_is_the_projected_one() -> None:
-    classifier, _ = constrained()
-    basis, raw = NullSpace.from_weight(classifier.weight).basis, trained_weight(classifier)
-    target = normal(CLASSES, WIDTH, seed=9)
-    (gradient,) = torch.autograd.grad((classifier.weight * target).sum(), raw)
-    torch.testing.assert_close(gradient, target @ basis @ basis.T)
-    assert (gradient - target).norm() > 0.1
-
-
 def test_a_constrained_classifier_is_copied_and_its_state_read_back() -> None:
     classifier, x = constrained()[0], images(4).double()
     assert find_head(classifier.model, "head") == ("head", classifier.head)
