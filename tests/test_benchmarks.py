@@ -35,7 +35,7 @@ TOY = {
     ),
     "step_time": (["--model", "test_resnet", "--pixels", "32", "--batch", "4", "--classes", "5", "--dim", "8", "--pairs", "3"],
                   [r"ratio, pair by pair: median \d"]),
-    "process_equality": (["--test", "103"], [r"test pictures +103 +103 +103\n", r"weights apart by +0 "]),
+    "process_equality": (["--test", "103"], [r"test images +103 +103 +103\n", r"weights apart by +0 "]),
     "concept_speed": (["--count", "500", "--alone"], [r"500 features x 1200 texts, \d+ threads: \d+\.\d s"]),
 }  # fmt: skip
 HELPERS = {"paired"}

@@ -3,8 +3,8 @@
 python tests/benchmarks/step_time.py --model local-dir:FOLDER --classes 16 --pixels 128 --batch 32
 python tests/benchmarks/step_time.py --model local-dir:FOLDER --classes 16 --pixels 128 --batch 32 --stream-every 20
 
-Aim: a ratio of at most 1.03; at most 1.05 with --stream-every 20, where the translator's sums go on with every batch and it is solved anew
-every 20 steps. The ratio is then of blocks of that many steps, so that each holds one solution.
+Aim: a ratio of at most 1.03; at most 1.05 with --stream-every 20, where the translator's sums go on with every batch
+and it is solved anew every 20 steps. The ratio is then of blocks of that many steps, so that each holds one solution.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import time
 import torch
 from accelerate import Accelerator
 
+from singreg.config import LoopTranslatorConfig
 from singreg.data.datasets import SceneSplit
 from singreg.data.scenes import sample_scenes
+from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.training.config import LoopTranslatorConfig
-from singreg.training.streaming import LoopTranslator
-from singreg.training.task import FinetuneTask
+from singreg.task import FinetuneTask
 from singreg.translator import LinearTranslator, TranslatorInfo
 
 Arm = tuple[FinetuneTask, torch.optim.Optimizer]
@@ -38,19 +38,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dim", type=int, default=384, help="width of the vision-language model's space")
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--stream-every", type=int, default=0, help="steps between two solutions of a streamed translator; 0: fixed")
+    parser.add_argument(
+        "--stream-every", type=int, default=0, help="steps between two solutions of a streamed translator; 0: fixed"
+    )
     return parser.parse_args()
 
 
 def arm(options: argparse.Namespace, with_loss: bool) -> Arm:
     """A classifier to train, with SingLoss or without."""
     pretrained = options.model.startswith("local-dir:")
-    classifier = Classifier.from_timm(options.model, pretrained=pretrained, head_mode="slice", class_indices=range(options.classes))
+    classifier = Classifier.from_timm(
+        options.model, pretrained=pretrained, head_mode="slice", class_indices=range(options.classes)
+    )
     classifier = classifier.to(memory_format=torch.channels_last).tune("all")
     sing = None
     if with_loss:
         translator = LinearTranslator(torch.randn(options.dim, classifier.feature_dim), torch.zeros(options.dim))
-        sing = SingLoss(classifier, translator, torch.nn.functional.normalize(torch.randn(options.classes, options.dim)))
+        sing = SingLoss(
+            classifier, translator, torch.nn.functional.normalize(torch.randn(options.classes, options.dim))
+        )
     return FinetuneTask(classifier, sing).train(), torch.optim.AdamW(classifier.parameters(), lr=1e-4)
 
 
@@ -71,8 +77,12 @@ class Stepper:
 
     def __init__(self, built: Arm, options: argparse.Namespace) -> None:
         self.model, self.optimizer = built
-        self.translator = streamed(self.model, options) if options.stream_every and self.model.sing is not None else None
-        images = torch.randn(options.batch, 3, options.pixels, options.pixels, generator=torch.Generator().manual_seed(0))
+        self.translator = (
+            streamed(self.model, options) if options.stream_every and self.model.sing is not None else None
+        )
+        images = torch.randn(
+            options.batch, 3, options.pixels, options.pixels, generator=torch.Generator().manual_seed(0)
+        )
         self.images = images.to(memory_format=torch.channels_last)
         self.labels = torch.arange(options.batch) % options.classes
 
@@ -102,10 +112,13 @@ def main() -> None:
         times.append(tuple(sum(column) / block for column in zip(*singles, strict=True)))
     ratios = sorted(after / before for before, after in times)
     without, with_loss = (statistics.median(column) * 1000 for column in zip(*times, strict=True))
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {options.model}, batch {options.batch}")
-    print(f"step without the loss {without:.1f} ms, with it {with_loss:.1f} ms (medians of {options.pairs} blocks of {block})")
-    print(f"ratio, pair by pair: median {statistics.median(ratios):.3f}, quartiles {ratios[len(ratios) // 4]:.3f} to "
-          f"{ratios[3 * len(ratios) // 4]:.3f}")  # fmt: skip
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{machine}; {options.model}, batch {options.batch}")
+    print(
+        f"step without the loss {without:.1f} ms, with it {with_loss:.1f} ms (medians of {options.pairs} blocks of {block})"
+    )
+    low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+    print(f"ratio, pair by pair: median {statistics.median(ratios):.3f}, quartiles {low:.3f} to {high:.3f}")
 
 
 if __name__ == "__main__":
