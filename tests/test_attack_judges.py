@@ -29,25 +29,27 @@ from singreg.analysis.attack_images import (
     attack_images,
     choose_images,
     load_images,
-    natural_twins,
     save_attacked,
     save_image,
-    share_interval,
-    twins_problem,
 )
 from singreg.analysis.attack_judges import (
-    attack_checks,
     corrupted_right,
     encoder_judge,
     judge_images,
-    model_differences,
+    natural_twins,
     readings_of,
+    share_interval,
     still_right,
+    translator_judge,
+    twins_problem,
+    won,
+)
+from singreg.analysis.attack_summary import (
+    attack_checks,
+    model_differences,
     summarize_attack,
     summarize_climbs,
     transfers_of,
-    translator_judge,
-    won,
 )
 from singreg.config import DataConfig
 from singreg.data.corruption import CorruptedSplit
@@ -219,7 +221,7 @@ def demo_attack(model: PixelModel, folder: Path) -> tuple[pd.DataFrame, pd.DataF
     split, width = scenes(), 256
     translator = LinearTranslator(torch.randn(16, width, generator=seeded(3)) / width**0.5, torch.zeros(16))
     texts = normalize(torch.randn(10, 16, generator=seeded(4)), dim=-1)
-    chosen, _ = choose_images(split, 3, None, seed=0)
+    chosen, _ = choose_images(split, 3, range(10), seed=0)
     x = torch.stack([model.image(split, index) for index in chosen["image"]])
     settings = AttackSettings([SMALL], tau=0.5, steps=8)
     found, _ = attack_images(model, translator, x, texts[chosen["target"].tolist()], settings, number=1)
@@ -315,20 +317,20 @@ class Noise(ImageSplit):
 
 def test_images_are_chosen_evenly_and_the_same_every_time() -> None:
     split = Noise(np.array([0] * 30 + [1] * 5 + [2] * 5 + [-1] * 5))
-    (chosen, _), (again, _) = (choose_images(split, 9, None, seed=3) for _ in range(2))
+    (chosen, _), (again, _) = (choose_images(split, 9, range(3), seed=3) for _ in range(2))
     assert np.bincount(chosen["label"]).tolist() == [3, 3, 3]
     assert chosen.equals(again)
     assert (chosen["target"] != chosen["label"]).all()
-    assert {*choose_images(split, 40, ["b", "c"], seed=3)[0]["target"]} == {1, 2}
+    assert {*choose_images(split, 40, [1, 2], seed=3)[0]["target"]} == {1, 2}
     with pytest.raises(ValueError, match="b is the only target of its own images"):
-        choose_images(split, 40, ["b"], seed=3)
+        choose_images(split, 40, [1], seed=3)
 
 
 def test_images_of_one_colour_are_left_out_and_named() -> None:
-    chosen, left_out = choose_images(Noise(np.array([0, 1, 0, 1]), flat=2), 4, None, seed=0)
+    chosen, left_out = choose_images(Noise(np.array([0, 1, 0, 1]), flat=2), 4, range(3), seed=0)
     assert (sorted(chosen["image"]), sorted(left_out)) == ([2, 3], ["0", "1"])
     with pytest.raises(ValueError, match="2 of one colour"):
-        choose_images(Noise(np.array([0, 1]), flat=2), 4, None, seed=0)
+        choose_images(Noise(np.array([0, 1]), flat=2), 4, range(3), seed=0)
 
 
 @pytest.mark.parametrize(

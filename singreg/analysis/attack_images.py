@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from singreg.analysis.attack import LEVELS, Ascent, Budget, Judged, Reading, ascend, one_step, random_images
-from singreg.data.classes import resolve_classes
 from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.models.edits import NullDroppedClassifier
@@ -25,8 +24,6 @@ from singreg.utils import atomic_write
 
 ATTACK, ONE_STEP, RANDOM = "attack", "one step", "random"
 """Arms: the ascent, the single gradient step, a random direction."""
-NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
-CHUNK = 512  # rows of the table of distances made at once
 
 
 @dataclass(frozen=True)
@@ -129,22 +126,17 @@ def save_attacked(
     return rows
 
 
-def choose_images(
-    split: ImageSplit, count: int, targets: Sequence[str] | None, seed: int
-) -> tuple[pd.DataFrame, list[str]]:
-    """Choose labelled images evenly over classes, and for each a target class other than its own.
+def choose_images(split: ImageSplit, count: int, targets: Sequence[int], seed: int) -> tuple[pd.DataFrame, list[str]]:
+    """Choose labelled images evenly over classes, and for each a class among `targets` other than its own.
 
     Returns:
         A row an image (image: its place in the split, identifier, label, target), at most `count`; and the names of
         those left out because they are of one colour.
 
     Raises:
-        ValueError: unknown targets, a class that is the only target of its own images, or nothing to see in any.
+        ValueError: a class that is the only target of its own images, or nothing to see in any.
     """
-    names = split.class_names
-    allowed = list(range(len(names)))
-    if targets is not None:
-        allowed = [names.index(name) for name in resolve_classes(list(targets), names).keys]
+    names, allowed = split.class_names, list(targets)
     rng = np.random.default_rng([seed, 7])
     order = rng.permutation(np.flatnonzero(split.labels >= 0))
     rank = np.zeros(len(order), dtype=np.int64)
@@ -254,101 +246,3 @@ def _degrees(ascent: Ascent, after: Tensor | None = None) -> np.ndarray:
     before, after = (value.clamp(-1, 1).arccos() for value in (ascent.before, ascent.after if after is None else after))
     degrees: np.ndarray = torch.rad2deg(before - after).cpu().numpy()
     return degrees
-
-
-def share_interval(count: int, total: int) -> list[float]:
-    """Return [share, low, high] by Wilson's 95 % interval, which does not shrink to nothing at 0 or at 1.
-
-    Example:
-        >>> [round(value, 3) for value in share_interval(0, 128)]
-        [0.0, 0.0, 0.029]
-    """
-    if not 0 <= count <= total or total < 1:
-        raise ValueError(f"expected 0 to {total} of at least 1 image, got {count} of {total}")
-    share, square = count / total, NORMAL**2
-    middle = (share + square / (2 * total)) / (1 + square / total)
-    half = NORMAL / (1 + square / total) * (share * (1 - share) / total + square / (4 * total**2)) ** 0.5
-    return [share, 0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half]
-
-
-@torch.no_grad()
-def natural_twins(logits: Tensor, embeddings: Tensor, labels: Tensor, *, shown: int = 8) -> dict[str, Any]:
-    """Find pairs of images of two classes that are close in logits and far apart in meaning; nobody attacked them.
-
-    Close: largest |Δlogit| at most the median between images of one class, so a model with larger logits is held to a
-    larger limit. Far: angle at least the median between images of different classes.
-
-    Args:
-        shown: how many pairs are listed, closest first, no image twice.
-
-    Returns:
-        pictures; pairs of two classes; close (logits), far (degrees); rate of twins among the pairs and its 95 %
-        bootstrap interval over images; touched, the share of images with a twin; shown (first, second,
-        logit_distance, angle).
-
-    Shape:
-        logits (N, C), embeddings (N, n), labels (N,). Memory grows with N².
-
-    Raises:
-        ValueError: rows that do not fit, fewer than two classes, or no two images of one class.
-
-    Example:
-        >>> logits = torch.tensor([[0.0, 9.0], [0.1, 8.8], [9.0, 0.0], [0.05, 9.0]])
-        >>> z = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.0, 1.0]])
-        >>> twins = natural_twins(logits, z, torch.tensor([0, 0, 1, 1]))
-        >>> [(t["first"], t["second"]) for t in twins["shown"]], twins["rate"]
-        ([(0, 3)], 0.5)
-    """
-    if not len(logits) == len(embeddings) == len(labels):
-        raise ValueError(f"expected equally many rows, got {len(logits)}, {len(embeddings)} and {len(labels)}")
-    if (problem := twins_problem(labels)) is not None:
-        raise ValueError(problem)
-    exact, unit = logits.double(), normalize(embeddings.double(), dim=-1)
-    distance = torch.cat([torch.cdist(chunk, exact, p=torch.inf) for chunk in torch.split(exact, CHUNK)])
-    angle = torch.rad2deg(torch.arccos((unit @ unit.T).clamp(-1, 1)))
-    upper = torch.ones_like(distance, dtype=torch.bool).triu(1)
-    same = labels[:, None] == labels[None]
-    pairs = upper & ~same
-    close, far = float(distance[upper & same].median()), float(angle[pairs].median())
-    twins = pairs & (distance <= close) & (angle >= far)
-    left, right = twins.nonzero(as_tuple=True)
-    order = distance[left, right].argsort(stable=True)
-    listed: list[dict[str, Any]] = []
-    used: set[int] = set()
-    for i, j in zip(left[order].tolist(), right[order].tolist(), strict=True):
-        if len(listed) < shown and not used & {i, j}:
-            used |= {i, j}
-            logit_distance, apart = float(distance[i, j]), float(angle[i, j])
-            listed.append({"first": i, "second": j, "logit_distance": logit_distance, "angle": apart})
-    return {
-        "pictures": len(labels),
-        "pairs": int(pairs.sum()),
-        "close": close,
-        "far": far,
-        "rate": float(twins.sum() / pairs.sum()),
-        "touched": float((twins | twins.T).any(1).double().mean()),
-        "shown": listed,
-        "rate_interval": _rate_interval(twins, pairs),
-    }
-
-
-def twins_problem(labels: Tensor) -> str | None:
-    """Return why no twins can be sought among images with these labels (N,), or None."""
-    counts = np.unique(labels.numpy(), return_counts=True)[1]
-    if len(counts) < 2 or counts.max() < 2:
-        return "natural twins need images of at least two classes, and two images of one of them"
-    return None
-
-
-def _rate_interval(twins: Tensor, pairs: Tensor, *, resamples: int = 200, seed: int = 0) -> tuple[float, float]:
-    """Draw images and not pairs, which share images."""
-    count = len(twins)
-    rng = np.random.default_rng(seed)
-    drawn = np.stack([np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(resamples)])
-    weights = torch.from_numpy(drawn).double()
-    found, all_pairs = (((weights @ table.double()) * weights).sum(1) for table in (twins, pairs))
-    shares = (found / all_pairs)[all_pairs > 0].numpy()
-    low, high = np.quantile(shares, [0.025, 0.975]) if len(shares) else (0.0, 1.0)
-    if not bool(twins.any()):  # draws from nothing are nothing; half as many pairs share no image
-        high = share_interval(0, max(1, count // 2))[2]
-    return float(low), float(high)

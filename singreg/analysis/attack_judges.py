@@ -1,8 +1,7 @@
-"""Attacked images judged from their 8-bit files, checks of the attack itself, and ordinary robustness."""
+"""Attacked images judged from their 8-bit files; beside them ordinary robustness, and twins that nobody attacked."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singreg.analysis.attack import LAGRANGIAN, LEVELS, TANGENT, Budget, ascend
-from singreg.analysis.attack_images import (
-    ATTACK,
-    ONE_STEP,
-    RANDOM,
-    PixelModel,
-    away_from_label,
-    load_images,
-    share_interval,
-)
-from singreg.analysis.statistics import mean_interval, paired_difference
+from singreg.analysis.attack import LEVELS, Budget, ascend
+from singreg.analysis.attack_images import RANDOM, PixelModel, away_from_label, load_images
 from singreg.data.corruption import KINDS, CorruptedSplit
 from singreg.data.datasets import ImageSplit
 from singreg.functional import angle
@@ -34,8 +24,9 @@ from singreg.translator import Translator
 
 READINGS = ("fooled the translator", "fooled the translators", "fooled the VLM", "changed meaning")
 """Who saw the target first, from the attacked translator alone to all image encoders, of which there must be two."""
-SLACK = 0.05  # degrees by which a search may fall short, and that passes must gain by themselves
 SEVERITY = 3  # of the corruptions
+NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
+CHUNK = 512  # rows of the table of distances made at once
 
 
 @dataclass(frozen=True)
@@ -165,164 +156,6 @@ def readings_of(judged: pd.DataFrame, encoders: Sequence[str]) -> pd.Series:
     return found
 
 
-def summarize_attack(judged: pd.DataFrame, encoders: Sequence[str], *, seed: int = 0) -> list[dict[str, Any]]:
-    """Summarise every model, budget and arm, with 95 % intervals: of degrees by bootstrap, of shares by Wilson.
-
-    Args:
-        encoders: names of the image encoders that count as witnesses.
-    """
-    judges, found = judges_of(judged), []
-    readings = readings_of(judged, encoders)
-    for (model, budget, arm), rows in judged.groupby(["model", "budget", "arm"], sort=False):
-        count, of_these = len(rows), readings[rows.index]
-        found.append(
-            {
-                "model": model,
-                "budget": budget,
-                "arm": arm,
-                "pictures": count,
-                "kept": float(rows["kept"].mean()),
-                "flipped": float((rows["decision"] != rows["decision_before"]).mean()),
-                "logit_change": float(rows["logit_change"].max()),
-                "rise": {name: _interval(counted_rise(rows, name), seed) for name in judges},
-                "shift": {name: _interval(rows[f"shift {name}"], seed) for name in judges},
-                "success": {name: share_interval(int(won(rows, name).sum()), count) for name in judges},
-                "readings": {name: share_interval(int((of_these == name).sum()), count) for name in READINGS},
-            }
-        )
-    return found
-
-
-def _interval(values: pd.Series, seed: int) -> list[float]:
-    return list(mean_interval(values.to_numpy(np.float64), seed=seed))
-
-
-def model_differences(judged: pd.DataFrame, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Compare every later model with the first at every budget, paired by image: rise in degrees, success in points."""
-    attacks = judged[judged["arm"] == ATTACK]
-    first, *others = attacks["model"].unique()
-    found = []
-    for second, budget, judge in itertools.product(others, attacks["budget"].unique(), judges_of(judged)):
-        pair = [
-            attacks[(attacks["model"] == name) & (attacks["budget"] == budget)].set_index("image").sort_index()
-            for name in (second, first)
-        ]
-        for figure in ("rise", "success"):
-            values = [counted_rise(m, judge) if figure == "rise" else 100.0 * won(m, judge) for m in pair]
-            value, low, high = paired_difference(*(v.to_numpy(np.float64) for v in values), seed=seed)
-            row = {"first": first, "second": second, "budget": budget, "figure": figure, "judge": judge}
-            found.append({**row, "value": value, "low": low, "high": high})
-    return found
-
-
-def transfers_of(own: pd.DataFrame, carried: pd.DataFrame, crafted_on: str) -> list[dict[str, Any]]:
-    """Compare, at every budget, images crafted on another model with a model's own, both judged on the latter."""
-    found = []
-    for budget, mine in own[own["arm"] == ATTACK].groupby("budget", sort=False):
-        theirs = carried[(carried["arm"] == ATTACK) & (carried["budget"] == budget)]
-        row = {"crafted_on": crafted_on, "judged_on": mine["model"].iloc[0], "budget": budget}
-        rises = {
-            "rise": float(counted_rise(theirs, "fitted").mean()),
-            "own": float(counted_rise(mine, "fitted").mean()),
-        }
-        found.append({**row, **rises, "kept": float(theirs["kept"].mean())})
-    return found
-
-
-def summarize_climbs(climbs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Average how far the passes of each model, budget and kind got by themselves (degrees)."""
-    found = []
-    for (model, budget, kind), rows in climbs.groupby(["model", "budget", "kind"], sort=False):
-        means = {name: float(rows[name].mean()) for name in ("one_step", "began", "alone")}
-        found.append({"model": model, "budget": budget, "kind": kind, "pictures": len(rows), **means})
-    return found
-
-
-def attack_checks(
-    judged: pd.DataFrame, climbs: pd.DataFrame, budgets: Sequence[Budget], tau: float
-) -> list[dict[str, Any]]:
-    """Check the attack on every model: one that fails takes every claim of robustness with it.
-
-    The saved files must keep the logits within τ, the decision and the budgets; the attack must reach what its single
-    step does, and at a larger budget what it does at a smaller one. It begins with the single step and with the smaller
-    budget's images, so it would pass whatever its passes do; so each kind of pass is also measured without what it
-    started from: those that begin at the single step must reach it and climb beyond it at one budget or more, those
-    from random points must climb beyond random directions.
-
-    Returns:
-        model, name, passed, found (the numbers in words).
-    """
-    checks = []
-    for model, rows in judged.groupby("model", sort=False):
-        own = climbs[climbs["model"] == model]
-        for name, passed, found in [*_file_checks(rows, budgets, tau), *_rise_checks(rows, own, budgets)]:
-            checks.append({"model": model, "name": name, "passed": bool(passed), "found": found})
-    return checks
-
-
-_Found = tuple[str, bool, str]
-
-
-def _file_checks(rows: pd.DataFrame, budgets: Sequence[Budget], tau: float) -> list[_Found]:
-    claimed = rows[rows["arm"] != RANDOM]
-    change, flipped = claimed["logit_change"].max(), int((claimed["decision"] != claimed["decision_before"]).sum())
-    longest = {budget: rows.loc[rows["budget"] == budget.label, budget.norm].max() for budget in budgets}
-    over = [
-        f"{longest[budget]:.4g} at {budget.label}"
-        for budget in budgets
-        if not longest[budget] <= budget.size * (1 + 1e-6) + 1e-6
-    ]
-    words = f"largest change {change:.3g} of {tau:g} allowed; {flipped} of {len(claimed)} decided otherwise"
-    return [
-        (
-            "logits within the tolerance and the decision stays, in the saved files",
-            change <= tau and not flipped,
-            words,
-        ),
-        ("every displacement within its budget, in the saved files", not over, "; ".join(over) or "none is longer"),
-    ]
-
-
-def _rise_checks(rows: pd.DataFrame, climbs: pd.DataFrame, budgets: Sequence[Budget]) -> list[_Found]:
-    def mean(budget: Budget, arm: str) -> float:
-        values = counted_rise(rows[(rows["budget"] == budget.label) & (rows["arm"] == arm)], "fitted")
-        # An attacker would keep only the random directions that help.
-        return float((values.clip(lower=0) if arm == RANDOM else values).mean())
-
-    attack, single, random = ([mean(budget, arm) for budget in budgets] for arm in (ATTACK, ONE_STEP, RANDOM))
-    falls = [
-        a - b
-        for (a, b), (one, two) in zip(itertools.pairwise(attack), itertools.pairwise(budgets), strict=True)
-        if one.norm == two.norm
-    ]
-    fall = max(falls, default=0.0)
-    found = [
-        ("the attack reaches what its single step does", *_at_least(budgets, attack, single)),
-        ("a larger budget reaches what a smaller one does", fall <= SLACK, f"worst fall {fall:.2f}°"),
-    ]
-    kinds = climbs["kind"].unique().tolist() or [LAGRANGIAN]  # nothing measured is no pass
-    first = TANGENT if TANGENT in kinds else LAGRANGIAN
-    for kind in kinds:
-        means = climbs[climbs["kind"] == kind].groupby("budget")[["one_step", "began", "alone"]].mean()
-        mine = means.reindex([budget.label for budget in budgets])
-        alone = mine["alone"].tolist()
-        if kind == first:
-            found.append((f"{kind} alone reach the single step", *_at_least(budgets, alone, mine["one_step"].tolist())))
-        gains = (mine["alone"] - (mine["began"] if kind == first else random)).tolist()
-        words = ", ".join(f"{gain:+.2f}° at {budget.label}" for gain, budget in zip(gains, budgets, strict=True))
-        beyond = "what they began from" if kind == first else "random directions"
-        found.append((f"{kind} climb by themselves beyond {beyond}", any(gain > SLACK for gain in gains), words))
-    return found
-
-
-def _at_least(budgets: Sequence[Budget], high: Sequence[float], low: Sequence[float]) -> tuple[bool, str]:
-    gains = [(a - b, budget.label) for a, b, budget in zip(high, low, budgets, strict=True)]
-    worst = min(gains)
-    return all(
-        gain >= -SLACK for gain, _ in gains
-    ), f"{worst[0]:+.2f}° at {worst[1]}, the least of {len(gains)} budgets"
-
-
 def still_right(
     model: PixelModel, images: Tensor, labels: Tensor, sizes: Sequence[float], *, steps: int = 10, seed: int
 ) -> dict[str, Tensor]:
@@ -361,3 +194,101 @@ def corrupted_right(model: PixelModel, split: ImageSplit, labels: Tensor, *, bat
             right.append(model(images)[1].argmax(1).cpu() == labels[start : start + batch_size])
         found[kind] = torch.cat(right)
     return found
+
+
+def share_interval(count: int, total: int) -> list[float]:
+    """Return [share, low, high] by Wilson's 95 % interval, which does not shrink to nothing at 0 or at 1.
+
+    Example:
+        >>> [round(value, 3) for value in share_interval(0, 128)]
+        [0.0, 0.0, 0.029]
+    """
+    if not 0 <= count <= total or total < 1:
+        raise ValueError(f"expected 0 to {total} of at least 1 image, got {count} of {total}")
+    share, square = count / total, NORMAL**2
+    middle = (share + square / (2 * total)) / (1 + square / total)
+    half = NORMAL / (1 + square / total) * (share * (1 - share) / total + square / (4 * total**2)) ** 0.5
+    return [share, 0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half]
+
+
+@torch.no_grad()
+def natural_twins(logits: Tensor, embeddings: Tensor, labels: Tensor, *, shown: int = 8) -> dict[str, Any]:
+    """Find pairs of images of two classes that are close in logits and far apart in meaning; nobody attacked them.
+
+    Close: largest |Δlogit| at most the median between images of one class, so a model with larger logits is held to a
+    larger limit. Far: angle at least the median between images of different classes.
+
+    Args:
+        shown: how many pairs are listed, closest first, no image twice.
+
+    Returns:
+        pictures; pairs of two classes; close (logits), far (degrees); rate of twins among the pairs and its 95 %
+        bootstrap interval over images; touched, the share of images with a twin; shown (first, second,
+        logit_distance, angle).
+
+    Shape:
+        logits (N, C), embeddings (N, n), labels (N,). Memory grows with N².
+
+    Raises:
+        ValueError: rows that do not fit, fewer than two classes, or no two images of one class.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 9.0], [0.1, 8.8], [9.0, 0.0], [0.05, 9.0]])
+        >>> z = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.0, 1.0]])
+        >>> twins = natural_twins(logits, z, torch.tensor([0, 0, 1, 1]))
+        >>> [(t["first"], t["second"]) for t in twins["shown"]], twins["rate"]
+        ([(0, 3)], 0.5)
+    """
+    if not len(logits) == len(embeddings) == len(labels):
+        raise ValueError(f"expected equally many rows, got {len(logits)}, {len(embeddings)} and {len(labels)}")
+    if (problem := twins_problem(labels)) is not None:
+        raise ValueError(problem)
+    exact, unit = logits.double(), normalize(embeddings.double(), dim=-1)
+    distance = torch.cat([torch.cdist(chunk, exact, p=torch.inf) for chunk in torch.split(exact, CHUNK)])
+    angle = torch.rad2deg(torch.arccos((unit @ unit.T).clamp(-1, 1)))
+    upper = torch.ones_like(distance, dtype=torch.bool).triu(1)
+    same = labels[:, None] == labels[None]
+    pairs = upper & ~same
+    close, far = float(distance[upper & same].median()), float(angle[pairs].median())
+    twins = pairs & (distance <= close) & (angle >= far)
+    left, right = twins.nonzero(as_tuple=True)
+    order = distance[left, right].argsort(stable=True)
+    listed: list[dict[str, Any]] = []
+    used: set[int] = set()
+    for i, j in zip(left[order].tolist(), right[order].tolist(), strict=True):
+        if len(listed) < shown and not used & {i, j}:
+            used |= {i, j}
+            logit_distance, apart = float(distance[i, j]), float(angle[i, j])
+            listed.append({"first": i, "second": j, "logit_distance": logit_distance, "angle": apart})
+    return {
+        "pictures": len(labels),
+        "pairs": int(pairs.sum()),
+        "close": close,
+        "far": far,
+        "rate": float(twins.sum() / pairs.sum()),
+        "touched": float((twins | twins.T).any(1).double().mean()),
+        "shown": listed,
+        "rate_interval": _rate_interval(twins, pairs),
+    }
+
+
+def twins_problem(labels: Tensor) -> str | None:
+    """Return why no twins can be sought among images with these labels (N,), or None."""
+    counts = np.unique(labels.numpy(), return_counts=True)[1]
+    if len(counts) < 2 or counts.max() < 2:
+        return "natural twins need images of at least two classes, and two images of one of them"
+    return None
+
+
+def _rate_interval(twins: Tensor, pairs: Tensor, *, resamples: int = 200, seed: int = 0) -> tuple[float, float]:
+    """Draw images and not pairs, which share images."""
+    count = len(twins)
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(resamples)])
+    weights = torch.from_numpy(drawn).double()
+    found, all_pairs = (((weights @ table.double()) * weights).sum(1) for table in (twins, pairs))
+    shares = (found / all_pairs)[all_pairs > 0].numpy()
+    low, high = np.quantile(shares, [0.025, 0.975]) if len(shares) else (0.0, 1.0)
+    if not bool(twins.any()):  # draws from nothing are nothing; half as many pairs share no image
+        high = share_interval(0, max(1, count // 2))[2]
+    return float(low), float(high)
