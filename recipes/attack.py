@@ -5,6 +5,7 @@ accelerate launch recipes/attack.py --config configs/attack_scenes.yaml
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from singreg.analysis.attackers import Outsider
+from singreg.spaces import ComparedModel, Space, open_model, open_spaces, refuse_unknown_names
 from torch import Tensor
 
 from singreg.analysis import attack_summary as summary
@@ -29,7 +30,6 @@ from singreg.analysis.attack_images import (
     PixelModel,
     attack_images,
     choose_images,
-    load_images,
     save_attacked,
 )
 from singreg.analysis.attack_judges import (
@@ -41,6 +41,7 @@ from singreg.analysis.attack_judges import (
     translator_judge,
     twins_problem,
 )
+from singreg.analysis.attackers import Outsider
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fit_translators
 from singreg.attack_tables import attack_sections, attack_verdict, attack_warnings
@@ -58,7 +59,6 @@ from singreg.plots.attack import save_attack_plots
 from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import BATCH_SIZE, labels_for_head
-from singreg.spaces import ComparedModel, Space, open_model, open_spaces, refuse_unknown_names
 from singreg.translator import LinearTranslator
 from singreg.utils import cache_folder, progress
 
@@ -142,10 +142,12 @@ class Images:
     """What all models are attacked and judged on.
 
     Attributes:
-        chosen: the attacked images (see `choose_images`), and names of those of one colour, which were left out.
+        chosen: the attacked test images (see `choose_images`).
+        left_out: names of those of one colour.
         targets: classes among the data's.
         twins: (k,) test images among which natural twins are sought.
         spaces: the image encoders; translators imitate the first.
+        texts: (C, n) the class prompts of the first space.
     """
 
     splits: Splits
@@ -154,12 +156,8 @@ class Images:
     targets: list[int]
     twins: np.ndarray
     spaces: list[Space]
+    texts: Tensor
     passes: PassSettings
-
-    @property
-    def texts(self) -> Tensor:
-        """The class prompts (C, n) of the first space."""
-        return self.spaces[0].texts[self.splits.class_names]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -171,29 +169,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not config.dry_run:
             run.check()
         refuse_unknown_names(config.models)
-        splits = load_splits(config.data)
-        if not len(splits.audit):
-            raise ValueError("the audit split is empty, so no auditor can be fitted; give data.per_class.audit")
-        names = splits.class_names
-        keys = names if config.targets is None else resolve_classes(config.targets, names).keys
-        targets = [names.index(key) for key in keys]
-        chosen, left_out = choose_images(splits.test, config.images, targets, config.seed)
-        inputs = look(config, splits, int(chosen["image"].iloc[0]), accelerator)
-        order = np.random.default_rng([config.seed, 8]).permutation(np.flatnonzero(splits.test.labels >= 0))
-        passes = PassSettings(BATCH_SIZE, config.data.workers, accelerator.is_local_main_process, str(cache_folder()))
-        embedded = (splits.bank, splits.audit, splits.test)
-        spaces = open_spaces([config.vlm, *config.further_vlms], embedded, [names], accelerator, passes)
-        images = Images(splits, chosen, left_out, targets, np.sort(order[:TWIN_IMAGES]), spaces, passes)
+        images, inputs = prepare(config, accelerator)
         if config.dry_run:
-            print(f"{len(chosen)} images, budgets {', '.join(budget.label for budget in config.budgets)}")
+            print(f"{len(images.chosen)} images, budgets {', '.join(budget.label for budget in config.budgets)}")
             print("dry run: nothing was attacked, no run folder was made")
             return
         run.open()
+    attacked: dict[str, Stage] = {}
     with run.guarded():
         # Images sit at 0.999 of τ, which TF32's 10 bits of mantissa do not resolve.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        refuse_other_inputs(run, inputs | {space.label: space.info.vlm_weights_hash for space in images.spaces})
-        attacked: dict[str, Stage] = {}
+        refuse_other_inputs(run, inputs)
         for place, model in enumerate(config.models):
             name = f"{place}-{re.sub('[^A-Za-z0-9]+', '-', model.known_as).strip('-').lower()}"
             compute = partial(attack_model, config, model, run, images, Path("attacked") / name, attacked)
@@ -205,6 +191,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
+def prepare(config: AttackConfig, accelerator: Accelerator) -> tuple[Images, dict[str, str]]:
+    """Choose images and targets, look at every model, embed; and return hashes of what the attack hangs on."""
+    splits = load_splits(config.data)
+    if not len(splits.audit):
+        raise ValueError("the audit split is empty, so no auditor can be fitted; give data.per_class.audit")
+    names, test = splits.class_names, splits.test
+    keys = names if config.targets is None else resolve_classes(config.targets, names).keys
+    targets = [names.index(key) for key in keys]
+    chosen, left_out = choose_images(test, config.images, targets, config.seed)
+    order = np.random.default_rng([config.seed, 8]).permutation(np.flatnonzero(test.labels >= 0))
+    hashes, problems = {f"{split.name} images": split.fingerprint for split in splits}, []
+    for place, model in enumerate(config.models):
+        try:
+            classifier, attacked = open_attacked(config, model, splits, accelerator)
+            labels_for_head(splits, classifier, model)
+            pixels = PixelModel.of(attacked)
+            hashes[model.known_as] = hash_of_state(classifier)
+            if config.dry_run and accelerator.is_main_process:
+                x = pixels.image(test, int(chosen["image"].iloc[0]))
+                features, logits = pixels(x[None])
+                print(f"{model.known_as}: {tuple(x.shape)} to features {features.shape[1]}, logits {logits.shape[1]}")
+        except (ValueError, RuntimeError, OSError) as error:
+            problems.append(f"models[{place}] ({model.known_as}): {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    passes = PassSettings(BATCH_SIZE, config.data.workers, accelerator.is_local_main_process, str(cache_folder()))
+    embedded = (splits.bank, splits.audit, test)
+    spaces = open_spaces([config.vlm, *config.further_vlms], embedded, [names], accelerator, passes)
+    hashes |= {f"encoder {space.label}": space.info.vlm_weights_hash for space in spaces}
+    twins = np.sort(order[:TWIN_IMAGES])
+    return Images(splits, chosen, left_out, targets, twins, spaces, spaces[0].texts[names], passes), hashes
+
+
 def open_attacked(
     config: AttackConfig, model: AttackedModel, splits: Splits, accelerator: Accelerator
 ) -> tuple[Classifier, Classifier]:
@@ -213,49 +232,39 @@ def open_attacked(
     return classifier, drop_null(classifier).eval() if model.drop_null else classifier
 
 
-def look(config: AttackConfig, splits: Splits, first: int, accelerator: Accelerator) -> dict[str, str]:
-    """Open every model before any long work and return the hashes of what the attack hangs on."""
-    hashes = {f"{split.name} images": split.fingerprint for split in splits}
-    problems = []
-    for place, model in enumerate(config.models):
-        try:
-            classifier, attacked = open_attacked(config, model, splits, accelerator)
-            labels_for_head(splits, classifier, model)
-            x = PixelModel.of(attacked).image(splits.test, first)
-            hashes[model.known_as] = hash_of_state(classifier)
-            if config.dry_run and accelerator.is_main_process:
-                features, logits = PixelModel.of(attacked)(x[None])
-                print(f"{model.known_as}: {tuple(x.shape)} to features {features.shape[1]}, logits {logits.shape[1]}")
-        except (ValueError, RuntimeError, OSError) as error:
-            problems.append(f"models[{place}] ({model.known_as}): {error}")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return hashes
-
-
 def attack_model(
     config: AttackConfig, model: AttackedModel, run: Run, images: Images, at: Path, before: Mapping[str, Stage]
 ) -> Stage:
     """Fit two translators, attack the chosen images (their files below `at`), and measure features and robustness."""
     accelerator, space, chosen, test = run.accelerator, images.spaces[0], images.chosen, images.splits.test
     classifier, attacked = open_attacked(config, model, images.splits, accelerator)
-    own, pixels = labels_for_head(images.splits, classifier, model), PixelModel.of(attacked)
-    ridge, info = config.translator.ridge, space.info_for(classifier)
-    how: dict[str, Any] = {"invariance": model.invariance, "settings": images.passes}
-    fitted = fit_translators(classifier, own, space.embeddings, ridge=ridge, info=info, **how)
+    own, pixels, label = labels_for_head(images.splits, classifier, model), PixelModel.of(attacked), model.known_as
+    ridge, info, how = config.translator.ridge, space.info_for(classifier), {"settings": images.passes}
+    embeddings, invariance = space.embeddings, model.invariance
+    fitted = fit_translators(classifier, own, embeddings, ridge=ridge, invariance=invariance, info=info, **how)
     translators = {name: found.translator for name, found in fitted.items()}
-    how |= {"outsiders": {} if model.drop_null else outsiders(config, before, accelerator.device)}
-    how |= {"targets": images.targets, "pairs": config.feature_pairs, "tau": config.tau, "seed": config.seed}
     features = None
     if config.feature_pairs:
         features = attack_features(
-            classifier, images.splits, space.embeddings, images.texts, translators, chosen=chosen, **how
+            classifier,
+            images.splits,
+            embeddings,
+            images.texts,
+            translators,
+            chosen=chosen,
+            targets=images.targets,
+            pairs=config.feature_pairs,
+            tau=config.tau,
+            outsiders={} if model.drop_null else outsiders(config, before, accelerator.device),
+            invariance=invariance,
+            seed=config.seed,
+            **how,
         )
     settings = AttackSettings(config.budgets, config.tau, config.steps, config.restarts, config.seed)
     batches = list(enumerate(range(0, len(chosen), config.batch_size)))
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     found = []
-    for number, first in progress(mine, f"attacking {model.known_as}", enabled=images.passes.progress):
+    for number, first in progress(mine, f"attacking {label}", enabled=images.passes.progress):
         some = chosen.iloc[first : first + config.batch_size]
         places = some["image"].tolist()
         x = torch.stack([pixels.image(test, index) for index in places])
@@ -268,24 +277,20 @@ def attack_model(
         found.append((number, rows, climbs, pd.DataFrame({name: kept.cpu().numpy() for name, kept in right.items()})))
     found = sorted(gather_object(found), key=lambda batch: batch[0])
     rows, climbs, right = (pd.concat([batch[part] for batch in found], ignore_index=True) for part in (1, 2, 3))
-    facts, logits = describe_attacked(classifier, own.test, space.embeddings["test"], translators, images.passes)
-    null, shares = {"nullity": 0} if model.drop_null else {}, right.mean()
+    facts, logits = describe_attacked(classifier, own.test, embeddings["test"], translators, images.passes)
+    null, shares = {"nullity": 0} if model.drop_null else {}, right.mean().to_dict()
+    robust = {"adversarial": {size: shares[size] for size in (f"{size:g}" for size in ROBUST)}}
+    robust |= {"corrupted": {kind: shares[kind] for kind in KINDS}}
     figures = {
-        "model": {"label": model.known_as, "source": model.name, **facts, **null, "top1": shares["clean"]},
-        "robustness": {
-            "model": model.known_as,
-            "pictures": len(right),
-            "clean": shares["clean"],
-            "adversarial": {name: shares[name] for name in [f"{size:g}" for size in ROBUST]},
-            "corrupted": {kind: shares[kind] for kind in KINDS},
-        },
-        "climbs": summary.summarize_climbs(climbs.assign(model=model.known_as)),
+        "model": {"label": label, "source": model.name, **facts, **null, "top1": shares["clean"]},
+        "robustness": {"model": label, "pictures": len(right), "clean": shares["clean"], **robust},
+        "climbs": summary.summarize_climbs(climbs.assign(model=label)),
         "features": features,
     }
     tensors = {"logits": logits[images.twins], "weight": classifier.weight.detach()}
     for name, translator in translators.items():
         tensors |= {f"{name} matrix": translator.matrix, f"{name} offset": translator.offset}
-    return Stage(rows.assign(model=model.known_as), figures, tensors)
+    return Stage(rows.assign(model=label), figures, tensors, {"input": list(pixels.image(test, 0).shape)})
 
 
 def translator_of(found: Stage, name: str, device: torch.device) -> LinearTranslator:
@@ -294,7 +299,7 @@ def translator_of(found: Stage, name: str, device: torch.device) -> LinearTransl
 
 
 def outsiders(config: AttackConfig, before: Mapping[str, Stage], device: torch.device) -> dict[str, Outsider]:
-    """Return the first model that has a null space as the attacker of later ones."""
+    """Return the first model that has a null space as an attacker of later ones."""
     for model in config.models[: len(before)]:
         if (found := before[model.known_as]).figures["features"] is not None:
             null = NullSpace.from_weight(found.tensors["weight"].to(device), invariance=model.invariance)
@@ -319,28 +324,12 @@ def judge(
         own = read(found.rows, judges={"fitted": fitted, "auditor": auditor, **encoders})
         judged.append(own)
         for other, theirs in attacked.items():
-            sizes = {load_images([run.folder / each.rows["file"].iloc[0]]).shape for each in (found, theirs)}
-            if len(sizes) > 1:
+            if theirs.notes != found.notes:
                 undone.append(f"images of {other} were not carried over to {label}, which has another input size")
             elif other != label:
                 carried = read(theirs.rows[theirs.rows["arm"] == ATTACK], judges={"fitted": fitted})
                 transfers += summary.transfers_of(own, carried, other)
     return pd.concat(judged, ignore_index=True), transfers, undone
-
-
-def find_twins(images: Images, attacked: Mapping[str, Stage], encoders: Sequence[str]) -> list[dict[str, Any]]:
-    """Look for natural twins by every model and encoder; none where the images' labels do not allow it."""
-    labels, found = torch.from_numpy(images.splits.test.labels[images.twins]), []
-    if twins_problem(labels) is not None:
-        return []
-    for label, stage_ in attacked.items():
-        for space in (space for space in images.spaces if space.label in encoders):
-            z = torch.from_numpy(take_rows(space.embeddings["test"], images.twins))
-            each = natural_twins(stage_.tensors["logits"].cpu(), z, labels)
-            for pair in each["shown"]:
-                pair |= {end: int(images.twins[pair[end]]) for end in ("first", "second")}
-            found.append({"model": label, "encoder": space.label, **each})
-    return found
 
 
 def report(
@@ -352,14 +341,20 @@ def report(
     transfers: list[dict[str, Any]],
     warnings: list[str],
 ) -> None:
-    """Check the attack, compare the models and write the run's report."""
-    names = images.splits.class_names
-    right = {s.label: zero_shot(s.embeddings["test"], s.texts[names], images.chosen) for s in images.spaces}
+    """Check the attack, compare the models, look for natural twins and write the run's report."""
+    spaces, test = images.spaces, images.splits.test
+    names, labels = images.splits.class_names, torch.from_numpy(test.labels[images.twins])
+    right = {s.label: zero_shot(s.embeddings["test"], s.texts[names], images.chosen) for s in spaces}
     encoders = [label for label, share in right.items() if share >= KNOWS]
+    twins = []
+    if (problem := twins_problem(labels)) is not None:
+        warnings = [*warnings, f"no natural twins were sought: {problem}"]
+    for label, space in itertools.product(attacked, spaces if problem is None else []):
+        if space.label in encoders:
+            z, logits = take_rows(space.embeddings["test"], images.twins), attacked[label].tensors["logits"].cpu()
+            found = natural_twins(logits, torch.from_numpy(z), labels, places=images.twins)
+            twins.append({"model": label, "encoder": space.label, **found})
     climbs = [climb for found in attacked.values() for climb in found.figures["climbs"]]
-    twins = find_twins(images, attacked, encoders)
-    if encoders and not twins:
-        warnings = [*warnings, "no natural twins were sought: too few labelled test images of one class"]
     figures: dict[str, Any] = {
         "models": [found.figures["model"] for found in attacked.values()],
         "tau": config.tau,
@@ -376,11 +371,11 @@ def report(
         "features": {label: f.figures["features"] for label, f in attacked.items() if f.figures["features"]},
         "dropped": [model.known_as for model in config.models if model.drop_null],
     }
-    plots = save_attack_plots(figures, judged, images.splits.test, run.folder)
+    plots = save_attack_plots(figures, judged, test, run.folder)
     track(run.accelerator, "attack", config)
-    for model in attacked:
-        for step, found in enumerate(s for s in figures["summaries"] if (s["model"], s["arm"]) == (model, ATTACK)):
-            log(run.accelerator, {f"rise/{name}/{model}": rise[0] for name, rise in found["rise"].items()}, step)
+    for label in attacked:
+        for step, each in enumerate(s for s in figures["summaries"] if (s["model"], s["arm"]) == (label, ATTACK)):
+            log(run.accelerator, {f"rise/{name}/{label}": rise[0] for name, rise in each["rise"].items()}, step)
     log_figures(run.accelerator, list(plots.values()))
     write_report(
         run,

@@ -157,8 +157,14 @@ def attack_sections(figures: Found, plots: Mapping[str, Figure]) -> list[Section
     return sections
 
 
+def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    table: pd.DataFrame = pd.DataFrame(rows).fillna("")
+    return table
+
+
 def _share(values: Sequence[float], digits: int = 0) -> str:
-    return interval(*(100 * value for value in values), digits) + " %"
+    value, low, high = (100 * value for value in values)
+    return f"{interval(value, low, high, digits)} %"
 
 
 def rise_table(figures: Found) -> pd.DataFrame:
@@ -168,7 +174,7 @@ def rise_table(figures: Found) -> pd.DataFrame:
         | {f"{judge} °": interval(*rise) for judge, rise in s["rise"].items()}
         for s in figures["summaries"]
     ]
-    return pd.DataFrame(rows)
+    return _table(rows)
 
 
 def fooled_table(figures: Found) -> pd.DataFrame:
@@ -180,7 +186,7 @@ def fooled_table(figures: Found) -> pd.DataFrame:
         for s in figures["summaries"]
         if s["arm"] == ATTACK
     ]
-    return pd.DataFrame(rows)
+    return _table(rows)
 
 
 def feature_table(figures: Found) -> pd.DataFrame:
@@ -195,4 +201,4 @@ def feature_table(figures: Found) -> pd.DataFrame:
                 row |= {"judge": curve["judge"], "target first": success, "AS °": number(area["AS"][0])}
                 rows.append(row | {"max Δlogit": f"{max(curve['logit_change']):.1g}"})
         rows += [{"model": label, "attack": name, "judge": f"not made: {why}"} for name, why in found["absent"].items()]
-    return pd.DataFrame(rows).fillna("")
+    return _table(rows)

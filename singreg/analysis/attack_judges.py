@@ -212,13 +212,21 @@ def share_interval(count: int, total: int) -> list[float]:
 
 
 @torch.no_grad()
-def natural_twins(logits: Tensor, embeddings: Tensor, labels: Tensor, *, shown: int = 8) -> dict[str, Any]:
+def natural_twins(
+    logits: Tensor,
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    places: Sequence[int] | np.ndarray | None = None,
+    shown: int = 8,
+) -> dict[str, Any]:
     """Find pairs of images of two classes that are close in logits and far apart in meaning; nobody attacked them.
 
     Close: largest |Δlogit| at most the median between images of one class, so a model with larger logits is held to a
     larger limit. Far: angle at least the median between images of different classes.
 
     Args:
+        places: what the images are called in the answer, their place among these rows by default.
         shown: how many pairs are listed, closest first, no image twice.
 
     Returns:
@@ -253,13 +261,14 @@ def natural_twins(logits: Tensor, embeddings: Tensor, labels: Tensor, *, shown: 
     twins = pairs & (distance <= close) & (angle >= far)
     left, right = twins.nonzero(as_tuple=True)
     order = distance[left, right].argsort(stable=True)
+    called = [int(place) for place in (range(len(labels)) if places is None else places)]
     listed: list[dict[str, Any]] = []
     used: set[int] = set()
     for i, j in zip(left[order].tolist(), right[order].tolist(), strict=True):
         if len(listed) < shown and not used & {i, j}:
             used |= {i, j}
             logit_distance, apart = float(distance[i, j]), float(angle[i, j])
-            listed.append({"first": i, "second": j, "logit_distance": logit_distance, "angle": apart})
+            listed.append({"first": called[i], "second": called[j], "logit_distance": logit_distance, "angle": apart})
     return {
         "pictures": len(labels),
         "pairs": int(pairs.sum()),

@@ -1,1 +1,0 @@
-"""Steering in pixels: attack, judges, checks (METHOD section 9)."""
