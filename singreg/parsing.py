@@ -66,10 +66,10 @@ def dump(config: Any) -> str:
     return text
 
 
-def build(kind: type[Config], values: Namespace | Mapping[str, Any], problems: list[str], prefix: str = "") -> Config:
+def build(kind: type[Config], values: Any, problems: list[str], prefix: str = "") -> Config:
     """Make a dataclass of nested values; what a section refuses goes to `problems`, its defaults stand in."""
     hints = typing.get_type_hints(kind)
-    given = vars(values) if isinstance(values, Namespace) else dict(values)
+    given = dict(values) if isinstance(values, Mapping) else vars(values)  # a default is the dataclass itself
     inner = {}
     for name, value in given.items():
         hint, path = hints[name], f"{prefix}{name}"
