@@ -352,7 +352,7 @@ def report(
     for label, space in itertools.product(attacked, spaces if problem is None else []):
         if space.label in encoders:
             z, logits = take_rows(space.embeddings["test"], images.twins), attacked[label].tensors["logits"].cpu()
-            found = natural_twins(logits, torch.from_numpy(z), labels, places=images.twins)
+            found = natural_twins(logits, z, labels, places=images.twins)
             twins.append({"model": label, "encoder": space.label, **found})
     climbs = [climb for found in attacked.values() for climb in found.figures["climbs"]]
     figures: dict[str, Any] = {

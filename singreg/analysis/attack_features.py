@@ -102,6 +102,6 @@ def describe_attacked(
 
 def zero_shot(embeddings: np.ndarray, texts: Tensor, chosen: pd.DataFrame) -> float:
     """Return the share of the chosen images that an encoder's class prompts name rightly."""
-    z = torch.from_numpy(take_rows(embeddings, chosen["image"].to_numpy())).to(texts)
+    z = take_rows(embeddings, chosen["image"].to_numpy()).to(texts)
     first = (normalize(z, dim=-1) @ texts.T).argmax(1).cpu().numpy()
     return float((first == chosen["label"].to_numpy()).mean())
