@@ -58,7 +58,8 @@ def save_study_plots(
         ),
         Figure(
             save_tradeoff(shown, reference, folder / "tradeoff.png"),
-            "What harder steering costs in image score; dashed: 3 × the step, half the |AS|; dotted: 80 % of the IS.",
+            "What harder steering costs in image score; dashed: 3 × the step, half the |AS|; dotted: 80 % of the IS. "
+            "Arms far from the others are named.",
         ),
     ]
     if agreement:
@@ -125,7 +126,7 @@ def save_tradeoff(arms: Sequence[Summary], reference: str, path: Path) -> Path:
     """
     arms = [arm for arm in arms if math.isfinite(arm["mean"].get(f"steering_step/{AUDITOR}", math.nan))]
     figure, axes = panels(2, width=5.4, height=4.6)
-    plain = by_name(arms, reference)["mean"] if any(arm["arm"] == reference for arm in arms) else {}
+    plain = by_name(arms, reference)["mean"]
     for panel, key, title, factor in (
         (axes[0], f"steering_step/{AUDITOR}", "step to IS 40°, share of |f| (high is hard)", 3.0),
         (axes[1], f"AS_abs25/{AUDITOR}", "|AS| ° towards the target at a 25 % step (low is hard)", 0.5),
@@ -138,8 +139,19 @@ def save_tradeoff(arms: Sequence[Summary], reference: str, path: Path) -> Path:
         panel.set(xlabel="IS °, the variety that is kept (high is good)")
         panel.margins(0.18, 0.12)
         styled(panel, title)
-        label_points(panel, [p[0] for p in points], [p[1] for p in points], [arm["arm"] for arm in arms], size=7)
+        places = _far_apart(np.array(points), [arm["arm"] == reference for arm in arms].index(True))
+        names = [arm["arm"] if place in places else "" for place, arm in enumerate(arms)]
+        label_points(panel, [kept for kept, _ in points], [hard for _, hard in points], names)
     return save(figure, path)
+
+
+def _far_apart(points: np.ndarray, first: int, count: int = 7) -> list[int]:
+    """Places of points (P, 2) far enough from each other for names: the first, then always the farthest from those."""
+    scaled, chosen = points / np.maximum(points.std(0), 1e-12), [first]
+    while len(chosen) < min(count, len(points)):
+        distance = np.linalg.norm(scaled[:, None] - scaled[chosen][None], axis=-1).min(1)
+        chosen.append(int(distance.argmax()))
+    return chosen
 
 
 def save_auditor_need(agreement: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> Path:

@@ -1,0 +1,230 @@
+"""recipes/compare.py on tiny scenes: whole, on two processes, without a null space or a head, and on bad input."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+import pytest
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import compare as recipe
+from singreg.config import VLMConfig, parse
+from singreg.mlp import MLPSettings
+from singreg.models.classifier import Classifier
+from singreg.spaces import ComparedModel, space_labels
+from tests.demo import ASSETS
+from tests.fakes import write_tiny_vlm
+from tests.processes import run_processes
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY = ["--data.scenes", "{train: 80, audit: 80, test: 50, bank: 10}", "--data.image_size", "32"]
+FULL = {"name": "test_resnet", "label": "full", "pretrained": False, "head": "keep"}
+UNTRAINED = {"name": "test_efficientnet", "label": "untrained", "pretrained": False, "head": "new"}
+DEMO = {"name": "demo"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's folder with another head, a model without a head, a second vision-language model."""
+    root = tmp_path_factory.mktemp("compare")
+    names = list(json.loads((ASSETS / "demo_classifier" / "config.json").read_text())["label_names"])
+    tuned = Classifier.from_timm(f"local-dir:{ASSETS / 'demo_classifier'}", head_mode="slice", class_names=names)
+    with torch.no_grad():
+        tuned.head.weight.mul_(1 + torch.rand_like(tuned.head.weight))
+    tuned.save(root / "tuned" / "model")
+    timm.models.save_for_hf(timm.create_model("test_efficientnet", num_classes=0), str(root / "headless"))
+    write_tiny_vlm(root / "other_vlm")
+    (root / "empty").mkdir()
+    return root
+
+
+def compare(out: Path, models: list[dict[str, Any]], *more: str) -> dict[str, Any]:
+    """Run the recipe and return report.json; {} where none was written."""
+    AcceleratorState._reset_state(True)
+    with patch.object(Accelerator, "end_training", lambda _: None):  # the process group is the tests'
+        try:
+            recipe.main(["--out", str(out), *TINY, "--translator.ridge", "1", "--models", json.dumps(models), *more])
+        finally:
+            AcceleratorState._reset_state(True)
+    report = out / "report.json"
+    return dict(json.loads(report.read_text())) if report.is_file() else {}
+
+
+def test_the_recipe_from_end_to_end(tmp_path: Path, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A packaged model, a run's folder, an untrained network, no null space, no head; two spaces."""
+    headless = {"name": f"local-dir:{folders / 'headless'}", "head": "keep"}
+    models = [DEMO, {"name": str(folders / "tuned")}, UNTRAINED, FULL, headless]
+    second = json.dumps([{"name": f"local-dir:{folders / 'other_vlm'}"}])
+    report = compare(tmp_path / "whole", models, "--further_vlms", second)
+    names = {str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    assert {"config.yaml", "report.md", "report.html", "scores.parquet", "plots/comparison.png"} <= names
+    assert "for want of a null space: full" in capsys.readouterr().out
+    why = {head["label"]: head["omitted"] for head in report["heads"]}
+    assert list(why) == ["demo", "tuned", "untrained", "full", "headless"]
+    assert why["full"] == "no null space: 1000 classes fill all 96 features, every direction moves a logit"
+    assert why["headless"].startswith("no linear head: ")
+    assert set(report["measurements"]) == set(report["chance"]) == {"demo", "other_vlm"}
+    for measured in report["measurements"].values():
+        assert list(measured) == ["demo", "tuned", "untrained"]
+        assert {found["images"] for found in measured.values()} == {50}
+        assert len({found["head"]["head_hash"] for found in measured.values()}) == 3
+    assert len(report["differences"]) == 3 * (1 + 4 * 4)
+    leakage, views = report["orders"][0], [f"{s}, {t}" for s in ("demo", "other_vlm") for t in ("fitted", "auditor")]
+    assert (leakage["figure"], leakage["views"]) == ("AS_neg", views)
+    assert all(sorted(order) == ["demo", "tuned", "untrained"] for order in leakage["orders"])
+    assert len(report["verdict"]) == 3
+    text = (tmp_path / "whole" / "report.md").read_text()
+    assert text.count("no null space: 1000 classes fill all 96 features") == 2  # once a space
+    table = pd.read_parquet(tmp_path / "whole" / "scores.parquet")
+    assert len(table) == 2 * 3 * 50
+    assert set(table["model"]) == {
+        f"{m} in {s}" for m in ("demo", "tuned", "untrained") for s in report["measurements"]
+    }
+    events = EventAccumulator(str(next((tmp_path / "whole" / "tensorboard").rglob("events*")).parent)).Reload()
+    value = report["measurements"]["demo"]["tuned"]["translators"]["auditor"]["overall"]["AS_neg"]
+    assert events.Scalars("demo/auditor/AS_neg/tuned")[0].value == pytest.approx(value)
+
+
+def test_a_model_compared_with_itself_differs_in_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "MLPSettings", partial(MLPSettings, hidden=16, epochs=2))
+    models = [DEMO, {"name": "demo", "label": "twin"}, {"name": "demo", "label": "softmax", "invariance": "softmax"}]
+    report = compare(tmp_path / "same", models, "--mlp", '["mlp3"]')
+    twins = [d for d in report["differences"] if (d["first"], d["second"]) == ("demo", "twin")]
+    assert {(d["value"], d["low"], d["high"]) for d in twins} == {(0.0, 0.0, 0.0)}
+    assert {d["translator"] for d in twins} == {"-", "fitted", "auditor", "mlp3"}
+    assert "In 0 of 3 pairs" in report["verdict"][2]
+    nullity = {name: found["head"]["nullity"] for name, found in report["measurements"]["demo"].items()}
+    assert nullity == {"demo": 246, "twin": 246, "softmax": 247}
+
+
+def test_nothing_to_measure_is_a_report_too(tmp_path: Path) -> None:
+    report = compare(tmp_path / "none", [FULL, {**FULL, "label": "full too"}])
+    assert report["verdict"][0].startswith("None of the models has a null space")
+    assert (report["differences"], report["orders"]) == ([], [])
+    assert "no null space: 1000 classes" in (tmp_path / "none" / "report.html").read_text()
+    one = compare(tmp_path / "one", [FULL, DEMO])
+    assert one["verdict"][0].startswith("Only demo (")
+    assert (tmp_path / "one" / "plots" / "comparison.png").is_file()
+
+
+def in_process(rank: int, world: int, out: str, models: list[dict[str, Any]]) -> dict[str, Any]:
+    return compare(Path(out), models)
+
+
+def test_the_same_again_on_two_processes_finds_the_same(tmp_path: Path, folders: Path) -> None:
+    one = compare(tmp_path / "one", [{"name": str(folders / "tuned")}, UNTRAINED])
+    resolved = tmp_path / "one" / "config.yaml"
+    models = yaml.safe_load(resolved.read_text())["models"]
+    assert [model["label"] for model in models] == [None, "untrained"]
+    run_processes(2, in_process, str(tmp_path / "two"), models)
+    two = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert len(one["differences"]) == len(two["differences"]) == 1 + 2 * 4
+    for a, b in zip(one["differences"], two["differences"], strict=True):
+        mine, theirs = ([each[key] for key in ("value", "low", "high")] for each in (a, b))
+        assert mine == pytest.approx(theirs, abs=1e-3)
+    assert two["machine"]["processes"] == 2
+    with pytest.raises(SystemExit, match="already holds a run"):
+        recipe.main(["--config", str(resolved)])
+
+
+def test_a_dry_run_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare(tmp_path / "dry", [DEMO, FULL], "--dry_run", "true") == {}
+    shown = capsys.readouterr().out
+    assert "demo: features (50, 256), logits (50, 10)" in shown
+    assert "full: left out, no null space" in shown
+    assert "views: 2" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("models", "more", "expected"),
+    [
+        ([DEMO], [], ["models: expected at least two to compare, got 1"]),
+        ([DEMO, DEMO], [], ["models: listed twice: demo; give each a label"]),
+        ([DEMO, {"name": " "}], [], ["models[1].name: expected words"]),
+        ([DEMO, {"naem": "x"}], [], ["naem"]),
+        (
+            [DEMO, FULL],
+            ["--further_vlms", '[{"name": "x", "templates": ["a"]}]'],
+            ["further_vlms[0].templates: 'a' has no"],
+        ),
+    ],
+)
+def test_bad_values_are_shown(
+    models: list[Any], more: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        compare(tmp_path / "bad", models, *more)
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in expected), shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_do_not_exist_are_all_named_before_any_work(tmp_path: Path, folders: Path) -> None:
+    wrong = ["resnet5000", "resnet50.nosuch_in1k", str(folders / "empty"), "some/where"]
+    expected = r"(.|\n)*".join(
+        [
+            r"models\[0\]\.name: 'resnet5000' is neither",
+            r"models\[1\]\.name: timm has no weights 'resnet50\.nosuch_in1k'; it has resnet50\.a1",
+            r"models\[2\]\.name: .*empty has no model/config",
+            r"models\[3\]\.name: 'some/where' is neither",
+        ]
+    )
+    with pytest.raises(SystemExit, match=expected):
+        compare(tmp_path / "wrong", [{"name": name} for name in wrong])
+    foreign = [{"name": "test_resnet", "pretrained": False, "label": "a"}, {"name": "local-dir:/nowhere", "label": "b"}]
+    with pytest.raises(SystemExit, match=r"models\[0\] \(a\): .*head(.|\n)*models\[1\] \(b\): "):
+        compare(tmp_path / "wrong", foreign)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("resnet50.tv_in1k", "resnet50.tv_in1k"),
+        ("runs/demo/", "demo"),
+        ("local-dir:runs/a/model", "a"),
+        ("local-dir:runs/a/model-control", "a control"),
+        ("hf-hub:someone/net", "net"),
+    ],
+)
+def test_a_model_is_known_by_the_last_part_of_its_name(name: str, label: str) -> None:
+    assert ComparedModel(name=name).known_as == label
+    assert ComparedModel(name=name, label="mine").known_as == "mine"
+
+
+def test_spaces_have_names_of_their_own() -> None:
+    vlms = [
+        ("demo", None),
+        ("demo", None),
+        ("ViT-L-14", "openai"),
+        ("local-dir:/a/lite", None),
+        ("ViT-L-14", "/w/own.st"),
+    ]
+    labels = space_labels([VLMConfig(name, weights) for name, weights in vlms])
+    assert labels == ["demo", "demo (2)", "ViT-L-14 openai", "lite", "ViT-L-14 own.st"]
+
+
+def test_the_papers_models_are_timms() -> None:
+    import open_clip
+
+    config = parse(recipe.CompareConfig, ["--config", str(CONFIGS / "paper.yaml")])
+    widths = {}
+    for model in config.models:
+        assert model.name in timm.list_pretrained(model.name.split(".")[0] + ".*")
+        widths[model.known_as] = timm.get_pretrained_cfg(model.name).num_classes  # type: ignore[union-attr]
+    assert len(widths) == 14
+    assert {name for name, classes in widths.items() if classes != 1000} == {"DINOv2-L"}
+    for vlm in (config.vlm, *config.further_vlms):
+        assert vlm.pretrained in open_clip.list_pretrained_tags_by_model(vlm.name)
