@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         translators, mean = fit(run, config, setup)
         rows, found = measure(run, config, setup, translators, mean)
         found |= describe(run, config, setup, translators["auditor"], bank.concepts, words)
-        found |= {"classes": analyze_classes(rows, setup.splits.class_names), "omissions": bank.omissions()}
+        found |= {"classes": analyze_classes(rows, setup.splits.class_names), "omissions": bank.omissions}
         report(run, setup, translators, rows, found)
     accelerator.end_training()
 

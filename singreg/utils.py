@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,6 +166,30 @@ def is_distributed() -> bool:
 def rank_and_world() -> tuple[int, int]:
     """Return this process's number and how many there are; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def together(work: Callable[[], Item], what: str, *, first_only: bool = False) -> Item:
+    """Run `work` on every process, or on the first for all, and wait; a failure on one reaches all, so none hangs."""
+    rank, world = rank_and_world()
+    results: list[Any] = [None]
+    failure: Exception | None = None
+    if rank == 0 or not first_only:
+        try:
+            results = [work()]
+        except Exception as error:  # raised below, once the others know
+            failure = error
+    texts: list[str | None] = [None] * world
+    if world > 1:
+        dist.all_gather_object(texts, None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if any(texts):
+        failed = "; ".join(f"process {place}: {text}" for place, text in enumerate(texts) if text)
+        raise ValueError(f"{what} failed elsewhere: {failed}")
+    if first_only and world > 1:
+        dist.broadcast_object_list(results, src=0)
+    value: Item = results[0]
+    return value
 
 
 @torch.no_grad()

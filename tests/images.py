@@ -46,8 +46,7 @@ def write_parquet(file: Path, images: Sequence[Any], labels: Sequence[Any], kind
     """A Parquet file of image cells (paths go in with their bytes) and a column "label" of `kind`, or "class"."""
     cells = [{"bytes": c.read_bytes(), "path": c.name} if isinstance(c, Path) else c for c in images]
     name = "class" if kind is None else "label"
-    features = datasets.Features({"image": datasets.Image(), name: kind or datasets.Value("string")})
-    schema = features.arrow_schema
+    schema = datasets.Features({"image": datasets.Image(), name: kind or datasets.Value("string")}).arrow_schema
     columns = [pa.array(cells, type=schema.field("image").type), pa.array(labels, type=schema.field(name).type)]
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns, schema=schema), file)

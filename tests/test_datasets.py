@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from singreg.config import DataConfig
-from singreg.data.datasets import ConcatSplit, ImageSplit, SceneSplit, Splits, load_splits, without_copies
+from singreg.data.datasets import ImageSplit, SceneSplit, Splits, load_splits, without_copies
 from singreg.data.scenes import sample_scenes
-from singreg.data.splits import TableSplit, UnreadableImageError, open_rgb
+from singreg.data.splits import ConcatSplit, TableSplit
 from tests.images import contents, file_split, names, per_class, write_image, write_parquet, write_tree
 from tests.processes import run_processes
 
@@ -121,10 +121,6 @@ def test_subset_and_concatenation_keep_rows_together(tree: Path) -> None:
     assert names(both) == [train.identifier(i) for i in (3, 1, 7)]
     assert both.labels.tolist() == train.labels[[3, 1, 7]].tolist()
     assert np.array_equal(both.image(2), train.image(7))
-    with pytest.raises(ValueError, match=r"below 12 .split 'train'"):
-        train.subset([12])
-    with pytest.raises(IndexError, match="split 'both' of 3"):
-        both.image(3)
 
 
 def test_errors_name_every_class_and_what_to_do(tree: Path, tmp_path: Path) -> None:
@@ -156,19 +152,13 @@ def test_errors_name_every_class_and_what_to_do(tree: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1"])
-def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    Image.new("RGB", (5, 4), (200, 200, 200)).convert(mode).save(path)
-    for cell in ({"bytes": None, "path": str(path)}, {"bytes": path.read_bytes(), "path": None}):
-        assert (open_rgb(cell, "x").mode, open_rgb(cell, "x").size) == ("RGB", (5, 4))
-    assert not TableSplit.from_files("x", [str(path)], ["x"], [0]).examine([0])
-
-
-def test_an_image_is_turned_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
+def test_every_mode_becomes_rgb_and_upright(tmp_path: Path, mode: str) -> None:
+    path, exif = tmp_path / ("x.tif" if mode == "CMYK" else "x.png"), Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (9, 7)).save(tmp_path / "x.jpg", exif=exif)
-    assert open_rgb({"bytes": None, "path": str(tmp_path / "x.jpg")}, "x").size == (7, 9)
+    Image.new("RGB", (5, 4), (200, 200, 200)).convert(mode).save(path, exif=exif)
+    split = TableSplit.from_files("x", [str(path)], ["x"], [0])
+    assert not split.examine([0])
+    assert (split.image(0).mode, split.image(0).size) == ("RGB", (4, 5))
 
 
 @pytest.fixture
@@ -185,7 +175,7 @@ def damaged(tmp_path: Path) -> tuple[Path, list[Path]]:
 
 
 def test_unreadable_images_stop_and_are_all_named(damaged: tuple[Path, list[Path]]) -> None:
-    with pytest.raises(UnreadableImageError, match="3 images cannot be read") as caught:
+    with pytest.raises(ValueError, match="3 images cannot be read") as caught:
         load(damaged[0], unlabeled=str(damaged[0] / "pool"))
     assert all(str(path) in str(caught.value) for path in damaged[1])
 
@@ -202,7 +192,7 @@ def test_unreadable_images_are_replaced_on_request(
     used = {*names(splits.bank), *names(splits.audit), *names(splits.test)}
     assert not used & {str(path) for path in bad}
     assert len(used) == 2 * 4 + 5 + 4
-    with pytest.raises(ValueError, match=r"1 unreadable ones not counted.*a has 4 for train 4"):
+    with pytest.raises(ValueError, match=r"(?s)2 unreadable ones not counted.*a has 4 for train 4"):
         load(root, bad_images="drop", per_class={"train": 4, "audit": 1})
 
 
@@ -210,9 +200,9 @@ def test_a_decompression_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.
     root = write_tree(tmp_path, {"train": {"a": 3}, "validation": {"a": 2}})
     big = write_image(root / "train" / "a" / "big.png", size=(60, 50))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UnreadableImageError, match=r"big\.png .DecompressionBombError"):
+    with pytest.raises(ValueError, match=r"big\.png .DecompressionBombError"):
         load(root)
-    with pytest.raises(UnreadableImageError, match=r"big\.png"):
+    with pytest.raises(ValueError, match=r"big\.png"):
         TableSplit.from_files("x", [str(big)], ["x"], [0]).image(0)
 
 
@@ -221,19 +211,19 @@ def test_an_image_lost_after_loading_is_named(tmp_path: Path) -> None:
     victim = Path(test.identifier(1))
     for damage in (lambda: victim.write_bytes(b"gone bad"), victim.unlink):
         damage()
-        with pytest.raises(UnreadableImageError, match=f"cannot read the image {victim}"):
+        with pytest.raises(ValueError, match=f"cannot read the image {victim}"):
             test.image(1)
 
 
 def test_equal_images_in_two_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_tree(tmp_path, {"train": {"a": 6, "b": 6}, "validation": {"a": 2, "b": 2}})
     copies = [write_image(root / place / "copy.png", 5) for place in ("train/a", "validation/b")]
-    with pytest.raises(ValueError, match="1 images are in two splits") as caught:
+    with pytest.raises(ValueError, match="1 images are copies") as caught:
         load(root, per_class={"audit": 1})
     assert all(str(copy) in str(caught.value) for copy in copies)
     with caplog.at_level(logging.WARNING):
         splits = load(root, per_class={"audit": 1}, bad_images="drop")
-    assert "1 images of another split are left out" in caplog.text
+    assert "1 images are copies of another split's (named second) and are left out" in caplog.text
     assert per_class(splits.test) == [2, 3]
     assert len(splits.train) + len(splits.audit) == 12
     check_disjoint(splits)
@@ -304,14 +294,7 @@ def test_parquet_files_loaded_and_streamed(parquet: Path, streaming: bool) -> No
     assert splits.test.identifier(0).startswith(f"{parquet}/validation#")
 
 
-def test_a_folder_of_images_is_streamed_to_the_same_splits(tree: Path) -> None:
-    plain, streamed = load(tree), load(tree, streaming=True)
-    assert [split.fingerprint for split in plain] == [split.fingerprint for split in streamed]
-
-
-def test_a_stream_is_read_as_far_as_wanted_and_once(
-    parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_is_read_as_far_as_wanted_and_once(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Any] = []
     real = datasets.IterableDataset.__iter__
     monkeypatch.setattr(
@@ -324,7 +307,6 @@ def test_a_stream_is_read_as_far_as_wanted_and_once(
     again = load(parquet, classes=WANTED, streaming=True, per_class=counts)
     assert [split.fingerprint for split in again] == [split.fingerprint for split in splits]
     assert len(read) == 20 + 5
-    assert len(list((tmp_path / "cache").iterdir())) == 2, "no temporary file stays"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -335,7 +317,7 @@ def test_rows_without_image_or_label_are_named(
     broken: list[Any] = [None, {"bytes": None, "path": None}, {"bytes": b"no image", "path": "x"}]
     write_parquet(tmp_path / "set/train.parquet", [*paths[:14], *broken], [*WANTED * 6, None, None, *WANTED, WANTED[0]])
     write_parquet(tmp_path / "set/validation.parquet", paths[14:], WANTED * 5)
-    with pytest.raises(UnreadableImageError, match="3 images cannot be read") as stop:
+    with pytest.raises(ValueError, match="3 images cannot be read") as stop:
         load(tmp_path / "set", streaming=streaming)
     assert str(stop.value).count("the row holds no image (null)") == 2
     splits = load(tmp_path / "set", streaming=streaming, bad_images="drop")
@@ -343,7 +325,7 @@ def test_rows_without_image_or_label_are_named(
     assert len(splits.train) + len(splits.audit) == 12
     assert streaming or "set/train: 2 rows are unlabelled" in caplog.text
     write_parquet(tmp_path / "none/train.parquet", paths[:1], [None])
-    with pytest.raises(ValueError, match="'class', got only nulls"):
+    with pytest.raises(ValueError, match="'class' has no class name, only nulls"):
         load(tmp_path / "none", streaming=streaming)
 
 

@@ -34,8 +34,8 @@ class Encoder:
         return images.flatten(1) @ self.weight
 
 
-def embed(encoder: Encoder, split: Any, cache: Path, **options: Any) -> np.ndarray:
-    return cached_embeddings(encoder, split, cache, progress=False, **options)
+def embed(encoder: Encoder, split: Any, **options: Any) -> np.ndarray:
+    return cached_embeddings(encoder, split, progress=False, **options)
 
 
 def one_by_one(encoder: Encoder, split: TableSplit) -> np.ndarray:
@@ -48,32 +48,27 @@ def split(tmp_path: Path) -> TableSplit:
     return file_split(tmp_path / "images")
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SINGREG_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def test_row_i_is_image_i_read_only_and_computed_once(split: TableSplit, cache: Path) -> None:
     encoder = Encoder()
-    rows = embed(encoder, split, cache, batch_size=4)
+    rows = embed(encoder, split, batch_size=4)
     assert isinstance(rows, np.memmap)
     assert (rows.dtype, rows.shape, rows.flags.writeable) == (np.float32, (11, 4), False)
     assert np.allclose(rows, one_by_one(Encoder(), split), rtol=1e-5)
-    again = embed(encoder, split, cache, batch_size=7)
+    again = embed(encoder, split, batch_size=7)
     assert encoder.seen == 11
     assert np.array_equal(rows, again)
     assert len(list(cache.iterdir())) == 1
 
 
-def test_the_cache_folder_is_the_environments(split: TableSplit, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SINGREG_CACHE", str(cache))
-    cached_embeddings(Encoder(), split, progress=False)
-    assert len(list(cache.glob("embeddings-*.npy"))) == 1
-
-
 def test_the_key_follows_all_that_matters_and_not_the_place(split: TableSplit, tmp_path: Path, cache: Path) -> None:
     def files_after(encoder: Encoder, which: Any) -> int:
-        embed(encoder, which, cache)
+        embed(encoder, which)
         return len(list(cache.iterdir()))
 
     assert files_after(Encoder(), split) == 1
@@ -99,11 +94,11 @@ def objects(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncated, other_shape, objects, Path.unlink])
 def test_a_damaged_file_is_made_anew(split: TableSplit, cache: Path, damage: Callable[[Path], None]) -> None:
-    expected = np.array(embed(Encoder(), split, cache))
+    expected = np.array(embed(Encoder(), split))
     damage(next(cache.iterdir()))
     encoder = Encoder()
     for _ in range(2):
-        assert np.array_equal(embed(encoder, split, cache), expected)
+        assert np.array_equal(embed(encoder, split), expected)
         assert encoder.seen == 11
 
 
@@ -116,14 +111,14 @@ def test_a_failed_run_names_the_image_and_leaves_nothing(split: TableSplit, cach
         rows[(images == target).flatten(1).all(1), 2] = float("nan")
         return rows
 
-    options: dict[str, Any] = {"key": {"spoilt": 1}, "batch_size": 4, "progress": False}
+    options: dict[str, Any] = {"batch_size": 4, "workers": 0, "progress": False}
     with pytest.raises(ValueError, match=r"not finite for 1 images: .*/7\.png$"):
-        encode_split(spoil, encoder.transform, split, 4, cache, **options)
+        encode_split(spoil, encoder.transform, split, 4, cache, {"spoilt": 1}, "x", **options)
     assert list(cache.iterdir()) == []
     with pytest.raises(ValueError, match=r"gave \(4, 4\), expected \(4, 5\)"):
-        encode_split(fine, encoder.transform, split, 5, cache, **options)
+        encode_split(fine, encoder.transform, split, 5, cache, {"spoilt": 1}, "x", **options)
     with pytest.raises(ValueError, match="split 'none' has no images"):
-        embed(encoder, split.subset([], "none"), cache)
+        embed(encoder, split.subset([], "none"))
 
 
 def test_what_killed_runs_left_goes_after_a_day(split: TableSplit, cache: Path) -> None:
@@ -132,7 +127,7 @@ def test_what_killed_runs_left_goes_after_a_day(split: TableSplit, cache: Path) 
     for path in left:
         path.touch()
     os.utime(left[0], (0, 0))
-    embed(Encoder(), split, cache)
+    embed(Encoder(), split)
     assert [path.exists() for path in left] == [False, True]
 
 
@@ -141,7 +136,7 @@ def test_with_a_real_model(split: TableSplit, tmp_path: Path, cache: Path) -> No
     from tests.fakes import write_tiny_vlm
 
     vlm = VisionLanguageModel.from_open_clip(write_tiny_vlm(tmp_path / "vlm"))
-    rows = cached_embeddings(vlm, split, cache, batch_size=3, progress=False)
+    rows = cached_embeddings(vlm, split, batch_size=3, progress=False)
     expected = vlm.embed_images(torch.stack([vlm.transform(split.image(index)) for index in range(11)]))
     assert rows.shape == (11, vlm.dim)
     assert np.allclose(rows, expected.numpy(), atol=1e-5)
@@ -149,14 +144,14 @@ def test_with_a_real_model(split: TableSplit, tmp_path: Path, cache: Path) -> No
 
 def _encode_in_a_group(rank: int, world: int, folder: str, count: int) -> tuple[int, bytes, str]:
     split, encoder = file_split(Path(folder) / f"images-{rank}", count), Encoder()
-    cache = Path(folder) / f"cache-{world}"
-    rows = embed(encoder, split, cache, batch_size=3)
+    os.environ["SINGREG_CACHE"] = f"{folder}/cache-{world}"
+    rows = embed(encoder, split, batch_size=3)
     seen = encoder.seen
     if rank == 0:
         encoder.embed_images = lambda images: images.flatten(1)[:, :4] / 0  # type: ignore[method-assign]
     encoder.weights_hash = "failing"
     try:
-        embed(encoder, split, cache)
+        embed(encoder, split)
         failure = "none"
     except ValueError as error:
         failure = str(error)

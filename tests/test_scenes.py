@@ -100,14 +100,6 @@ def test_a_seed_gives_one_stream_and_other_seeds_give_others() -> None:
     assert len(np.unique(noises[:, 0])) == len(seeds) * 300  # no scene of one seed comes back in another
 
 
-def test_pixels_scale_by_nearest_neighbour() -> None:
-    table = sample_scenes(2, seed=2)
-    image = render_scene(table, 1)
-    np.testing.assert_array_equal(render_scene(table, 1, 128), image.repeat(2, 0).repeat(2, 1))
-    np.testing.assert_array_equal(render_scene(table, 1, 32), image[::2, ::2])
-    np.testing.assert_array_equal(render_scene(table, 1, 50)[49, 7], image[49 * 64 // 50, 7 * 64 // 50])
-
-
 def test_colour_and_texture_paint_the_shape_only() -> None:
     table = sample_scenes(15, seed=1)
     centres = {"left": (-13, 0), "right": (13, 0), "top": (0, -13), "bottom": (0, 13), "centre": (0, 0)}
@@ -161,17 +153,3 @@ def test_pixels_are_noisy_by_the_grain_only() -> None:
     one, other = (render_scene(SceneTable(4, table.codes, words), 0).astype(int) for words in (table.noise, noise))
     assert 0 < np.abs(one - other).max() <= 24
     assert (one != other).any(axis=2).mean() > 0.8
-
-
-@pytest.mark.parametrize(("count", "bias"), [(-1, 0.0), (3, -0.1), (3, 1.1), (3, float("nan"))])
-def test_a_bad_count_or_bias_is_refused(count: int, bias: float) -> None:
-    with pytest.raises(ValueError, match=rf"count >= 0 and background_bias in \[0, 1\], got {count} and {bias}"):
-        sample_scenes(count, seed=0, background_bias=bias)
-
-
-def test_no_scene_is_an_empty_table_and_no_image_has_no_pixels() -> None:
-    assert len(sample_scenes(0, seed=0)) == 0
-    with pytest.raises(IndexError):
-        render_scene(sample_scenes(0, seed=0), 0)
-    with pytest.raises(ValueError, match=r"pixels.*got 0"):
-        render_scene(sample_scenes(1, seed=0), 0, 0)

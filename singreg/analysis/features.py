@@ -143,11 +143,11 @@ def cached_features(
             split,
             classifier.feature_dim,
             cache,
-            key={"backbone": _hash_of_backbone(classifier), "preprocessing": classifier.preprocessing},
+            {"backbone": _hash_of_backbone(classifier), "preprocessing": classifier.preprocessing},
+            "features",
             batch_size=batch_size,
             workers=workers,
             progress=progress,
-            description="features",
         )
     finally:
         classifier.train(was_training)

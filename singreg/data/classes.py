@@ -29,26 +29,16 @@ class ClassSubset:
     names: tuple[str, ...]
     indices: tuple[int, ...] | None
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-@dataclass(frozen=True)
-class _ImageNet:
-    wnids: tuple[str, ...]
-    names: dict[str, str]  # wnid -> the one name used for it
-    aliases: dict[str, set[str]]  # normalised word -> wnids that go by it
-
 
 @lru_cache(maxsize=1)
-def _imagenet() -> _ImageNet:
+def _imagenet() -> tuple[dict[str, str], dict[str, set[str]]]:
+    """The name of every wnid, in label order, and the wnids that go by a (normalised) word."""
     from timm.data.imagenet_info import ImageNetInfo  # here, since importing timm takes seconds
 
     info: Any = ImageNetInfo()
-    wnids = tuple(info.label_names())
     names: dict[str, str] = {}
     aliases: dict[str, set[str]] = {}
-    for wnid in wnids:
+    for wnid in info.label_names():
         description = info.label_name_to_description(wnid)
         lemmas = [lemma.strip() for lemma in description.split(",")]
         names[wnid] = _SHARED_NAMES.get(wnid, lemmas[0])
@@ -57,7 +47,7 @@ def _imagenet() -> _ImageNet:
     for wnid, name in names.items():
         aliases[_normal(name)] = {wnid}  # the name itself always means this class, whatever other synonyms say
     aliases["crane"] = {"n02012849", "n03126707"}
-    return _ImageNet(wnids, names, aliases)
+    return names, aliases
 
 
 def _normal(word: str) -> str:
@@ -65,42 +55,24 @@ def _normal(word: str) -> str:
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """Return the 1000 names used for ImageNet-1k's classes, in label order.
-
-    Example:
-        >>> imagenet_names()[1]
-        'goldfish'
-    """
-    return tuple(_imagenet().names.values())
+    """Return the 1000 names used for ImageNet-1k's classes, in label order."""
+    return tuple(_imagenet()[0].values())
 
 
 def named_sets() -> tuple[str, ...]:
-    """Return the names of the sets that come with the package.
-
-    Example:
-        >>> named_sets()
-        ('imagenet100', 'imagenet16', 'imagenette', 'imagewoof')
-    """
+    """Return the names of the sets that come with the package."""
     return tuple(sorted(path.stem for path in _SETS_FOLDER.glob("*.txt")))
 
 
 def expand_classes(classes: Sequence[str] | str) -> tuple[str, ...]:
-    """Return the entries of a named set, a list file (one a line, `#` begins a comment), one class, or a sequence.
-
-    Example:
-        >>> expand_classes("imagenette")[:2], expand_classes("goldfish"), expand_classes(["cat", "dog"])
-        (('n01440764', 'n02102040'), ('goldfish',), ('cat', 'dog'))
-    """
+    """Return the entries of a named set, a list file (one a line, `#` begins a comment), one class, or a sequence."""
     if not isinstance(classes, str):
         return tuple(classes)
     path = _SETS_FOLDER / f"{classes}.txt" if classes in named_sets() else Path(classes)
     if not path.is_file():
         return (classes,)
     lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    entries = tuple(line for line in lines if line)
-    if not entries:
-        raise ValueError(f"{path} lists no class; expected one wnid or class name a line")
-    return entries
+    return tuple(line for line in lines if line)
 
 
 def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str] | None = None) -> ClassSubset:
@@ -118,47 +90,42 @@ def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str
         >>> subset.names, subset.indices
         (('goldfish', 'Persian cat'), (1, 283))
     """
-    keys = tuple(_imagenet().wnids if available is None else available)
+    keys = tuple(_imagenet()[0] if available is None else available)
     if classes is None:
         return _subset(keys if available is None else tuple(sorted(keys)))
     entries = expand_classes(classes)
     if not entries:
-        raise ValueError("classes is an empty list; name at least one class, or leave it out to take all")
+        raise ValueError(f"classes: {classes!r} lists no class; name at least one, or leave it out to take all")
     owners = _owners(keys)
-    found = [_match(entry, owners) for entry in entries]
-    missing = [entry for entry, match in zip(entries, found, strict=True) if not match]
+    found = {entry: owners.get(entry) or owners.get(_normal(entry), set()) for entry in entries}
+    missing = [entry for entry, match in found.items() if not match]
     if missing:
         close = {entry: difflib.get_close_matches(_normal(entry), owners, n=3) for entry in missing}
         hints = [repr(entry) + (f" (near: {', '.join(near)})" if near else "") for entry, near in close.items()]
         sets = f"; named sets are {', '.join(named_sets())}" if isinstance(classes, str) else ""
         there = f"are not among the {len(keys)} there"
         raise ValueError(f"{len(missing)} of the classes {there}: {', '.join(hints)}{sets}")
-    vague = [f"{e!r} ({', '.join(sorted(match))})" for e, match in zip(entries, found, strict=True) if len(match) > 1]
+    vague = [f"{entry!r} ({', '.join(sorted(match))})" for entry, match in found.items() if len(match) > 1]
     if vague:
         raise ValueError(f"class names that fit several classes, use one in brackets: {', '.join(vague)}")
-    chosen = tuple(next(iter(match)) for match in found)
+    chosen = [next(iter(found[entry])) for entry in entries]
     twice = sorted({entry for entry, key in zip(entries, chosen, strict=True) if chosen.count(key) > 1})
     if twice:
         raise ValueError(f"classes listed twice (also by synonyms): {', '.join(twice)}")
-    return _subset(chosen)
+    return _subset(tuple(chosen))
 
 
-def wnid_of(key: str) -> str | None:
-    """Return the ImageNet-1k wnid a folder or label name stands for, or None where it is none or not clear.
-
-    Example:
-        >>> wnid_of("Persian_cat"), wnid_of("my cat"), wnid_of("crane")
-        ('n02123394', None, None)
-    """
-    owners = _imagenet().aliases.get(_normal(key), set())
+def _wnid_of(key: str) -> str | None:
+    """The ImageNet-1k wnid a folder or label name stands for, or None where it is none or not clear."""
+    owners = _imagenet()[1].get(_normal(key), set())
     return next(iter(owners)) if len(owners) == 1 else None
 
 
 def _owners(keys: Sequence[str]) -> dict[str, set[str]]:
     """Every word a class goes by, to the available keys it may mean."""
-    by_wnid = {wnid: key for key in keys if (wnid := wnid_of(key)) is not None}
+    by_wnid = {wnid: key for key in keys if (wnid := _wnid_of(key)) is not None}
     owners: dict[str, set[str]] = {}
-    for word, wnids in _imagenet().aliases.items():
+    for word, wnids in _imagenet()[1].items():
         if present := {by_wnid[wnid] for wnid in wnids if wnid in by_wnid}:
             owners[word] = present
     own: dict[str, set[str]] = {}
@@ -167,17 +134,11 @@ def _owners(keys: Sequence[str]) -> dict[str, set[str]]:
     return owners | own | {key: {key} for key in keys}
 
 
-def _match(entry: str, owners: dict[str, set[str]]) -> set[str]:
-    """The available keys an entry may mean, also an ImageNet name whose folder goes by a synonym."""
-    wnid = wnid_of(entry)
-    return owners.get(entry) or owners.get(_normal(entry)) or owners.get(wnid or "", set())
-
-
 def _subset(keys: tuple[str, ...]) -> ClassSubset:
-    imagenet = _imagenet()
-    wnids = [wnid_of(key) for key in keys]
+    imagenet, wnids = _imagenet()[0], [_wnid_of(key) for key in keys]
     names = tuple(
-        imagenet.names[wnid] if wnid == key else key.replace("_", " ") for wnid, key in zip(wnids, keys, strict=True)
+        imagenet[wnid] if wnid == key else key.replace("_", " ") for wnid, key in zip(wnids, keys, strict=True)
     )
-    known = [imagenet.wnids.index(wnid) for wnid in wnids if wnid is not None]
+    rows = {wnid: row for row, wnid in enumerate(imagenet)}
+    known = [rows[wnid] for wnid in wnids if wnid is not None]
     return ClassSubset(keys, names, tuple(known) if len(set(known)) == len(keys) else None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,42 +12,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.data.collective import together
 from singreg.data.loader import Transform, make_loader
 from singreg.data.splits import ImageSplit
-from singreg.utils import atomic_write, cache_folder, rank_and_world
-from singreg.utils import progress as with_progress
+from singreg.utils import atomic_write, cache_folder, rank_and_world, sha256_of_json, together
+from singreg.utils import progress as shown
 
 if TYPE_CHECKING:
     from singreg.models.vlm import VisionLanguageModel
 
-FORMAT = 1
 ABANDONED_SECONDS = 24 * 3600
-Rows = np.memmap[Any, np.dtype[np.float32]]
 
 
 def cached_embeddings(
-    vlm: VisionLanguageModel,
-    split: ImageSplit,
-    cache: str | Path | None = None,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: bool = True,
-) -> Rows:
+    vlm: VisionLanguageModel, split: ImageSplit, *, batch_size: int = 64, workers: int = 0, progress: bool = True
+) -> np.ndarray:
     """Return raw image embeddings z (N, n) of a split, float32, row i for image i, read-only and memory-mapped.
 
-    They are found again by weights, preprocessing and the split's content, wherever its files lie.
-
-    Args:
-        cache: folder of the files; None for `utils.cache_folder()`.
+    They are found again in `utils.cache_folder()` by weights, preprocessing and the split's content.
 
     Raises:
         ValueError: an embedding that is not finite, or an image that cannot be read; both are named.
     """
     key = {"weights": vlm.weights_hash, "preprocessing": vlm.preprocessing}
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-    return encode_split(vlm.embed_images, vlm.transform, split, vlm.dim, cache, key=key, **options)
+    return encode_split(vlm.embed_images, vlm.transform, split, vlm.dim, cache_folder(), key, "embedding", **options)
 
 
 def encode_split(
@@ -57,30 +43,26 @@ def encode_split(
     transform: Transform,
     split: ImageSplit,
     width: int,
-    cache: str | Path | None = None,
-    *,
+    cache: str | Path,
     key: Mapping[str, Any],
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: bool = True,
-    description: str = "embedding",
-) -> Rows:
+    description: str,
+    *,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+) -> np.ndarray:
     """Return any encoder's output (N, width) for a split, from the cache or computed; `key` names all it depends on.
 
     In a process group every process must call it and see the cache folder. Each encodes whole batches of the same
     images as a single process would, into one temporary file that is renamed when all are done.
-
-    Raises:
-        ValueError: an empty split, a row that is not finite (the image is named), or an encoder of another width.
     """
     if not len(split):
         raise ValueError(f"split {split.name!r} has no images to encode")
-    facts = {"format": FORMAT, "part": split.fingerprint, "shape": [len(split), width], **key}
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    target = Path(cache or cache_folder()).expanduser() / f"embeddings-{name}.npy"
     shape = (len(split), width)
+    facts = {"format": 1, "part": split.fingerprint, "shape": shape, **key}
+    target = Path(cache) / f"embeddings-{sha256_of_json(facts)[:32]}.npy"
 
-    def begin() -> str | None:
+    def begin() -> Path | None:
         if _load(target, shape) is not None:
             return None
         for left in target.parent.glob(".embeddings-*-writing-*"):  # by killed runs
@@ -88,14 +70,34 @@ def encode_split(
                 left.unlink(missing_ok=True)
         temporary = stack.enter_context(atomic_write(target))
         np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape).flush()
-        return str(temporary)
+        return temporary
+
+    def fill(path: Path) -> None:
+        """Encode this process's share of the batches into its rows of the file."""
+        rank, world = rank_and_world()
+        batches = np.array_split(np.arange(0, len(split), batch_size), world)[rank]
+        if not len(batches):
+            return
+        start, stop = int(batches[0]), min(int(batches[-1]) + batch_size, len(split))
+        loader = make_loader(split.subset(np.arange(start, stop)), transform, batch_size, workers=workers)
+        offset = np.load(path, mmap_mode="r").offset
+        with open(path, "r+b") as file:  # not through a memory map, which a full disk would kill without a word
+            file.seek(offset + 4 * width * start)
+            for images, _, places in shown(loader, f"{description} [{split.name}]", enabled=progress and rank == 0):
+                with torch.no_grad():
+                    rows = encode(images).float().cpu()
+                if rows.shape != (len(places), width):
+                    raise ValueError(f"the encoder gave {tuple(rows.shape)}, expected {(len(places), width)}")
+                wrong = (start + places[~rows.isfinite().all(dim=1)]).tolist()
+                if wrong:
+                    names = ", ".join(split.identifier(place) for place in wrong)
+                    raise ValueError(f"the encoder's output is not finite for {len(wrong)} images: {names}")
+                file.write(rows.numpy().tobytes())
 
     with ExitStack() as stack:  # a failure removes the file
         unfinished = together(begin, description, first_only=True)
         if unfinished is not None:
-            shown = f"{description} [{split.name}]" if progress else ""
-            work = (encode, transform, split, width, batch_size, workers, shown)
-            together(lambda: _fill(Path(unfinished), *work), description)
+            together(lambda: fill(unfinished), description)
             together(stack.close, description)  # which renames the file on the first process
     found = together(lambda: _load(target, shape), description)
     if found is None:
@@ -106,48 +108,15 @@ def encode_split(
 def take_rows(table: np.ndarray, rows: np.ndarray) -> Tensor:
     """Return rows (B,) of a table (N, n) as a tensor (B, n) in memory of torch's own.
 
-    Matrix products round by where memory begins, and numpy's begins at any multiple of 16 bytes: a resumed run could
-    differ from an undisturbed one.
+    Products round by where memory begins, at any multiple of 16 bytes in numpy: a resumed run could differ otherwise.
     """
     return torch.from_numpy(np.ascontiguousarray(table[rows])).clone()
 
 
-def _load(target: Path, shape: tuple[int, int]) -> Rows | None:
+def _load(target: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """The cached rows, or None where there are none of this shape."""
     try:
-        found: Rows = np.load(target, mmap_mode="r", allow_pickle=False)
+        found: np.ndarray = np.load(target, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
     return found if found.shape == shape and found.dtype == np.float32 else None
-
-
-def _fill(
-    path: Path,
-    encode: Callable[[Tensor], Tensor],
-    transform: Transform,
-    split: ImageSplit,
-    width: int,
-    batch_size: int,
-    workers: int,
-    shown: str,
-) -> None:
-    """Encode this process's share of the batches into its rows of the file."""
-    rank, world = rank_and_world()
-    batches = np.array_split(np.arange(0, len(split), batch_size), world)[rank]
-    if not len(batches):
-        return
-    start, stop = int(batches[0]), min(int(batches[-1]) + batch_size, len(split))
-    loader = make_loader(split.subset(np.arange(start, stop)), transform, batch_size, workers=workers)
-    offset = np.load(path, mmap_mode="r").offset
-    with open(path, "r+b") as file:  # not through a memory map, which a full disk would kill without a word
-        file.seek(offset + 4 * width * start)
-        for images, _, positions in with_progress(loader, shown, enabled=bool(shown) and rank == 0):
-            with torch.no_grad():
-                rows = encode(images).float().cpu()
-            if rows.shape != (len(positions), width):
-                raise ValueError(f"the encoder gave {tuple(rows.shape)}, expected {(len(positions), width)}")
-            wrong = (start + positions[~rows.isfinite().all(dim=1)]).tolist()
-            if wrong:
-                names = ", ".join(split.identifier(place) for place in wrong)
-                raise ValueError(f"the encoder's output is not finite for {len(wrong)} images: {names}")
-            file.write(rows.numpy().tobytes())

@@ -20,16 +20,13 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass(eq=False)
-class TensorView(Dataset[tuple[Any, ...]]):
-    """A split's images as (tensor, label, index), or (tensor, clean tensor, label, index) with a second transform.
-
-    The draws of image i in epoch e depend on (seed, e, i): not on workers, processes or an interruption before.
-    """
+class _Views(Dataset[tuple[Any, ...]]):
+    """A split's images as (tensor, label, index), or (tensor, clean tensor, label, index) with a second transform."""
 
     split: ImageSplit
     transform: Transform
-    clean_transform: Transform | None = None
-    seed: int = 0
+    clean_transform: Transform | None
+    seed: int
     epoch: int = 0
 
     def __len__(self) -> int:
@@ -39,33 +36,26 @@ class TensorView(Dataset[tuple[Any, ...]]):
         image, label = self.split.image(index), int(self.split.labels[index])
         with _seeded(self.seed, self.epoch, index):
             view = self.transform(image)
-        if self.clean_transform is None:
-            return view, label, index
-        return view, self.clean_transform(image), label, index
+        clean = () if self.clean_transform is None else (self.clean_transform(image),)
+        return view, *clean, label, index
 
 
 @dataclass(eq=False)
 class EpochSampler(Sampler[int]):
-    """The order of one epoch: 0..N-1, or a permutation that depends on (seed, epoch) alone.
+    """The order of one epoch; accelerate calls `set_epoch` on samplers alone, so the views hear of it from here."""
 
-    accelerate calls `set_epoch` on a loader's sampler only, so the view hears of the epoch from here.
-    """
-
-    view: TensorView
+    views: _Views
     shuffle: bool
-    seed: int = 0
-    epoch: int = 0
 
     def __len__(self) -> int:
-        return len(self.view)
+        return len(self.views)
 
     def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng([self.seed, self.epoch, 1])
+        generator = np.random.default_rng([self.views.seed, self.views.epoch, 1])
         return iter(generator.permutation(len(self)).tolist() if self.shuffle else range(len(self)))
 
     def set_epoch(self, epoch: int) -> None:
-        """Move the order and the view's augmentations to this epoch."""
-        self.epoch = self.view.epoch = epoch
+        self.views.epoch = epoch
 
 
 def make_loader(
@@ -81,15 +71,12 @@ def make_loader(
 ) -> DataLoader[Any]:
     """Return batches (images (B, 3, H, W), labels (B,), indices (B,)); `clean_transform` puts a clean view second.
 
-    Order and augmentation of an epoch depend on (seed, epoch, index): call `loader.sampler.set_epoch(epoch)`, or leave
-    it to accelerate, which calls it on the loaders it has prepared.
+    Order and draws depend on (seed, epoch, index) alone: call `loader.sampler.set_epoch(epoch)`, as accelerate does.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    view = TensorView(split, transform, clean_transform, seed)
-    sampler = EpochSampler(view, shuffle, seed)
+    views = _Views(split, transform, clean_transform, seed)
+    sampler = EpochSampler(views, shuffle)
     generator = torch.Generator().manual_seed(seed)  # or every pass would draw from the training's dropout
-    return DataLoader(view, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, generator=generator)
+    return DataLoader(views, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, generator=generator)
 
 
 @contextmanager

@@ -1,14 +1,10 @@
-"""The built-in scenes: small images whose attributes are known, seeded and identical on every machine.
-
-Only integer arithmetic decides anything: attributes come from a counter-based hash (splitmix64) and shapes are drawn on
-an integer grid, so a scene does not depend on the numpy version, the processor or a font.
-"""
+"""The built-in scenes: small images of known attributes; integer arithmetic makes them the same on every machine."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -46,12 +42,7 @@ def _hash(seed: int, counter: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SceneTable:
-    """N scenes as codes.
-
-    Attributes:
-        codes: (N,) int64 into `ATTRIBUTES[name]`, by attribute.
-        noise: (N, 4) uint64 for the jitter.
-    """
+    """N scenes as codes (N,) into `ATTRIBUTES[name]`, by attribute, and words (N, 4) for the jitter."""
 
     seed: int
     codes: dict[str, np.ndarray]
@@ -78,19 +69,8 @@ def sample_scenes(count: int, *, seed: int, background_bias: float = 0.0) -> Sce
     """Draw N scenes, their attributes uniform and independent but for the background.
 
     Args:
-        background_bias: probability that the background is the one tied to the class (shape), which at most two
-            classes share; 1 gives the class group away.
-
-    Raises:
-        ValueError: a negative count or a bias outside [0, 1].
-
-    Example:
-        >>> table = sample_scenes(3, seed=0)
-        >>> len(table), sorted(table.names(0))
-        (3, ['background', 'color', 'place', 'shape', 'size', 'texture'])
+        background_bias: probability that the background is the one tied to the class (the shape).
     """
-    if count < 0 or not 0 <= background_bias <= 1:
-        raise ValueError(f"expected count >= 0 and background_bias in [0, 1], got {count} and {background_bias}")
     words = np.arange(count, dtype=np.uint64)[:, None] * np.uint64(16) + np.arange(16, dtype=np.uint64)
     draws = _hash(seed, words)
     codes = {
@@ -102,45 +82,19 @@ def sample_scenes(count: int, *, seed: int, background_bias: float = 0.0) -> Sce
     return SceneTable(seed, codes, draws[:, 8:12].copy())
 
 
-def shape_labels(table: SceneTable) -> np.ndarray:
-    """Return the class of every scene, its shape: (N,) int64 into SHAPES."""
-    return table.codes["shape"]
-
-
-def render_scene(table: SceneTable, index: int, pixels: int = 64) -> np.ndarray:
-    """Draw one scene, (pixels, pixels, 3) uint8; `pixels` other than 64 scales by nearest neighbour.
-
-    Raises:
-        ValueError: fewer than one pixel a side. IndexError: there is no such scene.
-
-    Example:
-        >>> render_scene(sample_scenes(1, seed=0), 0).shape
-        (64, 64, 3)
-    """
-    if pixels < 1:
-        raise ValueError(f"expected pixels >= 1 a side, got {pixels}")
+def render_scene(table: SceneTable, index: int) -> np.ndarray:
+    """Draw one scene, (64, 64, 3) uint8."""
     code = {name: int(table.codes[name][index]) for name in ATTRIBUTES}
     noise = [int(word) for word in table.noise[index]]
-    image: np.ndarray = _background(BACKGROUNDS[code["background"]], noise[0])
+    image = _background(BACKGROUNDS[code["background"]], noise[0])
     _paint_shape(image, code, noise[1])
     grain = _hash(noise[2], np.arange(_SIDE * _SIDE * 3, dtype=np.uint64)) % np.uint64(25)
-    image = np.clip(image + grain.astype(np.int64).reshape(image.shape) - 12, 0, 255).astype(np.uint8)
-    if pixels != _SIDE:
-        rows = np.arange(pixels) * _SIDE // pixels
-        image = image[rows][:, rows]
-    return image
-
-
-@lru_cache(maxsize=1)
-def _grid() -> tuple[np.ndarray, np.ndarray]:
-    """x and y of every pixel: two (64, 64) int64."""
-    y, x = np.mgrid[0:_SIDE, 0:_SIDE]
-    return x.astype(np.int64), y.astype(np.int64)
+    return np.clip(image + grain.astype(np.int64).reshape(image.shape) - 12, 0, 255).astype(np.uint8)
 
 
 def _background(name: str, noise: int) -> np.ndarray:
     """(64, 64, 3) int64: a base colour with the pattern that goes with its name, moved and shaded by the noise."""
-    x, y = _grid()
+    y, x = np.mgrid[0:_SIDE, 0:_SIDE]
     x, y, shade = x + noise % 16, y + (noise >> 8) % 16, (noise >> 16) % 31 - 15
     speck = (_hash(noise & 0xFFFF, (y * 512 + x).astype(np.uint64)) % np.uint64(100)).astype(np.int64)
     if name == "grass":
@@ -150,8 +104,7 @@ def _background(name: str, noise: int) -> np.ndarray:
     elif name == "water":
         mark, base, ink = (y * 2 + np.abs((x % 16) - 8)) % 12 < 3, (70, 160, 214), (190, 226, 244)
     elif name == "brick":
-        mark = (y % 8 == 0) | ((x + (y // 8 % 2) * 8) % 16 == 0)
-        base, ink = (168, 76, 56), (216, 206, 196)
+        mark, base, ink = (y % 8 == 0) | ((x + (y // 8 % 2) * 8) % 16 == 0), (168, 76, 56), (216, 206, 196)
     elif name == "night sky":
         mark, base, ink = speck < 4, (14, 16, 56), (250, 250, 214)
     elif name == "snow":
@@ -190,14 +143,9 @@ def _paint_shape(image: np.ndarray, code: dict[str, int], noise: int) -> None:
 
 def _texture(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Where the lighter second tone goes: bool from pixel coordinates."""
-    lighter: np.ndarray = np.zeros(x.shape, dtype=bool)
-    if name == "striped":
-        lighter = (x + y) % 8 < 3
-    elif name == "dotted":
-        lighter = (x % 7 - 3) ** 2 + (y % 7 - 3) ** 2 <= 3
-    elif name == "checked":
-        lighter = (x // 4 + y // 4) % 2 == 0
-    return lighter
+    tones = {"plain": np.zeros(x.shape, dtype=bool), "striped": (x + y) % 8 < 3}
+    tones |= {"dotted": (x % 7 - 3) ** 2 + (y % 7 - 3) ** 2 <= 3, "checked": (x // 4 + y // 4) % 2 == 0}
+    return tones[name]
 
 
 # Corners x y, x y, ...
@@ -214,27 +162,18 @@ _POLYGONS = {
 def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Which points (u, v), 256 to the radius, are in the shape: bool."""
     squared: np.ndarray = u * u + v * v
-    inside: np.ndarray
     if name == "circle":
-        inside = squared <= 230**2
-    elif name == "ring":
-        inside = (squared <= 250**2) & (squared >= 140**2)
-    elif name == "crescent":
-        inside = (squared <= 250**2) & ((u - 120) ** 2 + (v + 20) ** 2 >= 205**2)
-    elif name == "heart":
+        return squared <= 230**2
+    if name == "ring":
+        return (squared <= 250**2) & (squared >= 140**2)
+    if name == "crescent":
+        return (squared <= 250**2) & ((u - 120) ** 2 + (v + 20) ** 2 >= 205**2)
+    if name == "heart":
         a, b = u * 5 // 4 // 4, -(v * 5 // 4) // 4 + 10
-        inside = (a * a + b * b - 58**2) ** 3 <= 58 * a * a * b**3
-    else:
-        inside = _in_polygon(_POLYGONS[name], u, v)
-    return inside
-
-
-def _in_polygon(corners: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Even-odd rule in integers."""
+        return (a * a + b * b - 58**2) ** 3 <= 58 * a * a * b**3
     odd = np.zeros(u.shape, dtype=bool)
-    points = [tuple(int(word) for word in corner.split()) for corner in corners.split(",")]
-    for (x1, y1), (x2, y2) in zip(points, points[1:] + points[:1], strict=True):
-        crosses = (y1 > v) != (y2 > v)
+    points = [tuple(int(word) for word in corner.split()) for corner in _POLYGONS[name].split(",")]
+    for (x1, y1), (x2, y2) in zip(points, points[1:] + points[:1], strict=True):  # the even-odd rule
         side = (x2 - x1) * (v - y1) - (u - x1) * (y2 - y1)
-        odd ^= crosses & ((side > 0) == (y2 > y1))
+        odd ^= ((y1 > v) != (y2 > v)) & ((side > 0) == (y2 > y1))
     return odd

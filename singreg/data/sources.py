@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 
 from singreg.config import DataConfig
 from singreg.data.splits import UNLABELLED, TableSplit, cell_bytes, examine
-from singreg.utils import atomic_write, cache_folder, progress, sha256_of_json
+from singreg.utils import cache_folder, sha256_of_json
 
 logger = logging.getLogger(__name__)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
-STREAMED_ROWS = 500  # held in memory at once
 
 
 def open_source(config: DataConfig) -> Folder | HuggingFace:
@@ -36,8 +34,7 @@ def read_unlabelled(folder: str, class_names: Sequence[str]) -> TableSplit:
     root = Path(folder).expanduser().resolve()
     paths = list(_images_below(root))
     if not paths:
-        endings = " ".join(sorted(SUFFIXES))
-        raise FileNotFoundError(f"there is no image below {root} (data.unlabeled); expected files ending in {endings}")
+        raise FileNotFoundError(f"there is no image below {root} (data.unlabeled); expected {' '.join(SUFFIXES)}")
     return TableSplit.from_files(str(root), paths, class_names, [UNLABELLED] * len(paths))
 
 
@@ -49,12 +46,9 @@ class Folder:
 
     def keys(self, split: str, option: str) -> tuple[str, ...]:
         """Return the class folders, sorted, of the split that `option` named."""
-        folder = self.root / split
+        folder, there = self.root / split, ", ".join(_subfolders(self.root))
         if not folder.is_dir():
-            there = ", ".join(_subfolders(self.root)) or "none"
-            raise FileNotFoundError(
-                f"there is no split {split!r} in {self.root}; folders there: {there}; set {option} to one of them"
-            )
+            raise FileNotFoundError(f"no split {split!r} in {self.root}; folders there: {there}; set {option} to one")
         if not _subfolders(folder):
             raise ValueError(f"{folder} ({option}) holds no class folder; expected {folder}/CLASS/image files")
         return _subfolders(folder)
@@ -63,22 +57,14 @@ class Folder:
         """Return all images of the classes `keys`, labelled by their place in it."""
         found = [list(_images_below(self.root / split / key)) for key in keys]
         labels = np.repeat(np.arange(len(keys)), [len(paths) for paths in found])
-        paths = [path for of_class in found for path in of_class]
-        return TableSplit.from_files(str(self.root / split), paths, class_names, labels)
+        return TableSplit.from_files(str(self.root / split), [path for p in found for path in p], class_names, labels)
 
 
 class HuggingFace:
     """A data set of the hub, or a folder of Parquet files; streamed, it is read once and what is wanted is kept."""
 
     def __init__(self, config: DataConfig) -> None:
-        self.source, self.streaming = config.source, config.streaming
-        self.opened: dict[str, tuple[Any, str, str]] = {}
-        counts = config.per_class
-        self.wanted: dict[str, int | None] = {}
-        if config.train_split != config.test_split:
-            rest = "train" not in counts or "audit" not in counts
-            self.wanted[config.train_split] = None if rest else counts["train"] + counts["audit"]
-            self.wanted[config.test_split] = counts.get("test")
+        self.config, self.opened = config, dict[str, tuple[Any, str, str]]()
 
     def keys(self, split: str, option: str) -> tuple[str, ...]:
         """Return the class names, in the data set's own order, of the split that `option` named."""
@@ -87,87 +73,80 @@ class HuggingFace:
             return tuple(rows.features[label].names)
         names = {value for value in _labels(rows, label) if value is not None}
         if not names:
-            raise ValueError(f"{self.source}/{split}: expected class names in the column {label!r}, got only nulls")
+            raise ValueError(f"{self.config.source}/{split}: the column {label!r} has no class name, only nulls")
         return tuple(sorted(names))
 
     def read(self, split: str, keys: Sequence[str], class_names: Sequence[str]) -> TableSplit:
         """Return the images of the split, those of the classes `keys` labelled by their place in it."""
         rows, column, label = self._open(split)
-        where, place = f"{self.source}/{split}", {key: index for index, key in enumerate(keys)}
-        if self.streaming:
-            kept = self._kept(split, keys)
-            return TableSplit(where, kept.select_columns(["image"]), class_names, kept["label"][:], where=where)
+        where, place = f"{self.config.source}/{split}", {key: index for index, key in enumerate(keys)}
+        if self.config.streaming:
+            kept = self._streamed(split, place)
+            return TableSplit(where, kept.select_columns(["image"]), class_names, kept["label"][:], where)
         names = list(_labels(rows, label))
         if None in names:
-            text = "%s: %d rows are unlabelled (no value in the column %r) and are left out"
-            logger.warning(text, where, names.count(None), label)
-        table = rows.select_columns([column])
-        table = table if column == "image" else table.rename_column(column, "image")
+            logger.warning("%s: %d rows are unlabelled (%s) and are left out", where, names.count(None), label)
         labels = [UNLABELLED if name is None else place.get(name, UNLABELLED) for name in names]
-        return TableSplit(where, table, class_names, labels, where=where)
+        table = rows.select_columns([column]).rename_columns({column: "image"})
+        return TableSplit(where, table, class_names, labels, where)
 
     def _open(self, split: str, option: str = "") -> tuple[Any, str, str]:
         """Return the split's rows with undecoded images, and its image and label columns."""
         if split not in self.opened:
+            source = self.config.source
             try:
-                rows = datasets.load_dataset(self.source, split=split, streaming=self.streaming)
+                rows = datasets.load_dataset(source, split=split, streaming=self.config.streaming)
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"data.source {self.source!r}, split {split!r} ({option}), is no folder here and no data set that "
-                    f"could be opened; datasets says: {error}"
+                    f"data.source {source!r}, split {split!r} ({option}), is no folder here and no data set that could "
+                    f"be opened; datasets says: {error}"
                 ) from error
             features = rows.features or {}
             images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
             labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-            texts = [n for n in ("label", "class", "category") if getattr(features.get(n), "dtype", "") == "string"]
-            if not images or not labels + texts:
-                raise ValueError(
-                    f"data.source {self.source!r}: expected an image column and a ClassLabel column (or a text column "
-                    f"label, class or category), got {dict(features)}"
-                )
-            rows = rows.cast_column(images[0], datasets.Image(decode=False))
-            self.opened[split] = rows, images[0], (labels + texts)[0]
+            labels += [n for n in ("label", "class", "category") if getattr(features.get(n), "dtype", "") == "string"]
+            if not images or not labels:
+                wanted = "an image column and a ClassLabel column (or a text column label, class or category)"
+                raise ValueError(f"data.source {source!r}: expected {wanted}, got {dict(features)}")
+            self.opened[split] = rows.cast_column(images[0], datasets.Image(decode=False)), images[0], labels[0]
         return self.opened[split]
 
-    def _kept(self, split: str, keys: Sequence[str]) -> datasets.Dataset:
-        """Stream the split unless that was done before; the first readable images of each class are kept as Arrow."""
-        rows, column, label = self._open(split)
-        place, wanted = {key: index for index, key in enumerate(keys)}, self.wanted.get(split)
-        facts = {"source": self.source, "split": split, "keys": list(keys), "wanted": wanted}
-        facts["data"] = datasets.load_dataset_builder(self.source).hash
-        target = cache_folder() / f"stream-{sha256_of_json(facts)[:32]}.arrow"
-        if not target.is_file():
-            schema = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}).arrow_schema
-            taken = _taken(rows, column, label, place, wanted)
-            shown = progress(taken, f"streaming {self.source}/{split}")
-            with atomic_write(target) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
-                held: list[dict[str, Any]] = []
-                for row in shown:
-                    held.append(row)
-                    if len(held) == STREAMED_ROWS:
-                        writer.write_batch(pa.RecordBatch.from_pylist(held, schema))
-                        held = []
-                writer.write_batch(pa.RecordBatch.from_pylist(held, schema))
-        return datasets.Dataset.from_file(str(target)).cast_column("image", datasets.Image(decode=False))
+    def _streamed(self, split: str, place: dict[str, int]) -> datasets.Dataset:
+        """Stream the split, or find it in the cache: the first readable images of each class, as many as wanted."""
+        source, counts, wanted = self.config.source, self.config.per_class, None
+        if self.config.train_split != self.config.test_split:
+            train = counts["train"] + counts["audit"] if "train" in counts and "audit" in counts else None
+            wanted = train if split == self.config.train_split else counts.get("test")
+        facts = {"source": source, "split": split, "keys": list(place), "wanted": wanted}
+        facts["data"] = datasets.load_dataset_builder(source).hash
+        rows = self._open(split)
+        try:
+            return datasets.Dataset.from_generator(
+                lambda: _taken(*rows, place, wanted),
+                datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")}),
+                cache_dir=str(cache_folder() / "streams"),
+                fingerprint=sha256_of_json(facts)[:32],
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{source}/{split} could not be streamed to the end: {error.__cause__}") from error
 
 
 def _taken(rows: Any, column: str, label: str, place: dict[str, int], wanted: int | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of the wanted classes, until each has as many readable images as wanted (None: all there are)."""
     missing = dict.fromkeys(place.values(), wanted or 0)
     for row in rows:
-        name = _label_name(row[label], rows.features[label])
+        name, cell = _label_name(row[label], rows.features[label]), row[column]
         if name not in place or (wanted is not None and not missing[place[name]]):
             continue
-        cell = row[column]
-        if cell is not None and cell["bytes"] is None and cell["path"] is not None:
-            cell = {"bytes": cell_bytes(cell), "path": None}
+        empty = cell is None or (cell["bytes"] is None and cell["path"] is None)
+        cell = None if empty else {"bytes": cell_bytes(cell), "path": None}
         yield {"image": cell, "label": place[name]}
         missing[place[name]] -= examine(cell)[1] is None
         if wanted is not None and not any(missing.values()):
             return
 
 
-def _labels(rows: Any, label: str) -> Iterable[str | None]:
+def _labels(rows: Any, label: str) -> Iterator[str | None]:
     """The label of every row as text."""
     feature = rows.features[label]
     return (_label_name(row[label], feature) for row in rows.select_columns([label]))

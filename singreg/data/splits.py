@@ -12,13 +12,12 @@ from functools import cached_property
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
+from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
 
 from singreg.data.classes import imagenet_names
-from singreg.data.scenes import SHAPES, SceneTable, render_scene, shape_labels
+from singreg.data.scenes import SHAPES, SceneTable, render_scene
 from singreg.utils import progress
 
 Labels = Sequence[int] | np.ndarray
@@ -28,30 +27,13 @@ SCENES_KEPT_BYTES = 2**28
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
-class UnreadableImageError(ValueError):
-    """An image that cannot be read; the text names it."""
-
-
-def open_rgb(cell: Mapping[str, Any] | None, identifier: str) -> Image.Image:
-    """Decode an undecoded image cell of `datasets` as RGB, upright by its EXIF tag, under PIL's own limit of size.
-
-    Raises:
-        UnreadableImageError: truncated, not an image, missing or too large.
-    """
-    try:
-        with _opened(cell_bytes(cell)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # on broken files PIL raises nearly anything
-        raise UnreadableImageError(f"cannot read the image {identifier}: {_reason(error)}") from error
-
-
 def cell_bytes(cell: Mapping[str, Any] | None) -> bytes:
     """Return the encoded bytes of an undecoded image cell of `datasets`: its own, or those of the file it names."""
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError("the row holds no image (null)")
     if cell["bytes"] is not None:
         return bytes(cell["bytes"])
-    with fsspec.open(cell["path"], "rb") if "://" in cell["path"] else open(cell["path"], "rb") as file:
+    with xopen(cell["path"], "rb") as file:
         return bytes(file.read())
 
 
@@ -59,24 +41,26 @@ def examine(cell: Mapping[str, Any] | None) -> tuple[bytes, str | None]:
     """Return an image cell's SHA-256 and why it cannot be decoded, or None; JPEG is tried at 1/8 scale."""
     try:
         content = cell_bytes(cell)
-        with _opened(content) as image:
-            image.draft("RGB", (1, 1))
-            ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:
+        _decode(content, draft=True)
+    except Exception as error:  # on broken files PIL raises nearly anything
         return bytes(32), _reason(error)
     return hashlib.sha256(content).digest(), None
 
 
-def _opened(content: bytes) -> Image.Image:
+def _decode(content: bytes, *, draft: bool = False) -> Image.Image:
+    """Decode as RGB, upright by the EXIF tag, under PIL's own limit of size."""
     Image.init()  # before it, PIL does not know which formats it was built with
-    return Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+    with Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        if draft:
+            image.draft("RGB", (1, 1))
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).split(' <_io')[0]}"
 
 
-class ImageSplit(Dataset[tuple[Image.Image, int, int]]):
+class ImageSplit:
     """N numbered images, the base of every source; a new source needs `image` and `identifier` only.
 
     Args:
@@ -86,14 +70,9 @@ class ImageSplit(Dataset[tuple[Image.Image, int, int]]):
         digests: (N, 32) uint8, SHA-256 of each image's content.
     """
 
-    def __init__(self, name: str, class_names: Sequence[str], labels: np.ndarray, digests: np.ndarray) -> None:
-        labels = np.asarray(labels, dtype=np.int64)
-        if labels.ndim != 1 or digests.shape != (len(labels), 32):
-            raise ValueError(f"{name}: expected labels (N,), digests (N, 32), got {labels.shape}, {digests.shape}")
-        if len(labels) and not UNLABELLED <= labels.min() <= labels.max() < len(class_names):
-            raise ValueError(f"{name}: labels {labels.min()}..{labels.max()} do not fit {len(class_names)} classes")
+    def __init__(self, name: str, class_names: Sequence[str], labels: Labels, digests: np.ndarray) -> None:
         self.name, self.class_names = name, tuple(class_names)
-        self.labels, self.digests = labels, np.asarray(digests, dtype=np.uint8)
+        self.labels, self.digests = np.asarray(labels, dtype=np.int64), digests
 
     @cached_property
     def fingerprint(self) -> str:
@@ -106,22 +85,15 @@ class ImageSplit(Dataset[tuple[Image.Image, int, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int, int]:
-        return self.image(index), int(self.labels[index]), index
-
     def image(self, index: int) -> Image.Image:
-        """Return image `index` as RGB.
-
-        Raises:
-            UnreadableImageError: it cannot be decoded; the text names it.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define image(index)")
+        """Return image `index` as RGB."""
+        raise NotImplementedError
 
     def identifier(self, index: int) -> str:
         """Return the name of image `index` for messages and tables: a path, SOURCE/SPLIT#ROW or scene-SEED-INDEX."""
-        raise NotImplementedError(f"{type(self).__name__} must define identifier(index)")
+        raise NotImplementedError
 
-    def subset(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> ImageSplit:
+    def subset(self, indices: Labels, name: str | None = None) -> SubsetSplit:
         """Return the images at `indices` (M,), in that order."""
         return SubsetSplit(self, indices, name)
 
@@ -129,29 +101,16 @@ class ImageSplit(Dataset[tuple[Image.Image, int, int]]):
 class SubsetSplit(ImageSplit):
     """Some images of another split: `indices` (M,) into it."""
 
-    def __init__(self, parent: ImageSplit, indices: Sequence[int] | np.ndarray, name: str | None = None) -> None:
-        chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(parent):
-            raise ValueError(
-                f"expected indices below {len(parent)} (split {parent.name!r}), got {chosen.min()}..{chosen.max()}"
-            )
-        super().__init__(name or parent.name, parent.class_names, parent.labels[chosen], parent.digests[chosen])
-        self.parent, self.indices = parent, chosen
+    def __init__(self, parent: ImageSplit, indices: Labels, name: str | None = None) -> None:
+        self.parent, self.indices = parent, np.asarray(indices, dtype=np.int64)
+        labels, digests = parent.labels[self.indices], parent.digests[self.indices]
+        super().__init__(name or parent.name, parent.class_names, labels, digests)
 
     def image(self, index: int) -> Image.Image:
         return self.parent.image(int(self.indices[index]))
 
     def identifier(self, index: int) -> str:
         return self.parent.identifier(int(self.indices[index]))
-
-
-class RelabelledSplit(SubsetSplit):
-    """Another split's images among more classes: label k becomes `indices[k]`, unlabelled stays unlabelled."""
-
-    def __init__(self, parent: ImageSplit, indices: Sequence[int], class_names: Sequence[str]) -> None:
-        super().__init__(parent, np.arange(len(parent)))
-        self.labels = np.append(np.asarray(indices, dtype=np.int64), UNLABELLED)[parent.labels]
-        self.class_names = tuple(class_names)
 
 
 class ConcatSplit(ImageSplit):
@@ -164,8 +123,6 @@ class ConcatSplit(ImageSplit):
 
     def locate(self, index: int) -> tuple[ImageSplit, int]:
         """Return the split that image `index` is from, and its number there."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside split {self.name!r} of {len(self)} images")
         place = int(np.searchsorted(self.ends, index, side="right"))
         return self.splits[place], int(index - self.ends[place] + len(self.splits[place]))
 
@@ -179,7 +136,7 @@ class ConcatSplit(ImageSplit):
 
 
 class TableSplit(ImageSplit):
-    """Images in a `datasets` table with an undecoded column "image", opened one at a time.
+    """Images in a `datasets` table with an undecoded column "image"; `examine` fills in their digests.
 
     Args:
         where: names rows as WHERE#ROW; None names them by their path.
@@ -188,42 +145,40 @@ class TableSplit(ImageSplit):
     def __init__(
         self, name: str, table: datasets.Dataset, class_names: Sequence[str], labels: Labels, where: str | None = None
     ) -> None:
-        super().__init__(name, class_names, np.asarray(labels), np.zeros((len(table), 32), dtype=np.uint8))
+        super().__init__(name, class_names, labels, np.zeros((len(table), 32), dtype=np.uint8))
         self.table, self.where = table, where
+        self.seen = np.zeros(len(table), dtype=bool)
+        self.bad: dict[int, str] = {}  # why a row cannot be decoded
 
     @classmethod
     def from_files(cls, name: str, paths: Sequence[str], class_names: Sequence[str], labels: Labels) -> TableSplit:
-        """Return image files as a split whose digests are not known before `examine`.
-
-        Example:
-            >>> import tempfile
-            >>> file = f"{tempfile.mkdtemp()}/a.png"
-            >>> Image.new("RGB", (9, 7), "red").save(file)
-            >>> split = TableSplit.from_files("train", [file], ["red"], [0])
-            >>> split.examine([0]), split.image(0).size
-            ({}, (9, 7))
-        """
+        """Return image files as a split."""
         features = datasets.Features({"image": datasets.Value("string")})
         table = datasets.Dataset.from_dict({"image": list(paths)}, features=features)
         return cls(name, table.cast_column("image", datasets.Image(decode=False)), class_names, labels)
 
-    def examine(self, rows: Sequence[int] | np.ndarray) -> dict[int, str]:
-        """Read rows (M,) once, keep their digests and return what is wrong with those that cannot be decoded."""
-        bad: dict[int, str] = {}
-        rows = np.asarray(rows, dtype=np.int64)
+    def examine(self, rows: Labels) -> bool:
+        """Read those of the rows (M,) not read before, keep their digests, return whether any cannot be decoded."""
+        new = np.asarray(rows, dtype=np.int64)
+        new = new[~self.seen[new]]
+        self.seen[new] = True
+        known = len(self.bad)
         # Chunks, since a million waiting tasks would take a gigabyte.
-        chunks = np.split(rows, range(1024, len(rows), 1024))
+        chunks = np.split(new, range(1024, len(new), 1024))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
             for chunk in progress(chunks, f"checking images [{self.name}]"):
                 found = pool.map(lambda row: examine(self.table[int(row)]["image"]), chunk)
                 for row, (digest, problem) in zip(chunk.tolist(), found, strict=True):
                     self.digests[row] = np.frombuffer(digest, dtype=np.uint8)
                     if problem is not None:
-                        bad[row] = problem
-        return bad
+                        self.bad[row] = problem
+        return len(self.bad) > known
 
     def image(self, index: int) -> Image.Image:
-        return open_rgb(self.table[int(index)]["image"], self.identifier(index))
+        try:
+            return _decode(cell_bytes(self.table[int(index)]["image"]))
+        except Exception as error:
+            raise ValueError(f"cannot read the image {self.identifier(index)}: {_reason(error)}") from error
 
     def identifier(self, index: int) -> str:
         return f"{self.where}#{index}" if self.where else str(self.table[int(index)]["image"]["path"])
@@ -234,7 +189,7 @@ class SceneSplit(ImageSplit):
 
     def __init__(self, name: str, table: SceneTable) -> None:
         rows = [hashlib.sha256(f"{table.fingerprint} 64 {i}".encode()).digest() for i in range(len(table))]
-        super().__init__(name, SHAPES, shape_labels(table), np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32))
+        super().__init__(name, SHAPES, table.codes["shape"], np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32))
         self.table = table
         self._drawn: dict[int, np.ndarray] = {}
 
@@ -269,16 +224,13 @@ class Splits:
         return iter((self.train, self.bank, self.audit, self.test))
 
     def among_imagenet(self) -> Splits:
-        """Return the same images with labels and names among all 1000 classes of ImageNet-1k, for a head kept whole.
-
-        Raises:
-            ValueError: the classes are not ImageNet-1k's.
-        """
+        """Return the same images with labels and names among all 1000 classes of ImageNet-1k, for a head kept whole."""
         if self.class_indices is None:
-            raise ValueError(
-                f"these {len(self.class_names)} classes are not all ImageNet-1k's ({', '.join(self.class_names[:4])}, "
-                "...), so their rows in a kept head are not known; use model.head: new"
-            )
-        names = imagenet_names()
-        train, bank, audit, test = (RelabelledSplit(split, self.class_indices, names) for split in self)
+            raise ValueError(f"the {len(self.class_names)} classes are not all ImageNet-1k's; use model.head: new")
+        names, rows = imagenet_names(), np.array([*self.class_indices, UNLABELLED])
+        moved = []
+        for split in self:
+            moved.append(split.subset(np.arange(len(split))))
+            moved[-1].labels, moved[-1].class_names = rows[split.labels], names
+        train, bank, audit, test = moved
         return Splits(train, bank, audit, test, names, tuple(range(len(names))))
