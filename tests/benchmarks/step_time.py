@@ -114,9 +114,8 @@ def main() -> None:
     without, with_loss = (statistics.median(column) * 1000 for column in zip(*times, strict=True))
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{machine}; {options.model}, batch {options.batch}")
-    print(
-        f"step without the loss {without:.1f} ms, with it {with_loss:.1f} ms (medians of {options.pairs} blocks of {block})"
-    )
+    medians = f"medians of {options.pairs} blocks of {block}"
+    print(f"step without the loss {without:.1f} ms, with it {with_loss:.1f} ms ({medians})")
     low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
     print(f"ratio, pair by pair: median {statistics.median(ratios):.3f}, quartiles {low:.3f} to {high:.3f}")
 

@@ -1,1 +1,0 @@
-"""Configuration, the two-arm training loop on Accelerate, and checkpoints."""
