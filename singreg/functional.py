@@ -11,14 +11,7 @@ REFINED_AT_ONCE = 4096  # pairs
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Divide every row by its length; 0, with a zero gradient, where it is 0.
-
-    Shape: (..., n) to (..., n), dtype kept.
-
-    Example:
-        >>> unit_rows(torch.tensor([[3.0, 0.0], [0.0, 0.0]])).tolist()
-        [[1.0, 0.0], [0.0, 0.0]]
-    """
+    """Divide every row by its length; 0, with a zero gradient, where it is 0. Shape: (..., n) to (..., n)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     zero = norm == 0
     return torch.where(zero, torch.zeros_like(x), x / torch.where(zero, torch.ones_like(norm), norm))
@@ -51,28 +44,19 @@ def angle(x: Tensor, y: Tensor) -> Tensor:
 def attribute_score(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
     """Return the attribute score AS = angle(z, t) - angle(z_eq, t) in degrees (paper eq. 7).
 
-    Positive: the equivalent image is closer to the text, so the null component was nuisance. Negative: removing the
-    null component took class meaning away (leakage).
+    Positive: the null component was nuisance. Negative: removing it took class meaning away (leakage).
 
     Shape: translated features before and after the removal, z and z_eq (..., n), text (..., n); returns (...).
 
     Example:
-        >>> z, z_eq, t = torch.eye(2)[0], torch.eye(2)[1], torch.eye(2)[1]
-        >>> attribute_score(z, z_eq, t).item()
+        >>> attribute_score(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])).item()
         90.0
     """
     return angle(z, text) - angle(z_eq, text)
 
 
 def image_score(z: Tensor, z_eq: Tensor) -> Tensor:
-    """Return the image score IS = angle(z, z_eq) in degrees: how far the removal moved the meaning (paper eq. 8).
-
-    Shape: z, z_eq (..., n); returns (...).
-
-    Example:
-        >>> image_score(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])).item()
-        45.0
-    """
+    """Return the image score IS = angle(z, z_eq) in degrees: how far the removal moved the meaning (paper eq. 8)."""
     return angle(z, z_eq)
 
 
@@ -81,8 +65,6 @@ def kappa(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
 
     θ, θ' are the angles to the text before and after. κ is the cosine between the direction of travel on the sphere and
     the direction to the text: it tells meaning from mere displacement, which |AS| cannot. 0 where nothing moved.
-
-    Shape: z, z_eq, text (..., n); returns (...).
 
     Example:
         >>> z, z_eq, t = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0])
@@ -98,21 +80,11 @@ def kappa(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pairwise_angles(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (angles in degrees, cosines) between unit rows, by one matrix product; no gradient passes.
+    """Return (angles in degrees, cosines), (B, K) each, between unit (or zero) rows x (B, n) and y (K, n).
 
-    A float32 product of unit rows is off by up to 4e-7, so its arccos by up to 2e-5/sin θ degrees. Where |cos| is above
-    0.8 (rare between images and texts) the pair is computed anew as `angle` does it, in float64: every angle is right
-    to 5e-5 degrees. Of float64 rows only those within 1e-4 degrees of 0 or 180 need it, and all are right to 1e-7.
-
-    Shape: x (B, n), y (K, n) unit (or zero) rows, both float32 or both float64; returns two of (B, K).
-
-    Example:
-        >>> angles, cosines = pairwise_angles(torch.eye(2), torch.tensor([[0.6, 0.8]]))
-        >>> [round(value, 3) for value in angles.flatten().tolist()]
-        [53.13, 36.87]
+    One matrix product, whose arccos is off by up to 2e-5/sin θ degrees in float32. Where |cos| is near 1 (`NEAR`) the
+    pair is computed anew as `angle` does it, in float64: all are right to 5e-5 degrees, of float64 rows to 1e-7.
     """
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"pairwise angles need rows (B, n) and (K, n), got {tuple(x.shape)} and {tuple(y.shape)}")
     cosines = (x @ y.T).clamp_(-1, 1)
     angles = torch.acos(cosines).mul_(DEGREES)
     for pairs in torch.split((cosines.abs() > NEAR[cosines.dtype]).nonzero(), REFINED_AT_ONCE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +13,14 @@ from singreg.functional import unit_rows
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator, check_translator
 
+STEPS, RESTARTS = 60, 2  # gradient steps from every start, and random starts where one could help
+FIRST_STEP, GROW, SHRINK, LAST_STEP = 0.5, 1.5, 0.4, 1e-12  # of the budget: the search for a step that helps
 HALVINGS, NEWTON = 44, 5
 SCALES = (-20.0, 20.0)  # log2 of p beside 1 / (|z| + σ_1 ε): where the best scale is looked for
 SEEN = 1e-10  # of the translator's own size: a direction that it sees less than this is one it does not see
 FAINT = 1e-6  # of the largest singular value: the displacement that a fainter direction needs rounds away in the logits
 ROUNDED = 1e-16  # of |z|²: a rest so small is the rounding of one that is not there
 FAR = 1e4  # lengths of z, that stand for infinity: further on the direction of a reading hardly changes
-FIRST_STEP, GROW, SHRINK, LAST_STEP = 0.5, 1.5, 0.4, 1e-12  # of the budget: the search for a step that helps
 INSIDE = 1 - 1e-9  # of a tolerance, so that adding to a feature and reading logits again does not round over it
 TINY = torch.finfo(torch.float64).tiny
 
@@ -39,18 +41,7 @@ class NearNull:
 
     @classmethod
     def below(cls, weight: Tensor, null_space: NullSpace, *, ratio: float, tolerance: float) -> NearNull:
-        """Take the directions with σ <= ratio · σ_1 in the row space of W (C, m), which `null_space` was made from.
-
-        Example:
-            >>> W = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.02, 0.0]])
-            >>> near = NearNull.below(W, NullSpace.from_weight(W), ratio=0.05, tolerance=0.1)
-            >>> near.basis.abs().T.tolist(), round(near.retract(torch.tensor([[50.0]]).double()).abs().item(), 6)
-            ([[0.0, 1.0, 0.0]], 5.0)
-        """
-        if not 0 < ratio <= 1:
-            raise ValueError(f"the share of the largest singular value must be in (0, 1], got {ratio}")
-        if not tolerance > 0:
-            raise ValueError(f"the logit tolerance must be positive, got {tolerance}; for 0 use the null space itself")
+        """Take the directions with σ <= ratio · σ_1 in the row space of W (C, m), which `null_space` was made from."""
         directions, sigma = null_space.singular_directions()
         basis = directions[:, sigma <= ratio * sigma[:1]]
         effect = weight.detach().to(basis) @ basis
@@ -59,14 +50,14 @@ class NearNull:
         return cls(basis, effect, tolerance)
 
     def retract(self, coordinates: Tensor) -> Tensor:
-        """Scale coordinates b until |effect b|_∞ <= τ; those within stay. Shape: (..., k) to (..., k)."""
+        """Scale coordinates b (..., k) until |effect b|_∞ <= τ; those within stay."""
         moved = (coordinates @ self.effect.T).abs().amax(-1, keepdim=True)
         return coordinates * (self.tolerance * INSIDE / moved.clamp_min(TINY)).clamp_max(1)
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Where an attacker may go, and which length is bounded.
+    """Where an attacker may go, and which length is bounded: either `null_space` or `basis`.
 
     Attributes:
         null_space: any null displacement d, |d| <= ε.
@@ -78,10 +69,6 @@ class Directions:
     basis: Tensor | None = None
     near: NearNull | None = None
 
-    def __post_init__(self) -> None:
-        if (self.null_space is None) == (self.basis is None):
-            raise ValueError("give the directions either as null_space= or as basis=, an (m, k) matrix")
-
     def inside(self, d: Tensor) -> Tensor:
         """The exactly null part of d (R, m)."""
         assert self.null_space is not None
@@ -92,41 +79,20 @@ class Directions:
         return like.new_zeros(like.shape[-1], 0) if self.near is None else self.near.basis.to(like)
 
 
-@dataclass(frozen=True)
-class Maximised:
-    """The displacement that turns features as far towards a text as the budget allows. All float64.
-
-    Attributes:
-        displacement: d (R, m).
-        coordinates: (R, k), whose length the budget bounds; `start` of the next budget takes them.
-        similarity: (R,) the cosine reached.
-        single: (R,) that of the paper's one gradient step of the whole budget.
-    """
+class Maximised(NamedTuple):
+    """Displacements d (R, m), their coordinates (R, k), whose length is bounded, and the cosines (R,) reached."""
 
     displacement: Tensor
     coordinates: Tensor
     similarity: Tensor
-    single: Tensor
 
 
 class Maximiser:
     """argmax of cos(T(f + d), t) over the directions, |d| <= ε, in float64; never below the single gradient step.
 
     Args:
-        directions: where d may go.
         matrix: A of an affine translator, given with its offset: one SVD serves all features and budgets.
         translator: any other, that takes float64 features and is differentiated by autograd.
-        restarts: random starts, where one could help; `steps` gradient steps from every start.
-
-    Raises:
-        ValueError: no or two kinds of translator, no step, or a negative number of restarts.
-
-    Example:
-        >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
-        >>> maximiser = Maximiser(Directions(space), matrix=torch.eye(2), offset=torch.zeros(2))
-        >>> found = maximiser.maximise(torch.tensor([[1.0, 0.0]]), torch.tensor([1.0, 1.0]), 3.0)
-        >>> [round(float(x), 4) for x in (found.similarity, found.single, *found.displacement[0])]
-        [1.0, 0.8944, 0.0, 1.0]
     """
 
     def __init__(
@@ -136,16 +102,10 @@ class Maximiser:
         matrix: Tensor | None = None,
         offset: Tensor | None = None,
         translator: AnyTranslator | None = None,
-        steps: int = 60,
-        restarts: int = 2,
-        seed: int = 0,
     ) -> None:
-        if steps < 1 or restarts < 0:
-            raise ValueError(f"expected at least one step and no negative restarts, got {steps} and {restarts}")
         check_translator(matrix, offset, translator)
         self.directions, self.translator = directions, translator
-        self.steps, self.restarts, self.seed = steps, restarts, seed
-        self.reach = None if matrix is None or offset is None else AffineReach(matrix, offset, directions)
+        self.reach = None if matrix is None or offset is None else _AffineReach(matrix, offset, directions)
 
     @torch.no_grad()
     def maximise(
@@ -154,32 +114,28 @@ class Maximiser:
         """Climb from the best of: nothing, the single gradient step, the closed form and `start`; then restart.
 
         Args:
-            start: coordinates of a smaller budget, so that a larger one is never worse.
+            start: coordinates (R, k) of a smaller budget, so that a larger one is never worse.
 
-        Shape: features (R, m), text (n,) or (R, n), budget ε () or (R,) finite and >= 0, start (R, k).
+        Shape: features (R, m), text (n,) or (R, n), budget ε () or (R,).
         """
         exact = features.to(torch.float64)
         limit = torch.as_tensor(budget, dtype=torch.float64).to(exact.device).expand(len(exact))
-        if not bool((limit >= 0).all() and torch.isfinite(limit).all()):
-            raise ValueError("the budget must be finite and not negative: the largest length of a displacement")
         problem = self._problem(exact, text)
         nothing = _at(problem, limit, limit.new_zeros(len(limit), problem.size))
-        single = _at(problem, limit, limit[:, None] * unit_rows(nothing[2]))
-        best = _better(single, nothing)
-        if isinstance(problem, AffineProblem):
+        best = _better(_at(problem, limit, limit[:, None] * unit_rows(nothing[2])), nothing)
+        if isinstance(problem, _AffineProblem):
             best = _better(best, _at(problem, limit, problem.closed_form(limit)))
         if start is not None:
             best = _better(best, _at(problem, limit, start.to(limit)))
-        best = _climb(problem, limit, best, self.steps)
+        best = _climb(problem, limit, best)
         # An affine map has no other maximum once every cosine is positive: a convex cone.
         alone = self.reach is not None and self.directions.near is None and bool((best[1] > 0).all())
-        for turn in range(0 if alone else self.restarts):
+        for turn in range(0 if alone else RESTARTS):
             # one direction for all rows: what is found for an image must not hang on which others are in its chunk
-            generator = torch.Generator().manual_seed(self.seed * 1000 + turn)
-            drawn = torch.randn(problem.size, generator=generator, dtype=torch.float64).to(limit)
-            begun = _at(problem, limit, limit[:, None] * unit_rows(problem.retract(drawn.expand(len(limit), -1))))
-            best = _better(best, _climb(problem, limit, begun, self.steps))
-        return Maximised(problem.to_features(best[0]), best[0], best[1], single[1])
+            drawn = torch.randn(problem.size, generator=torch.Generator().manual_seed(turn), dtype=torch.float64)
+            ahead = unit_rows(problem.retract(drawn.to(limit).expand(len(limit), -1)))
+            best = _better(best, _climb(problem, limit, _at(problem, limit, limit[:, None] * ahead)))
+        return Maximised(problem.to_features(best[0]), best[0], best[1])
 
     @torch.no_grad()
     def unbounded(self, features: Tensor, text: Tensor) -> Tensor | None:
@@ -187,31 +143,18 @@ class Maximiser:
 
         None for a translator that is not affine.
         """
-        if self.reach is None:
-            return None
-        problem, singular = self._problem(features.to(torch.float64), text), self.reach.singular
-        assert isinstance(problem, AffineProblem)
-        seen = singular > FAINT * singular[:1]
-        start, target = problem.start[:, : problem.thin][:, seen], problem.target[:, : problem.thin][:, seen]
-        length = (problem.start.square().sum(1) + problem.rest).sqrt()
-        rest = (length.square() - start.square().sum(1)).clamp_min(0)
-        along = problem.along + (problem.start * problem.target).sum(1) - (start * target).sum(1)
-        far = FAR * length / torch.linalg.vector_norm(target, dim=1).clamp_min(TINY)
-        there = (along > 0) & (rest > ROUNDED * length.square())
-        scale = torch.where(there, rest / along.clamp_min(TINY), far).minimum(far)
-        found: Tensor = length.new_zeros(len(length), problem.size)
-        found[:, : problem.thin][:, seen] = (scale[:, None] * target - start) / singular[seen]
-        return found
+        problem = self._problem(features.to(torch.float64), text)
+        return problem.unbounded() if isinstance(problem, _AffineProblem) else None
 
     def _problem(self, features: Tensor, text: Tensor) -> Problem:
         unit = normalize(text.to(features), dim=-1).expand(len(features), -1)
         if self.reach is not None:
-            return AffineProblem(self.reach, features, unit)
+            return _AffineProblem(self.reach, features, unit)
         assert self.translator is not None
-        return FreeProblem(self.translator, self.directions, features, unit)
+        return _FreeProblem(self.translator, self.directions, features, unit)
 
 
-class AffineReach:
+class _AffineReach:
     """T(f + d) = z + U S a + G b: coordinates a in the singular basis of A over the directions, b nearly null."""
 
     def __init__(self, matrix: Tensor, offset: Tensor, directions: Directions) -> None:
@@ -231,7 +174,6 @@ class AffineReach:
         self.dense = self.left.T @ beside
 
     def to_features(self, u: Tensor) -> Tensor:
-        """Displacements d of coordinates. Shape: (R, r + k') to (R, m)."""
         thin = len(self.singular)
         moved = u[:, :thin] @ self.lift.T
         if self.directions.null_space is not None:
@@ -240,10 +182,10 @@ class AffineReach:
         return displacement
 
 
-class AffineProblem:
-    """cos(z + U S a + G b, t) of R rows and its gradient in u = (a, b), without touching features."""
+class _AffineProblem:
+    """cos(z + U S a + G b, t) of R rows and its gradient in u = (a, b), (R, r + k'), without touching features."""
 
-    def __init__(self, reach: AffineReach, features: Tensor, text: Tensor) -> None:
+    def __init__(self, reach: _AffineReach, features: Tensor, text: Tensor) -> None:
         self.reach, self.thin, self.to_features = reach, len(reach.singular), reach.to_features
         self.size = self.thin + reach.dense.shape[1]
         z = features @ reach.matrix.T + reach.offset
@@ -252,7 +194,6 @@ class AffineProblem:
         self.along = (z * text).sum(1) - (self.start * self.target).sum(1)
 
     def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines (R,) and their gradient (R, r + k') at coordinates (R, r + k')."""
         reach, thin = self.reach, self.thin
         y = self.start + u[:, thin:] @ reach.dense.T
         y[:, :thin] += reach.singular * u[:, :thin]
@@ -262,22 +203,65 @@ class AffineProblem:
         return cosine, torch.cat([reach.singular * slope[:, :thin], slope @ reach.dense], dim=1)
 
     def retract(self, u: Tensor) -> Tensor:
-        """Nearly null coordinates within the logit tolerance. Shape: (R, r + k') to the same."""
         near = self.reach.directions.near
         return u if near is None else torch.cat([u[:, : self.thin], near.retract(u[:, self.thin :])], dim=1)
 
     def closed_form(self, budget: Tensor) -> Tensor:
-        """The global maximum over a, b = 0, wherever the best cosine is positive. Shape: (R,) to (R, r + k')."""
-        thin = self.thin
+        """The global maximum over a, b = 0, wherever the best cosine is positive; elsewhere a good start only."""
+        # sin²θ* = min over p >= 0 and |c| <= pε of |p z + S c - t|², with c = p a, is jointly convex. The inner minimum
+        # is ridge regression, c = S (t - p z) / (S² + μ) with μ from |c| = pε; p by bisection of the derivative.
+        thin, singular = self.thin, self.reach.singular
+        found = self.start.new_zeros(len(self.start), self.size)
+        if not thin:
+            return found
         # what the nearly null directions alone reach is at rest while b = 0
         outside, aside = self.start[:, thin:], self.target[:, thin:]
         rest, along = self.rest + outside.square().sum(1), self.along + (outside * aside).sum(1)
         start, target = self.start[:, :thin], self.target[:, :thin]
-        a = affine_maximum(start, target, rest, along, self.reach.singular, budget)
-        return torch.cat([a, a.new_zeros(len(a), self.size - thin)], dim=1)
+        length = (start.square().sum(1) + rest).sqrt() + singular.max() * budget
+        low, high = (torch.full_like(budget, scale) for scale in SCALES)
+        multiplier = torch.zeros_like(budget)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            p = torch.exp2(middle) / length.clamp_min(TINY)
+            wanted = singular * (target - p[:, None] * start)
+            c, multiplier = _within(wanted, singular.square(), p * budget, multiplier)
+            residual = p[:, None] * start + singular * c - target
+            slope = p * rest - along + (start * residual).sum(1) - multiplier * p * budget.square()
+            low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
+        found[:, :thin] = c / p[:, None]
+        return found
+
+    def unbounded(self) -> Tensor:
+        singular, thin = self.reach.singular, self.thin
+        seen = singular > FAINT * singular[:1]
+        start, target = self.start[:, :thin][:, seen], self.target[:, :thin][:, seen]
+        length = (self.start.square().sum(1) + self.rest).sqrt()
+        rest = (length.square() - start.square().sum(1)).clamp_min(0)
+        along = self.along + (self.start * self.target).sum(1) - (start * target).sum(1)
+        far = FAR * length / torch.linalg.vector_norm(target, dim=1).clamp_min(TINY)
+        there = (along > 0) & (rest > ROUNDED * length.square())
+        scale = torch.where(there, rest / along.clamp_min(TINY), far).minimum(far)
+        found = length.new_zeros(len(length), self.size)
+        found[:, :thin][:, seen] = (scale[:, None] * target - start) / singular[seen]
+        return found
 
 
-class FreeProblem:
+def _within(wanted: Tensor, square: Tensor, radius: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
+    """c = wanted / (S² + μ), |c| <= radius, of the least μ >= 0, by Newton steps on 1/|c|, which is nearly straight."""
+    # |c| >= |wanted| / (S_max² + μ), so the root is not below this
+    least = torch.linalg.vector_norm(wanted, dim=1) / radius.clamp_min(TINY) - square.max()
+    multiplier = torch.maximum(multiplier, least).clamp_min(0)
+    for _ in range(NEWTON):
+        below = square + multiplier[:, None]
+        c = wanted / below
+        norm = torch.linalg.vector_norm(c, dim=1)
+        slope = (c.square() / below).sum(1).clamp_min(TINY)
+        multiplier = (multiplier + (norm / radius.clamp_min(TINY) - 1) * norm.square() / slope).clamp_min(0)
+    return wanted / (square + multiplier[:, None]), multiplier
+
+
+class _FreeProblem:
     """cos(T(f + d), t) for any translator, by autograd; coordinates are d itself, or u with d = basis u."""
 
     def __init__(self, translator: AnyTranslator, directions: Directions, features: Tensor, text: Tensor) -> None:
@@ -286,7 +270,6 @@ class FreeProblem:
         self.size = features.shape[1] if directions.basis is None else directions.basis.shape[1]
 
     def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines (R,) and their gradient (R, size) within the directions, at coordinates (R, size)."""
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
             cosine = cosine_similarity(self.translator(self.features + self._spread(leaf)), self.text, dim=-1)
@@ -296,21 +279,19 @@ class FreeProblem:
         return cosine.detach(), gradient
 
     def retract(self, u: Tensor) -> Tensor:
-        """Within the directions, nearly null parts within the logit tolerance. Shape: (R, size) to the same."""
         if self.directions.basis is not None:
             return u
         near, inside = self.directions.near, self.directions.inside(u)
         return inside if near is None else inside + near.retract(u @ self.near) @ self.near.T
 
     def to_features(self, u: Tensor) -> Tensor:
-        """Displacements (R, m)."""
         return self._spread(self.retract(u))
 
     def _spread(self, u: Tensor) -> Tensor:
         return u if self.directions.basis is None else u @ self.directions.basis.to(u).T
 
 
-Problem = AffineProblem | FreeProblem
+Problem = _AffineProblem | _FreeProblem
 Found = tuple[Tensor, Tensor, Tensor]  # coordinates (R, k), their cosine (R,) and its gradient (R, k)
 
 
@@ -322,10 +303,10 @@ def _at(problem: Problem, limit: Tensor, u: Tensor) -> Found:
     return u, *problem.value_and_gradient(u)
 
 
-def _climb(problem: Problem, limit: Tensor, found: Found, steps: int) -> Found:
+def _climb(problem: Problem, limit: Tensor, found: Found) -> Found:
     """Projected gradient steps, each row's length growing while it helps; the end is never below the start."""
     step = FIRST_STEP * limit
-    for _ in range(steps):
+    for _ in range(STEPS):
         if not bool((step > LAST_STEP * limit).any()):
             break
         u, cosine, gradient = found
@@ -349,52 +330,3 @@ def _better(a: Found, b: Found) -> Found:
     higher = b[1] > a[1]
     wide = higher[:, None]
     return torch.where(wide, b[0], a[0]), torch.where(higher, b[1], a[1]), torch.where(wide, b[2], a[2])
-
-
-def affine_maximum(
-    start: Tensor, target: Tensor, rest: Tensor, along_rest: Tensor, singular: Tensor, budget: Tensor
-) -> Tensor:
-    """Return a that maximises cos(z + S a, t) over |a| <= ε, in the basis of A's singular vectors, by one bisection.
-
-    Where the best cosine is positive: sin²θ* = min over p >= 0 and |b| <= pε of |p z + S b - t|², with b = p a. That is
-    jointly convex, so what is found is the global maximum. The inner minimum is ridge regression,
-    b = S (t - p z) / (S² + μ) with μ from |b| = pε; p by bisection of the derivative. Elsewhere (no positive cosine
-    within reach) it is a good start only.
-
-    Args:
-        rest: |z_⊥|² outside the basis.
-        along_rest: z_⊥·t_⊥ there; t has unit length over both parts.
-
-    Shape: z, t (R, r); rest, along_rest, ε (R,); S (r,) positive; returns (R, r) float64.
-    """
-    if not singular.numel():
-        return start
-    square = singular.square()
-    length = (start.square().sum(1) + rest).sqrt() + singular.max() * budget
-    low, high = (torch.full_like(budget, scale) for scale in SCALES)
-    multiplier, found = torch.zeros_like(budget), start * 0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        p = torch.exp2(middle) / length.clamp_min(TINY)
-        b, multiplier = _within(singular * (target - p[:, None] * start), square, p * budget, multiplier)
-        residual = p[:, None] * start + singular * b - target
-        slope = p * rest - along_rest + (start * residual).sum(1) - multiplier * p * budget.square()
-        low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
-        found = b / p[:, None]
-    scale = (budget / torch.linalg.vector_norm(found, dim=1).clamp_min(TINY)).clamp_max(1)
-    within: Tensor = found * scale[:, None]
-    return within
-
-
-def _within(wanted: Tensor, square: Tensor, radius: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
-    """b = wanted / (S² + μ), |b| <= radius, of the least μ >= 0, by Newton steps on 1/|b|, which is nearly straight."""
-    # |b| >= |wanted| / (S_max² + μ), so the root is not below this
-    least = torch.linalg.vector_norm(wanted, dim=1) / radius.clamp_min(TINY) - square.max()
-    multiplier = torch.maximum(multiplier, least).clamp_min(0)
-    for _ in range(NEWTON):
-        below = square + multiplier[:, None]
-        b = wanted / below
-        norm = torch.linalg.vector_norm(b, dim=1)
-        slope = (b.square() / below).sum(1).clamp_min(TINY)
-        multiplier = (multiplier + (norm / radius.clamp_min(TINY) - 1) * norm.square() / slope).clamp_min(0)
-    return wanted / (square + multiplier[:, None]), multiplier

@@ -18,36 +18,25 @@ Invariance = Literal["logits", "softmax"]
 LEAF = 64  # rows made orthonormal at once; anything from 32 to 128 costs the same
 LARGEST_CONDITION = 1e5  # a bound on |W|_F |W⁻¹|_F; two passes are exact up to about 1e7
 LARGEST_DEPARTURE = 1e-12  # |Q Qᵀ - I|_F after one pass; a second pass brings any other to rounding
-PROBES = 2
 LARGEST_RATIO = {torch.float32: 30.0, torch.float64: 1e6}  # of a Cholesky factor's diagonal, a lower bound of cond(W)
 
 
-def orthonormal_rows(rows: Tensor, *, largest_condition: float = LARGEST_CONDITION) -> tuple[Tensor, Tensor] | None:
-    """Factor W = L Q into a lower triangle and orthonormal rows; None where W is not safely of full rank.
+def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Factor W = L Q into a lower triangle L (C, C) and orthonormal rows Q (C, m); None unless safely of full rank.
 
     Halving makes nearly all the work matrix products, an order of magnitude faster than an SVD at 1000 x 2048. The
     error grows with the square of the condition number, so that is bounded and |Q Qᵀ - I| is measured, both on random
     vectors: the chance to miss either by a factor of t is about 1/t². The singular values of W are those of L.
 
     Args:
-        rows: W, float64 with C <= m; it is overwritten, and Q may be the same memory.
-
-    Shape: W (C, m); returns Q (C, m) and L (C, C).
-
-    Example:
-        >>> W = torch.tensor([[3.0, 0.0, 0.0], [4.0, 5.0, 0.0]], dtype=torch.float64)
-        >>> Q, L = orthonormal_rows(W.clone())
-        >>> torch.allclose(L @ Q, W), torch.allclose(Q @ Q.T, torch.eye(2).double()), orthonormal_rows(W[[0, 0]])
-        (True, True, None)
+        rows: W (C, m), float64 with C <= m; it is overwritten, and Q is the same memory.
     """
     factor = rows.new_zeros(len(rows), len(rows))
     if not len(rows) or not _orthonormalize_(rows, factor):
         return None
-    generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(PROBES, len(rows), dtype=rows.dtype, generator=generator).to(rows.device)
+    probes = torch.randn(2, len(rows), dtype=rows.dtype, generator=torch.Generator().manual_seed(0)).to(rows.device)
     solved = torch.linalg.solve_triangular(factor, probes.T, upper=False)
-    condition = float(torch.linalg.vector_norm(factor) * torch.linalg.vector_norm(solved, dim=0).max())
-    if not condition <= largest_condition:
+    if not torch.linalg.vector_norm(factor) * torch.linalg.vector_norm(solved, dim=0).max() <= LARGEST_CONDITION:
         return None
     if _departure(rows, probes) <= LARGEST_DEPARTURE:
         return rows, factor
@@ -83,20 +72,14 @@ def _departure(rows: Tensor, probes: Tensor) -> float:
 
 
 def helmert_contrasts(weight: Tensor) -> Tensor:
-    """Return orthonormal contrasts of W's rows: the row space of W minus its mean row, but of full rank.
-
-    Shape: (C, m) to (C-1, m).
-
-    Example:
-        >>> helmert_contrasts(torch.ones(3, 5)).abs().max().item() < 1e-6
-        True
-    """
+    """Return orthonormal contrasts (C-1, m) of W's rows: the row space of W minus its mean row, but of full rank."""
     row = torch.arange(1, weight.shape[0], device=weight.device, dtype=weight.dtype)[:, None]
     # Running sums, not a (C-1, C) matrix of contrasts: with 21,841 classes that alone would be 4 GB.
     return (weight.cumsum(0)[:-1] - row * weight[1:]) / (row * (row + 1)).sqrt()
 
 
 def _rows_of(weight: Tensor, invariance: str) -> Tensor:
+    """The rows whose null space it is: W, or its contrasts."""
     if weight.ndim != 2:
         raise ValueError(f"expected a head weight (C, m), got {tuple(weight.shape)}; flatten a 1x1 convolution first")
     if invariance not in ("logits", "softmax"):
@@ -112,11 +95,9 @@ class NullSpace(nn.Module):
     `component(f) = f - Q Qᵀ f` is the null part, `remove(f) = Q Qᵀ f` the logit-equivalent feature of eq. 9. The m x m
     projectors are never formed. The basis moves with `.to(device)`, keeps its precision and is not saved.
 
-    Attributes:
+    Args:
         basis: Q (m, r), float64.
-        rank: r.
-        nullity: m - r.
-        singular_values: (min(C, m),) float64.
+        factor: L (r, r) of W = L Qᵀ, which has W's singular values; or these themselves (k,).
 
     Example:
         >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
@@ -125,31 +106,19 @@ class NullSpace(nn.Module):
     """
 
     basis: Tensor
-    _sigma: Tensor | None
-    _factor: Tensor | None
+    _factor: Tensor
 
-    def __init__(
-        self,
-        basis: Tensor,
-        singular_values: Tensor | None = None,
-        *,
-        invariance: Invariance = "logits",
-        factor: Tensor | None = None,
-    ) -> None:
+    def __init__(self, basis: Tensor, factor: Tensor, *, invariance: Invariance = "logits") -> None:
         super().__init__()
         self.register_buffer("basis", basis, persistent=False)
-        self.register_buffer("_sigma", singular_values, persistent=False)
-        self.register_buffer("_factor", factor, persistent=False)  # L (r, r) of W = L Qᵀ, which has W's singular values
+        self.register_buffer("_factor", factor, persistent=False)
         self.invariance: Invariance = invariance
 
     @classmethod
-    def from_weight(
-        cls, weight: Tensor, *, rtol: float | None = None, invariance: Invariance = "logits", allow_empty: bool = False
-    ) -> NullSpace:
-        """Decompose a head W (C, m) in float64; the rank counts σ_i > rtol · σ_1, so scaling W never changes it.
+    def from_weight(cls, weight: Tensor, *, invariance: Invariance = "logits", allow_empty: bool = False) -> NullSpace:
+        """Decompose a head W (C, m) in float64; the rank counts σ_i > max(C, m) · eps · σ_1, whatever W's scale.
 
         Args:
-            rtol: relative tolerance; None is max(C, m) · eps(float64).
             invariance: "softmax" takes W without its mean row.
             allow_empty: accept a head without a null space (nullity 0: `component` is then 0 everywhere).
 
@@ -158,16 +127,13 @@ class NullSpace(nn.Module):
         """
         rows = _rows_of(weight.detach().to(torch.float64, copy=True), invariance)
         classes, width = weight.shape
-        tolerance = rtol if rtol is not None else max(classes, width) * torch.finfo(torch.float64).eps
-        if len(rows) < width and 0 <= tolerance < 1:
-            # With a condition number far below 1/tolerance the rank is full, and nobody needs an SVD to count it.
-            largest = min(LARGEST_CONDITION, 1e-3 / max(tolerance, 1e-300))
-            if found := orthonormal_rows(rows, largest_condition=largest):
-                return cls(found[0].T, factor=found[1], invariance=invariance)
+        if len(rows) < width:
+            if found := orthonormal_rows(rows):  # nobody needs an SVD to count this rank
+                return cls(found[0].T, found[1], invariance=invariance)
             rows = _rows_of(weight.detach().to(torch.float64), invariance)  # they were worked on in place
         rows = torch.linalg.qr(rows).R if classes > width else rows  # the long side once
         left, sigma, _ = torch.linalg.svd(rows.T, full_matrices=False)
-        rank = int((sigma > tolerance * sigma[:1]).sum())
+        rank = int((sigma > max(classes, width) * torch.finfo(torch.float64).eps * sigma[:1]).sum())
         if rank == width and not allow_empty:
             raise ValueError(
                 f"the head ({classes} classes, {width} features) has full rank {rank}, so it has no null space. Use a "
@@ -177,16 +143,13 @@ class NullSpace(nn.Module):
 
     @property
     def singular_values(self) -> Tensor:
-        """σ of the head, largest first; found on first use: that costs more than the basis, and few need it."""
-        if self._sigma is None:
-            assert self._factor is not None, "a NullSpace made from a basis alone has no singular values"
-            self._sigma = torch.linalg.svdvals(self._factor)
-        return self._sigma
+        """σ of the head, largest first; computed when asked: that costs more than the basis, and few need it."""
+        return self._factor if self._factor.ndim == 1 else torch.linalg.svdvals(self._factor)
 
     def singular_directions(self) -> tuple[Tensor, Tensor]:
         """Return the head's right singular vectors (m, r) and their σ (r,), largest first."""
-        if self._factor is None:
-            return self.basis, self.singular_values[: self.rank]
+        if self._factor.ndim == 1:
+            return self.basis, self._factor[: self.rank]
         _, sigma, right = torch.linalg.svd(self._factor)
         return self.basis @ right.T, sigma
 
@@ -202,10 +165,9 @@ class NullSpace(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NullSpace:
         # `.half()` or `.to(dtype)` on a parent must not round the basis: reports promise float64.
-        exact = {name: value for name, value in self._buffers.items() if value is not None}
+        exact = (self.basis, self._factor)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in exact.items():
-            self._buffers[name] = value.to(self._buffers[name].device)  # type: ignore[union-attr]
+        self.basis, self._factor = (value.to(self.basis.device) for value in exact)
         return self
 
     def component(self, features: Tensor) -> Tensor:
@@ -217,10 +179,7 @@ class NullSpace(nn.Module):
             return (exact - (exact @ self.basis) @ self.basis.T).to(features.dtype)
 
     def remove(self, features: Tensor, *, mean: Tensor | None = None) -> Tensor:
-        """Return the equivalent feature f~ = f - Π_n f (eq. 9); with `mean` the centred f - Π_n (f - mean).
-
-        Shape: features (..., m), mean (m,); returns (..., m).
-        """
+        """Return the equivalent feature f~ = f - Π_n f (eq. 9); with `mean` the centred f - Π_n (f - mean)."""
         return features - self.component(features if mean is None else features - mean)
 
     def null_basis(self) -> Tensor:
@@ -230,12 +189,9 @@ class NullSpace(nn.Module):
 
 
 class _RowSpaceProjection(torch.autograd.Function):
-    """y = P f and its exact derivative in closed form: dP = W⁺ dW Π_n + (W⁺ dW Π_n)ᵀ.
+    """y = P f, and its derivative dP = W⁺ dW Π_n + (W⁺ dW Π_n)ᵀ; factor: the Cholesky factor of W Wᵀ."""
 
-    No derivative of a factorisation is ever taken, so it cannot be NaN for equal singular values, and everything is
-    thin, (B, C) and (B, m). factor: the Cholesky factor of W Wᵀ.
-    """
-
+    # No derivative of a factorisation is ever taken, so it cannot be NaN for equal singular values, and all is thin.
     @staticmethod
     def forward(ctx: Any, weight: Tensor, features: Tensor, factor: Tensor) -> Tensor:
         coefficients = _least_squares(weight, features, factor)
@@ -267,11 +223,9 @@ def _least_squares(weight: Tensor, x: Tensor, factor: Tensor) -> Tensor:
 def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invariance = "logits") -> Tensor:
     """Return Π_p f = Wᵀ (W Wᵀ)⁻¹ W f, differentiable in W and in f, without an m x m matrix (METHOD section 6).
 
-    One C x C Cholesky factor without jitter, a solve that is corrected once for rounding, and a closed-form gradient,
-    all outside autocast and in at least float32. Where the ratio of the factor's diagonal, a lower bound of cond(W)
-    that comes free, is above 30 (1e6 for float64), the factor is that of a QR of Wᵀ in float64 instead. In a
-    numerically rank-deficient head, and in one with C >= m, the singular directions that are kept carry the gradient;
-    those of rounding noise, along which the projector has no derivative, carry none.
+    Exact for a well-conditioned head by one Cholesky factor, in at least float32 even inside autocast; for any other by
+    float64. The singular directions of a rank-deficient head that are rounding noise, along which the projector has no
+    derivative, carry no gradient.
 
     Shape: weight (C, m), features (..., m); returns (..., m).
 
@@ -287,13 +241,10 @@ def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invari
         rows = _rows_of(weight.to(dtype), invariance)
         flat = features.to(dtype).reshape(-1, features.shape[-1])
         factor = _cholesky(rows)
-        projected = _ill_conditioned(rows, flat) if factor is None else _project(rows, flat, factor)
+        projected: Tensor = (
+            _ill_conditioned(rows, flat) if factor is None else _RowSpaceProjection.apply(rows, flat, factor)
+        )
         return projected.reshape(features.shape)
-
-
-def _project(rows: Tensor, flat: Tensor, factor: Tensor) -> Tensor:
-    projected: Tensor = _RowSpaceProjection.apply(rows, flat, factor)
-    return projected
 
 
 @torch.no_grad()
@@ -301,7 +252,6 @@ def _cholesky(rows: Tensor) -> Tensor | None:
     """The factor of W Wᵀ; None where W is not of full rank, or not well conditioned in its own precision."""
     if rows.shape[0] >= rows.shape[1]:
         return None
-    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(rows @ rows.T)
     diagonal = torch.diagonal(factor)
     usable = not bool(failed) and bool(diagonal.max() <= LARGEST_RATIO[rows.dtype] * diagonal.min())
@@ -324,7 +274,7 @@ def _ill_conditioned(rows: Tensor, flat: Tensor) -> Tensor:
             factor = torch.diag(sigma[kept])
     if not full_rank:
         exact = left[:, kept].T @ exact  # (r, m), of full rank; what is left out of W's rows is rounding noise
-    projected = _project(exact, wide, factor) if len(exact) else torch.zeros_like(wide)
+    projected: Tensor = _RowSpaceProjection.apply(exact, wide, factor) if len(exact) else torch.zeros_like(wide)
     return projected.to(flat.dtype)
 
 
@@ -342,11 +292,6 @@ class RandomSubspace:
     Attributes:
         basis: B (m, k) orthonormal, k = min(d, m - d).
         complement: whether B spans the complement, so that P g = g - B Bᵀ g; else P g = B Bᵀ g.
-
-    Example:
-        >>> space = RandomSubspace.draw(5, 4, seed=0)
-        >>> tuple(space.basis.shape), space.complement
-        ((5, 1), True)
     """
 
     basis: Tensor
@@ -355,39 +300,27 @@ class RandomSubspace:
     @classmethod
     def draw(cls, width: int, dimension: int, *, seed: int | Sequence[int]) -> RandomSubspace:
         """Draw d = `dimension` of m = `width` features, the same for the same seed anywhere (float64)."""
-        if not 1 <= dimension <= width:
-            raise ValueError(f"a random subspace of {width} features needs a dimension in 1..{width}, got {dimension}")
         thin = min(dimension, width - dimension)
         # NumPy's generator takes several numbers as a seed; torch's uses the lower 32 bits of one.
         gaussian = torch.from_numpy(np.random.default_rng(seed).standard_normal((width, thin)))
         return cls(torch.linalg.qr(gaussian).Q, complement=dimension > thin)
 
-    def to(self, like: Tensor) -> RandomSubspace:
-        """Move to the device and dtype of a tensor."""
-        return RandomSubspace(self.basis.to(like), self.complement)
-
     def component(self, features: Tensor) -> Tensor:
         """Return P g, the part in the subspace. Shape: (..., m) to (..., m)."""
-        inside = (features @ self.basis) @ self.basis.T
+        basis = self.basis.to(features)
+        inside = (features @ basis) @ basis.T
         return features - inside if self.complement else inside
 
 
 def matched_coefficients(null_share: Tensor, random_share: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (α, β) of δ = α g + β P g that is as long as Π_n g and at the same angle to g, image by image.
+    """Return (α, β) of δ = α g + β P g that is as long as Π_n g and at the same angle to g (METHOD section 8.2).
 
     With s² = |Π_n g|²/|g|² and p² = |P g|²/|g|²: β = √(s²(1-s²) / (p²(1-p²))), α = s² - β p². Then |δ|² = δ·g = s²|g|²,
-    as for an orthogonal projection that removes exactly the energy the null space removes. Its part across g has the
-    direction of P g's, which is uniform: δ is Π_n g turned about g at random. Where P g has no part across g (p² 0 or
-    1), β = 0 and δ lies along g.
+    as for an orthogonal projection: δ is Π_n g turned about g at random. β = 0 where p² is 0 or 1.
 
     Shape: s², p² (...) in [0, 1] to two (...).
-
-    Example:
-        >>> [round(float(x), 3) for x in matched_coefficients(torch.tensor(0.5), torch.tensor(0.2))]
-        [0.25, 1.25]
     """
-    across = random_share * (1 - random_share)
-    usable = across > torch.finfo(across.dtype).eps
+    across, least = random_share * (1 - random_share), torch.finfo(random_share.dtype).eps
     wanted = (null_share * (1 - null_share)).clamp_min(0)
-    ratio = torch.where(usable, wanted / torch.where(usable, across, torch.ones_like(across)), torch.zeros_like(across))
-    return null_share - ratio.sqrt() * random_share, ratio.sqrt()
+    beta = torch.where(across > least, wanted / across.clamp_min(least), 0).sqrt()
+    return null_share - beta * random_share, beta

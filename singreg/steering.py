@@ -14,19 +14,12 @@ from singreg.nullspace import NullSpace
 
 AnyTranslator = Callable[[Tensor], Tensor]
 """Anything that maps features (..., m) to translated ones (..., n), row by row."""
-FIRST_STEP = 2.0**-10  # of the feature norm: where the search for a bracket begins
-LARGEST_STEP = 1e3  # of the feature norm: where it ends
+FIRST_STEP, LARGEST_STEP = 2.0**-10, 1e3  # of the feature norm: where the search for a bracket begins and ends
 
 
 @dataclass(frozen=True)
 class Steered:
-    """Steered features and what they took.
-
-    Attributes:
-        features: (B, m).
-        step: (B,) in feature units, NaN where the angle is out of reach.
-        reachable: (B,) bool.
-    """
+    """Steered features (B, m), the steps (B,) in their units, NaN out of reach, and whether the angle was reachable."""
 
     features: Tensor
     step: Tensor
@@ -48,10 +41,13 @@ def steer(
     The logits do not change. Features that cannot reach the angle are returned unmoved.
 
     Args:
-        matrix: A of a linear translator, given with its offset: the step has a closed form.
-        translator: any other, differentiated by autograd; its step is found by `bisect_step`.
+        matrix: A (n, m) of a linear translator, given with its offset (n,): the step has a closed form.
+        translator: any other, differentiated by autograd; its step is found by bisection.
 
-    Shape: features (B, m), text (n,) or (B, n), matrix (n, m), offset (n,).
+    Shape: features (B, m), text (n,) or (B, n).
+
+    Raises:
+        ValueError: an angle outside (0, 180), both or neither kind of translator, or a module in training mode.
 
     Example:
         >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
@@ -60,9 +56,10 @@ def steer(
         >>> steer(f, t, null_space=space, image_score=45.0, **linear).features.tolist()
         [[1.0, 1.0]]
     """
-    direction = steering_direction(
-        features, text, matrix=matrix, offset=offset, translator=translator, null_space=null_space
-    )
+    if not 0 < image_score < 180:
+        raise ValueError(f"the wanted image score must be in (0, 180) degrees, got {image_score}")
+    gradient = similarity_gradient(features, text, matrix=matrix, offset=offset, translator=translator)
+    direction = unit_in_null(null_space.component(gradient), gradient)
     if matrix is None or offset is None:
         assert translator is not None
         step = bisect_step(translator, features, direction, image_score)
@@ -73,33 +70,6 @@ def steer(
     return Steered(moved, step, reachable)
 
 
-def steering_direction(
-    features: Tensor,
-    text: Tensor,
-    *,
-    null_space: NullSpace,
-    matrix: Tensor | None = None,
-    offset: Tensor | None = None,
-    translator: AnyTranslator | None = None,
-) -> Tensor:
-    """Return the unit null direction d̂ that raises cos(T f, t) fastest: Π_n ∇_f cos(T f, t), normalised (eq. 10-12).
-
-    Shape: as in `steer`; returns (B, m), 0 where the gradient has no null part.
-
-    Raises:
-        ValueError: both or neither kind of translator, or a module whose dropout or batch norm is in training mode.
-
-    Example:
-        >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
-        >>> linear = {"matrix": torch.eye(2), "offset": torch.zeros(2)}
-        >>> f, t = torch.tensor([[1.0, 0.0]]), torch.tensor([0.0, 1.0])
-        >>> steering_direction(f, t, null_space=space, **linear).tolist()
-        [[0.0, 1.0]]
-    """
-    gradient = similarity_gradient(features, text, matrix=matrix, offset=offset, translator=translator)
-    return unit_in_null(null_space.component(gradient), gradient)
-
-
 def similarity_gradient(
     features: Tensor,
     text: Tensor,
@@ -108,10 +78,7 @@ def similarity_gradient(
     offset: Tensor | None = None,
     translator: AnyTranslator | None = None,
 ) -> Tensor:
-    """Return ∇_f cos(T f, t), before any projection: Aᵀ(t̂ - s ẑ)/|z| of a linear translator, else by autograd (eq. 11).
-
-    Shape: as in `steer`; returns (B, m).
-    """
+    """Return ∇_f cos(T f, t), (B, m), before any projection: Aᵀ(t̂ - s ẑ)/|z|, or by autograd (eq. 11)."""
     check_translator(matrix, offset, translator)
     gradient: Tensor
     if matrix is None or offset is None:
@@ -130,7 +97,7 @@ def similarity_gradient(
 
 
 def unit_in_null(direction: Tensor, gradient: Tensor) -> Tensor:
-    """Scale a null direction to length 1; 0 where it is only rounding beside its gradient. Shape: (..., m) each."""
+    """Scale a null direction (..., m) to length 1; 0 where it is only rounding beside its gradient (..., m)."""
     norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     negligible = norm <= 1e-6 * torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
     scaled = direction / norm.clamp_min(torch.finfo(norm.dtype).tiny)
@@ -153,16 +120,8 @@ def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:
     Solves ε²(β² - γαk) + 2αβ(1-k)ε + α²(1-k) = 0 with α = |z|², β = z·u, γ = |u|², k = cos²θ (METHOD section 4), in
     float64.
 
-    Args:
-        degrees: θ in (0, 180).
-
     Shape: translated features z and directions u = A d̂ (..., n); returns (...) in the dtype of z.
-
-    Example:
-        >>> step_for_image_score(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 45.0).item()
-        1.0
     """
-    _check_degrees(degrees)
     dtype, z, u = z.dtype, z.to(torch.float64), u.to(torch.float64)
     theta = math.radians(degrees)
     alpha, beta, gamma = (z * z).sum(-1), (z * u).sum(-1), (u * u).sum(-1)
@@ -176,52 +135,33 @@ def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:
     return torch.where(reachable, step, torch.full_like(step, math.nan)).to(dtype)
 
 
-def bisect_step(
-    translator: AnyTranslator, features: Tensor, direction: Tensor, degrees: float, *, largest: float = LARGEST_STEP
-) -> Tensor:
+@torch.no_grad()
+def bisect_step(translator: AnyTranslator, features: Tensor, direction: Tensor, degrees: float) -> Tensor:
     """Return the first ε > 0 found with angle(T f, T(f + ε d̂)) = θ for any translator; NaN where it is out of reach.
 
-    Doubles ε from |f|/1024 until the angle is passed, then halves the bracket down to the dtype's resolution, all rows
-    at once. For a linear translator the angle grows with ε, so this is `step_for_image_score`'s root.
-
-    Args:
-        degrees: θ in (0, 180).
-        largest: step tried, as a share of |f|.
+    Doubles ε until the angle is passed, then halves the bracket down to the dtype's resolution, all rows at once. For a
+    linear translator the angle grows with ε, so this is `step_for_image_score`'s root.
 
     Shape: features, direction (B, m); returns (B,) in units of the features.
-
-    Example:
-        >>> f, d = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-        >>> round(bisect_step(lambda f: f, f, d, 45.0).item(), 4)
-        1.0
     """
-    _check_degrees(degrees)
-    if not largest > FIRST_STEP:
-        raise ValueError(f"the largest step must be above {FIRST_STEP} of the feature norm, got {largest}")
-    with torch.no_grad():
-        z = translator(features)
+    z = translator(features)
 
-        def below(step: Tensor) -> Tensor:
-            return angle(z, translator(features + step[:, None] * direction)) < degrees
+    def below(step: Tensor) -> Tensor:
+        return angle(z, translator(features + step[:, None] * direction)) < degrees
 
-        norm = torch.linalg.vector_norm(features, dim=-1)
-        scale = torch.where(norm > 0, norm, torch.ones_like(norm))
-        low, high = torch.zeros_like(scale), FIRST_STEP * scale
+    norm = torch.linalg.vector_norm(features, dim=-1)
+    scale = torch.where(norm > 0, norm, torch.ones_like(norm))
+    low, high = torch.zeros_like(scale), FIRST_STEP * scale
+    short = below(high)
+    while bool((short & (high < LARGEST_STEP * scale)).any()):
+        low = torch.where(short, high, low)
+        high = torch.where(short, torch.minimum(2 * high, LARGEST_STEP * scale), high)
         short = below(high)
-        while bool((short & (high < largest * scale)).any()):
-            low = torch.where(short, high, low)
-            high = torch.where(short, torch.minimum(2 * high, largest * scale), high)
-            short = below(high)
-        for _ in range(round(-math.log2(torch.finfo(features.dtype).eps))):
-            middle = (low + high) / 2
-            less = below(middle)
-            low, high = torch.where(less, middle, low), torch.where(less, high, middle)
+    for _ in range(round(-math.log2(torch.finfo(features.dtype).eps))):
+        middle = (low + high) / 2
+        less = below(middle)
+        low, high = torch.where(less, middle, low), torch.where(less, high, middle)
     return torch.where(short, torch.full_like(high, math.nan), high)
-
-
-def _check_degrees(degrees: float) -> None:
-    if not 0 < degrees < 180:
-        raise ValueError(f"the wanted image score must be in (0, 180) degrees, got {degrees}")
 
 
 @dataclass(frozen=True)
@@ -246,36 +186,14 @@ class ConditionalGaussian:
     def from_moments(
         cls, mean: Tensor, covariance: Tensor, null_space: NullSpace, *, floor: float = 1e-3
     ) -> ConditionalGaussian:
-        """Condition a Gaussian of features on the head's row space.
+        """Condition a Gaussian of features, mean (m,) and covariance (m, m), on the head's row space.
 
         Directions in which features hardly vary, or fewer images than dimensions, make the covariance (nearly) singular
         and a radius meaningless: variances are kept above `floor` times their mean, in the row space before the
         regression and in the conditional covariance after it.
-
-        Shape: mean (m,), covariance (m, m).
-
-        Raises:
-            ValueError: shapes that do not fit, NaN or infinity, a floor outside (0, 1], or nothing varies in the null.
-
-        Example:
-            >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
-            >>> correlated = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
-            >>> gaussian = ConditionalGaussian.from_moments(torch.zeros(2), correlated, space, floor=1e-6)
-            >>> [round(r, 3) for r in gaussian.radius(torch.tensor([[1.0, 0.8], [0.0, 1.2]])).tolist()]
-            [0.0, 2.0]
         """
-        width = null_space.basis.shape[0]
-        if mean.shape != (width,) or covariance.shape != (width, width):
-            got = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
-            raise ValueError(f"expected mean ({width},) and covariance ({width}, {width}), got {got}")
-        if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-            raise ValueError("the mean or covariance of the features holds NaN or infinity")
-        if not 0 < floor <= 1:
-            raise ValueError(f"the floor must be a share of the mean variance in (0, 1], got {floor}")
         if null_space.nullity == 0:
-            raise ValueError(
-                "this head has no null space, so there is no null component whose radius could be measured"
-            )
+            raise ValueError("this head has no null space, so there is no null component to measure a radius of")
         mean, covariance = mean.to(null_space.basis), covariance.to(null_space.basis)
         row, null = null_space.basis, null_space.null_basis()
         within, across = row.T @ covariance @ row, null.T @ covariance @ row
@@ -293,16 +211,16 @@ class ConditionalGaussian:
         return cls(mean, whitening, colouring, floor, floored=int((variances < least).sum()))
 
     def whiten(self, features: Tensor) -> Tensor:
-        """Return w, 0 at the null component expected from the row-space one. Shape: (..., m) to (..., d)."""
+        """Return w (..., d), 0 at the null component expected from the row-space one."""
         return (features.to(self.mean) - self.mean) @ self.whitening.T
 
     def radius(self, features: Tensor) -> Tensor:
-        """Return |w|, the Mahalanobis radius, about √d for natural features. Shape: (..., m) to (...)."""
+        """Return the Mahalanobis radius |w| (...,), about √d for natural features."""
         radius: Tensor = torch.linalg.vector_norm(self.whiten(features), dim=-1)
         return radius
 
     def on_manifold(self, gradient: Tensor) -> Tensor:
-        """Return Σ g, the null direction that gains most along g at equal radius. Shape: (..., m) to (..., m)."""
+        """Return Σ g (..., m), the null direction that gains most along g at equal radius."""
         return (gradient.to(self.mean) @ self.colouring) @ self.colouring.T
 
     def step_for_radius(self, features: Tensor, direction: Tensor, radii: Tensor) -> Tensor:
@@ -311,13 +229,6 @@ class ConditionalGaussian:
         NaN: the feature lies outside R already and the direction does not lead back in, or it has no length.
 
         Shape: features and directions in the null space (B, m), radii (G,) >= 0; returns (B, G) float64.
-
-        Example:
-            >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
-            >>> gaussian = ConditionalGaussian.from_moments(torch.zeros(2), torch.eye(2), space)
-            >>> f, d = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])
-            >>> [round(float(s), 3) for s in gaussian.step_for_radius(f, d, torch.tensor([1.0, 3.0]))[0]]
-            [nan, 1.0]
         """
         start = self.whiten(features)
         travel = direction.to(self.mean) @ self.whitening.T

@@ -205,7 +205,7 @@ def test_every_image_is_steered_as_in_plain_loops(judge: str) -> None:
         slope, f = f.grad, f.detach()
         g = w["space"].component(slope)
         d = g / g.norm()
-        step = float(bisect_step(attacker, f[None], d[None], 40.0, largest=1e9))
+        step = float(bisect_step(attacker, f[None], d[None], 40.0))
         if math.isnan(step):
             assert (found["steering_reachable"][i], found["steering_success"][i]) == (0, 0)
             assert np.isnan([found["steering_AS"][i], found["steering_step"][i]]).all()

@@ -27,9 +27,8 @@ def test_angle_is_that_of_arccos_with_its_gradient_and_widths_must_agree() -> No
     x, y = (torch.randn(50, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     torch.testing.assert_close(angle(x, y), formulas.angle_degrees(x, y))
     assert torch.autograd.gradcheck(angle, (x[:4], y[:4]))
-    for function in (angle, pairwise_angles):
-        with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
-            function(torch.ones(2, 3), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
+        angle(torch.ones(2, 3), torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("y", [[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])

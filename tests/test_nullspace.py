@@ -52,15 +52,10 @@ def test_component_is_the_full_svd_projector(weight: Tensor) -> None:
 
 def test_rank_is_relative() -> None:
     """Trap 2: scaling W must not change its rank, and an absolute tolerance calls this rank-60 matrix rank 100."""
-    weight = of_rank(100, 300, 60).float().double()
-    weight = weight + 1e-7 * weight.std() * torch.randn_like(weight)
-    for scale in (1e-6, 1.0, 1e6):
-        assert NullSpace.from_weight(scale * weight, rtol=1e-5).rank == 60
-    assert int((torch.linalg.svdvals(1e6 * weight) > 1e-5).sum()) == 100
-    small = head(30, 50, 1e3)
-    sigma = torch.linalg.svdvals(small)
-    for rtol in (0.0, 1e-9, 1e-2, 0.3, 2.0):
-        assert NullSpace.from_weight(small, rtol=rtol).rank == int((sigma > rtol * sigma[0]).sum())
+    weight = of_rank(100, 300, 60)
+    for scale in (1e-12, 1.0, 1e12):
+        assert NullSpace.from_weight(scale * weight).rank == 60
+    assert int((torch.linalg.svdvals(1e12 * weight) > 1e-5).sum()) == 100
 
 
 def test_softmax_null_has_one_dimension_more_and_keeps_probabilities() -> None:
@@ -136,7 +131,7 @@ def test_both_ways_give_the_same_null_space(monkeypatch: pytest.MonkeyPatch, inv
     fast = NullSpace.from_weight(head(70, 90, 50.0), invariance=invariance)
     monkeypatch.setattr(nullspace, "orthonormal_rows", lambda *_, **__: None)
     slow = NullSpace.from_weight(head(70, 90, 50.0), invariance=invariance)
-    assert (fast._factor is None, slow._factor is None) == (False, True)
+    assert (fast._factor.ndim, slow._factor.ndim) == (2, 1)
     assert fast.rank == slow.rank == (70 if invariance == "logits" else 69)
     torch.testing.assert_close(fast.basis @ fast.basis.T, slow.basis @ slow.basis.T, atol=1e-12, rtol=0)
     torch.testing.assert_close(fast.singular_values, slow.singular_values, atol=1e-13, rtol=0)

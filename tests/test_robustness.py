@@ -34,7 +34,7 @@ from singreg.maximiser import Directions, Maximiser
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
 from singreg.nullspace import NullSpace
-from singreg.steering import ConditionalGaussian, steering_direction
+from singreg.steering import ConditionalGaussian, similarity_gradient, unit_in_null
 from singreg.translator import LinearTranslator
 from tests import toy
 from tests.processes import run_processes
@@ -123,7 +123,8 @@ def slow(attack: str, step: float, judge: str, through: Tensor | None = None) ->
         f, text = features()[i], toy.texts()[k].double()
         limit = step * f.norm()
         if attack == SINGLE:
-            moved = f + limit * steering_direction(f[None], text, null_space=space(), **linear)[0]
+            gradient = similarity_gradient(f[None], text, **linear)
+            moved = f + limit * unit_in_null(space().component(gradient), gradient)[0]
         else:
             moved = f + most.maximise(f[None], text, limit).displacement[0]
         before, after = read(through @ f), read(through @ moved)

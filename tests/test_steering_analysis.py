@@ -140,7 +140,7 @@ def test_table_of_pairs_is_that_of_plain_loops(image_score: float) -> None:
             attacker = world.translators[found["attacker"]]
             d = world.space.component(gradient(attacker, f, text))
             d = d / d.norm()
-            step = float(bisect_step(attacker, f[None], d[None], image_score, largest=1e9))
+            step = float(bisect_step(attacker, f[None], d[None], image_score))
             row = [math.nan, math.nan, 0.0, math.nan]
             if not math.isnan(step):
                 row = [*figures(world, found["judge"], f, f + step * d, text), step / float(f.norm())]

@@ -165,7 +165,7 @@ class _Reader:
         subspace, f = self.subspaces[draw], removal.features
         alpha, beta = (value[:, None] for value in removal.matched[draw])
         if self.linear is None:
-            part = subspace.to(f).component(removal.whole)
+            part = subspace.component(removal.whole)
             return self.translator(f - part), self.translator(f - alpha * removal.whole - beta * part)
         # A P g = A B Bᵀ g through thin products: the displaced features themselves are never formed.
         moved = removal.coefficients[draw] @ self.products[draw].to(f).T
