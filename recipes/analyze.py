@@ -34,7 +34,6 @@ from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, prepare, try_one_batch
 from singreg.steering import steer
-from singreg.translator import LinearTranslator
 from singreg.utils import cache_folder
 
 STEERED_TO = 40.0  # image score in degrees of the steered features shown, the paper's
@@ -73,8 +72,8 @@ class AnalyzeConfig(RunConfig):
         """Raise one ValueError that names everything wrong with the values."""
         super().__post_init__()
         problems = Problems()
-        problems.least(1, worst=self.worst, neighbours=self.neighbours)
-        problems.least(2, chance_draws=self.chance_draws)
+        problems.within(1, worst=self.worst, neighbours=self.neighbours)
+        problems.within(2, chance_draws=self.chance_draws)
         problems.need(bool(self.concepts), "concepts: expected at least one bank, file or concept")
         for template in self.concept_templates or []:
             problems.need("{concept}" in template, f'concept_templates: {template!r} has no "{{concept}}" in it')
@@ -101,10 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))
         run.open()
     with run.guarded():
+        space = NullSpace.from_weight(setup.classifier.weight, invariance=config.model.invariance).to(words.device)
         translators, mean = fit(run, config, setup)
-        rows, found = measure(run, config, setup, translators, mean)
-        found |= describe(run, config, setup, translators["auditor"], bank.concepts, words)
-        found |= {"classes": analyze_classes(rows, setup.splits.class_names), "omissions": bank.omissions}
+        rows, found = measure(run, config, setup, space, translators, mean)
+        found |= describe(run, config, setup, space, translators["auditor"], bank.concepts, words)
+        found["omissions"] = bank.omissions
         report(run, setup, translators, rows, found)
     accelerator.end_training()
 
@@ -113,11 +113,6 @@ def batches(setup: Setup, description: str, split: str = "test") -> Iterator[Fea
     """Pass once over a split, from the feature cache."""
     images, embeddings = getattr(setup.splits, split), setup.embeddings[split]
     return iterate_features(setup.classifier, images, embeddings, setup.passes, description)
-
-
-def head_space(config: AnalyzeConfig, setup: Setup) -> NullSpace:
-    """Return the null space of the classifier's head."""
-    return NullSpace.from_weight(setup.classifier.weight, invariance=config.model.invariance).to(setup.texts.device)
 
 
 def fit(run: Run, config: AnalyzeConfig, setup: Setup) -> tuple[dict[str, Any], Tensor]:
@@ -134,18 +129,18 @@ def fit(run: Run, config: AnalyzeConfig, setup: Setup) -> tuple[dict[str, Any], 
 
 
 def measure(
-    run: Run, config: AnalyzeConfig, setup: Setup, translators: dict[str, Any], mean: Tensor
+    run: Run, config: AnalyzeConfig, setup: Setup, space: NullSpace, translators: dict[str, Any], mean: Tensor
 ) -> tuple[pd.DataFrame, Found]:
     """Measure the model level: all scores, their chance levels, unique information and perturbations."""
-    classifier, test, texts, space = setup.classifier, setup.splits.test, setup.texts, head_space(config, setup)
+    classifier, test, texts = setup.classifier, setup.splits.test, setup.texts
     linear = {name: translators[name] for name in LINEAR}
     with run.timed("model"):
         options: Any = {"mean": mean, "invariance": config.model.invariance, "settings": setup.passes}
         rows, measurement = analyze_model(classifier, test, setup.embeddings["test"], texts, translators, **options)
     with run.timed("chance"):
-        options = {"null_space": space, "texts": texts, "translators": linear, "mean": mean}
-        draws: Any = {"draws": config.chance_draws, "seed": config.seed}
-        chance = measure_chance(batches(setup, "chance levels"), **options, **draws)
+        options = {"texts": texts, "mean": mean, "draws": config.chance_draws, "seed": config.seed}
+        passed = batches(setup, "chance levels")
+        chance = measure_chance(passed, null_space=space, translators=linear, **options)
     with run.timed("information"):
         sizes: Any = {"classes": len(setup.splits.class_names), "target_dim": texts.shape[1]}
         fits = fit_blocks(batches(setup, "information", "bank"), null_space=space, **sizes)
@@ -154,34 +149,36 @@ def measure(
         options = {"weight": classifier.weight, "null_space": space, "translators": translators, "seed": config.seed}
         chosen = evenly(len(test), perturbation.IMAGES)
         moved = perturbation.measure_perturbations(batches(setup, "perturbing"), chosen=chosen, **options)
-    return rows, {
-        "passport": head_passport(classifier),
-        "measurement": measurement,
-        "agreement": translator_agreement(linear["fitted"], linear["auditor"], texts),
-        "joint": {name: joint_distribution(rows, translator=name) for name in translators},
-        "chance": chance,
-        "information": information,
-        "perturbation": moved,
-    }
+    joint = {name: joint_distribution(rows, translator=name) for name in translators}
+    agreement = translator_agreement(linear["fitted"], linear["auditor"], texts)
+    found = {"passport": head_passport(classifier), "measurement": measurement, "agreement": agreement}
+    found |= {"joint": joint, "chance": chance, "information": information, "perturbation": moved}
+    return rows, found | {"classes": analyze_classes(rows, setup.splits.class_names)}
 
 
 def describe(
-    run: Run, config: AnalyzeConfig, setup: Setup, auditor: LinearTranslator, concepts: Sequence[str], words: Tensor
+    run: Run,
+    config: AnalyzeConfig,
+    setup: Setup,
+    space: NullSpace,
+    auditor: Any,
+    concepts: Sequence[str],
+    words: Tensor,
 ) -> Found:
     """Measure concepts and images by the auditor, with the nearest images before, after and steered."""
-    splits, texts, space = setup.splits, setup.texts, head_space(config, setup)
-    options: Any = {"null_space": space, "translator": auditor, "class_names": splits.class_names}
+    splits, texts = setup.splits, setup.texts
+    reader: Any = {"null_space": space, "translator": auditor, "class_names": splits.class_names}
     with run.timed("concepts"):
-        of_concepts = analyze_concepts(batches(setup, "concepts"), concepts, words, **options)
+        of_concepts = analyze_concepts(batches(setup, "concepts"), concepts, words, **reader)
     with run.timed("images"):
-        seen = batches(setup, "worst images")
-        images, worst = analyze_images(seen, splits.test, texts, concepts, words, count=config.worst, **options)
+        named: Any = (splits.test, texts, concepts, words)
+        images, worst = analyze_images(batches(setup, "worst images"), *named, count=config.worst, **reader)
         features = torch.from_numpy(worst).to(texts.device)
         indices, labels = (torch.tensor([image[key] for image in images["worst"]]) for key in ("index", "label"))
         prompts = texts[steering_targets(labels.to(texts.device), indices, len(texts), seed=config.seed)]
-        options = {"matrix": auditor.matrix, "offset": auditor.offset, "image_score": STEERED_TO}
-        steered = steer(features, prompts, null_space=space, **options).features
-        options = {"pairs": EquivalentPairs(auditor, space), "k": config.neighbours, "steered": steered}
+        attack: Any = {"matrix": auditor.matrix, "offset": auditor.offset, "image_score": STEERED_TO}
+        steered = steer(features, prompts, null_space=space, **attack).features
+        options: Any = {"pairs": EquivalentPairs(auditor, space), "k": config.neighbours, "steered": steered}
         gallery = (splits.bank, setup.embeddings["bank"])
         shifts = nearest_images(features, indices.tolist(), splits.test, *gallery, **options)
     return {"concepts": of_concepts, "images": images, "shifts": shifts}

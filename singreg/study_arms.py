@@ -169,8 +169,7 @@ def train(
         references = begin.loop, setup.texts, begin.image_score_ref
         sing = make_sing(config, classifier, *references, len(split), accelerator.gradient_accumulation_steps)
     if head:
-        how: dict[str, Any] = {"batch_size": passes.batch_size, "workers": passes.workers, "progress": passes.progress}
-        features = cached_features(setup.classifier, split, passes.cache or "", **how)
+        features = cached_features(setup.classifier, split, passes)
         if sing is not None and keeper.streams:
             keeper.refresh(classifier, sing)
         classifier = train_head(classifier, sing, features, split.labels, config, name=name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,27 +130,6 @@ def concept_table(found: Found, count: int = 12) -> pd.DataFrame:
     return _table(rows)
 
 
-def image_table(found: Found, moved: int = 3) -> pd.DataFrame:
-    """Return the worst images with the concepts that moved most (`analyze_images`)."""
-
-    def shifts(each: Sequence[Found]) -> str:
-        return ", ".join(f"{shift['concept']} {shift['score']:+.1f}" for shift in each[:moved])
-
-    rows = [
-        {
-            "image": Path(image["image"]).name,
-            "class": image["class_name"],
-            "named": image["predicted"],
-            "AS °": number(image["attribute_score"]),
-            "IS °": number(image["image_score"]),
-            "went away °": shifts(image["falls"]),
-            "came closer °": shifts(image["rises"]),
-        }
-        for image in found["worst"]
-    ]
-    return _table(rows)
-
-
 def passport_table(passports: Sequence[Found]) -> pd.DataFrame:
     """Return heads side by side (`head_passport`)."""
     rows = [
@@ -243,7 +221,7 @@ def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
         Section("Unique information", [information_table(found["information"]), figures["information"]]),
         Section("Classes", [class_table(found["classes"]), *classes, figures["classes"], figures["accuracy"]]),
         Section("Concepts", [concept_table(found["concepts"]), *found["omissions"], figures["concepts"]]),
-        Section("Images", [figures["images"], image_table(found["images"])]),
+        Section("Images", [figures["images"]]),
         Section("Validation", validation),
     ]
 

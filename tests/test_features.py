@@ -107,7 +107,7 @@ def test_the_cache_gives_the_same_batches_and_computes_once(tmp_path: Path, monk
         torch.testing.assert_close(joined(first, name), joined(plain, name))
     assert model.training
     walk(model, settings=stored)
-    kept = cached_features(model, toy.ToySplit(11, unlabelled=(3,)), str(tmp_path), progress=False)
+    kept = cached_features(model, toy.ToySplit(11, unlabelled=(3,)), stored)
     np.testing.assert_array_equal(kept, joined(first, "features"))
     assert sum(passes) == 11  # read back
     with torch.no_grad():

@@ -90,8 +90,7 @@ def describe_attacked(
 ) -> tuple[dict[str, Any], Tensor]:
     """Return sizes, the logits' standard deviation and every translator's cosine; and the logits (N, C) on the CPU."""
     assert settings.cache is not None
-    options = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": settings.progress}
-    stored = cached_features(classifier, split, settings.cache, **options)  # type: ignore[arg-type]
+    stored = cached_features(classifier, split, settings)
     f, z = (torch.from_numpy(np.array(table)).to(classifier.weight.device) for table in (stored, embeddings))
     logits = classifier.logits(f).float().cpu()
     null = NullSpace.from_weight(classifier.weight, allow_empty=True)

@@ -167,21 +167,13 @@ def auditor_need(
     As many images are drawn as the largest size needs, and only their rows are read from the stored features. Every
     process computes the same.
     """
-    assert settings.cache is not None
     counts = [len(split) for split, _ in pool]
     usable = sorted({size for size in sizes if size <= sum(counts) // 2})
     if not usable:
         return []
 
     def rows(images: Images, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        stored = cached_features(
-            classifier,
-            images[0],
-            settings.cache or "",
-            batch_size=settings.batch_size,
-            workers=settings.workers,
-            progress=settings.progress,
-        )
+        stored = cached_features(classifier, images[0], settings)
         return take_rows(stored, chosen), take_rows(images[1], chosen)
 
     drawn = np.sort(np.random.default_rng(0).permutation(sum(counts))[: 2 * usable[-1]])  # read as they lie

@@ -45,8 +45,7 @@ def analyze_classes(
         undefined, the resamples in which nothing varied.
 
     Raises:
-        ValueError: a column that is missing (all are named), no labelled image, a label without a class name, a blank
-            class name.
+        ValueError: a column that is missing (all are named), no labelled image, or a label without a class name.
 
     Example:
         >>> rows = pd.DataFrame({"label": [0, 0, 1], "AS/T": [-2.0, -4.0, 1.0]})
@@ -94,9 +93,6 @@ def _figures(
         raise ValueError(f"no class can be measured: none of the {len(labels)} images has a label")
     if labels.max() >= len(class_names):
         raise ValueError(f"an image has label {labels.max()}, but there are {len(class_names)} class names")
-    blank = [label for label, name in enumerate(class_names) if not name.strip()]
-    if blank:
-        raise ValueError(f"classes without a name at positions {blank} of {len(class_names)}: give every class one")
     correct, attribute, image, kappa = (rows[name].to_numpy(np.float64) for name in needed[1:])
     columns = [attribute, np.maximum(-attribute, 0), np.maximum(attribute, 0), np.abs(attribute), image, kappa, correct]
     return np.stack(columns, axis=1), labels

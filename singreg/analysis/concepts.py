@@ -173,8 +173,7 @@ def analyze_concepts(
         rounded to 1e-5 degrees, None for a class without images.
 
     Raises:
-        ValueError: no image, widths or labels that do not fit, texts that are zero or not finite, a concept or class
-            without text, or a concept named twice.
+        ValueError: no image, widths or labels that do not fit, or texts that are zero or not finite.
 
     Example:
         >>> f, label = torch.tensor([[1.0, 1.0]]), torch.tensor([0])
@@ -186,7 +185,7 @@ def analyze_concepts(
         >>> select_concepts(found)[["concept", "AS"]].round(3).values.tolist()
         [['seen', 45.0], ['hidden', -45.0]]
     """
-    _check(concepts, texts, translator, class_names)
+    _check(concepts, texts, translator)
     pairs = EquivalentPairs(translator, null_space, mean=mean)
     sums = _ConceptSums(unit_rows(texts.detach().float()), len(class_names))
     rows = max(1, CHUNK_ELEMENTS // len(texts))
@@ -200,25 +199,13 @@ def analyze_concepts(
     return {**names, **figures}
 
 
-def _check(concepts: Sequence[str], texts: Tensor, translator: Translator, class_names: Sequence[str]) -> None:
-    problems = []
+def _check(concepts: Sequence[str], texts: Tensor, translator: Translator) -> None:
     expected = (len(concepts), translator.target_dim)
     if texts.shape != expected or not len(concepts):
-        problems.append(f"expected texts {expected}, a row for each of at least one concept, got {tuple(texts.shape)}")
-    elif not bool(texts.isfinite().all()) or not bool(texts.any(dim=1).all()):
+        raise ValueError(f"expected texts {expected}, a row for each of at least one concept, got {tuple(texts.shape)}")
+    if not bool(texts.isfinite().all()) or not bool(texts.any(dim=1).all()):
         bad = [concepts[i] for i in (~texts.isfinite().all(1) | ~texts.any(1)).nonzero().flatten().tolist()]
-        problems.append(f"text embeddings that are zero or not finite: {', '.join(map(repr, bad))}")
-    for kind, names in (("concept", concepts), ("class", class_names)):
-        blank = [place for place, name in enumerate(names) if not name.strip()]
-        if blank:
-            problems.append(f"{kind} names without text at positions {blank} of {len(names)}")
-    twice = sorted(pd.Series(concepts, dtype=object)[pd.Series(concepts, dtype=object).duplicated()].unique())
-    if twice:
-        problems.append(
-            f"concepts named twice: {', '.join(map(repr, twice))}; `load_concepts` leaves repeated ones out"
-        )
-    if problems:
-        raise ValueError("; ".join(problems))
+        raise ValueError(f"text embeddings that are zero or not finite: {', '.join(map(repr, bad))}")
 
 
 def select_concepts(

@@ -21,14 +21,9 @@ GATHERED_ROWS = 512
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """One batch of a pass.
+    """One batch: features (B, m), logits (B, C), embeddings (B, n) float32; labels (B,), -1 where there is none.
 
-    Attributes:
-        features: (B, m) float32.
-        logits: (B, C) float32.
-        embeddings: (B, n) float32.
-        labels: (B,), -1 where an image has none.
-        indices: (B,) into the split, on the CPU.
+    indices (B,) are the images' places in the split, on the CPU.
     """
 
     features: Tensor
@@ -40,11 +35,7 @@ class FeatureBatch:
 
 @dataclass(frozen=True)
 class PassSettings:
-    """How images are read in a pass that trains nothing.
-
-    Attributes:
-        cache: folder in which features are kept and found again, by weights and images; None computes them every time.
-    """
+    """How images are read in a pass that trains nothing; `cache` is a folder that keeps features, or None."""
 
     batch_size: int = 64
     workers: int = 0
@@ -117,37 +108,30 @@ def _joined(batches: list[FeatureBatch]) -> FeatureBatch:
     return FeatureBatch(*(torch.cat([getattr(b, field.name) for b in batches]) for field in fields(FeatureBatch)))
 
 
-def cached_features(
-    classifier: Classifier,
-    split: ImageSplit,
-    cache: str,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: bool = True,
-) -> np.ndarray:
+def cached_features(classifier: Classifier, split: ImageSplit, settings: PassSettings) -> np.ndarray:
     """Return features (N, m) of a split, float32 and memory-mapped, computed once for this backbone and these images.
 
     The head's weights do not change its input: a model whose head alone was trained or edited finds the same file.
 
     Raises:
-        ValueError: a feature that is not finite (the image is named), or an empty split.
+        ValueError: no cache folder, a feature that is not finite (the image is named), or an empty split.
     """
-    was_training = classifier.training
+    if settings.cache is None:
+        raise ValueError("features are kept in a folder; give PassSettings(cache=FOLDER)")
+    was_training, device = classifier.training, classifier.weight.device
     classifier.eval()
-    device = classifier.weight.device
     try:
         return encode_split(
             lambda images: classifier.features(images.to(device)),
             classifier.transform,
             split,
             classifier.feature_dim,
-            cache,
+            settings.cache,
             {"backbone": _hash_of_backbone(classifier), "preprocessing": classifier.preprocessing},
             "features",
-            batch_size=batch_size,
-            workers=workers,
-            progress=progress,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            progress=settings.progress,
         )
     finally:
         classifier.train(was_training)
@@ -164,9 +148,7 @@ def _stored_batches(
     classifier: Classifier, split: ImageSplit, embeddings: np.ndarray, settings: PassSettings, description: str
 ) -> Iterator[FeatureBatch]:
     """The same batches from the feature cache; only the head runs, so they may be larger."""
-    assert settings.cache is not None
-    options = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": settings.progress}
-    stored = cached_features(classifier, split, settings.cache, **options)  # type: ignore[arg-type]
+    stored = cached_features(classifier, split, settings)
     device, share = classifier.weight.device, process_share(len(split))
     chunks = np.split(share, range(STORED_BATCH, len(share), STORED_BATCH)) if len(share) else []
     for rows in progress(chunks, f"{description} [{split.name}]", enabled=settings.progress):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,12 +40,7 @@ Standardization = Literal["blocks", "features", "none"]
 
 @dataclass(frozen=True)
 class FittedTranslator:
-    """A translator and the images behind it.
-
-    Attributes:
-        mean: (m,) mean feature.
-        class_means: (C, m), NaN for a class without images.
-    """
+    """A translator with the mean feature (m,) and class means (C, m; NaN where unseen) of the images behind it."""
 
     translator: LinearTranslator
     mean: Tensor
@@ -134,21 +129,12 @@ def fit_translators(
         embeddings: (N, n) by the split's name.
         ridge: of both; None lets each choose its own.
     """
-    ridges = DEFAULT_RIDGES if ridge is None else (ridge,)
-
-    def fit(split: ImageSplit, name: str) -> FittedTranslator:
-        return fit_on_split(
-            classifier,
-            split,
-            embeddings[name],
-            ridges=ridges,
-            invariance=invariance,
-            info=info,
-            settings=settings,
-            description="fitting a translator",
-        )
-
-    return {"fitted": fit(splits.bank, "bank"), "auditor": fit(splits.audit, "audit")}
+    how: dict[str, Any] = {"ridges": DEFAULT_RIDGES if ridge is None else (ridge,), "invariance": invariance}
+    how |= {"info": info, "settings": settings, "description": "fitting a translator"}
+    return {
+        "fitted": fit_on_split(classifier, splits.bank, embeddings["bank"], **how),
+        "auditor": fit_on_split(classifier, splits.audit, embeddings["audit"], **how),
+    }
 
 
 def translator_agreement(first: LinearTranslator, second: LinearTranslator, texts: Tensor) -> float:
@@ -166,13 +152,9 @@ def translator_agreement(first: LinearTranslator, second: LinearTranslator, text
         >>> round(translator_agreement(T, T, torch.eye(4)[:3]), 6)
         1.0
     """
-    if len(texts) < 2:
-        raise ValueError(f"class directions need at least 2 classes, got texts {tuple(texts.shape)}")
-    if first.matrix.shape != second.matrix.shape or texts.shape[1] != first.matrix.shape[0]:
-        raise ValueError(
-            f"expected two translators (n, m) and texts (C, n), got {tuple(first.matrix.shape)}, "
-            f"{tuple(second.matrix.shape)} and {tuple(texts.shape)}"
-        )
+    if len(texts) < 2 or first.matrix.shape != second.matrix.shape or texts.shape[1] != first.matrix.shape[0]:
+        shapes = ", ".join(str(tuple(each.shape)) for each in (first.matrix, second.matrix, texts))
+        raise ValueError(f"expected two translators (n, m) and texts (C, n) of at least 2 classes, got {shapes}")
     contrasts = (texts - texts.mean(0)).double()
     one, other = (contrasts @ translator.matrix.to(contrasts) for translator in (first, second))
     return float(torch.nn.functional.cosine_similarity(one, other, dim=1).mean())
@@ -190,18 +172,15 @@ def fit_mlp_on_split(
 ) -> MLPTranslator:
     """Fit an MLP translator on all images of a split; every fifth image decides when to stop (METHOD section 2).
 
-    The features are read once an epoch, so `settings.cache` must name a folder.
+    The features are read once an epoch, from the folder `settings.cache`.
 
     Shape: embeddings (N, n).
 
     Raises:
         ValueError: no cache folder; or see `fit_mlp_translator`.
     """
-    if settings.cache is None:
-        raise ValueError("an MLP translator reads the features once an epoch; give PassSettings(cache=FOLDER)")
-    options = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": settings.progress}
     return fit_mlp_translator(
-        cached_features(classifier, split, settings.cache, **options),  # type: ignore[arg-type]
+        cached_features(classifier, split, settings),
         embeddings,
         settings=mlp,
         normalize_targets=normalize_targets,

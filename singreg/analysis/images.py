@@ -58,7 +58,11 @@ def analyze_images(
     Raises:
         ValueError: no labelled image, a count below 1, an unknown `by`, or texts that do not fit names or translator.
     """
-    _check(texts, class_names, concept_texts, concepts, translator, by, count, moved)
+    for rows, names in ((texts, class_names), (concept_texts, concepts)):
+        if rows.shape != (expected := (len(names), translator.target_dim)):
+            raise ValueError(f"expected texts {expected}, got {tuple(rows.shape)}")
+    if by not in ("AS", "IS") or count < 1:
+        raise ValueError(f'by must be "AS" or "IS" and count at least 1, got {by!r} and {count}')
     pairs = EquivalentPairs(translator, null_space, mean=mean)
     worst: Rows | None = None
     counts = torch.zeros(2, dtype=torch.float64, device=texts.device)
@@ -75,62 +79,37 @@ def analyze_images(
             "predicted": batch.logits[known].argmax(1),
             "features": features,
         }
-        rows = {name: values.cpu().numpy() for name, values in columns.items()}
-        worst = _worst(rows if worst is None else _joined(worst, rows), by, count)
+        new = {name: values.cpu().numpy() for name, values in columns.items()}
+        joined = new if worst is None else {name: np.concatenate([worst[name], new[name]]) for name in new}
+        worst = _worst(joined, by, count)
     images, unlabelled = (int(value) for value in all_reduce_sum(counts))
     if not images:
         raise ValueError(
             f"split {split.name!r} has no labelled image ({unlabelled} without a label): none can be worst"
         )
-    rows = _worst(gather_rows([] if worst is None else [worst]), by, count)
-    moves = _moves(torch.from_numpy(rows["features"]).to(texts.device), pairs, concepts, concept_texts, moved)
+    kept = _worst(gather_rows([] if worst is None else [worst]), by, count)
+    moves = _moves(torch.from_numpy(kept["features"]).to(texts.device), pairs, concepts, concept_texts, moved)
     found = [
         {
             "index": int(index),
             "image": split.identifier(int(index)),
-            "label": int(rows["label"][place]),
-            "class_name": class_names[int(rows["label"][place])],
-            "predicted": class_names[int(rows["predicted"][place])],
-            "attribute_score": float(rows["AS"][place]),
-            "image_score": float(rows["IS"][place]),
+            "label": int(kept["label"][place]),
+            "class_name": class_names[int(kept["label"][place])],
+            "predicted": class_names[int(kept["predicted"][place])],
+            "attribute_score": float(kept["AS"][place]),
+            "image_score": float(kept["IS"][place]),
             **moves[place],
         }
-        for place, index in enumerate(rows["index"])
+        for place, index in enumerate(kept["index"])
     ]
     facts = {"by": by, "centred": mean is not None, "images": images, "unlabelled": unlabelled}
-    return {**facts, "worst": found}, rows["features"]
-
-
-def _joined(first: Rows, second: Rows) -> Rows:
-    return {name: np.concatenate([first[name], second[name]]) for name in first}
+    return {**facts, "worst": found}, kept["features"]
 
 
 def _worst(rows: Rows, by: By, count: int) -> Rows:
     """The worst rows; equal scores go by the image's number, so the order is the same on any number of processes."""
     kept = np.lexsort((rows["index"], rows["AS"] if by == "AS" else -rows["IS"]))[:count]
     return {name: values[kept] for name, values in rows.items()}
-
-
-def _check(
-    texts: Tensor,
-    class_names: Sequence[str],
-    concept_texts: Tensor,
-    concepts: Sequence[str],
-    translator: Translator,
-    by: str,
-    count: int,
-    moved: int,
-) -> None:
-    problems = []
-    for kind, rows, names in (("texts", texts, class_names), ("concept_texts", concept_texts, concepts)):
-        if rows.shape != (len(names), translator.target_dim):
-            problems.append(f"expected {kind} ({len(names)}, {translator.target_dim}), got {tuple(rows.shape)}")
-    if by not in ("AS", "IS"):
-        problems.append(f'by must be "AS" (most negative) or "IS" (largest), got {by!r}')
-    if count < 1 or moved < 0:
-        problems.append(f"count must be at least 1 and moved at least 0, got {count} and {moved}")
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 def _moves(

@@ -32,17 +32,11 @@ Pair = tuple[RidgeStatistics, RidgeStatistics]  # sums to fit on, and sums that 
 # row in one dimension: the middle one never wins), and a null space may have far fewer dimensions than classes.
 @dataclass(frozen=True)
 class LinearProbe:
-    """Class scores g = f Bᵀ + b, of which the largest is the class.
-
-    Attributes:
-        matrix: B (C, k) float64.
-        offset: b (C,) float64; -inf for a class that was never seen, so it is never named.
-        majority: the class seen most often.
-    """
+    """Class scores g = f Bᵀ + b with B (C, k) and b (C,) in float64; a class never seen has -inf and is never named."""
 
     matrix: Tensor
     offset: Tensor
-    majority: int
+    majority: int  # the class seen most often
     ridge: float
 
     def predict(self, features: Tensor) -> Tensor:
@@ -90,12 +84,7 @@ def fit_probe(statistics: RidgeStatistics, ridge: float) -> LinearProbe:
 
 @dataclass(frozen=True)
 class BlockFits:
-    """Fits on f, Π_p f and Π_n f by name.
-
-    Attributes:
-        basis: (m, k) of each block, in whose coordinates the fits are.
-        seen: (C,) whether the probe saw the class.
-    """
+    """Fits on f, Π_p f and Π_n f by name, in coordinates of `basis` (m, k); `seen` (C,) are the probe's classes."""
 
     basis: dict[str, Tensor]
     solutions: dict[str, RidgeSolution]

@@ -55,7 +55,7 @@ def analyze_model(
         One row an image ("index", "label", "correct", "vlm_correct", "null_share", "null_energy", "energy", "image";
         "AS/NAME", "IS/NAME", "kappa/NAME" of each translator, also with "centred " before them), and a dict of figures:
         images, top1, null_share (mean |Π_n f| / |f|), logit_change_float64 and _float32 (largest |Δlogit| between f and
-        f~), vlm_zero_shot, head (see `describe_head`), translators and steering by name.
+        f~), vlm_zero_shot, head (`describe_head`), translators and steering by name.
 
     Raises:
         ValueError: the split has no or unlabelled images, or the head has no null space.
@@ -111,10 +111,7 @@ def analyze_model(
         "logit_change_float32": change[1],
         "vlm_zero_shot": rows["vlm_correct"].mean(),
         "head": describe_head(classifier, space),
-        "translators": {
-            name: _translator_figures(translator, rows, name, all_reduce_sum(sums[name]), len(texts))
-            for name, translator in translators.items()
-        },
+        "translators": {n: _translator_figures(t, rows, n, sums[n], len(texts)) for n, t in translators.items()},
         "steering": _steering(kept, texts, space, translators, steering_image_score),
     }
     return pd.DataFrame(rows), plain(found)
@@ -189,14 +186,13 @@ def _read(
 
 
 def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Tensor, classes: int) -> dict[str, Any]:
-    """One translator's scores from all images' rows, and its quality from the sums of `_read` over all processes."""
+    """One translator's scores from all images' rows, and its quality from this process's sums of `_read`."""
     label = torch.from_numpy(rows["label"])
     tables = {kind: _columns(*(rows[f"{kind}{figure}/{name}"] for figure in ROW_FIGURES)) for kind in ("", CENTRED)}
-    by_class = {
-        kind: torch.zeros(len(COLUMNS), classes, dtype=torch.float64).index_add_(1, label, table)
-        for kind, table in tables.items()
-    }
+    zeros = torch.zeros(len(COLUMNS), classes, dtype=torch.float64)
+    by_class = {kind: zeros.index_add(1, label, table) for kind, table in tables.items()}
     info, count = translator.info, len(label)
+    sums = all_reduce_sum(sums)
     cosine, hits, residual, squared = sums[:4].tolist()
     spread = squared - float(sums[4:] @ sums[4:]) / count
     return {
@@ -204,11 +200,7 @@ def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Ten
         "centred": summarize_columns(by_class[CENTRED].sum(1)),
         "intervals": _intervals({kind: table.numpy() for kind, table in tables.items()}, rows["label"]),
         "per_class": summarize_columns(by_class[""]),
-        "quantiles": {
-            f"{figure}_{round(100 * q)}": _quantile(rows[f"{figure}/{name}"], q)
-            for figure in ("AS", "IS")
-            for q in (0.05, 0.5, 0.95)
-        },
+        "quantiles": {f"{key}_{q}": _quantile(rows[f"{key}/{name}"], q) for key in ("AS", "IS") for q in (5, 50, 95)},
         "cosine": cosine / count,
         "r2": 1 - residual / spread if spread > 0 else np.nan,
         "zero_shot": hits / count,
@@ -225,10 +217,10 @@ def _columns(attribute: np.ndarray, image: np.ndarray, kappa: np.ndarray) -> Ten
     return torch.stack([torch.ones_like(a), a, a**2, (-a).clamp_min(0), a.clamp_min(0), a.abs(), i, i**2, k, k**2])
 
 
-def _quantile(values: np.ndarray, q: float) -> float:
+def _quantile(values: np.ndarray, percent: int) -> float:
     """The middle of the quantile's bin of `SemanticLeakage`, a quarter of a degree wide."""
     scale = HISTOGRAM_BINS / 360
-    found = np.quantile(values, q, method="inverted_cdf")
+    found = np.quantile(values, percent / 100, method="inverted_cdf")
     return float((np.floor((found + 180) * scale) + 0.5) / scale - 180)
 
 
@@ -248,10 +240,9 @@ def _intervals(tables: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str
 
 def _steered(batch: FeatureBatch, chosen: np.ndarray) -> Rows:
     """What steering needs of those images of a batch that are among the chosen indices."""
-    mine = np.isin(batch.indices.numpy(), chosen)
-    kept = torch.from_numpy(mine).to(batch.features.device)
-    features, labels = batch.features[kept].cpu().numpy(), batch.labels[kept].cpu().numpy()
-    return {"features": features, "labels": labels, "indices": batch.indices.numpy()[mine]}
+    mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
+    columns = {"features": batch.features, "labels": batch.labels, "indices": batch.indices}
+    return {name: values[mine.to(values.device)].cpu().numpy() for name, values in columns.items()}
 
 
 def _steering(
@@ -259,12 +250,6 @@ def _steering(
 ) -> dict[str, Any]:
     """Table-1 steering for each translator as its own attacker and judge, on images from all over the split."""
     rows = gather_rows(kept, sort_by="indices")
-    features, labels, indices = (
-        torch.from_numpy(rows[key]).to(texts.device) for key in ("features", "labels", "indices")
-    )
-    return {
-        name: measure_steering(
-            features, labels, indices, texts=texts, null_space=space, attacker=translator, image_score=degrees
-        )
-        for name, translator in translators.items()
-    }
+    images = [torch.from_numpy(rows[name]).to(texts.device) for name in ("features", "labels", "indices")]
+    options: Any = {"texts": texts, "null_space": space, "image_score": degrees}
+    return {name: measure_steering(*images, attacker=each, **options) for name, each in translators.items()}
