@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ def measure_robustness(
         "already": {judge: 1 - total[f"|{judge}|eligible"] / total["rows"] for judge in translators},
         "limit": LIMIT,
         "limit_success": {
-            judge: total[f"{judge}|limit"] / possible[judge] if possible[judge] else None
+            judge: _ratio(total[f"{judge}|limit"], possible[judge])
             for judge in translators
             if f"{judge}|limit" in total
         },
@@ -137,8 +138,9 @@ def measure_robustness(
         "natural": budgets.marks or None,
         "absent": absent,
     }
-    figures = {**found, "checks": sanity_checks(found), "seconds": time.monotonic() - begun}
-    return points_of(curves), plain(figures)
+    points = points_of(curves)
+    checks = sanity_checks(points, found)
+    return points, plain({**found, "checks": checks, "seconds": time.monotonic() - begun})
 
 
 def _check(classifier: Classifier, translators: Mapping[str, AnyTranslator], outsiders: Mapping[str, Outsider]) -> None:
@@ -166,43 +168,35 @@ def _ratio(above: float, below: float) -> float | None:
     return above / below if below else None
 
 
+@dataclass
 class _Target:
     """The attacked classifier: reads what displaced features mean to every judge, and what they do to logits."""
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        space: NullSpace,
-        translators: Mapping[str, AnyTranslator],
-        texts: Tensor,
-        budgets: Budgets,
-        plan: PairPlan,
-        attacks: Sequence[Attack],
-        tolerance: float,
-    ) -> None:
-        self.weight, self.space, self.judges, self.texts = (
-            classifier.weight.detach().double(),
-            space,
-            translators,
-            texts,
-        )
-        self.bias = 0.0 if classifier.bias is None else classifier.bias.detach().double()
-        self.budgets, self.plan, self.attacks, self.tolerance = budgets, plan, attacks, tolerance
-        self.reach = {name: reach_basis(translator, space) for name, translator in translators.items()}
-        self.matrix_at = min(budgets.steps, key=lambda step: abs(step - MATRIX_AT))
+    classifier: Classifier
+    space: NullSpace
+    judges: Mapping[str, AnyTranslator]
+    texts: Tensor
+    budgets: Budgets
+    plan: PairPlan
+    attacks: Sequence[Attack]
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        bias, shape = self.classifier.bias, (len(self.plan.sources), len(self.plan.targets))
+        self.weight = self.classifier.weight.detach().double()
+        self.bias = 0.0 if bias is None else bias.detach().double()
+        self.reach = {name: reach_basis(translator, self.space) for name, translator in self.judges.items()}
+        self.matrix_at = min(self.budgets.steps, key=lambda step: abs(step - MATRIX_AT))
         self.columns: list[dict[str, np.ndarray]] = []
         # Made at once, so that a process without images adds its zeros too.
         self.largest = {
-            _key(attack, budget): texts.new_zeros(2, len(budgets.grid(budget)))
-            for attack in attacks
+            _key(attack, budget): self.texts.new_zeros(2, len(self.budgets.grid(budget)))
+            for attack in self.attacks
             for budget in attack.budgets
         }
-        self.cells = {
-            (attack.name, attack.crafted_on, judge): texts.new_zeros(4, len(plan.sources), len(plan.targets))
-            for attack in attacks
-            if attack.name in (SINGLE, MAXIMISER)
-            for judge in translators
-        }
+        both = [attack for attack in self.attacks if attack.name in (SINGLE, MAXIMISER)]
+        keys = [(attack.name, attack.crafted_on, judge) for attack in both for judge in self.judges]
+        self.cells = {key: self.texts.new_zeros(4, *shape) for key in keys}
 
     @torch.no_grad()
     def read(self, images: SelectedImages) -> None:
@@ -260,9 +254,8 @@ class _Target:
                 limit[f"{judge}|limit"] = won & quiet & counted[f"{judge}|reachable"]
                 break
             largest.append(torch.stack([change.max(), self._length(budget, rows, d).max()]))
-            similarity = torch.nn.functional.cosine_similarity(
-                in_its_own_dtype(attack.translator)(moved), rows.text, dim=-1
-            )
+            read = in_its_own_dtype(attack.translator)(moved)
+            similarity = torch.nn.functional.cosine_similarity(read, rows.text, dim=-1)
             for defence in _defences(attack):
                 for judge in self.judges:
                     angle, first = before[defence, judge]
@@ -326,9 +319,8 @@ def _curve(
     both = np.concatenate([columns.mean(0, keepdims=True), resampled_means(columns)])
     values = both[:, :-2].reshape(len(both), len(FIGURES), len(grid))
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.concatenate(
-            [values[:, :2] / both[:, -2, None, None], values[:, 2:] / both[:, -1, None, None]], axis=1
-        )
+        parts = [values[:, :2] / both[:, -2, None, None], values[:, 2:] / both[:, -1, None, None]]
+        ratios = np.concatenate(parts, axis=1)
     names = {"attack": attack.name, "crafted_on": attack.crafted_on, "judge": judge, "defence": defence}
     figures = curve_figures(FIGURES, ratios[0], ratios[1:], grid)
     change, longest = target.largest[_key(attack, budget)]
@@ -339,73 +331,49 @@ def _curve(
 
 def points_of(curves: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return one row for each point of the curves, `FIGURES` with NAME_low and NAME_high of their 95 % intervals."""
-    names = ("attack", "crafted_on", "judge", "defence", "budget")
-    rows = []
+    names = ("attack", "crafted_on", "judge", "defence", "budget", "tolerance")
+    tables = []
     for curve in curves:
-        for place, at in enumerate(curve["grid"]):
-            figures = {name: values[place] for name, values in curve["figures"].items()}
-            low, high = (
-                {f"{n}{end}": v[place][i] for n, v in curve["intervals"].items()}
-                for i, end in enumerate(("_low", "_high"))
-            )
-            most = {name: curve[name][place] for name in ("logit_change", "longest")}
-            rows.append({**{name: curve[name] for name in names}, "at": at, **figures, **low, **high, **most})
-    table: pd.DataFrame = pd.DataFrame(rows)
+        ends = {name: np.array(values, dtype=float) for name, values in curve["intervals"].items()}
+        columns = {"at": curve["grid"], **curve["figures"]}
+        columns |= {f"{name}_{end}": ends[name][:, i] for i, end in enumerate(("low", "high")) for name in ends}
+        columns |= {name: curve[name] for name in ("logit_change", "longest")}
+        tables.append(pd.DataFrame(columns, dtype=float).assign(**{name: curve[name] for name in names}))
+    table: pd.DataFrame = pd.concat(tables, ignore_index=True).astype({"tolerance": float})
     return table
 
 
-def sanity_checks(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Hold the figures of `measure_robustness` to the rules that every sound attack keeps (METHOD section 9).
+def sanity_checks(points: pd.DataFrame, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Hold what `measure_robustness` found to the rules that every sound attack keeps (METHOD section 9).
 
     Returns:
-        name, passed and found (in words) of each rule.
+        name, passed and found (who broke it) of each rule.
     """
-    curves = found["curves"]
-    plain_steps = {
-        (c["attack"], c["crafted_on"], c["judge"]): c for c in curves if (c["budget"], c["defence"]) == ("step", "")
-    }
-    broken, over, behind, near, dropped = [], [], [], [], []
-    for c in curves:
-        who = f"{c['attack']}, {c['crafted_on']}"
-        if c["tolerance"] is not None and not max(c["logit_change"]) <= c["tolerance"]:
-            broken.append(f"{who}: {max(c['logit_change']):.3g} of {c['tolerance']:g}")
-        if not all(
-            used <= budget * (1 + ROUNDING) + ROUNDING for budget, used in zip(c["grid"], c["longest"], strict=True)
-        ):
-            over.append(f"{who}, {c['budget']}")
-        if c["defence"] and c["tolerance"] == EXACT and c["budget"] == "step" and any(c["figures"]["success"]):
-            dropped.append(f"{who}, {c['judge']}")
-    for name, share in found["limit_success"].items():
-        if found["reachable"][name] != 0 and not (share is not None and share >= ALL_OF_THEM):
-            near.append(f"{name}: {0 if share is None else share:.1%}")
-    for (attack, on, judge), many in plain_steps.items():
-        one = plain_steps.get((SINGLE, on, judge))
-        if attack == MAXIMISER and on == judge and one is not None:
-            gap = np.subtract(many["figures"]["similarity"], one["figures"]["similarity"])
-            if not (gap >= -ROUNDING).all():
-                behind.append(f"{on}: by {-gap.min():.3g} in cosine")
-    rules = {
-        "logits stay within what the attack promises": broken,
-        "every displacement is within its budget": over,
-        "many steps reach at least what one step does": behind,
-        "success goes to 100 % of what is reachable as the budget grows": near,
-        "a random direction is far below the gradient": _random_too_good(plain_steps),
-        "success is exactly 0 with the null space dropped": dropped,
+    p, who = points, points["attack"] + " on " + points["crafted_on"]
+    own = p[(p["budget"] == "step") & (p["defence"] == "") & (p["crafted_on"] == p["judge"])]
+
+    def of(attack: str, figure: str) -> pd.DataFrame:
+        table: pd.DataFrame = own[own["attack"] == attack].pivot(index="at", columns="judge", values=figure)
+        return table
+
+    # The mean of max(gain, 0): gains of random directions cancel, and an attacker would keep the helpful ones.
+    random, gradient = (of(RANDOM, "AS") + of(RANDOM, "AS_abs")).mean() / 2, of(SINGLE, "AS").mean()
+    shorter = of(SINGLE, "similarity") - of(MAXIMISER, "similarity")
+    null = (p["defence"] == "drop_null") & (p["tolerance"] == EXACT) & (p["budget"] == "step")
+    reached = {name: share for name, share in found["limit_success"].items() if found["reachable"][name] != 0}
+    broken = {
+        "logits stay within what the attack promises": who[~(p["logit_change"] <= p["tolerance"].fillna(np.inf))],
+        "every displacement is within its budget": who[~(p["longest"] <= p["at"] * (1 + ROUNDING) + ROUNDING)],
+        "many steps reach at least what one step does": shorter.columns[(shorter > ROUNDING).any()],
+        "success goes to 100 % of what is reachable as the budget grows": [
+            name for name, share in reached.items() if not (share or 0) >= ALL_OF_THEM
+        ],
+        "a random direction is far below the gradient": [
+            name for name in random.index.intersection(gradient.index) if not random[name] <= FAR_BELOW * gradient[name]
+        ],
+        "success is exactly 0 with the null space dropped": who[null & (p["success"] > 0)],
     }
     return [
-        {"name": name, "passed": not wrong, "found": "; ".join(dict.fromkeys(wrong)) or "holds"}
-        for name, wrong in rules.items()
+        {"name": name, "passed": not len(wrong), "found": ", ".join(dict.fromkeys(wrong)) or "holds"}
+        for name, wrong in broken.items()
     ]
-
-
-def _random_too_good(curves: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> list[str]:
-    wrong = []
-    for (attack, on, judge), curve in curves.items():
-        gradient = curves.get((SINGLE, on, judge))
-        if attack == RANDOM and on == judge and gradient is not None:
-            # The mean of max(gain, 0): gains of random directions cancel, and an attacker would keep the helpful ones.
-            gain = (curve["area"]["AS"][0] + curve["area"]["AS_abs"][0]) / 2
-            height = gradient["area"]["AS"][0]
-            if not height > 0 or not gain <= FAR_BELOW * height:
-                wrong.append(f"{on}: {gain:.2f}° against {height:.2f}°")
-    return wrong

@@ -72,15 +72,7 @@ def judged(
 
 @dataclass(frozen=True)
 class SteeringRows:
-    """Some rows of (image, target prompt).
-
-    Attributes:
-        image: (R,) place among the selected images.
-        source: (R,) place of its class among the plan's sources.
-        target: (R,) place among the plan's targets.
-        features: (R, m) float64.
-        text: (R, n) unit rows.
-    """
+    """Rows (image, target prompt): places image, source and target (R,), features (R, m) float64, text (R, n) unit."""
 
     image: Tensor
     source: Tensor
@@ -91,15 +83,9 @@ class SteeringRows:
 
 @dataclass(frozen=True)
 class PairPlan:
-    """Which source classes are steered towards which prompts.
+    """Which of S source classes are steered towards which of K prompts.
 
-    Attributes:
-        sources: names of the S source classes.
-        targets: names of the K target prompts.
-        source_labels: (S,) rows of the head.
-        texts: (K, n) unit rows of the target prompts.
-        wanted: (S, K) bool.
-        chosen: (N,) bool, the images of the split that are steered.
+    source_labels (S,) rows of the head, texts (K, n) unit rows, wanted (S, K) bool, chosen (N,) bool: images steered.
     """
 
     sources: tuple[str, ...]

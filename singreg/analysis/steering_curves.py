@@ -89,13 +89,7 @@ def natural_radii(
 
 @dataclass(frozen=True)
 class Budgets:
-    """What a displacement may cost: a share of |f|, or a Mahalanobis radius in units of the natural median.
-
-    Attributes:
-        steps: shares of |f| in rising order.
-        radii: multiples of the natural median in rising order, with its percentiles; empty without a Gaussian.
-        natural: see `natural_radii`.
-    """
+    """What a displacement may cost: shares of |f|, and Mahalanobis radii in natural medians given a Gaussian."""
 
     steps: tuple[float, ...]
     radii: tuple[float, ...] = ()

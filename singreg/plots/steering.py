@@ -23,13 +23,8 @@ BUDGETS = {
     "on-manifold": ("radius, on-manifold direction", "Mahalanobis radius / natural median"),
 }
 STYLES = {"fitted": "--", "auditor": "-"}
-ATTACKS = {  # (attack, judge, defence): colour, line, width, label
-    ("maximiser", "fitted", "drop_null"): (
-        "#a7f3d0",
-        "-",
-        6.0,
-        "maximiser, null space dropped",
-    ),  # broad, others lie on it
+ATTACKS = {  # (attack, judge, defence): colour, line, width, label; the first is broad, since others lie on it
+    ("maximiser", "fitted", "drop_null"): ("#a7f3d0", "-", 6.0, "maximiser, null space dropped"),
     ("maximiser", "fitted", ""): (BLUE, "-", 1.5, "maximiser"),
     ("maximiser", "auditor", ""): (ORANGE, "-", 1.5, "maximiser, the auditor judges"),
     ("single step", "fitted", ""): (BLUE, "--", 1.5, "single gradient step"),
