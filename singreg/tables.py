@@ -257,12 +257,12 @@ def steering_verdict(found: Found) -> list[str]:
     if own["AS_abs"] is not None:
         first = (
             f"Steered to an image score of {score:g}° (removing the null component: {removal:.1f}°), features turn "
-            f"towards the target by {own['AS_abs']:.2f}° as the fitted translator reads it, {audited['AS_abs']:.2f}° as "
-            f"the auditor does; {own['reachable']:.0%} can be, with a step of {own['step']:.0%} of |f|."
+            f"towards the target by {own['AS_abs']:.2f}° as the fitted translator reads it, {audited['AS_abs']:.2f}° "
+            f"as the auditor does; {own['reachable']:.0%} can be, with a step of {own['step']:.0%} of |f|."
         )
     return [
         first,
-        f"At a step of 10% of |f| the target prompt outranks every class prompt in {at(step, 0.1, 'success'):.0%} "
+        f"At a step of 10% of |f| the target outranks every class prompt in {at(step, 0.1, 'success'):.0%} "
         f"of the steerings by the auditor, against {at(step, 0.0, 'success'):.0%} without a step.",
         f"Within the radius of 95 % of natural images {at(radius, mark, 'success'):.0%} succeed along the gradient "
         f"and {at(manifold, mark, 'success'):.0%} along the on-manifold direction, by the auditor.",
