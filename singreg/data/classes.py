@@ -17,13 +17,7 @@ _SHARED_NAMES |= {"n02113186": "Cardigan Welsh corgi", "n03710721": "tank suit"}
 
 @dataclass(frozen=True)
 class ClassSubset:
-    """The chosen classes, in label order.
-
-    Attributes:
-        keys: as the data set has them (folder or label names).
-        names: for people and prompts ("goldfish").
-        indices: rows in ImageNet-1k; None unless every class is one of ImageNet-1k's.
-    """
+    """The chosen classes, in label order: as the data set has them, in words, and their rows in ImageNet-1k or None."""
 
     keys: tuple[str, ...]
     names: tuple[str, ...]
@@ -78,12 +72,10 @@ def expand_classes(classes: Sequence[str] | str) -> tuple[str, ...]:
 def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str] | None = None) -> ClassSubset:
     """Match a specification to the classes that are `available` (None: the 1000 of ImageNet-1k, by wnid).
 
-    Wnids, class names and synonyms match in any case, with `_` or `-` for a blank. The specification's order is the
-    label order; None takes all that are available, sorted.
+    Wnids, class names and synonyms match in any case, with `_` or `-` for a blank. The order given is the label order.
 
     Raises:
-        ValueError: classes that are not there (all of them, with the nearest names), that may mean two different ones,
-            or that are listed twice.
+        ValueError: classes that are not there (with the nearest names), may mean two different ones, or come twice.
 
     Example:
         >>> subset = resolve_classes(["goldfish", "n02123394"])
@@ -101,10 +93,11 @@ def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str
     missing = [entry for entry, match in found.items() if not match]
     if missing:
         close = {entry: difflib.get_close_matches(_normal(entry), owners, n=3) for entry in missing}
-        hints = [repr(entry) + (f" (near: {', '.join(near)})" if near else "") for entry, near in close.items()]
+        hints = ", ".join(
+            repr(entry) + (f" (near: {', '.join(near)})" if near else "") for entry, near in close.items()
+        )
         sets = f"; named sets are {', '.join(named_sets())}" if isinstance(classes, str) else ""
-        there = f"are not among the {len(keys)} there"
-        raise ValueError(f"{len(missing)} of the classes {there}: {', '.join(hints)}{sets}")
+        raise ValueError(f"{len(missing)} of the classes are not among the {len(keys)} there: {hints}{sets}")
     vague = [f"{entry!r} ({', '.join(sorted(match))})" for entry, match in found.items() if len(match) > 1]
     if vague:
         raise ValueError(f"class names that fit several classes, use one in brackets: {', '.join(vague)}")
@@ -136,9 +129,7 @@ def _owners(keys: Sequence[str]) -> dict[str, set[str]]:
 
 def _subset(keys: tuple[str, ...]) -> ClassSubset:
     imagenet, wnids = _imagenet()[0], [_wnid_of(key) for key in keys]
-    names = tuple(
-        imagenet[wnid] if wnid == key else key.replace("_", " ") for wnid, key in zip(wnids, keys, strict=True)
-    )
     rows = {wnid: row for row, wnid in enumerate(imagenet)}
-    known = [rows[wnid] for wnid in wnids if wnid is not None]
-    return ClassSubset(keys, names, tuple(known) if len(set(known)) == len(keys) else None)
+    known = tuple(rows[wnid] for wnid in wnids if wnid is not None)
+    names = tuple(imagenet.get(key, key.replace("_", " ")) for key in keys)
+    return ClassSubset(keys, names, known if len(set(known)) == len(keys) else None)

@@ -86,10 +86,11 @@ def render_scene(table: SceneTable, index: int) -> np.ndarray:
     """Draw one scene, (64, 64, 3) uint8."""
     code = {name: int(table.codes[name][index]) for name in ATTRIBUTES}
     noise = [int(word) for word in table.noise[index]]
-    image = _background(BACKGROUNDS[code["background"]], noise[0])
+    image: np.ndarray = _background(BACKGROUNDS[code["background"]], noise[0])
     _paint_shape(image, code, noise[1])
     grain = _hash(noise[2], np.arange(_SIDE * _SIDE * 3, dtype=np.uint64)) % np.uint64(25)
-    return np.clip(image + grain.astype(np.int64).reshape(image.shape) - 12, 0, 255).astype(np.uint8)
+    image = image + grain.astype(np.int64).reshape(image.shape) - 12
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def _background(name: str, noise: int) -> np.ndarray:
@@ -143,7 +144,7 @@ def _paint_shape(image: np.ndarray, code: dict[str, int], noise: int) -> None:
 
 def _texture(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Where the lighter second tone goes: bool from pixel coordinates."""
-    tones = {"plain": np.zeros(x.shape, dtype=bool), "striped": (x + y) % 8 < 3}
+    tones: dict[str, np.ndarray] = {"plain": np.zeros(x.shape, dtype=bool), "striped": (x + y) % 8 < 3}
     tones |= {"dotted": (x % 7 - 3) ** 2 + (y % 7 - 3) ** 2 <= 3, "checked": (x // 4 + y // 4) % 2 == 0}
     return tones[name]
 
@@ -162,18 +163,19 @@ _POLYGONS = {
 def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Which points (u, v), 256 to the radius, are in the shape: bool."""
     squared: np.ndarray = u * u + v * v
+    inside: np.ndarray = np.zeros(u.shape, dtype=bool)
     if name == "circle":
-        return squared <= 230**2
-    if name == "ring":
-        return (squared <= 250**2) & (squared >= 140**2)
-    if name == "crescent":
-        return (squared <= 250**2) & ((u - 120) ** 2 + (v + 20) ** 2 >= 205**2)
-    if name == "heart":
+        inside = squared <= 230**2
+    elif name == "ring":
+        inside = (squared <= 250**2) & (squared >= 140**2)
+    elif name == "crescent":
+        inside = (squared <= 250**2) & ((u - 120) ** 2 + (v + 20) ** 2 >= 205**2)
+    elif name == "heart":
         a, b = u * 5 // 4 // 4, -(v * 5 // 4) // 4 + 10
-        return (a * a + b * b - 58**2) ** 3 <= 58 * a * a * b**3
-    odd = np.zeros(u.shape, dtype=bool)
-    points = [tuple(int(word) for word in corner.split()) for corner in _POLYGONS[name].split(",")]
-    for (x1, y1), (x2, y2) in zip(points, points[1:] + points[:1], strict=True):  # the even-odd rule
-        side = (x2 - x1) * (v - y1) - (u - x1) * (y2 - y1)
-        odd ^= ((y1 > v) != (y2 > v)) & ((side > 0) == (y2 > y1))
-    return odd
+        inside = (a * a + b * b - 58**2) ** 3 <= 58 * a * a * b**3
+    else:
+        points = [tuple(int(word) for word in corner.split()) for corner in _POLYGONS[name].split(",")]
+        for (x1, y1), (x2, y2) in zip(points, points[1:] + points[:1], strict=True):  # the even-odd rule
+            side = (x2 - x1) * (v - y1) - (u - x1) * (y2 - y1)
+            inside ^= ((y1 > v) != (y2 > v)) & ((side > 0) == (y2 > y1))
+    return inside

@@ -49,9 +49,9 @@ class Folder:
         folder, there = self.root / split, ", ".join(_subfolders(self.root))
         if not folder.is_dir():
             raise FileNotFoundError(f"no split {split!r} in {self.root}; folders there: {there}; set {option} to one")
-        if not _subfolders(folder):
+        if not (keys := _subfolders(folder)):
             raise ValueError(f"{folder} ({option}) holds no class folder; expected {folder}/CLASS/image files")
-        return _subfolders(folder)
+        return keys
 
     def read(self, split: str, keys: Sequence[str], class_names: Sequence[str]) -> TableSplit:
         """Return all images of the classes `keys`, labelled by their place in it."""

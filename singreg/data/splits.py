@@ -22,7 +22,7 @@ from singreg.utils import progress
 
 Labels = Sequence[int] | np.ndarray
 UNLABELLED = -1
-SCENES_KEPT_BYTES = 2**28
+SCENES_KEPT = 20_000  # drawing costs more than a small network's forward pass, and every pass asks for the same images
 # PIL knows stranger formats too, one of which starts another program.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
@@ -63,11 +63,7 @@ def _reason(error: Exception) -> str:
 class ImageSplit:
     """N numbered images, the base of every source; a new source needs `image` and `identifier` only.
 
-    Args:
-        name: train, bank, audit or test.
-        class_names: C names.
-        labels: (N,) class of each image, -1 for unlabelled.
-        digests: (N, 32) uint8, SHA-256 of each image's content.
+    Shape: class_names C; labels (N,), -1 for unlabelled; digests (N, 32) uint8, SHA-256 of each image's content.
     """
 
     def __init__(self, name: str, class_names: Sequence[str], labels: Labels, digests: np.ndarray) -> None:
@@ -136,11 +132,7 @@ class ConcatSplit(ImageSplit):
 
 
 class TableSplit(ImageSplit):
-    """Images in a `datasets` table with an undecoded column "image"; `examine` fills in their digests.
-
-    Args:
-        where: names rows as WHERE#ROW; None names them by their path.
-    """
+    """Images in a `datasets` table with an undecoded column "image", named WHERE#ROW or (None) by their path."""
 
     def __init__(
         self, name: str, table: datasets.Dataset, class_names: Sequence[str], labels: Labels, where: str | None = None
@@ -153,9 +145,8 @@ class TableSplit(ImageSplit):
     @classmethod
     def from_files(cls, name: str, paths: Sequence[str], class_names: Sequence[str], labels: Labels) -> TableSplit:
         """Return image files as a split."""
-        features = datasets.Features({"image": datasets.Value("string")})
-        table = datasets.Dataset.from_dict({"image": list(paths)}, features=features)
-        return cls(name, table.cast_column("image", datasets.Image(decode=False)), class_names, labels)
+        features = datasets.Features({"image": datasets.Image(decode=False)})
+        return cls(name, datasets.Dataset.from_dict({"image": list(paths)}, features), class_names, labels)
 
     def examine(self, rows: Labels) -> bool:
         """Read those of the rows (M,) not read before, keep their digests, return whether any cannot be decoded."""
@@ -194,12 +185,11 @@ class SceneSplit(ImageSplit):
         self._drawn: dict[int, np.ndarray] = {}
 
     def image(self, index: int) -> Image.Image:
-        # Drawing costs more than a small network's forward pass and every pass asks for the same images.
-        drawn = self._drawn.get(int(index))
+        drawn = self._drawn.get(index)
         if drawn is None:
-            drawn = render_scene(self.table, int(index))
-            if len(self._drawn) * drawn.nbytes < SCENES_KEPT_BYTES:
-                self._drawn[int(index)] = drawn
+            drawn = render_scene(self.table, index)
+            if len(self._drawn) < SCENES_KEPT:
+                self._drawn[index] = drawn
         return Image.fromarray(drawn)
 
     def identifier(self, index: int) -> str:
@@ -228,9 +218,7 @@ class Splits:
         if self.class_indices is None:
             raise ValueError(f"the {len(self.class_names)} classes are not all ImageNet-1k's; use model.head: new")
         names, rows = imagenet_names(), np.array([*self.class_indices, UNLABELLED])
-        moved = []
-        for split in self:
-            moved.append(split.subset(np.arange(len(split))))
-            moved[-1].labels, moved[-1].class_names = rows[split.labels], names
-        train, bank, audit, test = moved
-        return Splits(train, bank, audit, test, names, tuple(range(len(names))))
+        moved = [split.subset(np.arange(len(split))) for split in self]
+        for split in moved:
+            split.labels, split.class_names = rows[split.labels], names
+        return Splits(moved[0], moved[1], moved[2], moved[3], names, tuple(range(len(names))))
