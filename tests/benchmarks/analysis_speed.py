@@ -18,13 +18,12 @@ import torch
 from paired import machine, pairs, ratio_line
 
 from singreg.analysis.features import PassSettings
-from singreg.analysis.old_fitting import fit_on_part
-from singreg.analysis.model import analyze_model
-from singreg.data.config import DataConfig
+from singreg.analysis.fitting import fit_on_split
+from singreg.analysis.scores import analyze_model
+from singreg.config import DataConfig, ModelConfig
 from singreg.data.datasets import ImageSplit, load_splits, make_loader
 from singreg.models.classifier import Classifier
-from singreg.workbench.build import build_classifier
-from singreg.workbench.config import ModelConfig
+from singreg.setup import build_classifier
 
 
 def bare(classifier: Classifier, parts: list[ImageSplit], batch: int) -> None:
@@ -58,17 +57,22 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512, help="width of the vision-language model's space")
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
-    scenes = {"scenes_train": 32, "scenes_audit": options.audit, "scenes_test": options.test}
-    config = DataConfig(options.data, image_size=options.pixels, **(scenes if options.data == "scenes" else {}), classes=options.classes)
+    scenes = {"train": 32, "audit": options.audit, "test": options.test} if options.data == "scenes" else {}
+    config = DataConfig(options.data, image_size=options.pixels, scenes=scenes, classes=options.classes)
     found = load_splits(config)
     audit, test = spread(found.audit, options.audit), spread(found.test, options.test)
     classifier = build_classifier(ModelConfig(options.model), found, image_size=options.pixels)
-    texts, targets = unit(classifier.num_classes, options.dim), [unit(len(part), options.dim).numpy() for part in (audit, test)]
+    texts, targets = (
+        unit(classifier.num_classes, options.dim),
+        [unit(len(part), options.dim).numpy() for part in (audit, test)],
+    )
     settings = PassSettings(options.batch, progress=False)
 
     def whole() -> None:
-        fitted = fit_on_part(classifier, audit, targets[0], standardize="blocks", settings=settings)
-        analyze_model(classifier, test, targets[1], texts, {"auditor": fitted.translator}, mean=fitted.mean, settings=settings)
+        fitted = fit_on_split(classifier, audit, targets[0], settings=settings)
+        analyze_model(
+            classifier, test, targets[1], texts, {"auditor": fitted.translator}, mean=fitted.mean, settings=settings
+        )
 
     times = pairs(lambda: bare(classifier, [audit, test], options.batch), whole, options.pairs)
     size = f"{len(audit)} + {len(test)} pictures, batch {options.batch}, {classifier.feature_dim} features"

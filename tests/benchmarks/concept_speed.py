@@ -19,8 +19,8 @@ from collections.abc import Iterator
 
 import torch
 
-from singreg.analysis.features import STORED_BATCH, FeatureBatch
 from singreg.analysis.concepts import analyze_concepts
+from singreg.analysis.features import STORED_BATCH, FeatureBatch
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator
 
@@ -50,7 +50,9 @@ def run(count: int) -> None:
     """Measure once and print seconds and peak memory."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(CLASSES, FEATURES, generator=g)
-    translator = LinearTranslator(torch.randn(DIM, FEATURES, generator=g) / FEATURES**0.5, torch.randn(DIM, generator=g))
+    translator = LinearTranslator(
+        torch.randn(DIM, FEATURES, generator=g) / FEATURES**0.5, torch.randn(DIM, generator=g)
+    )
     texts = torch.randn(CLASSES + EXTRA, DIM, generator=g)
     names = [f"class {place}" for place in range(CLASSES)]
     simulated = Simulated(count, weight)
@@ -74,7 +76,9 @@ def run(count: int) -> None:
 def main() -> None:
     """One process a count: N and 2N."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=50_000, help="features in the first run; the second has twice as many")
+    parser.add_argument(
+        "--count", type=int, default=50_000, help="features in the first run; the second has twice as many"
+    )
     parser.add_argument("--alone", action="store_true", help="run --count only, in this process")
     arguments = parser.parse_args()
     if arguments.alone:

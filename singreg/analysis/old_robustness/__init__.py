@@ -1,1 +1,0 @@
-"""Robustness to steering in feature space, and the sanity rules of every attack (METHOD section 9)."""

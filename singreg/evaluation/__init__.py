@@ -1,1 +1,0 @@
-"""Jobs that measure and train nothing: one configuration and one job class for each recipe."""

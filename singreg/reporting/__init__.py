@@ -1,1 +1,0 @@
-"""Tables, plots, TensorBoard and the files of a run: takes results, computes nothing."""
