@@ -120,9 +120,9 @@ class AttackConfig(RunConfig):
         super().__post_init__()
         problems, labels = Problems(), [model.known_as for model in self.models]
         counts = {name: getattr(self, name) for name in ("images", "steps", "restarts", "batch_size")}
-        problems.least(1, models=len(labels), budgets=len(self.budgets), **counts)
-        problems.least(0, feature_pairs=self.feature_pairs)
-        problems.above_0(tau=self.tau)
+        problems.within(1, models=len(labels), budgets=len(self.budgets), **counts)
+        problems.within(0, feature_pairs=self.feature_pairs)
+        problems.need(0 < self.tau < float("inf"), f"tau: expected a number above 0, got {self.tau}")
         for name, sizes, least in (("linf", self.linf, 1.0), ("l2", self.l2, 1e-9)):  # below 1/255 no 8-bit value moves
             rising = list(sizes) == sorted({size for size in sizes if least <= size < float("inf")})
             problems.need(rising, f"{name}: expected different sizes of at least {least:g}, rising, got {sizes}")

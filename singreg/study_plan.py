@@ -66,8 +66,8 @@ class ArmConfig:
         problems = Problems()
         folder = self.name.strip() and Path(self.name).name == self.name and self.name not in (".", "..")
         problems.need(bool(folder), f"name: expected a name that does for a folder, got {self.name!r}")
-        problems.share(interpolation=self.interpolation)
-        problems.least(1, seeds=self.seeds)
+        problems.within(0, 1, interpolation=self.interpolation)
+        problems.within(1, seeds=self.seeds)
         placebo = self.control_of is None or self.role == "placebo"
         problems.need(placebo, "control_of: expected role placebo beside it")
         problems.need(not self.constrain or self.aligned, "constrain: keeps an aligned head's rows; set aligned: true")
@@ -130,8 +130,8 @@ class StudyConfig(FinetuneConfig):
             )
         problems.need(len(self.further_vlms) <= 1, f"further_vlms: expected at most one, got {len(self.further_vlms)}")
         problems.keys("corruptions", dict.fromkeys(self.corruptions), KINDS)
-        problems.least(0, ood=self.ood, validation_per_class=self.validation_per_class)
-        problems.least(2, agreement_sizes=min(self.agreement_sizes, default=2))
+        problems.within(0, ood=self.ood, validation_per_class=self.validation_per_class)
+        problems.within(2, agreement_sizes=min(self.agreement_sizes, default=2))
         problems.need(not self.ood or self.data.unlabeled is not None, "ood: needs images in data.unlabeled")
         scenes = self.data.source == "scenes"
         problems.need(not self.attributes or scenes, "attributes: only built-in scenes have known ones")
