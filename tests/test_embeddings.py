@@ -124,22 +124,10 @@ def test_a_failed_run_names_the_image_and_leaves_nothing(split: TableSplit, cach
 def test_what_killed_runs_left_goes_after_a_day(split: TableSplit, cache: Path) -> None:
     cache.mkdir()
     left = [cache / f".embeddings-{name}-writing-abcdefgh.npy" for name in ("old", "new")]
-    for path in left:
-        path.touch()
+    [path.touch() for path in left]
     os.utime(left[0], (0, 0))
     embed(Encoder(), split)
     assert [path.exists() for path in left] == [False, True]
-
-
-def test_with_a_real_model(split: TableSplit, tmp_path: Path, cache: Path) -> None:
-    from singreg.models.vlm import VisionLanguageModel
-    from tests.fakes import write_tiny_vlm
-
-    vlm = VisionLanguageModel.from_open_clip(write_tiny_vlm(tmp_path / "vlm"))
-    rows = cached_embeddings(vlm, split, batch_size=3, progress=False)
-    expected = vlm.embed_images(torch.stack([vlm.transform(split.image(index)) for index in range(11)]))
-    assert rows.shape == (11, vlm.dim)
-    assert np.allclose(rows, expected.numpy(), atol=1e-5)
 
 
 def _encode_in_a_group(rank: int, world: int, folder: str, count: int) -> tuple[int, bytes, str]:
