@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from singreg.analysis.chance import KINDS
 from singreg.analysis.concepts import select_concepts
 from singreg.analysis.fitting import AGREEMENT, IMAGES_PER_FEATURE, ZERO_SHOT
 from singreg.analysis.passport import VISIBLE, chance_angle, judge_passport
@@ -24,12 +23,13 @@ KIND_TITLES = {
 }
 BLOCK_TITLES = {"features": "f, whole", "row_space": "Π_p f, row space", "null_space": "Π_n f, null space"}
 SCORES = {"AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °"}
+CHANCE = {**{key: (title, 2) for key, title in SCORES.items()}, "kappa": ("κ", 3)}  # with decimals
 MANY_FLOORED = 0.1
 Found = Mapping[str, Any]
 
 
-def _table(rows: Sequence[Any]) -> pd.DataFrame:
-    table: pd.DataFrame = pd.DataFrame(rows)
+def _table(rows: Sequence[Any], columns: list[str] | None = None) -> pd.DataFrame:
+    table: pd.DataFrame = pd.DataFrame(rows, columns=columns)
     return table
 
 
@@ -52,19 +52,10 @@ def score_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
 
 def translator_table(measured: Found) -> pd.DataFrame:
     """Return how good every translator of a measurement is."""
-    rows = [
-        {
-            "translator": name,
-            "fit on": by["fit_images"],
-            "ridge": f"{by['ridge']:g}" if by["ridge"] else "–",
-            "cosine": number(by["cosine"], 3),
-            "R²": number(by["r2"], 3),
-            "zero-shot": percent(by["zero_shot"]),
-            "the VLM's own": percent(measured["vlm_zero_shot"]),
-        }
-        for name, by in measured["translators"].items()
-    ]
-    return _table(rows)
+    columns = ["fit_images", "ridge", "cosine", "r2", "zero_shot"]
+    table: pd.DataFrame = pd.DataFrame(measured["translators"]).T[columns].rename_axis("translator").reset_index()
+    table["the VLM's own"] = measured["vlm_zero_shot"]
+    return table
 
 
 def chance_table(chance: Mapping[str, Found]) -> pd.DataFrame:
@@ -72,18 +63,14 @@ def chance_table(chance: Mapping[str, Found]) -> pd.DataFrame:
     rows = []
     for name, found in chance.items():
         scores = found["paper"]
-        for kind in ("observed", *KINDS):
-            row = {"translator": name, "what is removed": KIND_TITLES[kind]}
-            for key, title in {**SCORES, "kappa": "κ"}.items():
-                digits = 3 if key == "kappa" else 2
-                if kind == "observed":
-                    row[title] = number(scores["observed"][key], digits)
-                else:
-                    level = scores["levels"][kind]
-                    row[title] = f"{number(level['mean'][key], digits)} ± {number(level['spread'][key], digits)}"
-            source = scores if kind == "observed" else scores["levels"][kind]
-            rows.append(row | {"energy removed": percent(source["energy"])})
-    return _table(rows)
+        observed = {title: number(scores["observed"][key], digits) for key, (title, digits) in CHANCE.items()}
+        rows.append([name, KIND_TITLES["observed"], *observed.values(), percent(scores["energy"])])
+        for kind, level in scores["levels"].items():
+            pairs = [(level["mean"][key], level["spread"][key], digits) for key, (_, digits) in CHANCE.items()]
+            cells = [f"{number(mean, digits)} ± {number(spread, digits)}" for mean, spread, digits in pairs]
+            rows.append([name, KIND_TITLES[kind], *cells, percent(level["energy"])])
+    titles = [title for title, _ in CHANCE.values()]
+    return _table(rows, ["translator", "what is removed", *titles, "energy removed"])
 
 
 def information_table(found: Found) -> pd.DataFrame:
@@ -100,8 +87,7 @@ def information_table(found: Found) -> pd.DataFrame:
     only = found["unique"], found["unique_accuracy"], "unique", "unique_accuracy"
     rows.append(row("only in the null space: f less Π_p f", *only))
     rows.append(["always the most frequent class", "0", number(100 * found["chance"], 1)])
-    table: pd.DataFrame = pd.DataFrame(rows, columns=["fitted on", "R² of the image embedding", "class probe, %"])
-    return table
+    return _table(rows, ["fitted on", "R² of the image embedding", "class probe, %"])
 
 
 def class_table(found: Found) -> pd.DataFrame:
@@ -115,38 +101,19 @@ def class_table(found: Found) -> pd.DataFrame:
 
 
 def concept_table(found: Found, count: int = 12) -> pd.DataFrame:
-    """Return the concepts that moved most (`analyze_concepts`)."""
-    table = select_concepts(found, "strongest", count)
-    rows = [
-        {
-            "concept": row["concept"],
-            "angle before °": number(row["before"], 1),
-            "after °": number(row["after"], 1),
-            "AS °": interval(row["AS"], row["AS_low"], row["AS_high"]),
-            "κ": number(row["kappa"], 3),
-        }
-        for row in table.to_dict("records")
-    ]
-    return _table(rows)
+    """Return the concepts that moved most (`analyze_concepts`), angles in degrees with the 95 % interval of AS."""
+    columns = ["concept", "before", "after", "AS", "AS_low", "AS_high", "kappa"]
+    table: pd.DataFrame = select_concepts(found, "strongest", count)[columns]
+    return table
 
 
 def passport_table(passports: Sequence[Found]) -> pd.DataFrame:
     """Return heads side by side (`head_passport`)."""
-    rows = [
-        {
-            "classifier": p["summary"]["tag"],
-            "classes": p["summary"]["classes"],
-            "features": p["summary"]["features"],
-            "rank": p["summary"]["rank"],
-            "null space": f"{p['summary']['nullity']} ({percent(p['summary']['null_dimensions'])})",
-            "of the softmax": p["softmax_nullity"],
-            "chance angle °": number(chance_angle(p), 1),
-            "σ_min/σ_max": f"{p['summary']['conditioning']:.1e}",
-            "verdict": judge_passport(p),
-        }
-        for p in passports
-    ]
-    return _table(rows)
+    columns = ["tag", "classes", "features", "rank", "nullity", "conditioning"]
+    table: pd.DataFrame = pd.DataFrame([passport["summary"] for passport in passports])[columns]
+    table["chance angle °"] = [number(chance_angle(passport), 1) for passport in passports]
+    table["verdict"] = [judge_passport(passport) for passport in passports]
+    return table
 
 
 def analysis_verdict(found: Found) -> list[str]:

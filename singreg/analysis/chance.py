@@ -46,9 +46,9 @@ def measure_chance(
     Shape: texts (C, n) unit rows, mean (m,). Angles in degrees.
 
     Returns:
-        By translator: images, draws, seed, features, dimensions (of the null space), and for the removals "paper" and
-        "centred" the observed figures, the energy share removed and levels by kind, each with mean and spread (standard
-        deviation) over draws, per_class means (None for a class without images) and energy.
+        By translator images, draws, seed, features, dimensions, and for the removals "paper" and "centred" the observed
+        figures, the energy share removed, and levels by kind: mean and spread (standard deviation) over draws,
+        per_class means (None for a class without images) and energy.
 
     Raises:
         ValueError: no null space, fewer than 2 classes or draws, no images, or unlabelled ones.

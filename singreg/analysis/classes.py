@@ -38,11 +38,10 @@ def analyze_classes(
         rows: one an image, as `analyze_model` returns them: "label", "correct", "AS/NAME", "IS/NAME", "kappa/NAME".
 
     Returns:
-        translator, centred, images, unlabelled (images without a label, not scored), empty (names of classes without
-        images); classes, the leakiest (AS⁻) first, each with label, name, images, means and intervals by figure (None
-        for a single image) and the distribution, 51 evenly spaced quantiles of AS and IS; and correlations, Spearman's
-        ρ over classes of AS_neg, AS_abs and IS with accuracy: value, low, high (None where not defined), classes, and
-        undefined, the resamples in which nothing varied.
+        translator, centred, images, unlabelled, empty (names of classes without images); classes, the leakiest (AS⁻)
+        first, each with label, name, images, means and intervals by figure (None for a single image) and distribution
+        (51 quantiles of AS and IS); correlations of AS_neg, AS_abs and IS with accuracy over classes (Spearman's ρ,
+        None where not defined; undefined counts resamples in which nothing varied).
 
     Raises:
         ValueError: a column that is missing (all are named), no labelled image, or a label without a class name.
@@ -154,10 +153,9 @@ def joint_distribution(rows: pd.DataFrame, *, translator: str = "auditor", centr
     """Describe the joint distribution of IS and AS by one translator (METHOD section 3, paper figure 4).
 
     Returns:
-        images; mean and std of (IS, AS) in degrees; ratio, mean IS / mean |AS|, the paper's figure of a model;
-        correlation, None where one does not vary; ellipses at 1 and 2 sigma around the mean (none for fewer than three
-        images), each with sigma, full width and height, tilt in degrees and the share of images inside; and up to 2,000
-        evenly taken points (IS, AS).
+        images; mean and std of (IS, AS) in degrees; ratio, mean IS / mean |AS|; correlation, None where one does not
+        vary; ellipses at 1 and 2 sigma (none for fewer than three images): full width and height, tilt in degrees and
+        the share of images inside; up to 2,000 evenly taken points (IS, AS).
 
     Raises:
         ValueError: the rows have no such columns, or no image.

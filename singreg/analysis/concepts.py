@@ -167,10 +167,9 @@ def analyze_concepts(
     Shape: texts (K, n), one row a concept in the translator's space; mean (m,). Angles in degrees.
 
     Returns:
-        concepts, class_names, images, unlabelled (in `overall` only), centred, image_score and image_score_std (IS, the
-        bound of every |AS|), class_images (C,), overall (K,) by figure: before, after and AS with their _std, AS_abs,
-        AS_low and AS_high (normal 95 % interval over images), kappa; and per_class (C, K) before, after, AS, AS_std,
-        rounded to 1e-5 degrees, None for a class without images.
+        concepts, class_names, images, unlabelled (in `overall` only), centred, image_score with _std (IS, the bound of
+        every |AS|), class_images (C,); overall (K,) before, after, AS with _std, AS_abs, AS_low and AS_high (normal 95
+        % interval over images), kappa; per_class (C, K) before, after, AS, AS_std, None for a class without images.
 
     Raises:
         ValueError: no image, widths or labels that do not fit, or texts that are zero or not finite.

@@ -52,8 +52,8 @@ def analyze_images(
 
     Returns:
         by, centred, images (labelled ones searched), unlabelled, and worst: of each image index, image (its name),
-        label, class_name, predicted, attribute_score, image_score, and rises and falls: concept, before, after, score
-        of the concepts that come closer and move away. And the features (count, m) of the worst, for `nearest_images`.
+        label, class_name, predicted, attribute_score, image_score, and the concepts that come closer (rises) and move
+        away (falls); and the features (count, m) of the worst, for `nearest_images`.
 
     Raises:
         ValueError: no labelled image, a count below 1, an unknown `by`, or texts that do not fit names or translator.

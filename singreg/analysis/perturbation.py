@@ -45,9 +45,9 @@ def measure_perturbations(
 
     Returns:
         sizes, images, translators, margin (mean gap between the two largest logits) and curves by kind (no "null"
-        without a null space), each with mean and, over images, the 5 % quantile "low" and the 95 % quantile "high" by
-        size of "logit_change" and "logit_change_float32" (largest |Δlogit| of an image), "flipped" (share whose top-1
-        changes; mean only) and "angle TRANSLATOR" (between T f and T(f + δ)).
+        without a null space): mean, low and high (5 % and 95 % of images) by size of "logit_change" and
+        "logit_change_float32" (largest |Δlogit| of an image), "flipped" (share whose top-1 changes) and "angle
+        TRANSLATOR" (T f to T(f + δ)).
 
     Raises:
         ValueError: sizes that are not above 0, or no images.

@@ -178,10 +178,10 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits, *, res
     embeddings.
 
     Returns:
-        r2 and accuracy by block; unique, R²(z|f) - R²(z|Π_p f), what of the image embedding only the null space tells;
-        unique_accuracy, the same difference of accuracies; chance, the accuracy of always naming the class most
-        frequent in the fit; intervals [low, high] by name or "r2 BLOCK", "accuracy BLOCK"; ridges under the same
-        names; images, labelled, unseen (images of classes the probe never saw), fit_images and fit_labelled.
+        r2 and accuracy by block; unique, R²(z|f) - R²(z|Π_p f), what only the null space tells of the image embedding,
+        and unique_accuracy; chance, the accuracy of always naming the class most frequent in the fit; intervals and
+        ridges by name or "r2 BLOCK", "accuracy BLOCK"; images, labelled, unseen (of classes the probe never saw),
+        fit_images and fit_labelled.
 
     Raises:
         ValueError: no images, or no labelled ones.
