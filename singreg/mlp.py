@@ -30,14 +30,8 @@ class MLPSettings:
 
     Attributes:
         kind: mlp3 (three linear layers), mlp4 (four), or residual (an entry layer, two residual blocks, an exit block).
-        hidden: width of the hidden layers.
-        dropout: within each block, in [0, 1).
-        epochs: at most so many passes.
         patience: training stops so many epochs after the best validation error, whose weights are kept.
         seed: of the weights, the order of the images and the dropout.
-
-    Raises:
-        ValueError: all that is wrong with the values.
     """
 
     kind: Literal["mlp3", "mlp4", "residual"] = "mlp3"
@@ -51,27 +45,12 @@ class MLPSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("hidden", "batch_size", "epochs", "patience")}
-        wrong = [f"{k} must be a whole number of at least 1, got {v!r}" for k, v in sizes.items() if not _counts(v)]
         if self.kind not in KINDS:
-            wrong.append(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout must be in [0, 1), got {self.dropout}")
-        if not (self.learning_rate > 0 and self.weight_decay >= 0):
-            wrong.append("learning_rate must be above 0 and weight_decay at least 0")
-        if wrong:
-            raise ValueError("mlp translator: " + "; ".join(wrong))
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, int) and value >= 1
+            raise ValueError(f"the kind of an MLP translator must be one of {', '.join(KINDS)}, got {self.kind!r}")
 
 
 class MLPNetwork(nn.Module):
-    """The network alone, on standardised values, of LayerNorm-GELU-Dropout-Linear blocks.
-
-    Shape: (..., m) to (..., n).
-    """
+    """The network alone, on standardised values, of LayerNorm-GELU-Dropout-Linear blocks."""
 
     def __init__(self, feature_dim: int, target_dim: int, settings: MLPSettings) -> None:
         super().__init__()
@@ -95,29 +74,15 @@ class MLPNetwork(nn.Module):
 
 
 def train_mlp(
-    features: Array,
-    targets: Array,
-    settings: MLPSettings,
-    *,
-    normalize_targets: bool = False,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
+    features: Array, targets: Array, settings: MLPSettings, normalize: bool, device: torch.device, progress: bool
 ) -> tuple[dict[str, Tensor], int, float | None]:
-    """Minimise the mean squared error on rows (f, z); see `translator.fit_mlp_translator`.
-
-    Memory does not grow with N when the arrays are memory-mapped. The same seed gives the same weights on a CPU. In a
-    process group every process passes the same arrays; the first one's weights go to all.
-
-    Shape: features (N, m), targets (N, n).
+    """Minimise the mean squared error on rows f (N, m) and z (N, n); see `translator.fit_mlp_translator`.
 
     Returns:
         What `translator.MLPTranslator` takes as its state, the rows fitted on, and R² on the held-out rows (None where
         those do not vary).
-
-    Raises:
-        ValueError: shapes that differ, too few rows, values that are not finite, or a training that diverges.
     """
-    rows = _Rows(features, targets, normalize_targets, torch.device(device))
+    rows = _Rows(features, targets, normalize, device)
     with torch.random.fork_rng(devices=[rows.device] if rows.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         network, error = _train(rows, settings, progress)
@@ -129,24 +94,21 @@ def train_mlp(
 
 def _train(rows: _Rows, settings: MLPSettings, progress: bool) -> tuple[dict[str, Tensor], float]:
     """The best epoch's weights and validation error (mean squared, in standardised units)."""
-    network = MLPNetwork(rows.features.shape[1], rows.targets.shape[1], settings).to(rows.device)
+    network = MLPNetwork(rows.arrays[0].shape[1], rows.arrays[1].shape[1], settings).to(rows.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     best, since = float("inf"), 0
     kept: dict[str, Tensor] = {}
     for epoch in with_progress(range(settings.epochs), f"fitting the {settings.kind} translator", enabled=progress):
         network.train()
         order = rows.fitted[torch.randperm(len(rows.fitted)).numpy()]
-        for chosen in np.split(order, range(settings.batch_size, len(order), settings.batch_size)):
+        for chosen in _pieces(order, settings.batch_size):
             f, z = rows.batch(chosen)
             optimizer.zero_grad()
             F.mse_loss(network(f), z).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        error = _error(network, rows)
+        error, since = _error(network, rows), since + 1
         if not np.isfinite(error):
-            raise ValueError(
-                f"the training of the {settings.kind} translator diverged in epoch {epoch + 1}; lower learning_rate"
-            )
-        since += 1
+            raise ValueError(f"the training of the {settings.kind} translator diverged in epoch {epoch + 1}")
         if error < best:
             best, since = error, 0
             kept = {name: value.detach().clone() for name, value in network.state_dict().items()}
@@ -159,32 +121,29 @@ def _train(rows: _Rows, settings: MLPSettings, progress: bool) -> tuple[dict[str
 def _error(network: MLPNetwork, rows: _Rows) -> float:
     network.eval()
     total = 0.0
-    for chosen in _chunks(rows.held_out):
+    for chosen in _pieces(rows.held_out, CHUNK):
         f, z = rows.batch(chosen)
         total += float((network(f) - z).double().square().sum())
-    return total / (len(rows.held_out) * rows.targets.shape[1])
+    return total / (len(rows.held_out) * rows.arrays[1].shape[1])
 
 
-def _chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
-    yield from np.split(rows, range(CHUNK, len(rows), CHUNK))
+def _pieces(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    yield from np.split(rows, range(size, len(rows), size))
 
 
 class _Rows:
-    """Checked rows of two arrays, which may be memory-mapped, read in pieces; and the scales of those fitted on."""
+    """Rows of two arrays, which may be memory-mapped, read in pieces; and the scales of those fitted on."""
 
     def __init__(self, features: Array, targets: Array, normalize: bool, device: torch.device) -> None:
         if features.ndim != 2 or targets.ndim != 2 or len(features) != len(targets):
             got = f"{tuple(features.shape)} and {tuple(targets.shape)}"
             raise ValueError(f"expected features (N, m) and targets (N, n), got {got}")
-        self.features, self.targets, self.normalize, self.device = features, targets, normalize, device
+        self.arrays, self.normalize, self.device = (features, targets), normalize, device
         numbers = np.arange(len(features))
         self.held_out = numbers[numbers % HELD_OUT_EVERY == 0]
         self.fitted = numbers[numbers % HELD_OUT_EVERY != 0]
         if len(self.fitted) < 2:
-            raise ValueError(
-                f"an MLP translator needs at least 2 rows to fit and 1 to hold out, got {len(numbers)} rows"
-            )
-        self._refuse_non_finite(numbers)
+            raise ValueError(f"an MLP translator needs 2 rows to fit and 1 to hold out, got {len(numbers)} rows")
         mean, variance = self.moments(0, self.fitted)
         target_mean, target_variance = self.moments(1, self.fitted)
         # A constant feature says nothing: scale 0, as in the ridge fit.
@@ -208,7 +167,7 @@ class _Rows:
         """Mean and variance of features (0) or targets (1), float64, about the first row: no large mean is squared."""
         first = self._read(which, rows[:1])[0].double()
         total, square = torch.zeros_like(first), torch.zeros_like(first)
-        for chosen in _chunks(rows):
+        for chosen in _pieces(rows, CHUNK):
             shifted = self._read(which, chosen).double() - first
             total += shifted.sum(0)
             square += shifted.square().sum(0)
@@ -216,18 +175,12 @@ class _Rows:
         return first + mean, (square / len(rows) - mean.square()).clamp_min(0)
 
     def _read(self, which: int, rows: np.ndarray) -> Tensor:
-        array = (self.features, self.targets)[which]
+        array = self.arrays[which]
         read = (
             torch.from_numpy(np.array(array[rows])) if isinstance(array, np.ndarray) else array[torch.from_numpy(rows)]
         )
         values = read.detach().float().cpu()
+        if not torch.isfinite(values).all():
+            bad = rows[~torch.isfinite(values).all(1).numpy()][:5].tolist()
+            raise ValueError(f"{('features', 'targets')[which]} hold NaN or infinity in rows {bad}")
         return F.normalize(values, dim=-1) if which and self.normalize else values
-
-    def _refuse_non_finite(self, rows: np.ndarray) -> None:
-        for chosen in _chunks(rows):
-            for which, name in enumerate(("features", "targets")):
-                bad = chosen[~torch.isfinite(self._read(which, chosen)).all(1).numpy()]
-                if len(bad):
-                    raise ValueError(
-                        f"{name} hold NaN or infinity in rows {bad[:5].tolist()}; one would spoil the whole fit"
-                    )

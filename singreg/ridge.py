@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from singreg.utils import is_distributed
+
 Standardize = bool | Tensor
 """False: features as they are. True: each divided by its standard deviation. A basis (m, r) of a head's row space: the
 row-space and the null part of the features, each divided by the root of its own energy-weighted variance."""
@@ -23,14 +25,7 @@ ROWS = 512  # images at a time, in float64: what a processor's cache holds
 
 @dataclass(frozen=True)
 class RidgeSolution:
-    """T(f) = f Aᵀ + a, in float64.
-
-    Attributes:
-        matrix: A (n, m).
-        offset: a (n,).
-        ridge: relative.
-        count: images behind it.
-    """
+    """T(f) = f Aᵀ + a with A (n, m) and a (n,) in float64, its relative ridge, and the images behind it."""
 
     matrix: Tensor
     offset: Tensor
@@ -46,12 +41,7 @@ class RidgeStatistics:
     8.6), and folds the scale back into A.
 
     Attributes:
-        ff: Σ f fᵀ (m, m).
-        fz: Σ f zᵀ (m, n).
-        f: Σ f (m,).
-        z: Σ z (n,).
-        zz: Σ |z|² ().
-        count: N ().
+        fz, f, z, zz, count: Σ f zᵀ (m, n), Σ f (m,), Σ z (n,), Σ |z|² and N.
 
     Example:
         >>> f = torch.randn(100, 4, dtype=torch.float64); A = torch.randn(3, 4, dtype=torch.float64)
@@ -61,26 +51,21 @@ class RidgeStatistics:
     """
 
     def __init__(self, feature_dim: int, target_dim: int, *, device: torch.device | str = "cpu") -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        self._ff, self.fz = zeros(feature_dim, feature_dim), zeros(feature_dim, target_dim)
+        shapes = ((feature_dim, feature_dim), (feature_dim, target_dim), (feature_dim,), (target_dim,), (), ())
+        sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+        self._ff, self.fz, self.f, self.z, self.zz, self.count = sums
         self._lower_only = False  # True while what is above the diagonal of _ff is behind
-        self.f, self.z = zeros(feature_dim), zeros(target_dim)
-        self.zz, self.count = zeros(), zeros()
 
     @property
     def ff(self) -> Tensor:
-        """Only what is below the diagonal is summed, and mirrored when somebody looks."""
+        """Σ f fᵀ (m, m): only what is below the diagonal is summed, and mirrored when somebody looks."""
         if self._lower_only:
             self._ff.copy_(self._ff.tril() + self._ff.tril(-1).T)
             self._lower_only = False
         return self._ff
 
     def update(self, features: Tensor, targets: Tensor) -> RidgeStatistics:
-        """Add a batch.
-
-        Shape: features (B, m), targets (B, n).
+        """Add a batch, features (B, m) and targets (B, n).
 
         Raises:
             ValueError: other shapes, or values that are not finite.
@@ -91,10 +76,8 @@ class RidgeStatistics:
             raise ValueError(f"expected features (B, {m}) and targets (B, {n}), got {got}")
         if not all(bool(torch.isfinite(x.detach().sum(dtype=torch.float64))) for x in (features, targets)):
             raise ValueError("features or targets hold NaN or infinity; one such row would spoil the whole fit")
-        for chunk, wanted in zip(
-            torch.split(features.detach(), ROWS), torch.split(targets.detach(), ROWS), strict=True
-        ):
-            f, z = chunk.to(self._ff), wanted.to(self._ff)
+        for rows in zip(torch.split(features.detach(), ROWS), torch.split(targets.detach(), ROWS), strict=True):
+            f, z = (x.to(self._ff) for x in rows)
             _add_gram(self._ff, f)
             self.fz.addmm_(f.T, z)
             self.f += f.sum(0)
@@ -113,15 +96,13 @@ class RidgeStatistics:
 
     def decay(self, factor: float) -> RidgeStatistics:
         """Multiply every sum, the count too, by a factor in (0, 1]: forgetting that leaves all means as they are."""
-        if not 0 < factor <= 1:
-            raise ValueError(f"expected a factor above 0 and at most 1, got {factor}")
         for mine in self._sums():
             mine *= factor
         return self
 
     def reduce(self) -> RidgeStatistics:
         """Sum over all processes, in place; every process must call it. Without a process group nothing happens."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             for mine in self._sums():
                 torch.distributed.all_reduce(mine)
             self._lower_only = True  # on some process it was
@@ -173,22 +154,13 @@ class RidgeStatistics:
         """Return the whole regularisation path, from one eigendecomposition of the (standardised) scatter."""
         scaled, loadings, scale = self._scaled(standardize)
         eigenvalues, vectors = torch.linalg.eigh(scaled)
-        return RidgePath(
-            eigenvalues=eigenvalues.clamp_min(0),
-            loadings=vectors.T @ loadings,
-            vectors=scale(vectors),
-            feature_mean=self.f / self.count,
-            target_mean=self.z / self.count,
-            count=int(self.count),
-        )
+        means, count = (self.f / self.count, self.z / self.count), int(self.count)
+        return RidgePath(eigenvalues.clamp_min(0), vectors.T @ loadings, scale(vectors), *means, count)
 
     def validate(
         self, held_out: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Standardize = False
     ) -> tuple[RidgeSolution, dict[float, float]]:
-        """Return the solution whose ridge has the best R² on held-out statistics, and R² of every ridge tried.
-
-        One eigendecomposition serves all of them; no image is read again.
-        """
+        """Return the solution whose ridge has the best R² on held-out statistics, and R² of every ridge tried."""
         path = self.path(standardize=standardize)
         scores = {ridge: 1 - lost for ridge, lost in zip(ridges, path.residuals(held_out, ridges), strict=True)}
         best = max(scores, key=lambda ridge: scores[ridge])
@@ -219,15 +191,7 @@ def _add_gram(whole: Tensor, f: Tensor) -> None:
 
 @dataclass(frozen=True)
 class RidgePath:
-    """Eigendecomposition V E Vᵀ of the scatter, ready to give the solution at any ridge.
-
-    Attributes:
-        eigenvalues: (m,).
-        loadings: Vᵀ S_fz (m, n).
-        vectors: V with the feature scale folded in (m, m).
-        feature_mean: (m,).
-        target_mean: (n,).
-    """
+    """V E Vᵀ of the scatter, with loadings Vᵀ S_fz (m, n), ready to give the solution at any ridge."""
 
     eigenvalues: Tensor
     loadings: Tensor
@@ -242,11 +206,9 @@ class RidgePath:
         return RidgeSolution(matrix, self.target_mean - matrix @ self.feature_mean, ridge, self.count)
 
     def residuals(self, held_out: RidgeStatistics, ridges: Sequence[float]) -> list[float]:
-        """Return 1 - R² on held-out statistics, Σ|T(f) - z|² / Σ|z - z̄|², of every ridge's solution.
-
-        In the eigenbasis a solution is D L with D diagonal, so what it makes of the held-out sums is a quadratic form
-        in D's diagonal: the work is that of one solution.
-        """
+        """Return 1 - R² on held-out statistics, Σ|T(f) - z|² / Σ|z - z̄|², of every ridge's solution."""
+        # In the eigenbasis a solution is D L with D diagonal, so what it makes of the held-out sums is a quadratic form
+        # in D's diagonal: the work is that of one solution.
         _, _, s_zz = held_out.centred()
         own = self.vectors.T @ held_out.ff @ self.vectors * (self.loadings @ self.loadings.T)
         cross = (self.loadings * (self.vectors.T @ held_out.fz)).sum(1)
@@ -267,14 +229,7 @@ class RidgePath:
 
 
 def _feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, standardize: Standardize) -> FeatureScale:
-    """L with L f of unit scale, from S (m, m) and Σ f fᵀ (m, m); a constant feature or block is mapped to 0.
-
-    Feature by feature, the penalty Σ_j σ_j² |A_j|² ignores a rescaling of single features, but turning or shrinking
-    the null block of a head that is not aligned with the axes changes every σ_j, and so the fit. Block by block it is
-    s_p |A Π_p|² + s_n |A Π_n|², with s = tr(S²)/tr(S) of a block's covariance S: it moves along with any rotation and
-    any rescaling of either block, so T(f) does not change at all. s is a mean weighted by variance: a plain one over
-    1,264 null directions, most almost empty, would leave the null block far cheaper than the row space.
-    """
+    """L with L f of unit scale, from S (m, m) and Σ f fᵀ (m, m); a constant feature or block is mapped to 0."""
     if not isinstance(standardize, bool | Tensor):
         raise ValueError(f"standardize: expected False, True or a row-space basis (m, r), got {standardize!r}")
     if isinstance(standardize, Tensor):
@@ -287,22 +242,20 @@ def _feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, standardize: Sta
 
 
 def _by_block(scatter: Tensor, raw: Tensor, count: Tensor, basis: Tensor) -> FeatureScale:
-    width, basis = len(scatter), basis.to(scatter)
-    if basis.ndim != 2 or len(basis) != width or basis.shape[1] > width:
-        raise ValueError(f"expected a row-space basis ({width}, r) to standardise by, got {tuple(basis.shape)}")
+    """Π_p f and Π_n f each by the root of tr(S²)/tr(S): neither turning nor shrinking the null block moves the fit."""
+    basis = basis.to(scatter)
     across = scatter @ basis
-    row = basis.T @ across
     # Π_n S Π_n itself, not a difference of sums of squares, in which a block shrunk to a thousandth would drown.
     half = scatter - basis @ across.T
     null = half - (half @ basis) @ basis.T
     least = DEAD * torch.diagonal(raw).sum()
 
     def inverse_deviation(block: Tensor) -> Tensor:
-        """1 / root of the energy-weighted variance |B|²/(N tr B) of a block's scatter B, 0 for a constant one."""
+        """A mean weighted by variance: a plain one, of null directions most almost empty, would be far too small."""
         energy = torch.diagonal(block).sum()
         return (energy * count / block.square().sum()).sqrt() if bool(energy > least) else torch.zeros_like(energy)
 
-    row_scale = inverse_deviation(row)
-    null_scale = inverse_deviation(null) if basis.shape[1] < width else torch.zeros_like(row_scale)
+    row_scale = inverse_deviation(basis.T @ across)
+    null_scale = inverse_deviation(null) if basis.shape[1] < len(basis) else torch.zeros_like(row_scale)
     # Thin: L = n I + (p - n) Q Qᵀ, never an m x m matrix.
     return lambda columns: null_scale * columns + (row_scale - null_scale) * (basis @ (basis.T @ columns))

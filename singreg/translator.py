@@ -49,15 +49,10 @@ class TranslatorInfo:
 class Translator(nn.Module):
     """A fixed map T from features (..., m) to (..., n) that lets gradients through to the features.
 
-    All it holds are buffers, so nobody trains it by accident.
-
-    Attributes:
-        info: what it was fitted on.
-        feature_dim: m, the width of the features.
-        target_dim: n, the width of the vision-language model's space.
+    All it holds are buffers, so nobody trains it by accident. `info` says what it was fitted on.
     """
 
-    FORMAT: str
+    FORMAT = ""
     info: TranslatorInfo
     feature_dim: int
     target_dim: int
@@ -72,21 +67,18 @@ class Translator(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the tensors (float32) and the info to a safetensors file, which `load_translator` opens."""
         tensors = {name: value.float().cpu().contiguous() for name, value in self.state_dict().items()}
-        metadata = {"format": self.FORMAT, "info": json.dumps(asdict(self.info)), **self._metadata()}
+        metadata = {"format": self.FORMAT, "info": json.dumps(asdict(self.info))}
+        if isinstance(self, MLPTranslator):
+            metadata["settings"] = json.dumps(asdict(self.settings))
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
 
     def _translate(self, features: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _metadata(self) -> dict[str, str]:
-        return {}
-
 
 class LinearTranslator(Translator):
-    """T(f) = f Aᵀ + a (paper eq. 4).
-
-    Shape: matrix A (n, m), offset a (n,).
+    """T(f) = f Aᵀ + a with matrix A (n, m) and offset a (n,) (paper eq. 4).
 
     Example:
         >>> T = LinearTranslator(torch.eye(2), torch.ones(2))
@@ -111,8 +103,8 @@ class LinearTranslator(Translator):
     @classmethod
     def from_solution(cls, solution: RidgeSolution, info: TranslatorInfo | None = None) -> LinearTranslator:
         """Store a float64 ridge solution in float32; its ridge and image count go into the info."""
-        known = replace(info or TranslatorInfo(), ridge=solution.ridge, images=solution.count)
-        return cls(solution.matrix.float(), solution.offset.float(), known)
+        info = replace(info or TranslatorInfo(), ridge=solution.ridge, images=solution.count)
+        return cls(solution.matrix.float(), solution.offset.float(), info)
 
     def _translate(self, features: Tensor) -> Tensor:
         return nn.functional.linear(features, self.matrix.to(features), self.offset.to(features))
@@ -125,9 +117,6 @@ class MLPTranslator(Translator):
 
     Args:
         state: feature_mean and feature_scale (m,), target_mean (n,), target_scale () and the weights as "network.NAME".
-
-    Raises:
-        ValueError: a tensor of `state` is missing, unknown, or of another shape than the settings ask for.
 
     Example:
         >>> f = torch.randn(64, 3)
@@ -144,27 +133,22 @@ class MLPTranslator(Translator):
 
     def __init__(self, settings: MLPSettings, state: Mapping[str, Tensor], info: TranslatorInfo | None = None) -> None:
         super().__init__()
-        scales = ("feature_mean", "feature_scale", "target_mean", "target_scale")
-        if missing := [name for name in scales if name not in state]:
-            raise ValueError(f"the state of an MLP translator has no {', '.join(missing)}")
-        self.feature_dim, self.target_dim = state["feature_mean"].numel(), state["target_mean"].numel()
+        m, n = self.feature_dim, self.target_dim = state["feature_mean"].numel(), state["target_mean"].numel()
         self.settings, self.info = settings, info or TranslatorInfo(kind=settings.kind)
         with torch.device("meta"):  # nothing is allocated before the shapes are known to fit
-            self.network = MLPNetwork(self.feature_dim, self.target_dim, settings)
-            for name, size in zip(scales, ((self.feature_dim,),) * 2 + ((self.target_dim,), ()), strict=True):
+            self.network = MLPNetwork(m, n, settings)
+            sizes = {"feature_mean": (m,), "feature_scale": (m,), "target_mean": (n,), "target_scale": ()}
+            for name, size in sizes.items():
                 self.register_buffer(name, torch.empty(size))
         for module in self.network.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
                 module.register_buffer(name, parameter.detach())
-        try:
-            self.load_state_dict({name: value.detach().float().clone() for name, value in state.items()}, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"the state does not fit the MLP translator's settings: {error}") from error
+        self.load_state_dict({name: value.detach().float().clone() for name, value in state.items()}, assign=True)
         self.train(False)
 
     def train(self, mode: bool = True) -> MLPTranslator:
-        """Stay in eval mode: a fixed measuring instrument."""
+        """Stay in eval mode: it is a fixed measuring instrument."""
         return super().train(False)
 
     def _translate(self, features: Tensor) -> Tensor:
@@ -173,9 +157,6 @@ class MLPTranslator(Translator):
         standard = (f - self.feature_mean.to(f)) * self.feature_scale.to(f)
         y: Tensor = torch.func.functional_call(self.network, weights, (standard,))
         return (self.target_mean.to(f) + self.target_scale.to(f) * y).to(features.dtype)
-
-    def _metadata(self) -> dict[str, str]:
-        return {"settings": json.dumps(asdict(self.settings))}
 
 
 def fit_translator(
@@ -230,14 +211,10 @@ def translator_from_statistics(
     """Choose λ by R² on `validation`, then solve on both parts together."""
     chosen, scores = fit.validate(validation, ridges=ridges, standardize=standardize)
     whole = RidgeStatistics(*fit.fz.shape, device=fit.ff.device).merge(fit).merge(validation)
-    blocks = isinstance(standardize, Tensor)
-    described = replace(
-        info or TranslatorInfo(),
-        standardized=bool(blocks or standardize),
-        by_block=blocks,
-        validation_r2=scores[chosen.ridge],
-    )
-    return LinearTranslator.from_solution(whole.solve(chosen.ridge, standardize=standardize), described)
+    blocks, r2 = isinstance(standardize, Tensor), scores[chosen.ridge]
+    scaled = blocks or bool(standardize)
+    info = replace(info or TranslatorInfo(), standardized=scaled, by_block=blocks, validation_r2=r2)
+    return LinearTranslator.from_solution(whole.solve(chosen.ridge, standardize=standardize), info)
 
 
 def fit_mlp_translator(
@@ -250,29 +227,19 @@ def fit_mlp_translator(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> MLPTranslator:
-    """Fit a non-linear T by mean squared error on rows (f, z); see `mlp.train_mlp` for memory, seeds and processes.
+    """Fit a non-linear T by mean squared error on rows f (N, m) and z (N, n); every fifth decides when to stop.
 
-    Shape: features (N, m), targets (N, n).
+    Memory does not grow with N when the arrays are memory-mapped. The same seed gives the same weights on a CPU. In a
+    process group every process passes the same arrays; the first one's weights go to all.
 
-    Example:
-        >>> f = torch.randn(200, 4); settings = MLPSettings(hidden=16, epochs=3)
-        >>> fit_mlp_translator(f, f.abs(), settings=settings, progress=False)(f).shape
-        torch.Size([200, 4])
+    Raises:
+        ValueError: shapes that differ, too few rows, values that are not finite, or a training that diverges.
     """
     settings = settings or MLPSettings()
-    state, images, r2 = train_mlp(
-        features, targets, settings, normalize_targets=normalize_targets, device=device, progress=progress
-    )
-    described = replace(
-        info or TranslatorInfo(),
-        kind=settings.kind,
-        images=images,
-        ridge=0.0,
-        standardized=True,
-        normalized_targets=normalize_targets,
-        validation_r2=r2,
-    )
-    return MLPTranslator(settings, state, described).to(device)
+    state, images, r2 = train_mlp(features, targets, settings, normalize_targets, torch.device(device), progress)
+    info = replace(info or TranslatorInfo(), kind=settings.kind, images=images, ridge=0.0, validation_r2=r2)
+    info = replace(info, standardized=True, normalized_targets=normalize_targets)
+    return MLPTranslator(settings, state, info).to(device)
 
 
 def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None) -> Translator:
@@ -295,34 +262,27 @@ def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None)
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no translator file at {path}; fit one with `fit_translator` and `.save(path)`")
+    known = {field.name for field in fields(TranslatorInfo)}
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") not in (LinearTranslator.FORMAT, MLPTranslator.FORMAT):
                 raise ValueError(f"unknown format {metadata.get('format')!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        translator = _assemble(metadata, tensors)
-    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
+        # keys of the info that later versions wrote are left out
+        info = TranslatorInfo(**{key: value for key, value in json.loads(metadata["info"]).items() if key in known})
+        translator: Translator
+        if metadata["format"] == LinearTranslator.FORMAT:
+            translator = LinearTranslator(tensors["matrix"], tensors["offset"], info)
+        else:
+            translator = MLPTranslator(MLPSettings(**json.loads(metadata["settings"])), tensors, info)
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a translator file: {error}") from error
-    if expected is not None:
-        _check_fit(translator.info, expected, str(path))
-    return translator
-
-
-def _assemble(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Translator:
-    """The module of what a file holds; keys of the info that later versions wrote are left out."""
-    known = {field.name for field in fields(TranslatorInfo)}
-    info = TranslatorInfo(**{key: value for key, value in json.loads(metadata["info"]).items() if key in known})
-    if metadata["format"] == LinearTranslator.FORMAT:
-        return LinearTranslator(tensors["matrix"], tensors["offset"], info)
-    return MLPTranslator(MLPSettings(**json.loads(metadata["settings"])), tensors, info)
-
-
-def _check_fit(info: TranslatorInfo, expected: TranslatorInfo, path: str) -> None:
     differences = [
         f"  {name}: it was fitted on {getattr(info, name)!r}, here it is {wanted!r}"
-        for name, wanted in asdict(expected).items()
+        for name, wanted in asdict(expected or TranslatorInfo()).items()
         if isinstance(wanted, str) and wanted and name != "kind" and getattr(info, name) != wanted
     ]
     if differences:
         raise ValueError(f"the translator {path} belongs to another setting; fit a new one:\n" + "\n".join(differences))
+    return translator

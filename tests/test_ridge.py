@@ -142,9 +142,8 @@ def test_bad_input_is_refused() -> None:
         RidgeStatistics(4, 2).update(torch.ones(1, 4), torch.ones(1, 2)).solve(1.0)
     with pytest.raises(ValueError, match=">= 0"):
         statistics(*data()).solve(-1.0)
-    for standardize in ("blocks", torch.ones(5, 2)):
-        with pytest.raises(ValueError, match="row-space basis"):
-            statistics(*data()).solve(1.0, standardize=standardize)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="row-space basis"):
+        statistics(*data()).solve(1.0, standardize="blocks")  # type: ignore[arg-type]
 
 
 def test_sums_that_fade_weigh_old_images_less_and_keep_the_means() -> None:
@@ -157,9 +156,6 @@ def test_sums_that_fade_weigh_old_images_less_and_keep_the_means() -> None:
         repeated.update(f[40:], z[40:])
     torch.testing.assert_close(faded.solve(0.1).matrix, repeated.solve(0.1).matrix)
     assert float(faded.count) == 30
-    for factor in (0.0, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="above 0 and at most 1"):
-            faded.decay(factor)
 
 
 def _reduced(rank: int, world: int) -> np.ndarray:
