@@ -193,24 +193,6 @@ def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
     ]
 
 
-def attack_table(features: Mapping[str, Found]) -> pd.DataFrame:
-    """Return every attack on features over the relative step, from what `measure_robustness` returned by model."""
-    rows = [
-        {
-            **{"model": model, "attack": curve["attack"], "crafted on": curve["crafted_on"], "judge": curve["judge"]},
-            "null space": "dropped" if curve["defence"] else "kept",
-            "mean success": interval(*curve["area"]["success"]),
-            "decision kept alone": number(curve["area"]["decision_success"][0]),
-            "mean AS °": number(curve["area"]["AS"][0]),
-            "largest Δlogit": f"{max(curve['logit_change']):.1g}",
-        }
-        for model, found in features.items()
-        for curve in found["curves"]
-        if curve["budget"] == "step"
-    ]
-    return _table(rows)
-
-
 def steering_verdict(found: Found) -> list[str]:
     """Say how far features turn at a fixed image score, at equal effort and within natural radii."""
     read = {(p["attacker"], p["judge"]): p["overall"] for p in found["pairs"]}

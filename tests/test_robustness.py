@@ -25,7 +25,6 @@ from singreg.analysis.attackers import (
     climb,
     near_null_name,
     reach_basis,
-    reachable_targets,
     usual_attacks,
 )
 from singreg.analysis.robustness import measure_robustness
@@ -389,10 +388,3 @@ def test_a_sound_attack_passes_on_a_small_null_space() -> None:
     assert not failed(found)
     wrong = [broken(a, "wrong sign") if (a.name, a.crafted_on) == (MAXIMISER, "one") else a for a in attacks(narrow())]
     assert LIMIT in failed(measure(model=narrow(), attacks=wrong))
-
-
-def test_targets_no_feature_reaches_are_known() -> None:
-    flat = LinearTranslator(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), torch.zeros(3))
-    texts = normalize(torch.tensor([[1.0, 0.0, 0.1], [0.8, 0.1, 2.0], [0.0, 1.0, 0.0]]), dim=-1)
-    assert reachable_targets(flat, texts) == {0, 2}  # the middle one points out of the plane; the first is nearer in it
-    assert reachable_targets(lambda f: f, texts) == {0, 1, 2}  # nobody knows of a network

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.steering import SteeringRows, outranks, own_prompt, steering_arguments
+from singreg.analysis.steering import SteeringRows, outranks, steering_arguments
 from singreg.analysis.steering_curves import Budgets
 from singreg.maximiser import FAINT, FAR, ROUNDED, Directions, Maximiser, NearNull
 from singreg.nullspace import NullSpace
@@ -223,13 +223,3 @@ def reachable(z: Tensor, text: Tensor, texts: Tensor, same: Tensor, basis: Tenso
         return torch.ones(len(z), dtype=torch.bool, device=z.device)
     unit = torch.nn.functional.normalize(best_reading(z.double(), text, basis), dim=-1)
     return outranks((unit * text).sum(-1), unit @ texts.T, same)
-
-
-def reachable_targets(translator: AnyTranslator, texts: Tensor) -> set[int]:
-    """Return which of the prompts (C, n) some feature makes the translator put first; of a network all of them."""
-    basis, exact = reach_basis(translator, None), texts.detach().double().cpu()
-    if basis is None:
-        return set(range(len(exact)))
-    offset = steering_arguments(translator, exact)["offset"].expand(len(exact), -1)
-    first = reachable(offset, exact, exact, own_prompt(exact, exact), basis)
-    return set(first.nonzero().flatten().tolist())
