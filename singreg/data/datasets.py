@@ -12,7 +12,7 @@ from singreg.config import DataConfig
 from singreg.data.classes import resolve_classes
 from singreg.data.loader import make_loader
 from singreg.data.scenes import sample_scenes
-from singreg.data.sources import open_source, read_unlabelled
+from singreg.data.sources import open_split, read_unlabelled
 from singreg.data.splits import UNLABELLED, ConcatSplit, ImageSplit, SceneSplit, Splits, TableSplit
 from singreg.utils import together
 
@@ -57,14 +57,14 @@ def _scenes(config: DataConfig) -> Splits:
 
 def _stored(config: DataConfig) -> Splits:
     """Draw the splits' images, look at those drawn, and draw again without bad ones until all are readable."""
-    source, drop = open_source(config), config.bad_images == "drop"
-    subset = resolve_classes(config.classes, source.keys(config.train_split, "data.train_split"))
+    train = open_split(config, config.train_split, "data.train_split")
+    test = open_split(config, config.test_split, "data.test_split")
+    subset, drop = resolve_classes(config.classes, train.keys), config.bad_images == "drop"
     try:
-        there = resolve_classes(subset.keys, source.keys(config.test_split, "data.test_split"))
+        there = resolve_classes(subset.keys, test.keys)
     except ValueError as error:
         raise ValueError(f"split {config.test_split!r} of {config.source} (data.test_split): {error}") from error
-    read = [source.read(config.train_split, subset.keys, subset.names)]
-    read.append(source.read(config.test_split, there.keys, subset.names))
+    read = [train.read(subset.keys, subset.names), test.read(there.keys, subset.names)]
     if config.unlabeled is not None:
         read.append(read_unlabelled(config.unlabeled, subset.names))
     while True:
@@ -78,12 +78,12 @@ def _stored(config: DataConfig) -> Splits:
     for split, rows in zip(read, draws, strict=True):
         for name, drawn in rows.items():
             groups["bank" if name == "train" else name].append(split.subset(drawn, name))
-    (test,), audit, bank = without_copies(list(groups.values()), drop)
+    (tested,), audit, bank = without_copies(list(groups.values()), drop)
     present = set(bank[0].labels.tolist())
     empty = [name for label, name in enumerate(subset.names) if label not in present]
     if empty:
         raise ValueError(f"no training image is left without copies of other splits' images: {', '.join(empty)}")
-    return Splits(bank[0], ConcatSplit("bank", bank), ConcatSplit("audit", audit), test, subset.names, subset.indices)
+    return Splits(bank[0], ConcatSplit("bank", bank), ConcatSplit("audit", audit), tested, subset.names, subset.indices)
 
 
 def _draw(read: Sequence[TableSplit], keys: Sequence[str], config: DataConfig) -> list[dict[str, np.ndarray]]:
