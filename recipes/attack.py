@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from singreg.spaces import ComparedModel, Space, open_model, open_spaces, refuse_unknown_names
 from torch import Tensor
 
 from singreg.analysis import attack_summary as summary
@@ -59,6 +58,7 @@ from singreg.plots.attack import save_attack_plots
 from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import BATCH_SIZE, labels_for_head
+from singreg.spaces import ComparedModel, Space, open_model, open_spaces, refuse_unknown_names
 from singreg.translator import LinearTranslator
 from singreg.utils import cache_folder, progress
 

@@ -59,7 +59,7 @@ CAPTIONS = (
 
 def render(table: SceneTable) -> Tensor:
     """Render all scenes, (N, 3, 64, 64) uint8 in channels-last memory."""
-    images = np.stack([render_scene(table, i, PIXELS) for i in progress(range(len(table)), "rendering")])
+    images = np.stack([render_scene(table, i) for i in progress(range(len(table)), "rendering")])
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 

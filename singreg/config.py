@@ -82,8 +82,8 @@ class DataConfig:
         problems = Problems()
         problems.keys("per_class", self.per_class, PER_CLASS)
         problems.keys("scenes", self.scenes, tuple(SCENES))
-        for name, value in self.per_class.items():
-            problems.within(0 if name == "audit" else 1, **{f"per_class.{name}": value})
+        for name, count in self.per_class.items():
+            problems.within(0 if name == "audit" else 1, **{f"per_class.{name}": count})
         for name, value in self.scenes.items():
             least = 1 if name in ("train", "test") else 0
             problems.within(least, 1 if name == "bias" else math.inf, **{f"scenes.{name}": value})

@@ -133,7 +133,8 @@ def _refuse_twice(files: Sequence[Path]) -> None:
 
 def _each_on_its_own(parser: ArgumentParser, kind: type, arguments: Sequence[str]) -> list[str]:
     """Look at every key that was given, alone, and at the sections that the good ones make."""
-    problems, good = [], []
+    problems: list[str] = []
+    good: list[dict[str, Any]] = []
     for key, value in _given(kind, arguments, problems):
         found = _problem(parser, kind, key, value)
         problems += found

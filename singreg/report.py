@@ -88,9 +88,9 @@ def write_report(
             rows.to_parquet(temporary, index=False)
     facts = {"settings": settings, "machine": machine, "seconds": run.seconds}
     made = Section("How this was made", [_facts(settings, machine, run.seconds)])
-    page = {"title": title, "verdict": verdict, "warnings": warnings, "sections": [*sections, made]}
-    write_text(run.folder / "report.md", _markdown(run.folder, **page))
-    write_text(run.folder / "report.html", _html(**page))
+    page = (title, verdict, warnings, [*sections, made])
+    write_text(run.folder / "report.md", _markdown(run.folder, *page))
+    write_text(run.folder / "report.html", _html(*page))
     report = {"kind": run.recipe, "format": FORMAT, "verdict": verdict, "warnings": warnings, **facts, **figures}
     write_json(run.folder / "report.json", report)  # last: a run with a report.json is whole
     print("\n".join([*verdict, *warnings]))
@@ -101,7 +101,7 @@ def write_report(
 def _facts(settings: Mapping[str, Any], machine: Mapping[str, Any], seconds: Mapping[str, float]) -> pd.DataFrame:
     rows = [("command", settings["command"]), ("machine", ", ".join(f"{k} {v}" for k, v in machine.items()))]
     rows.append(("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())))
-    return pd.DataFrame(rows, columns=["", "value"])
+    return pd.DataFrame(rows, columns=pd.Index(["", "value"]))
 
 
 def _cells(table: pd.DataFrame) -> pd.DataFrame:
@@ -112,7 +112,8 @@ def _cells(table: pd.DataFrame) -> pd.DataFrame:
             return number(float(value), 3)
         return "–" if value is None else str(value).encode("utf-8", "backslashreplace").decode()
 
-    return table.map(cell)
+    text: pd.DataFrame = table.map(cell)
+    return text
 
 
 def _markdown(

@@ -84,7 +84,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it: tensors, arrays and numpy scalars as numbers and lists, NaN and infinity as None."""
+    """Return a value as JSON has it: arrays and numpy scalars as lists and numbers, NaN and infinity as None."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (Tensor, np.ndarray)):

@@ -29,8 +29,10 @@ def demo_classifier() -> Classifier:
 
 
 def altered(table: SceneTable, **values: int | np.ndarray) -> SceneTable:
-    """The same scenes with some attributes' codes replaced, by one value or by (N,); everything else, jitter too, stays."""
-    codes = {name: np.broadcast_to(values.get(name, column), column.shape).copy() for name, column in table.codes.items()}
+    """The same scenes with some attributes' codes replaced, by one value or by (N,); everything else stays."""
+    codes = {
+        name: np.broadcast_to(values.get(name, column), column.shape).copy() for name, column in table.codes.items()
+    }
     return SceneTable(table.seed, codes, table.noise)
 
 

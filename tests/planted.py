@@ -1,4 +1,4 @@
-"""Synthetic features whose null space is known to hold one thing: class meaning, nuisance, a copy, an offset, or nothing."""
+"""Synthetic features whose null space holds one thing: class meaning, nuisance, a copy, an offset, or nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CASES = tuple(STRENGTHS)
 
 @dataclass(frozen=True)
 class Planted:
-    """features (N, m), embeddings (N, n), labels (N,); weight (C, m) and texts (C, n) are the same for all cases and splits."""
+    """features (N, m), embeddings (N, n), labels (N,); weight (C, m) and texts (C, n) are those of all cases."""
 
     features: Tensor
     embeddings: Tensor
@@ -40,7 +40,7 @@ class Planted:
 
 
 def world() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W (C, m) with a null space that no axis is aligned with; unit texts (C, n); attribute directions (k, n) across them; a gap (1, n).
+    """W (C, m) with a null space off the axes; unit texts (C, n); attribute directions (k, n); a gap (1, n).
 
     All prompts share a direction ("an image of a"), and all images lie off the prompts by the same gap, as in CLIP.
     """

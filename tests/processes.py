@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes and return each one's result. It fails, never skips, when one does not start.
+"""Run a function on several gloo processes and return each one's result; fail, never skip, when one does not start.
 
 The processes are started once a session and wait for work: starting one costs seconds, using it almost nothing.
 """
@@ -69,7 +69,9 @@ def run_processes(world: int, function: Callable[..., Any], *arguments: Any) -> 
             if not connection.poll(TIMEOUT):
                 _stop()
                 _workers.clear()
-                raise AssertionError(f"process {rank} of {world} did not answer within {TIMEOUT} s (alive: {process.is_alive()})")
+                raise AssertionError(
+                    f"process {rank} of {world} did not answer within {TIMEOUT} s (alive: {process.is_alive()})"
+                )
             answers.append(connection.recv())
     failed = [f"process {rank}:\n{text}" for rank, (status, text) in enumerate(answers) if status != "ok"]
     assert not failed, "\n".join(failed)

@@ -27,9 +27,16 @@ def jitter(size: float) -> np.ndarray:
 
 
 def arm(
-    stage: str, *, attribute: np.ndarray | None = None, correct: np.ndarray = CORRECT, loop: float = 1.0,
-    image: float = 1.0, fit_images: int = ENOUGH, zero_shot: float = 0.8, vlm_zero_shot: float = 0.9,
-) -> Measured:  # fmt: skip
+    stage: str,
+    *,
+    attribute: np.ndarray | None = None,
+    correct: np.ndarray = CORRECT,
+    loop: float = 1.0,
+    image: float = 1.0,
+    fit_images: int = ENOUGH,
+    zero_shot: float = 0.8,
+    vlm_zero_shot: float = 0.9,
+) -> Measured:
     """What `analyze_model` returns, with the scores given; the loop's AS is `loop` times the others'."""
     attribute = images() if attribute is None else attribute
     rows, translators = {"label": LABELS, "correct": correct}, {}

@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 import timm
 import torch
-from singreg.terms import PRESETS, TERMS
 
 from singreg.config import RunConfig, parse
+from singreg.terms import PRESETS, TERMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

@@ -91,8 +91,10 @@ def test_the_models_reload_with_plain_timm_to_the_same_bits(finished: Path) -> N
 
 
 def test_the_translators_say_which_model_they_belong_to(finished: Path) -> None:
-    before, after, control = (load_translator(finished / f"translator-{name}.safetensors").info for name in
-                              ("before", "after", "after-control"))  # fmt: skip
+    before, after, control = (
+        load_translator(finished / f"translator-{name}.safetensors").info
+        for name in ("before", "after", "after-control")
+    )
     assert after.head_hash == Classifier.from_timm(f"local-dir:{finished / 'model'}").head_hash()
     assert len({before.head_hash, after.head_hash, control.head_hash}) == 3
     assert before.images == 90
@@ -349,7 +351,7 @@ def test_a_disk_that_fills_up_in_training_keeps_what_is_finished(finished: Path,
         (["--model.name", "no_such_model"], "no_such_model"),
         (["--model.name", "test_vit", "--model.pretrained", "false", "--model.head", "keep"], "no null space"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused_before_any_folder_is_made(more: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: ") as stop:
         finetune(tmp_path / "run", *more)

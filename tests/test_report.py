@@ -49,9 +49,14 @@ def test_a_report_holds_everything_in_every_form(run: Run, capsys: pytest.Captur
     with run.timed("measure"):
         sections = [Section("Results", ["a paragraph", table, figure(run)])]
     write_report(
-        run, title=f"Run {NASTY}", verdict=["It leaks."], warnings=["Few images."], sections=sections,
-        figures={"top1": np.float32(0.5), "gap": float("nan")}, rows=rows,
-    )  # fmt: skip
+        run,
+        title=f"Run {NASTY}",
+        verdict=["It leaks."],
+        warnings=["Few images."],
+        sections=sections,
+        figures={"top1": np.float32(0.5), "gap": float("nan")},
+        rows=rows,
+    )
     report = json.loads((run.folder / "report.json").read_text())
     assert (report["kind"], report["top1"], report["gap"], report["verdict"]) == ("finetune", 0.5, None, ["It leaks."])
     assert {"settings", "machine", "seconds"} <= set(report)

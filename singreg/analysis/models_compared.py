@@ -162,7 +162,7 @@ def kendall_tau(first: np.ndarray, second: np.ndarray) -> float:
         0.333
     """
     one, other = (torch.from_numpy(np.ascontiguousarray(row, np.float64)) for row in (first, second))
-    return float(kendall_rank_corrcoef(one, other, variant="b"))
+    return float(torch.as_tensor(kendall_rank_corrcoef(one, other, variant="b")))
 
 
 def lowest_tau(order: Mapping[str, Any]) -> float:

@@ -13,8 +13,8 @@ def resampled_means(
 ) -> np.ndarray:
     """Means of each column over images drawn with replacement, the same draw for every column (paired).
 
-    With `groups` (N,), the images' classes: classes are drawn first, then images within each. Images of one class resemble each
-    other, so an interval that draws them as if they did not is too narrow for any statement about other classes than these.
+    With `groups` (N,), the images' classes, classes are drawn first, then images within each: images of one class
+    resemble each other, and an interval that ignores it is too narrow for a statement about other classes.
 
     Shapes: columns (N, k) to (resamples, k), float64. Memory O(N), however many draws there are.
 
@@ -61,7 +61,7 @@ class _Clusters:
 def mean_interval(
     values: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """(mean, low, high) of values (N,) with the 95 % percentile interval, in the unit of `values`; groups as `resampled_means`."""
+    """Return (mean, low, high) of values (N,), the 95 % percentile interval; groups as in `resampled_means`."""
     drawn = resampled_means(values[:, None], groups=groups, resamples=resamples, seed=seed)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(values.mean()), float(low), float(high)

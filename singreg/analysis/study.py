@@ -143,7 +143,8 @@ def _column(name: str, change: Callable[[np.ndarray], np.ndarray] = np.asarray) 
 
 
 def _harm(scores: np.ndarray) -> np.ndarray:
-    return np.maximum(-scores, 0)
+    harm: np.ndarray = np.maximum(-scores, 0)
+    return harm
 
 
 RATIOS: dict[str, Column] = {

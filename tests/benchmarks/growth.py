@@ -31,7 +31,10 @@ def stream(count: int, features: int, dim: int) -> dict[str, float]:
     from singreg.ridge import RidgeStatistics
 
     g = torch.Generator().manual_seed(0)
-    weight, matrix = torch.randn(CLASSES, features, generator=g), torch.randn(dim, features, generator=g) / features**0.5
+    weight, matrix = (
+        torch.randn(CLASSES, features, generator=g),
+        torch.randn(dim, features, generator=g) / features**0.5,
+    )
     means, texts = torch.randn(CLASSES, features, generator=g), torch.randn(CLASSES, dim, generator=g)
     before = memory_mib(peak=False)
     wall, work = time.perf_counter(), time.process_time()
@@ -51,7 +54,12 @@ def stream(count: int, features: int, dim: int) -> dict[str, float]:
     summary, quantile = leakage.compute(), leakage.quantile("IS", 0.95)
     assert int(summary["count"]) == int(statistics.count) == count
     seconds = {"seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - work}
-    scores = {"AS_neg": float(attribute.compute()), "IS": float(image.compute()), "IS_95": quantile, "null_share": share / count}
+    scores = {
+        "AS_neg": float(attribute.compute()),
+        "IS": float(image.compute()),
+        "IS_95": quantile,
+        "null_share": share / count,
+    }
     return {"count": count, **seconds, "peak_mib": memory_mib(peak=True), "before_mib": before, **scores}
 
 
@@ -65,7 +73,9 @@ def draw(rows: list[dict[str, float]], out: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     counts = [row["count"] for row in rows]
     left.loglog(counts, [row["processor_seconds"] for row in rows], "o-", label="measured")
-    left.loglog(counts, [rows[-1]["processor_seconds"] * count / counts[-1] for count in counts], "--", label="in proportion")
+    left.loglog(
+        counts, [rows[-1]["processor_seconds"] * count / counts[-1] for count in counts], "--", label="in proportion"
+    )
     left.set(xlabel="features", ylabel="processor seconds")
     left.legend()
     right.semilogx(counts, [row["peak_mib"] for row in rows], "o-", label="at the peak")
@@ -78,10 +88,14 @@ def draw(rows: list[dict[str, float]], out: Path) -> None:
 def main() -> None:
     """One process a count; the figure, the JSON and what the aims ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--largest", type=int, default=10**6, help="the last count; the ones before are a tenth and a hundredth of it")
+    parser.add_argument(
+        "--largest", type=int, default=10**6, help="the last count; the ones before are a tenth and a hundredth of it"
+    )
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--dim", type=int, default=256, help="width of the vision-language model's space")
-    parser.add_argument("--out", type=Path, default=Path("growth.png"), help="the figure; its numbers go beside it as .json")
+    parser.add_argument(
+        "--out", type=Path, default=Path("growth.png"), help="the figure; its numbers go beside it as .json"
+    )
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
@@ -100,7 +114,9 @@ def main() -> None:
             flush=True,
         )
     memory, work = (rows[-1][key] / rows[-2][key] for key in ("peak_mib", "processor_seconds"))
-    print(f"{rows[-1]['count']} / {rows[-2]['count']} features: peak memory ratio {memory:.3f}, processor seconds ratio {work:.2f}")
+    print(
+        f"{rows[-1]['count']} / {rows[-2]['count']} features: peak memory ratio {memory:.3f}, processor seconds ratio {work:.2f}"
+    )
     arguments.out.with_suffix(".json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     draw(rows, arguments.out)
 

@@ -34,7 +34,9 @@ def measure(classes: int, width: int, count: int) -> None:
     sine = float(torch.linalg.matrix_norm(row - basis @ (basis.T @ row), ord=2))
     leak = float((null.T @ basis).abs().max())
     times = pairs(lambda: full_svd(weight), lambda: NullSpace.from_weight(weight), count)
-    with_sigma = pairs(lambda: full_svd(weight), lambda: NullSpace.from_weight(weight).singular_values, max(1, count // 2), warm=False)
+    with_sigma = pairs(
+        lambda: full_svd(weight), lambda: NullSpace.from_weight(weight).singular_values, max(1, count // 2), warm=False
+    )
     print(ratio_line(f"{size}: full SVD / ours, clock", times.wall))
     print(ratio_line(f"{size}: full SVD / ours, processor seconds", times.work))
     print(ratio_line(f"{size}: full SVD / ours with the singular values, processor seconds", with_sigma.work))

@@ -35,7 +35,10 @@ def write_data(folder: Path, rows: int, features: int, targets: int) -> None:
     mix = torch.eye(features) + 0.5 * torch.randn(features, features, generator=g) / features**0.5
     matrix = torch.randn(targets, features, generator=g) / features**0.5
     shapes = {"features": features, "targets": targets}
-    files = {n: np.lib.format.open_memmap(folder / f"{n}.npy", mode="w+", dtype=np.float32, shape=(rows, w)) for n, w in shapes.items()}
+    files = {
+        n: np.lib.format.open_memmap(folder / f"{n}.npy", mode="w+", dtype=np.float32, shape=(rows, w))
+        for n, w in shapes.items()
+    }
     for start in range(0, rows, CHUNK):
         f = (torch.randn(min(CHUNK, rows - start), features, generator=g) @ mix).relu_()
         files["features"][start : start + len(f)] = f
@@ -62,7 +65,10 @@ def ours(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     statistics = RidgeStatistics(m, n)
     for start in range(0, rows, CHUNK):
         size = min(CHUNK, rows - start)
-        f, z = (torch.from_numpy(np.fromfile(file, dtype, size * shape[1]).reshape(size, -1)) for file, shape, dtype in sources)
+        f, z = (
+            torch.from_numpy(np.fromfile(file, dtype, size * shape[1]).reshape(size, -1))
+            for file, shape, dtype in sources
+        )
         statistics.update(f, z)
     if count == 1:
         solution = statistics.solve(RIDGE)
@@ -94,7 +100,11 @@ def alone(kind: str, folder: Path, dtype: str, count: int) -> None:
     baseline, wall, work = memory_mib(peak=False), time.perf_counter(), time.process_time()
     scatter = json.loads((folder / "scatter.json").read_text())
     matrix, offset = ours(folder, count) if kind == "ours" else scikit_learn(folder, scatter, dtype, count)
-    figures = {"wall": time.perf_counter() - wall, "work": time.process_time() - work, "memory": memory_mib(peak=True) - baseline}
+    figures = {
+        "wall": time.perf_counter() - wall,
+        "work": time.process_time() - work,
+        "memory": memory_mib(peak=True) - baseline,
+    }
     np.savez(folder / f"{kind}.npz", matrix=matrix, offset=offset)
     (folder / f"{kind}.json").write_text(json.dumps(figures))
 
@@ -119,10 +129,16 @@ def compare(folder: Path, pairs: int, dtype: str, count: int) -> None:
             subprocess.run([sys.executable, __file__, "--alone", kind, *options], check=True)
         measured.append([json.loads((folder / f"{kind}.json").read_text()) for kind in ("sklearn", "ours")])
     for kind, key in (("clock", "wall"), ("processor seconds", "work")):
-        print(ratio_line(f"scikit-learn ({dtype}) / ours, {kind}", [(theirs[key], mine[key]) for theirs, mine in measured]))
+        print(
+            ratio_line(
+                f"scikit-learn ({dtype}) / ours, {kind}", [(theirs[key], mine[key]) for theirs, mine in measured]
+            )
+        )
     theirs, mine = (max(pair[place]["memory"] for pair in measured) for place in (0, 1))
     share = f"{mine / theirs:.3f}" if theirs > 1 else "too little to compare"
-    print(f"peak memory above the imports: scikit-learn {theirs:.0f} MiB, ours {mine:.0f} MiB, ours / scikit-learn {share}")
+    print(
+        f"peak memory above the imports: scikit-learn {theirs:.0f} MiB, ours {mine:.0f} MiB, ours / scikit-learn {share}"
+    )
     a, b = np.load(folder / "ours.npz"), np.load(folder / "sklearn.npz")
     for name in ("matrix", "offset"):
         difference = a[name] - b[name]
@@ -140,7 +156,9 @@ def main() -> None:
     parser.add_argument("--ridges", type=int, default=1, help="how many λ are fitted")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="scikit-learn's arithmetic")
-    parser.add_argument("--folder", type=Path, help="where the data (4 N (m + n) bytes) go while it runs; default a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="where the data (4 N (m + n) bytes) go while it runs; default a temporary one"
+    )
     parser.add_argument("--alone", choices=["ours", "sklearn"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:

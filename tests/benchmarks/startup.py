@@ -1,4 +1,4 @@
-"""How long `import singreg` and `recipes.finetune --help` take against importing torch, timm and open_clip, process by process.
+"""How long `import singreg` and `recipes/finetune.py --help` take against importing torch, timm and open_clip, process by process.
 
 OMP_NUM_THREADS=1 python tests/benchmarks/startup.py
 
@@ -22,7 +22,7 @@ BASE = "import torch, timm, open_clip"
 OURS = {
     "import singreg": ["-c", "import singreg"],
     "every public name": ["-c", "from singreg import *"],
-    "recipes.finetune --help": ["-m", "recipes.finetune", "--help"],
+    "finetune.py --help": ["recipes/finetune.py", "--help"],
 }
 
 
@@ -49,7 +49,9 @@ def main() -> None:
     rounds = [[seconds(command) for command in commands] for _ in range(arguments.pairs)]
     for place, name in enumerate(chosen, start=1):
         for kind, column in (("clock", 0), ("processor seconds", 1)):
-            print(ratio_line(f"{name} / {BASE}, {kind}", [(times[place][column], times[0][column]) for times in rounds]))
+            print(
+                ratio_line(f"{name} / {BASE}, {kind}", [(times[place][column], times[0][column]) for times in rounds])
+            )
 
 
 if __name__ == "__main__":

@@ -88,12 +88,16 @@ def sing_terms(
         anchor = class_means[y] - mean
         rows.append(
             (
-                energy(shift), energy(total).detach(), torch.relu(eq_to_text - to_text) / reference[y],
+                energy(shift),
+                energy(total).detach(),
+                torch.relu(eq_to_text - to_text) / reference[y],
                 torch.relu(0.9 - image / reference[y]) ** 2 + torch.relu(image / reference[y] - 1.5) ** 2,
-                shared(null, (anchor - anchor @ project).detach()), null @ null, centred @ centred,
+                shared(null, (anchor - anchor @ project).detach()),
+                null @ null,
+                centred @ centred,
                 (eq_to_text - to_text).abs() / reference[y],
             )
-        )  # fmt: skip
+        )
     prompts = text @ matrix
     columns = [torch.stack(column).mean() for column in zip(*rows, strict=True)]
     return {
