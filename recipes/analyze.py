@@ -46,11 +46,6 @@ class AnalyzeConfig(RunConfig):
     """A run of recipes/analyze.py; every field is a key of the YAML and a flag of the command line.
 
     Args:
-        out: the run's folder.
-        seed: every random choice hangs on it.
-        dry_run: build everything, run one batch, say what would happen, stop.
-        resume: go on with an interrupted run of the same folder and configuration; cached features make it quick.
-        log_with: tracker that accelerate knows (tensorboard, wandb, mlflow, all, ...).
         concepts: banks (colours, textures, materials, scenes, parts, imagenet), text files, or concepts in words.
         concept_templates: prompts with {concept} for all of them; null takes each bank's own.
         worst: images shown at image level.

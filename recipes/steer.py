@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from singreg import tables, unclip
+from singreg import tables
 from singreg.analysis import steering_curves as effort
 from singreg.analysis.features import iterate_features
 from singreg.analysis.fitting import fit_mlp_on_split, fit_translators
@@ -24,7 +24,7 @@ from singreg.data.classes import resolve_classes
 from singreg.mlp import MLPSettings
 from singreg.nullspace import NullSpace
 from singreg.plots.steering import plot_steering
-from singreg.report import Figure, log, log_figures, track, write_report
+from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, prepare, try_one_batch
 from singreg.utils import cache_folder
@@ -35,11 +35,6 @@ class SteerConfig(RunConfig):
     """A run of recipes/steer.py; every field is a key of the YAML and a flag of the command line.
 
     Args:
-        out: the run's folder.
-        seed: every random choice hangs on it.
-        dry_run: build everything, run one batch, say what would happen, stop.
-        resume: go on in the folder of an interrupted run of the same configuration; cached features make it quick.
-        log_with: tracker that accelerate knows (tensorboard, wandb, mlflow, all, ...).
         sources: classes whose test images are steered: names, a named set, or all.
         targets: classes whose prompts they are steered towards: names, a named set, or all.
         prompts: further target prompts in free words, taken as they are.
@@ -47,8 +42,6 @@ class SteerConfig(RunConfig):
         images_per_class: test images of each source class; null takes all.
         max_pairs: source-target pairs, drawn evenly over sources; null takes all.
         mlp: non-linear translators that attack and judge too; training one takes minutes.
-        unclip: UnCLIP image-variation pipeline (hub name or folder) that draws a few steered images; needs the extra
-            singreg[unclip] and the CLIP it was trained with as vlm.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -60,7 +53,6 @@ class SteerConfig(RunConfig):
     images_per_class: int | None = 50
     max_pairs: int | None = None
     mlp: list[Literal["mlp3", "mlp4", "residual"]] = field(default_factory=list)
-    unclip: str | None = None
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong with the values."""
@@ -86,12 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = Run(config, accelerator, "steer")
         if not config.dry_run:
             run.check()
-        pipeline = unclip.open_asked(
-            config.unclip, accelerator
-        )  # first: what is missing should not be said after minutes of work
         setup = prepare(config, config.model, accelerator)
-        if pipeline is not None and unclip.embedding_width(pipeline) != setup.texts.shape[1]:
-            raise ValueError(f"unclip: {config.unclip} draws no embeddings of {setup.vlm.tag}; set its CLIP as vlm")
         plan = choose_pairs(config, setup)
         if config.dry_run:
             if accelerator.is_main_process:
@@ -101,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))  # several passes over features
         run.open()
     with run.guarded():
-        steer(config, setup, plan, run, pipeline)
+        steer(config, setup, plan, run)
     accelerator.end_training()
 
 
@@ -121,17 +108,12 @@ def choose_pairs(config: SteerConfig, setup: Setup) -> PairPlan:
     return plan_pairs(labels, names, setup.texts, sources, prompts, torch.cat(texts), **limits, seed=config.seed)
 
 
-def head_space(config: SteerConfig, setup: Setup) -> NullSpace:
-    """Return the null space of the classifier's head."""
-    return NullSpace.from_weight(setup.classifier.weight, invariance=config.model.invariance).to(setup.texts.device)
-
-
-def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run, pipeline: Any) -> None:
+def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
     """Fit the translators, measure the classifier, steer its features and report."""
     classifier, texts, passes = setup.classifier, setup.texts, setup.passes
     test, bank = ((getattr(setup.splits, name), setup.embeddings[name]) for name in ("test", "bank"))
     both: dict[str, Any] = {"invariance": config.model.invariance, "settings": passes}
-    space = head_space(config, setup)
+    space = NullSpace.from_weight(classifier.weight, invariance=config.model.invariance).to(texts.device)
     with run.timed("translators"):
         ridge = config.translator.ridge
         fitted = fit_translators(classifier, setup.splits, setup.embeddings, ridge=ridge, info=setup.info, **both)
@@ -155,30 +137,14 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run, pipeline:
         batches = iterate_features(classifier, *test, passes, "steering at equal effort")
         curves = effort.steer_curves(batches, plan, budgets, judges=linear, **steering)
     found = {"measurement": measurement, "image_score": config.image_score, "sources": plan.sources}
-    found |= {"targets": plan.targets, "pairs": pairs, "curves": curves, "natural": natural, "shown": []}
+    found |= {"targets": plan.targets, "pairs": pairs, "curves": curves, "natural": natural}
     if run.accelerator.is_main_process:
-        report(config, setup, plan, run, pipeline, linear, rows, found)
+        report(config, setup, run, rows, found)
 
 
-def report(
-    config: SteerConfig,
-    setup: Setup,
-    plan: PairPlan,
-    run: Run,
-    pipeline: Any,
-    linear: dict[str, Any],
-    rows: pd.DataFrame,
-    found: dict[str, Any],
-) -> None:
-    """Draw the plots and the steered images asked for, log to the trackers and write the report."""
+def report(config: SteerConfig, setup: Setup, run: Run, rows: pd.DataFrame, found: dict[str, Any]) -> None:
+    """Draw the plots, log to the trackers and write the report."""
     plots = plot_steering(found, run.folder / "plots")
-    if pipeline is not None:
-        options: dict[str, Any] = {"image_score": config.image_score, "seed": config.seed}
-        options |= {"null_space": head_space(config, setup), "attacker": linear["fitted"], "judge": linear["auditor"]}
-        sheet = run.folder / "plots" / "unclip.png"
-        found["shown"] = unclip.draw_steered(pipeline, setup, plan, sheet, **options)
-        if sheet.exists():
-            plots["unclip"] = Figure(sheet, f"each image, its embedding and the auditor's, drawn by {config.unclip}")
     track(run.accelerator, "steer", config)
     for curve in found["curves"]:
         name = f"{curve['budget']} (x 1000)/success/{curve['attacker']} attacks, {curve['judge']} judges"

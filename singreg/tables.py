@@ -273,12 +273,9 @@ def steering_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
         "Mean height over the grid. Radius: Mahalanobis distance of the null component from what the row-space "
         "component predicts, over its median on untouched test images. On-manifold: the covariance times the gradient."
     )
-    lost = [shown["image"] for shown in found["shown"] if shown["step"] is None]
-    left_out = [f"{len(lost)} images cannot reach the score and are not drawn: {', '.join(lost)}."] if lost else []
-    drawn = [figures["unclip"]] if "unclip" in figures else []
     return [
         Section(f"Table 1: at an image score of {found['image_score']:g}°", [_table(table1), reading]),
         Section("Steering at equal effort", [figures["curves"], _table(areas), effort]),
-        Section("Pairs", [figures["pairs"], *drawn, *left_out]),
+        Section("Pairs", [figures["pairs"]]),
         Section("Translators", [translator_table(found["measurement"])]),
     ]
