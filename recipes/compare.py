@@ -81,7 +81,6 @@ class CompareConfig(RunConfig):
     mlp: list[Literal["mlp3", "mlp4", "residual"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
         super().__post_init__()
         problems, labels = Problems(), [model.known_as for model in self.models]
         problems.need(len(labels) >= 2, f"models: expected at least two to compare, got {len(labels)}")

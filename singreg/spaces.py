@@ -37,7 +37,6 @@ class ComparedModel(ModelConfig):
     label: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise a ValueError for blanks."""
         for key, value in (("name", self.name), ("label", self.label)):
             if value is not None and not value.strip():
                 raise ValueError(f"{key}: expected words, got a blank")

@@ -108,11 +108,14 @@ def prepare_begin(shared: Shared) -> Begin:
 def measure_agreement(shared: Shared) -> list[dict[str, Any]]:
     """Compare two auditors of N images each on the starting classifier, N by N; read back where it was done before."""
     config, setup, path = shared.config, shared.setup, shared.run.folder / "agreement.json"
-    pool: list[Images] = [(setup.splits.audit, setup.embeddings["audit"])]
-    fresh = np.arange(len(setup.splits.train), len(setup.splits.bank))  # the bank's images that no training sees
-    pool.append((setup.splits.bank.subset(fresh), setup.embeddings["bank"][len(setup.splits.train) :]))
+    audit, bank, count = setup.splits.audit, setup.splits.bank, len(setup.splits.train)
+    pool = [  # of the bank, the images that no training sees
+        (audit, setup.embeddings["audit"], np.arange(len(audit))),
+        (bank, setup.embeddings["bank"], np.arange(count, len(bank))),
+    ]
     held = shared.validation or (setup.splits.test, setup.embeddings["test"])
-    key = [config.agreement_sizes, config.translator.ridge, [split.fingerprint for split, _ in (*pool, held)]]
+    prints = [split.fingerprint for split in (audit, bank, held[0])]
+    key = [config.agreement_sizes, config.translator.ridge, count, *prints]
     if path.is_file() and (stored := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
         return list(stored["points"])
     points = auditor_need(

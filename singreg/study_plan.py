@@ -24,7 +24,7 @@ from singreg.utils import atomic_write, sha256_of_json, write_json, write_text
 logger = get_logger(__name__)
 OPEN = ("loss.", "training.", "translator.", "model.tuning", "model.batch_norm")
 """What an arm may set for itself; anything else would leave the arms nothing to be compared on."""
-PLACES = ("out", "dry_run", "resume", "log_with")  # where things go and how a run is started: no part of what an arm is
+PLACES = ("out", "dry_run", "resume", "log_with")  # where things go and how a run is started
 WORDS = ("note", "role", "control_of", "seeds", "overrides")  # only said of an arm, or in its configuration already
 MEASURED = ("halves", "mlp_auditor", "corruptions", "ood", "attributes", "validation_per_class", "further_vlms", "seed")
 
@@ -62,7 +62,6 @@ class ArmConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
         problems = Problems()
         folder = self.name.strip() and Path(self.name).name == self.name and self.name not in (".", "..")
         problems.need(bool(folder), f"name: expected a name that does for a folder, got {self.name!r}")
@@ -116,7 +115,6 @@ class StudyConfig(FinetuneConfig):
     attributes: bool = False
 
     def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
         super().__post_init__()
         problems, names = Problems(), [arm.name for arm in self.arms]
         twice = sorted({name for name in names if names.count(name) > 1})

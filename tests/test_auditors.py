@@ -124,11 +124,12 @@ def test_need_reads_only_the_images_it_draws(tmp_path: Path, monkeypatch: pytest
 
     def noted(table: np.ndarray, rows: np.ndarray) -> Tensor:
         assert len(set(rows.tolist())) == len(rows)
+        assert len(read) not in (2, 3) or rows.min() >= 9  # of the second split the first nine are not for the auditor
         read.append(len(rows))
         return take_rows(table, rows)
 
     monkeypatch.setattr(module, "take_rows", noted)
-    pool = [(toy.ToySplit(40, seed=seed), toy.embeddings(40, seed=seed)) for seed in (0, 1)]
+    pool = [(toy.ToySplit(40, seed=seed), toy.embeddings(40, seed=seed), np.arange(9 * seed, 40)) for seed in (0, 1)]
     held = toy.ToySplit(9, seed=2), toy.embeddings(9, seed=2)
     settings = replace(toy.QUIET, cache=str(tmp_path))
     need = auditor_need(toy.classifier(), pool, held, toy.texts(), [5, 10, 1000], ridge=1.0, settings=settings)

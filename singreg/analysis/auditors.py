@@ -153,7 +153,7 @@ def agreement_curve(
 
 def auditor_need(
     classifier: Classifier,
-    pool: Sequence[Images],
+    pool: Sequence[tuple[ImageSplit, np.ndarray, np.ndarray]],
     held_out: Images,
     texts: Tensor,
     sizes: Sequence[int],
@@ -162,27 +162,31 @@ def auditor_need(
     invariance: Invariance = "logits",
     settings: PassSettings,
 ) -> list[dict[str, Any]]:
-    """Draw `agreement_curve` for a classifier from splits that no training sees; sizes they cannot fill are left out.
+    """Take `agreement_curve` for a classifier; sizes that the images cannot fill are left out.
 
     As many images are drawn as the largest size needs, and only their rows are read from the stored features. Every
     process computes the same.
+
+    Args:
+        pool: splits with their embeddings (N, n) and the rows that may be drawn: those no training sees.
     """
-    counts = [len(split) for split, _ in pool]
+    counts = [len(allowed) for *_, allowed in pool]
     usable = sorted({size for size in sizes if size <= sum(counts) // 2})
     if not usable:
         return []
 
-    def rows(images: Images, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        stored = cached_features(classifier, images[0], settings)
-        return take_rows(stored, chosen), take_rows(images[1], chosen)
+    def rows(split: ImageSplit, embeddings: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        return take_rows(cached_features(classifier, split, settings), chosen), take_rows(embeddings, chosen)
 
     drawn = np.sort(np.random.default_rng(0).permutation(sum(counts))[: 2 * usable[-1]])  # read as they lie
-    parts, first = [], 0
-    for images in pool:
-        last = first + len(images[0])
-        parts.append(rows(images, drawn[(drawn >= first) & (drawn < last)] - first))
-        first = last
+    places = np.split(drawn, np.searchsorted(drawn, np.cumsum(counts)[:-1]))
+    starts = np.cumsum([0, *counts[:-1]])
+    parts = [
+        rows(split, embeddings, allowed[mine - start])
+        for (split, embeddings, allowed), mine, start in zip(pool, places, starts, strict=True)
+        if len(mine)
+    ]
     features, embeddings = (torch.cat(each) for each in zip(*parts, strict=True))
     basis = NullSpace.from_weight(classifier.weight.cpu(), invariance=invariance).basis
-    every = (*rows(held_out, np.arange(len(held_out[0]))), torch.from_numpy(held_out[0].labels.copy()))
+    every = (*rows(*held_out, np.arange(len(held_out[0]))), torch.from_numpy(held_out[0].labels.copy()))
     return agreement_curve(features, embeddings, texts.cpu(), usable, ridge=ridge, basis=basis, held_out=every)

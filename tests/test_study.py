@@ -1,0 +1,269 @@
+"""recipes/study.py from end to end on the smallest arms: table, resuming, changed arms, refusals; plan and splits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+
+import study as recipe
+from singreg.data.splits import Splits
+from singreg.setup import Setup
+from singreg.study_arms import hold_out
+from singreg.study_plan import ArmConfig, StudyConfig, Work, plan_study, time_left
+from tests import toy
+
+SETTINGS: dict[str, Any] = {
+    "data": {
+        "scenes": {"train": 48, "audit": 60, "test": 30, "bank": 0},
+        "augmentation": "none",
+        "image_size": 32,
+    },
+    "model": {"name": "test_resnet", "pretrained": False, "head": "new"},
+    "training": {"epochs": 1, "batch_size": 16, "checkpoint_every": 1},
+    "translator": {"refreshes": 0, "ridge": 1.0},
+    "halves": False,
+    "corruptions": [],
+    "attributes": True,
+    "validation_per_class": 2,
+    "agreement_sizes": [6, 12, 10000],
+    "seeds": [0, 1],
+    "arms": [
+        {"name": "plain", "train": "head", "role": "baseline", "overrides": {"loss.weight": 0}},
+        {"name": "sing", "overrides": {"training.learning_rate": 0.001}},
+        {"name": "mixed", "weights_from": "sing", "train": "none", "interpolation": 0.5, "seeds": 1},
+        {"name": "aligned", "train": "head", "aligned": True, "constrain": True, "seeds": 1},
+        {"name": "dropped", "train": "none", "drop_null": True},
+    ],
+}
+RUNS = ["plain 0", "sing 0", "mixed 0", "aligned 0", "dropped 0", "plain 1", "sing 1"]
+
+
+def study(out: Path, *more: str, **changes: Any) -> None:
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump({**SETTINGS, **changes}))
+    AcceleratorState._reset_state(True)
+    try:
+        recipe.main(["--config", str(file), "--out", str(out), *more])
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """report.json without what may differ between two runs of the same configuration."""
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    for arm in report["arms"]:
+        arm.pop("seconds")
+    return {name: value for name, value in report.items() if name not in ("seconds", "settings", "machine")}
+
+
+def same(found: Any, wanted: Any) -> None:
+    """Equal in every word and count; numbers but for rounding, which follows where memory happens to lie."""
+    if isinstance(found, dict):
+        assert found.keys() == wanted.keys()
+        for key in found:
+            same(found[key], wanted[key])
+    elif isinstance(found, list):
+        for one, other in zip(found, wanted, strict=True):
+            same(one, other)
+    elif isinstance(found, float):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+    else:
+        assert found == wanted
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("studies") / "tiny"
+    study(folder)
+    return folder
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arms that were made, in order."""
+    found: list[str] = []
+    original = recipe.make_and_measure
+
+    def noted(shared: Any, begin: Any, second: Any, work: Work) -> Any:
+        found.append(f"{work.arm.name} {work.seed}")
+        return original(shared, begin, second, work)
+
+    monkeypatch.setattr(recipe, "make_and_measure", noted)
+    return found
+
+
+def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None:
+    names = ("config.yaml", "report.md", "report.html", "agreement.json", "scores.parquet")
+    assert all((whole / name).is_file() for name in names)
+    assert {path.stem for path in (whole / "plots").iterdir()} == {"study", "pareto", "tradeoff", "auditor"}
+    for run in RUNS:
+        arm, seed = run.split()
+        files = {path.name for path in (whole / "arms" / arm / f"seed-{seed}").iterdir()}
+        rows = set() if arm == "dropped" else {"rows.parquet"}
+        assert files == {"digest.txt", "measurement.json", "weights.safetensors"} | rows, run
+    assert not (whole / "features").exists()
+    report = report_of(whole)
+    arms = {arm["arm"]: arm for arm in report["arms"]}
+    assert {name: len(arm["seeds"]) for name, arm in arms.items()} == {
+        "plain": 2,
+        "sing": 2,
+        "mixed": 1,
+        "aligned": 1,
+        "dropped": 1,
+    }
+    assert arms["dropped"]["omitted"].startswith("no null space")
+    assert arms["dropped"]["extra"]["logit_change"] < 1e-3
+    assert arms["dropped"]["validation"] == {}
+    assert {"AS_neg", "IS", "step", "top1", "harmless_r2"} <= set(arms["sing"]["paired"])
+    assert "null_space_r2/color: red" in arms["sing"]["mean"]
+    assert arms["sing"]["validation"]["images"] == 20
+    # The aligned head's null space is clean for the very translator it was aligned with.
+    assert arms["aligned"]["mean"]["AS_neg/frozen"] < 0.5 * arms["plain"]["mean"]["AS_neg/frozen"]
+    assert [point["images"] for point in report["agreement"]] == [6, 12]
+    assert report["verdict"][0].startswith("No claim: the auditor was fitted on 40 images")
+
+
+@pytest.mark.parametrize("kept", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_study_goes_on_to_the_same_table(kept: int, whole: Path, tmp_path: Path, made: list[str]) -> None:
+    for run in RUNS[:kept]:
+        arm, seed = run.split()
+        shutil.copytree(whole / "arms" / arm / f"seed-{seed}", tmp_path / "tiny" / "arms" / arm / f"seed-{seed}")
+    shutil.copy(whole / "config.yaml", tmp_path / "tiny" / "config.yaml")
+    study(tmp_path / "tiny", "--resume", "true")
+    assert made == RUNS[kept:]
+    same(report_of(tmp_path / "tiny"), report_of(whole))
+
+
+def test_a_finished_study_is_read_back_never_overwritten(whole: Path, made: list[str]) -> None:
+    before = report_of(whole)
+    with pytest.raises(SystemExit, match="already holds a run; use --resume true"):
+        study(whole)
+    study(whole, "--resume", "true")
+    assert not made
+    same(report_of(whole), before)
+
+
+def test_a_changed_arm_is_made_again_with_what_depends_on_it(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(whole, tmp_path / "tiny")
+    arms = [{**arm} for arm in SETTINGS["arms"]]
+    arms[0]["note"] = "words change nothing"
+    arms[1]["overrides"] = {"training.learning_rate": 0.002}
+    wanted: list[str] = []
+
+    def stop(works: list[Work], found: list[Any]) -> str:
+        wanted.extend(f"{work.arm.name} {work.seed}" for work in works if recipe.read_back(work) is None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "time_left", stop)
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        study(tmp_path / "tiny", "--resume", "true", arms=arms)
+    assert wanted == ["sing 0", "mixed 0", "sing 1"]
+    assert "arm sing, seed 0 was made with another configuration and is made again" in caplog.text
+
+
+WRONG = [
+    ({"name": "plain", "train": "nothing"}, "train"),
+    ({"name": "plain", "alligned": True}, "alligned"),
+    ({"name": "../up"}, "arms[0].name: expected a name that does for a folder"),
+    ({"name": "plain", "interpolation": 2}, "arms[0].interpolation: expected a number from 0 to 1"),
+    ({"name": "plain", "constrain": True}, "arms[0].constrain: keeps an aligned head's rows"),
+    ({"name": "plain", "overrides": {"data.seed": 3}}, "overrides: data.seed: all arms share this"),
+    ({"name": "plain", "weights_from": "later"}, "arms[0] (plain): weights_from: expected an earlier arm"),
+    ({"name": "plain", "overrides": {"loss.wieght": 1}}, "loss.wieght: no such key; did you mean loss.weight?"),
+    ({"name": "plain", "overrides": {"training.epochs": "many"}}, "training.epochs: expected int, got 'many'"),
+    ({"name": "plain", "overrides": {"loss.terms": {"leek": 1}}}, "loss.terms.leek: no such key"),
+    ({"name": "plain", "train": "head", "overrides": {"loss.balance": 0.1}}, "loss.balance: is for fine-tuning"),
+    ({"name": "plain", "drop_null": True}, "drop_null: the reference must be measured"),
+    ({"name": "plain", "control_of": "b", "role": "placebo"}, "control_of: there is no arm 'b'"),
+]
+
+
+@pytest.mark.parametrize(("arm", "words"), WRONG)
+def test_what_is_wrong_with_an_arm_is_said(
+    arm: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        study(tmp_path / "tiny", arms=[arm])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_all_that_is_wrong_with_a_study_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = [{"name": "a"}, {"name": "a", "aligned": True}]
+    model = {**SETTINGS["model"], "invariance": "softmax"}
+    with pytest.raises(SystemExit):
+        study(tmp_path / "tiny", arms=arms, model=model, seeds=[0, 0], corruptions=["fog"], claim="b", ood=5)
+    said = capsys.readouterr().err
+    for words in (
+        "arms: listed twice: a",
+        "seeds: expected different whole numbers from 0, got [0, 0]",
+        "reference: there is no arm 'plain'; arms are a, a",
+        "claim: there is no arm 'b'",
+        "corruptions.fog: no such key",
+        "ood: needs images in data.unlabeled",
+        "arms[1] (a): aligned: empties the logits' null space",
+    ):
+        assert words in said, words
+
+
+def test_a_dry_run_lists_the_arms_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study(tmp_path / "tiny", "--dry_run", "true")
+    assert "mixed, seed 0: train none, from sing, 0 steps" in capsys.readouterr().out
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_arms_without_randomness_run_once_and_share_their_weights() -> None:
+    arms = [
+        ArmConfig("before", train="none"),
+        ArmConfig("plain", overrides={"loss.weight": 0}),
+        ArmConfig("mixed", train="none", weights_from="before", interpolation=0.5),
+        ArmConfig("on", weights_from="before"),
+        ArmConfig("after", train="none", weights_from="plain", seeds=2),
+    ]
+    works = plan_study(StudyConfig(arms=arms, seeds=[3, 4, 5]), {"test images": "a"})
+    found = [(work.arm.name, work.seed) for work in works]
+    first = [("before", 3), ("plain", 3), ("mixed", 3), ("on", 3), ("after", 3)]
+    assert found == [*first, ("plain", 4), ("on", 4), ("after", 4), ("plain", 5), ("on", 5)]
+    by = {(work.arm.name, work.seed): work for work in works}
+    assert by["on", 5].source is by["before", 3]
+    assert by["after", 4].source is by["plain", 4]
+    assert not by["mixed", 3].trained
+    assert by["after", 4].trained
+    assert len({work.digest for work in works}) == len(works)
+    others = plan_study(StudyConfig(arms=arms, seeds=[3]), {"test images": "b"})
+    assert not {work.digest for work in works} & {work.digest for work in others}  # other images, another study
+    spent: Any = [SimpleNamespace(train="none", seconds=60.0), SimpleNamespace(train="all", seconds=600.0), None, None]
+    assert time_left(works[2:4], spent) == " (about 11 min left)"
+
+
+def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:
+    np.save(tmp_path / "table.npy", toy.embeddings(43))
+    split, table = toy.ToySplit(43), np.load(tmp_path / "table.npy", mmap_mode="r")
+    splits = Splits(split, split, split, split, split.class_names, None)
+    nothing: Any = None
+    setup = Setup(splits, nothing, nothing, nothing, {"audit": table}, nothing, nothing)
+    held, validation = hold_out(setup, 2)
+    assert validation is not None
+    split, embeddings = validation
+    assert (len(split), len(held.splits.audit)) == (10, 33)
+    names = [each.identifier(i) for each in (split, held.splits.audit) for i in range(len(each))]
+    assert len(set(names)) == 43
+    for each, table in ((split, embeddings), (held.splits.audit, held.embeddings["audit"])):
+        wanted = [int(each.identifier(i).removeprefix("toy-")) for i in range(len(each))]
+        np.testing.assert_array_equal(table, toy.embeddings(43)[wanted])
+    assert isinstance(held.embeddings["audit"], np.memmap)
+    assert hold_out(setup, 0) == (setup, None)
+    with pytest.raises(ValueError, match=r"validation_per_class is 9, .*no more images of (alpha|delta)"):
+        hold_out(setup, 9)
