@@ -171,7 +171,7 @@ def describe(
         features = torch.from_numpy(worst).to(texts.device)
         indices, labels = (torch.tensor([image[key] for image in images["worst"]]) for key in ("index", "label"))
         prompts = texts[steering_targets(labels.to(texts.device), indices, len(texts), seed=config.seed)]
-        attack: Any = {"matrix": auditor.matrix, "offset": auditor.offset, "image_score": STEERED_TO}
+        attack: Any = {"translator": auditor, "image_score": STEERED_TO}
         steered = steer(features, prompts, null_space=space, **attack).features
         options: Any = {"pairs": EquivalentPairs(auditor, space), "k": config.neighbours, "steered": steered}
         gallery = (splits.bank, setup.embeddings["bank"])

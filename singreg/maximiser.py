@@ -11,7 +11,8 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from singreg.functional import unit_rows
 from singreg.nullspace import NullSpace
-from singreg.steering import AnyTranslator, check_translator
+from singreg.steering import AnyTranslator, check_fixed
+from singreg.translator import LinearTranslator
 
 STEPS, RESTARTS = 60, 2  # gradient steps from every start, and random starts where one could help
 FIRST_STEP, GROW, SHRINK, LAST_STEP = 0.5, 1.5, 0.4, 1e-12  # of the budget: the search for a step that helps
@@ -90,22 +91,13 @@ class Maximised(NamedTuple):
 class Maximiser:
     """argmax of cos(T(f + d), t) over the directions, |d| <= ε, in float64; never below the single gradient step.
 
-    Args:
-        matrix: A of an affine translator, given with its offset: one SVD serves all features and budgets.
-        translator: any other, that takes float64 features and is differentiated by autograd.
+    One SVD of a `LinearTranslator` serves all features and budgets; any other translator is differentiated by autograd.
     """
 
-    def __init__(
-        self,
-        directions: Directions,
-        *,
-        matrix: Tensor | None = None,
-        offset: Tensor | None = None,
-        translator: AnyTranslator | None = None,
-    ) -> None:
-        check_translator(matrix, offset, translator)
+    def __init__(self, directions: Directions, translator: AnyTranslator) -> None:
+        check_fixed(translator)
         self.directions, self.translator = directions, translator
-        self.reach = None if matrix is None or offset is None else _AffineReach(matrix, offset, directions)
+        self.reach = _AffineReach(translator, directions) if isinstance(translator, LinearTranslator) else None
 
     @torch.no_grad()
     def maximise(
@@ -150,15 +142,14 @@ class Maximiser:
         unit = normalize(text.to(features), dim=-1).expand(len(features), -1)
         if self.reach is not None:
             return _AffineProblem(self.reach, features, unit)
-        assert self.translator is not None
         return _FreeProblem(self.translator, self.directions, features, unit)
 
 
 class _AffineReach:
     """T(f + d) = z + U S a + G b: coordinates a in the singular basis of A over the directions, b nearly null."""
 
-    def __init__(self, matrix: Tensor, offset: Tensor, directions: Directions) -> None:
-        self.matrix, self.offset, self.directions = matrix.to(torch.float64), offset.to(torch.float64), directions
+    def __init__(self, translator: LinearTranslator, directions: Directions) -> None:
+        self.matrix, self.offset, self.directions = translator.matrix.double(), translator.offset.double(), directions
         size, basis = torch.linalg.vector_norm(self.matrix), directions.basis
         if basis is not None:
             size = size * torch.linalg.matrix_norm(basis.to(self.matrix), 2)

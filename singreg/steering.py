@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from singreg.functional import angle
 from singreg.nullspace import NullSpace
+from singreg.translator import LinearTranslator
 
 AnyTranslator = Callable[[Tensor], Tensor]
 """Anything that maps features (..., m) to translated ones (..., n), row by row."""
@@ -27,68 +28,51 @@ class Steered:
 
 
 def steer(
-    features: Tensor,
-    text: Tensor,
-    *,
-    null_space: NullSpace,
-    image_score: float,
-    matrix: Tensor | None = None,
-    offset: Tensor | None = None,
-    translator: AnyTranslator | None = None,
+    features: Tensor, text: Tensor, *, null_space: NullSpace, translator: AnyTranslator, image_score: float
 ) -> Steered:
     """Move features through the null space towards a text until the image score is `image_score` degrees (eq. 13).
 
-    The logits do not change. Features that cannot reach the angle are returned unmoved.
-
-    Args:
-        matrix: A (n, m) of a linear translator, given with its offset (n,): the step has a closed form.
-        translator: any other, differentiated by autograd; its step is found by bisection.
+    The logits do not change. Features that cannot reach the angle are returned unmoved. The step has a closed form for
+    a `LinearTranslator`; any other translator is differentiated by autograd, and its step found by bisection.
 
     Shape: features (B, m), text (n,) or (B, n).
 
     Raises:
-        ValueError: an angle outside (0, 180), both or neither kind of translator, or a module in training mode.
+        ValueError: an angle outside (0, 180), or a translator in training mode.
 
     Example:
         >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
-        >>> linear = {"matrix": torch.eye(2), "offset": torch.zeros(2)}
+        >>> T = LinearTranslator(torch.eye(2), torch.zeros(2))
         >>> f, t = torch.tensor([[1.0, 0.0]]), torch.tensor([0.0, 1.0])
-        >>> steer(f, t, null_space=space, image_score=45.0, **linear).features.tolist()
+        >>> steer(f, t, null_space=space, translator=T, image_score=45.0).features.tolist()
         [[1.0, 1.0]]
     """
     if not 0 < image_score < 180:
         raise ValueError(f"the wanted image score must be in (0, 180) degrees, got {image_score}")
-    gradient = similarity_gradient(features, text, matrix=matrix, offset=offset, translator=translator)
+    gradient = similarity_gradient(features, text, translator)
     direction = unit_in_null(null_space.component(gradient), gradient)
-    if matrix is None or offset is None:
-        assert translator is not None
-        step = bisect_step(translator, features, direction, image_score)
-    else:
+    if isinstance(translator, LinearTranslator):
+        matrix, offset = translator.matrix.to(features), translator.offset.to(features)
         step = step_for_image_score(features @ matrix.T + offset, direction @ matrix.T, image_score)
+    else:
+        step = bisect_step(translator, features, direction, image_score)
     reachable = torch.isfinite(step)
     moved = features + torch.where(reachable, step, torch.zeros_like(step))[:, None] * direction
     return Steered(moved, step, reachable)
 
 
-def similarity_gradient(
-    features: Tensor,
-    text: Tensor,
-    *,
-    matrix: Tensor | None = None,
-    offset: Tensor | None = None,
-    translator: AnyTranslator | None = None,
-) -> Tensor:
+def similarity_gradient(features: Tensor, text: Tensor, translator: AnyTranslator) -> Tensor:
     """Return ∇_f cos(T f, t), (B, m), before any projection: Aᵀ(t̂ - s ẑ)/|z|, or by autograd (eq. 11)."""
-    check_translator(matrix, offset, translator)
+    check_fixed(translator)
     gradient: Tensor
-    if matrix is None or offset is None:
-        assert translator is not None
+    if not isinstance(translator, LinearTranslator):
         with torch.enable_grad():
             leaf = features.detach().requires_grad_()
             cosine = nn.functional.cosine_similarity(translator(leaf), text, dim=-1)
             (gradient,) = torch.autograd.grad(cosine.sum(), leaf)
         return gradient
-    z = features @ matrix.T + offset
+    matrix = translator.matrix.to(features)
+    z = features @ matrix.T + translator.offset.to(features)
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     unit, target = z / length, text / torch.linalg.vector_norm(text, dim=-1, keepdim=True)
     cosine = (unit * target).sum(-1, keepdim=True)
@@ -104,14 +88,11 @@ def unit_in_null(direction: Tensor, gradient: Tensor) -> Tensor:
     return torch.where(negligible, torch.zeros_like(direction), scaled)
 
 
-def check_translator(matrix: Tensor | None, offset: Tensor | None, translator: AnyTranslator | None) -> None:
-    """Raise a ValueError unless there is one kind of translator, and it is a fixed function."""
-    if (translator is None) == (matrix is None) or (matrix is None) != (offset is None):
-        raise ValueError("give the translator either as matrix= and offset= (linear) or as translator= (any callable)")
+def check_fixed(translator: AnyTranslator) -> None:
+    """Raise a ValueError where dropout or batch norm in training mode make the translator no fixed function."""
     random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
     if isinstance(translator, nn.Module) and any(isinstance(m, random) and m.training for m in translator.modules()):
-        name = type(translator).__name__
-        raise ValueError(f"{name} is in training mode, so it is no fixed function; call .eval() first")
+        raise ValueError(f"{type(translator).__name__} is in training mode, so no fixed function; call .eval() first")
 
 
 def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:

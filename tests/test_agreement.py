@@ -122,7 +122,7 @@ def test_steering_at_forty_degrees_is_the_slow_search(name: str, reader: str) ->
     null = formulas.null_projector(m.model.weight)
     text = m.texts.double()[steering_targets(m.labels, torch.arange(IMAGES), toy.CLASSES)]
     T = m.translators[reader]
-    options: Any = {"matrix": T.matrix.double(), "offset": T.offset.double(), "image_score": DEGREES}
+    options: Any = {"translator": T, "image_score": DEGREES}
     fast = steer(m.features, text, null_space=NullSpace.from_weight(m.model.weight), **options)
     scores, steps = [], []
     for index, f in enumerate(m.features):

@@ -114,15 +114,14 @@ def first(z: Tensor, target: int) -> bool:
 def slow(attack: str, step: float, judge: str, through: Tensor | None = None) -> dict[str, float]:
     """Figures of one attack at one budget by plain loops; `through`: what a defence lets through."""
     t, read, model = translators()["one"], translators()[judge], classifier()
-    linear = {"matrix": t.matrix.double(), "offset": t.offset.double()}
-    most, weight, bias = Maximiser(Directions(space()), **linear), model.weight.double(), model.bias.double()
+    most, weight, bias = Maximiser(Directions(space()), t), model.weight.double(), model.bias.double()
     through = torch.eye(toy.WIDTH).double() if through is None else through
     won, gained, kept = [], [], []
     for i, k in PAIRS:
         f, text = features()[i], toy.texts()[k].double()
         limit = step * f.norm()
         if attack == SINGLE:
-            gradient = similarity_gradient(f[None], text, **linear)
+            gradient = similarity_gradient(f[None], text, t)
             moved = f + limit * unit_in_null(space().component(gradient), gradient)[0]
         else:
             moved = f + most.maximise(f[None], text, limit).displacement[0]
@@ -369,7 +368,7 @@ def test_the_best_reading_is_that_of_brute_force() -> None:
 def test_the_maximiser_reaches_the_best_reading() -> None:
     null, t = NullSpace.from_weight(seeded(4, 20, 24)), LinearTranslator(seeded(5, 6, 24).float(), seeded(6, 6).float())
     f, text = seeded(7, 10, 24), normalize(seeded(8, 10, 6), dim=-1)
-    step = Maximiser(Directions(null), matrix=t.matrix, offset=t.offset)
+    step = Maximiser(Directions(null), t)
     u, basis = step.unbounded(f, text), reach_basis(t, null)
     assert u is not None
     assert basis is not None
@@ -377,7 +376,7 @@ def test_the_maximiser_reaches_the_best_reading() -> None:
     matrix, offset = t.matrix.double(), t.offset.double()
     moved = (f + step.reach.to_features(u)) @ matrix.T + offset
     torch.testing.assert_close(moved, best_reading(f @ matrix.T + offset, text, basis), rtol=1e-6, atol=1e-6)
-    assert Maximiser(Directions(null), translator=t).unbounded(f, text) is None
+    assert Maximiser(Directions(null), lambda f: t(f)).unbounded(f, text) is None
 
 
 def test_a_sound_attack_passes_on_a_small_null_space() -> None:

@@ -14,6 +14,7 @@ from singreg.analysis.steering_curves import Budgets
 from singreg.maximiser import FAINT, FAR, ROUNDED, Directions, Maximiser, NearNull
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator, similarity_gradient, unit_in_null
+from singreg.translator import LinearTranslator
 
 SINGLE, MAXIMISER, RANDOM = "single step", "maximiser", "random direction"
 EXACT = 1e-6  # logits: what a null direction may move them by, in float64 with features of any usual size
@@ -178,9 +179,9 @@ def reach_basis(translator: AnyTranslator, null_space: NullSpace | None) -> Tens
         (n, r) orthonormal; None for a translator that is not linear.
     """
     like = torch.zeros((), dtype=torch.float64) if null_space is None else null_space.basis.double()
-    matrix = steering_arguments(translator, like).get("matrix")
-    if not isinstance(matrix, Tensor):
+    if not isinstance(translator, LinearTranslator):
         return None
+    matrix = translator.matrix.to(like)
     allowed = matrix if null_space is None else null_space.component(matrix)
     left, singular, _ = torch.linalg.svd(allowed, full_matrices=False)
     basis: Tensor = left[:, singular > FAINT * singular.max().clamp_min(TINY)]

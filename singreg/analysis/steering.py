@@ -24,9 +24,7 @@ SUMS = ("rows", "reachable", "AS", "AS²", "AS_abs", "success", "step")
 
 
 def steering_arguments(translator: AnyTranslator, like: Tensor) -> dict[str, Any]:
-    """Return how `steer` and its parts take a translator: matrix and offset in the dtype of `like`, or a callable."""
-    if isinstance(translator, LinearTranslator):
-        return {"matrix": translator.matrix.to(like), "offset": translator.offset.to(like)}
+    """Return how `steer` and its parts take a translator."""
     return {"translator": in_its_own_dtype(translator)}
 
 
