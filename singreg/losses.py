@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from singreg import terms as loss_terms
 from singreg.functional import image_score
 from singreg.nullspace import Invariance, NullSpace, row_space_projection
-from singreg.terms import (
-    PRESETS,
-    TERMS,
-    LossInputs,
-    Placebo,
-    contrast_directions,
-    placebo_texts,
-    resolve_terms,
-    target_directions,
-)
+from singreg.terms import PRESETS, TERMS, LossInputs, Placebo, resolve_terms
 from singreg.translator import LinearTranslator
 from singreg.utils import all_reduce_sum
 
 __all__ = ["PRESETS", "TERMS", "SingLoss", "resolve_terms"]
 
+MOMENTUM, CLASS_MOMENTUM = 0.99, 0.9  # of the running feature mean, and of a class's, which moves with its own images
 SMALLEST_REFERENCE = 0.1  # degrees
 
 
@@ -34,23 +27,20 @@ class SingLoss(nn.Module):
 
     The projector follows the head's current weight. `forward` reads no value back from a GPU, so it never waits for it.
     Detached terms by name are in `last_terms`, with "sing" (their weighted sum) and "sing_weight" (λ).
+
     Args:
         head: a `Classifier`, its last linear layer, or any module with a `.weight` (C, m). It is referred to and never
             registered, so it is neither saved nor trained a second time.
-        translator: T(f) = f Aᵀ + a, which gets no gradient; `set_translator` and `set_translators` replace it.
+        translator: T(f) = f Aᵀ + a, which gets no gradient; `set_translator` replaces it.
         texts: embedding of each class's prompt, (C, n).
         weight: λ after the ramp, times the attribute `scale` (a tensor on the CPU, 1 unless set).
         terms: name -> weight of `TERMS`; the preset "sing" unless given (see `resolve_terms`).
         warmup_steps: steps with λ = 0; ramp_steps: those of the cosine ramp to λ that follow.
         accumulation: forwards in one step, all with the same λ, for loops that accumulate gradients.
-        confusable: K, how many nearest classes make a class's contrast directions.
-        momentum: of the running feature mean.
-        class_momentum: of the class means, each of which moves only with its own images.
         invariance: null space of the "logits" or of the "softmax".
         placebo: "shuffled" or "random" replaces the prompts, contrasts included (see `placebo_texts`).
 
-    Shape:
-        features (B, m), labels (B,) of integers -> (), in float32 or wider, outside autocast.
+    Shape: features (B, m), labels (B,) of integers -> (), in float32 or wider, outside autocast.
 
     Raises:
         ValueError: unknown terms or placebo, shapes that do not fit, an empty batch, a head without a null space; on a
@@ -68,8 +58,8 @@ class SingLoss(nn.Module):
     texts: Tensor
     contrast: Tensor
     targets: Tensor
-    matrices: Tensor
-    offsets: Tensor
+    matrix: Tensor
+    offset: Tensor
     mean: Tensor
     class_means: Tensor
     image_score_ref: Tensor
@@ -86,9 +76,6 @@ class SingLoss(nn.Module):
         warmup_steps: int = 0,
         ramp_steps: int = 0,
         accumulation: int = 1,
-        confusable: int = 16,
-        momentum: float = 0.99,
-        class_momentum: float = 0.9,
         invariance: Invariance = "logits",
         placebo: Placebo = "none",
     ) -> None:
@@ -99,27 +86,19 @@ class SingLoss(nn.Module):
         self._head: tuple[Any] = (head,)  # a tuple hides it from nn.Module: not saved, not trained twice
         (classes, width), size = self.head_weight.shape, translator.matrix.shape[0]
         if texts.shape != (classes, size):
-            raise ValueError(
-                f"expected texts ({classes}, {size}), one row for each of the head's {classes} classes in the "
-                f"translator's space, got {tuple(texts.shape)}"
-            )
+            raise ValueError(f"expected texts ({classes}, {size}), a row for each class, got {tuple(texts.shape)}")
         NullSpace.from_weight(self.head_weight, invariance=invariance)  # says so where there is no null space
-        self.weight, self.warmup_steps, self.ramp_steps, self.accumulation = (
-            weight,
-            warmup_steps,
-            ramp_steps,
-            accumulation,
-        )
-        self.momentum, self.class_momentum, self.invariance = momentum, class_momentum, invariance
+        self.weight, self.warmup_steps, self.ramp_steps = weight, warmup_steps, ramp_steps
+        self.accumulation, self.invariance = accumulation, invariance
         # No buffers: they stay on the CPU, so that λ is known without asking a device. The extra state saves them.
         self.step, self.scale = torch.zeros((), dtype=torch.long), torch.ones(())
         self.last_terms: dict[str, Tensor] = {}
-        texts = placebo_texts(texts.detach(), placebo)
-        self.register_buffer("contrast", contrast_directions(texts, confusable).float(), persistent=False)
+        texts = loss_terms.placebo_texts(texts.detach(), placebo)
+        self.register_buffer("contrast", loss_terms.contrast_directions(texts).float(), persistent=False)
         self.register_buffer("texts", texts.float(), persistent=False)
-        self.register_buffer("targets", target_directions(self.terms, self.texts), persistent=False)
-        self.register_buffer("matrices", torch.empty(0))
-        self.register_buffer("offsets", torch.empty(0))
+        self.register_buffer("targets", loss_terms.target_directions(self.terms, self.texts), persistent=False)
+        self.register_buffer("matrix", torch.empty(0))
+        self.register_buffer("offset", torch.empty(0))
         self.set_translator(translator)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("class_means", torch.zeros(classes, width))
@@ -135,51 +114,20 @@ class SingLoss(nn.Module):
 
     def set_translator(self, translator: LinearTranslator) -> None:
         """Use another translator from now on, from the same m features into the same space."""
-        self.set_translators([translator])
-
-    def set_translators(self, translators: Sequence[LinearTranslator]) -> None:
-        """Use k translators, best of disjoint folds of the images, so that no single one's errors can be learned.
-
-        Step s reads the features through number s mod k, the same on every process and in all forwards of an
-        accumulated step; `capacity` and `steer` take the prompts of all.
-
-        Raises:
-            ValueError: no translator, or matrices that are not (n, m).
-        """
-        if not translators:
-            raise ValueError("set_translators needs at least one translator, got an empty sequence")
         wanted = (self.texts.shape[1], self.head_weight.shape[1])
-        if wrong := [tuple(t.matrix.shape) for t in translators if t.matrix.shape != wanted]:
-            raise ValueError(f"expected a translator matrix {wanted}, got {', '.join(map(str, wrong))}")
-        device = self.texts.device
-        self.matrices = torch.stack([t.matrix.detach().to(device, torch.float32) for t in translators])
-        self.offsets = torch.stack([t.offset.detach().to(device, torch.float32) for t in translators])
-
-    @property
-    def matrix(self) -> Tensor:
-        """A of the first translator, (n, m)."""
-        return self.matrices[0]
-
-    @property
-    def offset(self) -> Tensor:
-        """a of the first translator, (n,)."""
-        return self.offsets[0]
+        if translator.matrix.shape != wanted:
+            raise ValueError(f"expected a translator matrix {wanted}, got {tuple(translator.matrix.shape)}")
+        self.matrix = translator.matrix.detach().to(self.texts, copy=True)
+        self.offset = translator.offset.detach().to(self.texts, copy=True)
 
     def get_extra_state(self) -> Tensor:
         """Return step and scale for `state_dict`, as a tensor, which safetensors can hold."""
         return torch.stack([self.step.double(), self.scale.double()])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over step and scale from a `state_dict`."""
+        """Take over step and scale from a `state_dict`, after its buffers."""
         self.step.fill_(int(state[0]))
         self.scale.fill_(float(state[1]))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take over the stored number of translators as well."""
-        for name in ("matrices", "offsets"):
-            if (stored := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, torch.empty_like(stored, device=self.texts.device))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
         self._all_referenced = bool(torch.isfinite(self.image_score_ref).all())
 
     @property
@@ -201,9 +149,6 @@ class SingLoss(nn.Module):
             mean: μ, (m,).
             class_means: of each class, (C, m); a class without one (NaN) begins with its first batch.
             image_score_ref: mean IS of each class in degrees, (C,); where it is NaN, the mean of the others is taken.
-
-        Raises:
-            ValueError: other shapes, a mean that is not finite, or no finite reference image score.
         """
         for name, value in (("mean", mean), ("class_means", class_means), ("image_score_ref", image_score_ref)):
             buffer = getattr(self, name)
@@ -245,9 +190,7 @@ class SingLoss(nn.Module):
         if not wrong and labels.device.type == "cpu":  # elsewhere looking at values would make the host wait
             wrong = not 0 <= int(labels.min()) <= int(labels.max()) < classes
         if wrong:
-            raise ValueError(
-                f"labels (B,) must be integers in 0..{classes - 1}; mixed labels do not work with SingLoss"
-            )
+            raise ValueError(f"labels (B,) must be integers in 0..{classes - 1}, not mixed ones")
 
     @torch.no_grad()
     def _track(self, features: Tensor, labels: Tensor) -> None:
@@ -257,9 +200,9 @@ class SingLoss(nn.Module):
         counts = self._count(labels)
         present, first = counts > 0, self.seen == 0
         batch_mean = sums.sum(0) / counts.sum()
-        self.mean.copy_(torch.where(first.all(), batch_mean, torch.lerp(batch_mean, self.mean, self.momentum)))
+        self.mean.copy_(torch.where(first.all(), batch_mean, torch.lerp(batch_mean, self.mean, MOMENTUM)))
         class_mean = sums / counts.clamp_min(1)[:, None]
-        moved = torch.lerp(class_mean, self.class_means, self.class_momentum)
+        moved = torch.lerp(class_mean, self.class_means, CLASS_MOMENTUM)
         moved = torch.where(first[:, None], class_mean, moved)
         self.class_means.copy_(torch.where(present[:, None], moved, self.class_means))
         self.seen.copy_(torch.maximum(self.seen, present.to(self.seen)))
@@ -269,19 +212,15 @@ class SingLoss(nn.Module):
         return all_reduce_sum(torch.zeros_like(self.seen).index_add_(0, labels, torch.ones_like(labels).to(self.seen)))
 
     def _inputs(self, features: Tensor, labels: Tensor) -> LossInputs:
-        mean, texts, contrast, targets, matrices, offsets = (
-            buffer.to(features.dtype)
-            for buffer in (self.mean, self.texts, self.contrast, self.targets, self.matrices, self.offsets)
-        )
-        head, turn = self.head_weight, int(self.step) // self.accumulation % len(matrices)
-        centred = features - mean
+        buffers = (self.mean, self.texts, self.contrast, self.targets, self.matrix, self.offset)
+        mean, texts, contrast, targets, matrix, offset = (buffer.to(features.dtype) for buffer in buffers)
+        head, centred, pulled = self.head_weight, features - mean, targets @ matrix
         anchors = self.class_means.to(mean)[labels] - mean
-        pulled = torch.stack([targets @ each for each in matrices])  # (k, J, m): Aᵀ t
         # One projection for the batch, its class means and the targets: the factorisation of W Wᵀ is shared.
-        every = torch.cat([centred, anchors, pulled.flatten(0, 1)])
+        every = torch.cat([centred, anchors, pulled])
         outside = every - row_space_projection(head, every, invariance=self.invariance)
         null, class_null, pulled_null = torch.tensor_split(outside, (len(centred), 2 * len(centred)))
-        z, shift = features @ matrices[turn].T + offsets[turn], null @ matrices[turn].T
+        z, shift = features @ matrix.T + offset, null @ matrix.T
         return LossInputs(
             null=null,
             centred=centred,
@@ -289,20 +228,20 @@ class SingLoss(nn.Module):
             z_eq=z - shift,
             text=texts[labels],
             shift=shift,
-            total=centred @ matrices[turn].T,
+            total=centred @ matrix.T,
             contrast=contrast[labels],
             class_null=class_null.detach(),
             image_score_ref=self._reference(z, z - shift, labels),
             head=head.to(mean),
-            matrices=matrices,
+            matrix=matrix,
             targets=targets,
             pulled=pulled,
-            pulled_null=pulled_null.reshape(pulled.shape),
+            pulled_null=pulled_null,
         )
 
     @torch.no_grad()
     def _reference(self, z: Tensor, z_eq: Tensor, labels: Tensor) -> Tensor:
-        """IS_ref of each image's class; a class without one takes its first training batch's (over all processes)."""
+        """IS_ref of each image's class; a class without one takes its first training batch's."""
         reference = self.image_score_ref
         if not self._all_referenced:
             scores = image_score(z, z_eq).to(reference.dtype)

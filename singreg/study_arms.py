@@ -21,7 +21,6 @@ from singreg.data.scenes import ATTRIBUTES
 from singreg.data.splits import ImageSplit, SceneSplit, SubsetSplit
 from singreg.loop import finish, follow, own_random_numbers, prepare_arm, resume, save, steps, train_head
 from singreg.loop_translator import LoopTranslator
-from singreg.loss_terms import placebo_texts
 from singreg.models.classifier import Classifier
 from singreg.models.edits import align_head_, constrain_to_rows, interpolate_weights, release_rows
 from singreg.report import log, track
@@ -30,6 +29,7 @@ from singreg.runs import Run, StopRequest
 from singreg.setup import Setup
 from singreg.study_plan import StudyConfig, Work
 from singreg.task import make_sing
+from singreg.terms import placebo_texts
 from singreg.translator import LinearTranslator
 from singreg.utils import cache_folder, write_json
 

@@ -17,7 +17,6 @@ from singreg.terms import (
     LossInputs,
     contrast_directions,
     placebo_texts,
-    random_directions,
     resolve_terms,
     term,
 )
@@ -47,13 +46,13 @@ def test_a_scale_of_features_or_weight_changes_no_term(name: str) -> None:
         flatten(head)
     before = value(sing, features, labels)
     assert abs(before) > 1e-3
-    for buffer, factor in ((sing.mean, 7.0), (sing.class_means, 7.0), (sing.matrices, 1 / 7)):
+    for buffer, factor in ((sing.mean, 7.0), (sing.class_means, 7.0), (sing.matrix, 1 / 7)):
         buffer.mul_(factor)
     put(head, 0.01 * head.weight)
     assert value(sing, 7 * features, labels) == pytest.approx(before, rel=1e-5)
     moved = value(sing, 7 * features + 3 * torch.randn(M).double(), labels)
     assert moved != pytest.approx(before, rel=1e-5) or name in HEAD_TERMS
-    sing.matrices.mul_(7.0), sing.offsets.mul_(7.0)
+    sing.matrix.mul_(7.0), sing.offset.mul_(7.0)
     assert value(sing, 7 * features, labels) == pytest.approx(before, rel=1e-5)
 
 
@@ -75,7 +74,7 @@ def test_the_order_of_classes_and_prompts_changes_no_term(name: str) -> None:
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_class_share_is_the_between_class_share_with_its_whole_gradient(share: float) -> None:
     """Its running class means carry no gradient, yet descent must lower the true share, large or small."""
-    sing, head, _, _ = setup(terms={"class_share": 1.0}, momentum=0.0, class_momentum=0.0)
+    sing, head, _, _ = setup(calibrated=False, terms={"class_share": 1.0})  # so that the batch's means are taken
     labels = torch.arange(20) % C
     noise = torch.randn(20, M, dtype=torch.float64)
     # Classes of equal size whose noise has mean 0, so that `share` is what it says.
@@ -107,7 +106,7 @@ def test_a_null_without_class_semantics_has_no_leak() -> None:
     """The definition's zero: when A maps the null space to nothing, leak and hinge are 0; the control is not."""
     sing, head, features, labels = setup(terms={"leak": 1.0, "hinge": 1.0, "attribute": 1.0})
     assert value(sing, features, labels) > 0.01
-    sing.matrices = sing.matrices @ (torch.linalg.pinv(head.weight.detach()) @ head.weight.detach())
+    sing.matrix = sing.matrix @ (torch.linalg.pinv(head.weight.detach()) @ head.weight.detach())
     assert abs(value(sing, features, labels)) < 1e-6
 
 
@@ -128,11 +127,11 @@ def test_steer_is_0_for_targets_in_the_row_space_and_1_where_the_step_goes_strai
     assert 0.05 < value(sing, features, labels) < 0.95
     put(head, torch.randn(C, C).double() @ (sing.texts @ sing.matrix))
     assert value(sing, features, labels) < 1e-12
-    sing.matrices = torch.linalg.qr(sing.matrix.T).Q.T[None].contiguous()  # A Aᵀ = 1
+    sing.matrix = torch.linalg.qr(sing.matrix.T).Q.T.contiguous()  # A Aᵀ = 1
     put(head, torch.linalg.qr(sing.matrix.T, mode="complete").Q[:, N : N + C].T)  # and the head sees none of it
     assert value(sing, features, labels) == pytest.approx(1.0, abs=1e-9)
     assert torch.isfinite(torch.autograd.grad(sing(features, labels), head.weight)[0]).all()
-    sing.matrices = torch.zeros_like(sing.matrices)  # a translator that sees nothing of any target
+    sing.matrix = torch.zeros_like(sing.matrix)  # a translator that sees nothing of any target
     result = sing(features, labels)
     assert float(result.detach()) == 0
     assert torch.isfinite(torch.autograd.grad(result, head.weight)[0]).all()
@@ -188,22 +187,16 @@ def test_presets_are_known_terms_and_overrides_change_add_and_remove() -> None:
     default = {"leak": 0.3, "hinge": 1.0, "band": 0.3, "class_share": 0.1, "capacity": 100.0}
     assert PRESETS["sing"] == DEFAULT_TERMS == default
     assert {"capacity", "steer", "head", "orthogonal"} == HEAD_TERMS
-    for name, terms in PRESETS.items():
-        assert resolve_terms(name) == terms
-        assert set(terms) <= set(TERMS)
+    assert all(resolve_terms(name, {}) == terms and set(terms) <= set(TERMS) for name, terms in PRESETS.items())
     assert PRESETS["leakage"] == {name: weight for name, weight in default.items() if name != "capacity"}
     assert set(PRESETS["steering"]) == {*default, "steer"}
     changed = resolve_terms("sing", {"capacity": 0, "hinge": 2.0, "head": 0.5})
     assert changed == {"leak": 0.3, "hinge": 2.0, "band": 0.3, "class_share": 0.1, "head": 0.5}
     assert PRESETS["sing"] == default
-    with pytest.raises(ValueError, match=r"unknown preset 'song'.*unknown loss terms \['leek'\].*at least 0.*-1"):
-        resolve_terms("song", {"leek": 1.0, "leak": -1.0})
-    with pytest.raises(ValueError, match=r"no term is left.*label_only"):
-        resolve_terms("label_only", {"class_share": 0.0})
 
 
 def test_contrasts_do_not_depend_on_prompt_order() -> None:
-    texts = nn.functional.normalize(torch.randn(6, 9, dtype=torch.float64))
+    texts = nn.functional.normalize(torch.randn(6, 9, dtype=torch.float64), dim=1)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     first, second = contrast_directions(texts, 3)[order], contrast_directions(texts[order], 3)
     torch.testing.assert_close(first @ first.mT, second @ second.mT)
@@ -230,7 +223,6 @@ def test_shuffled_prompts_are_a_derangement_and_the_same_every_time(classes: int
     assert (match.sum(1) == 1).all()
     assert not match.diagonal().any()
     assert torch.equal(shuffled, placebo_texts(texts, "shuffled"))
-    torch.testing.assert_close(random_directions(3, 4, 5).norm(dim=1), torch.ones(3))
 
 
 def test_placebos_change_exactly_the_terms_that_read_texts() -> None:
