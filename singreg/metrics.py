@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ Part = Literal["signed", "negative", "positive", "absolute"]
 
 
 def score_columns(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
-    """Return the ten summable figures of every image, rows as in `COLUMNS`: (B, n) three times to (10, B) float64."""
+    """Return the summable figures of every image, rows as in `COLUMNS`. Shape: (B, n) thrice -> (10, B) float64."""
     attribute = _exact(attribute_score(z, z_eq, text))
     image, travelled = _exact(image_score(z, z_eq)), _exact(kappa(z, z_eq, text))
     rows = [torch.ones_like(attribute), attribute, attribute**2, (-attribute).clamp_min(0), attribute.clamp_min(0)]
@@ -27,10 +27,7 @@ def score_columns(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
 
 
 def summarize_columns(sums: Tensor) -> dict[str, Tensor]:
-    """Return means and standard deviations (...) from summed columns (10, ...); a class without images gives NaN.
-
-    AS, AS_neg, AS_pos, AS_abs, IS in degrees, kappa, *_std, count and the paper's `ratio` = mean IS / mean |AS|.
-    """
+    """Return means, deviations and the paper's ratio IS / |AS| from sums of columns (10, ...); NaN without images."""
     table = dict(zip(COLUMNS, sums.double(), strict=True))
     count = table["count"]
     summary = {name: table[name] / count for name in ("AS", "AS_neg", "AS_pos", "AS_abs", "IS", "kappa")}
@@ -66,16 +63,14 @@ class _SumMetric(Metric):
 
 
 class _MeanScore(_SumMetric):
-    """Mean of one score over images: a count and a sum that has the score's own name.
-
-    A MetricCollection merges metrics whose states agree on the first batch; those of other names it never compares.
-    """
+    """Mean of one score over images, in degrees."""
 
     plot_lower_bound, plot_upper_bound = 0.0, 180.0
     count: Tensor
 
     def __init__(self, name: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # A MetricCollection merges metrics whose states agree on the first batch, but never compares other names.
         self.add_sum(f"{name}_sum")
         self.add_sum("count")
 
@@ -85,12 +80,12 @@ class _MeanScore(_SumMetric):
         self.count = self.count + exact.numel()
 
     def compute(self) -> Tensor:
-        """Return the mean in degrees, a tensor ()."""
+        """Return the mean over all images, ()."""
         mean: Tensor = getattr(self, self.sums[0]) / self.count
         return mean
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw the value, or the values given, as torchmetrics does; returns (figure, axes)."""
+        """Draw the value, or the values given, as torchmetrics does."""
         return self._plot(val, ax)
 
 
@@ -110,8 +105,8 @@ class AttributeScore(_MeanScore):
     plot_lower_bound = -180.0
 
     def __init__(self, part: Part = "signed", **kwargs: Any) -> None:
-        if part not in ("signed", "negative", "positive", "absolute"):
-            raise ValueError(f'part must be "signed", "negative", "positive" or "absolute", got {part!r}')
+        if part not in get_args(Part):
+            raise ValueError(f"part must be one of {get_args(Part)}, got {part!r}")
         super().__init__(f"attribute_{part}", **kwargs)
         self.part = part
 
@@ -139,7 +134,7 @@ class SemanticLeakage(_SumMetric):
     On several processes read `per_class` and `quantile` inside `with metric.sync_context():`.
 
     Args:
-        texts: text embedding of each class's prompt, in the translator's target space, (C, n).
+        texts: embedding of each class's prompt, in the translator's target space, (C, n).
 
     Example:
         >>> metric = SemanticLeakage(torch.eye(2))
@@ -177,7 +172,7 @@ class SemanticLeakage(_SumMetric):
             self.histogram[row].index_add_(0, bins, columns[0])  # ones
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the figures over all images, each ()."""
+        """Return the figures of `summarize_columns` over all images, each ()."""
         return summarize_columns(self.columns.sum(1))
 
     def per_class(self) -> dict[str, Tensor]:
@@ -189,15 +184,3 @@ class SemanticLeakage(_SumMetric):
         below = self.histogram[("AS", "IS").index(name)].cumsum(0)
         bin_index = int(torch.searchsorted(below, q * below[-1]).clamp_max(HISTOGRAM_BINS - 1))
         return (bin_index + 0.5) * 360 / HISTOGRAM_BINS - 180
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the histograms of AS and IS in degrees; returns (figure, axes)."""
-        import matplotlib.pyplot as plt
-
-        figure, axes = (ax.figure, ax) if ax is not None else plt.subplots()
-        centres = (torch.arange(HISTOGRAM_BINS) + 0.5) * 360 / HISTOGRAM_BINS - 180
-        for counts, name in zip(self.histogram.cpu(), ("AS", "IS"), strict=True):
-            axes.bar(centres[counts > 0], counts[counts > 0], width=0.25, alpha=0.6, label=name)
-        axes.set(xlabel="degrees", ylabel="images", title="attribute score AS and image score IS")
-        axes.legend()
-        return figure, axes
