@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor
 
-from recipes.build_demo import PROMPTS
+from build_demo import PROMPTS
 from singreg.data.scenes import ATTRIBUTES, SHAPES, sample_scenes
 from singreg.utils import sha256_of_file
 from tests.demo import ASSETS, demo_classifier, demo_vlm, embedded, rendered

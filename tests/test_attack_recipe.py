@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms.functional import to_tensor
 
-from recipes import attack
+import attack
 from singreg.analysis.attack import LAGRANGIAN, TANGENT
 from singreg.analysis.steering_curves import the_curve
 from singreg.config import parse

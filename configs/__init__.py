@@ -1,1 +1,0 @@
-"""Configurations: one YAML per job."""

@@ -1,1 +1,0 @@
-"""Recipes: one readable script per job, launched with accelerate."""
