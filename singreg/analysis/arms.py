@@ -25,7 +25,6 @@ from singreg.analysis.steering import (
     in_its_own_dtype,
     outranks,
     own_prompt,
-    steering_arguments,
     steering_targets,
 )
 from singreg.analysis.steering_curves import FIGURES, Budgets, fit_conditional, mean_height, natural_radii, read_along
@@ -320,8 +319,8 @@ def _at_image_score(
     null_space: NullSpace,
 ) -> Rows:
     f, text, translate = rows.features, judged.text, in_its_own_dtype(judge)
-    arguments = steering_arguments(attacker, f)
-    steered = steer(f, rows.text, null_space=null_space, image_score=IMAGE_SCORE, **arguments)
+    fixed = in_its_own_dtype(attacker)
+    steered = steer(f, rows.text, null_space=null_space, image_score=IMAGE_SCORE, translator=fixed)
     ok, after = steered.reachable, translate(steered.features)
     moved = angle(translate(f), text) - angle(after, text)
     unit = normalize(after, dim=-1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.steering import SteeringRows, outranks, steering_arguments
+from singreg.analysis.steering import SteeringRows, in_its_own_dtype, outranks
 from singreg.analysis.steering_curves import Budgets
 from singreg.maximiser import FAINT, FAR, ROUNDED, Directions, Maximiser, NearNull
 from singreg.nullspace import NullSpace
@@ -66,7 +66,7 @@ def straight(
         if random:
             guess = _random_directions(rows, index)
         else:
-            guess = similarity_gradient(rows.features, rows.text, **steering_arguments(translator, rows.features))
+            guess = similarity_gradient(rows.features, rows.text, in_its_own_dtype(translator))
         direction = unit_in_null(null_space.component(guess), guess)
         # A row that no step brings within a radius stays where it is.
         steps = torch.nan_to_num(budgets.largest(budget, rows.features, direction))
@@ -94,12 +94,11 @@ def climb(
     tolerance: float | None = EXACT,
 ) -> Attack:
     """Make the attack that maximises the cosine; each budget begins from the one below it and is never worse."""
-    like = directions.null_space.basis.double() if directions.null_space is not None else torch.zeros(()).double()
-    arguments, gaussian, natural = steering_arguments(translator, like), budgets.gaussian, budgets.natural
-    step = Maximiser(directions, **arguments)
+    gaussian, natural, attacked = budgets.gaussian, budgets.natural, in_its_own_dtype(translator)
+    step = Maximiser(directions, attacked)
     radius = None
     if name == MAXIMISER and gaussian is not None:
-        radius = Maximiser(Directions(basis=gaussian.colouring), **arguments)
+        radius = Maximiser(Directions(basis=gaussian.colouring), attacked)
 
     def displace(rows: SteeringRows, index: np.ndarray, budget: str) -> Iterator[Tensor]:
         start: Tensor | None = None

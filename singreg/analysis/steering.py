@@ -23,11 +23,6 @@ CHUNK_ELEMENTS = 2**22  # of the widest array of a chunk of rows: 32 MiB in floa
 SUMS = ("rows", "reachable", "AS", "AS²", "AS_abs", "success", "step")
 
 
-def steering_arguments(translator: AnyTranslator, like: Tensor) -> dict[str, Any]:
-    """Return how `steer` and its parts take a translator."""
-    return {"translator": in_its_own_dtype(translator)}
-
-
 def in_its_own_dtype(translator: AnyTranslator) -> AnyTranslator:
     """Wrap a translator so that it runs in the dtype of its weights and answers in that of its input."""
     if isinstance(translator, LinearTranslator) or not isinstance(translator, nn.Module):
@@ -222,8 +217,8 @@ def measure_steering(
         raise ValueError(f"steering needs at least 2 classes to choose a target from, got texts {tuple(texts.shape)}")
     judge = judge or attacker
     targets = steering_targets(labels, indices, len(texts), seed=seed)
-    arguments = steering_arguments(attacker, features)
-    steered = steer(features, texts[targets], null_space=null_space, image_score=image_score, **arguments)
+    fixed = in_its_own_dtype(attacker)
+    steered = steer(features, texts[targets], null_space=null_space, image_score=image_score, translator=fixed)
     ok = steered.reachable
     targets, start = targets[ok], features[ok]
     before, after = judge(start), judge(steered.features[ok])
@@ -281,8 +276,10 @@ def steer_pairs(
         for rows in images.rows(plan, len(texts)):
             pair, same = rows.source * len(plan.targets) + rows.target, own_prompt(rows.text, exact)
             for attacker, translator in attackers.items():
-                arguments = steering_arguments(translator, rows.features)
-                steered = steer(rows.features, rows.text, null_space=null_space, image_score=image_score, **arguments)
+                call = in_its_own_dtype(translator)
+                steered = steer(
+                    rows.features, rows.text, null_space=null_space, image_score=image_score, translator=fixed
+                )
                 found = _extremes(rows, steered, translator, wide, null_space, image_score)
                 extremes[attacker] = torch.maximum(extremes[attacker], found)
                 for judge, reader in judges.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, PassSettings, gathered, iterate_features
 from singreg.analysis.statistics import resampled_means
-from singreg.analysis.steering import PairPlan, SteeringRows, in_its_own_dtype, outranks, own_prompt, steering_arguments
+from singreg.analysis.steering import PairPlan, SteeringRows, in_its_own_dtype, outranks, own_prompt
 from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
@@ -141,7 +141,7 @@ class Budgets:
         self, rows: SteeringRows, attacker: AnyTranslator, null_space: NullSpace
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield (budget, unit direction (R, m), largest allowed ε (R, G), NaN where none is) of one gradient step."""
-        gradient = similarity_gradient(rows.features, rows.text, **steering_arguments(attacker, rows.features))
+        gradient = similarity_gradient(rows.features, rows.text, in_its_own_dtype(attacker))
         direction = unit_in_null(null_space.component(gradient), gradient)
         yield "step", direction, self.largest("step", rows.features, direction)
         if self.gaussian is None:
