@@ -93,7 +93,7 @@ def write_report(
     write_text(run.folder / "report.html", _html(*page))
     report = {"kind": run.recipe, "format": FORMAT, "verdict": verdict, "warnings": warnings, **facts, **figures}
     write_json(run.folder / "report.json", report)  # last: a run with a report.json is whole
-    print("\n".join([*verdict, *warnings]))
+    print("\n".join([*warnings, *verdict]))  # the verdict is what the last lines on the screen say
     print(f"report       {run.folder / 'report.html'}")
     print(f"tensorboard  tensorboard --logdir {run.folder / 'tensorboard'}", flush=True)
 

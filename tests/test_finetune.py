@@ -212,7 +212,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path, monkeypatch: pytest.Monke
     assert steps[-1] == "step-00000006", "the seventh was not finished"
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("scores.parquet", "stage.json", "model.safetensors")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("scores.parquet", "stage.json", "model")]
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "report.json", *SLOW])

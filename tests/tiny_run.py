@@ -126,6 +126,7 @@ def run(
 
     A signal may be sent after some seconds or when something is the case; `limit`: bytes that no file may exceed.
     """
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server's, which has no other way to know
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["finetune", "tests.tiny_run"])
     log.parent.mkdir(parents=True, exist_ok=True)
