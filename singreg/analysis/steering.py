@@ -276,10 +276,8 @@ def steer_pairs(
         for rows in images.rows(plan, len(texts)):
             pair, same = rows.source * len(plan.targets) + rows.target, own_prompt(rows.text, exact)
             for attacker, translator in attackers.items():
-                call = in_its_own_dtype(translator)
-                steered = steer(
-                    rows.features, rows.text, null_space=null_space, image_score=image_score, translator=fixed
-                )
+                T = in_its_own_dtype(translator)
+                steered = steer(rows.features, rows.text, null_space=null_space, translator=T, image_score=image_score)
                 found = _extremes(rows, steered, translator, wide, null_space, image_score)
                 extremes[attacker] = torch.maximum(extremes[attacker], found)
                 for judge, reader in judges.items():
