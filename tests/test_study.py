@@ -22,11 +22,7 @@ from singreg.study_plan import ArmConfig, StudyConfig, Work, plan_study, time_le
 from tests import toy
 
 SETTINGS: dict[str, Any] = {
-    "data": {
-        "scenes": {"train": 48, "audit": 60, "test": 30, "bank": 0},
-        "augmentation": "none",
-        "image_size": 32,
-    },
+    "data": {"scenes": {"train": 48, "audit": 60, "test": 30, "bank": 0}, "augmentation": "none", "image_size": 32},
     "model": {"name": "test_resnet", "pretrained": False, "head": "new"},
     "training": {"epochs": 1, "batch_size": 16, "checkpoint_every": 1},
     "translator": {"refreshes": 0, "ridge": 1.0},
