@@ -18,7 +18,6 @@ from singreg.analysis.fitting import fit_mlp_on_split, fit_translators, translat
 from singreg.analysis.models_compared import (
     FIGURES,
     comparison_verdict,
-    comparison_warnings,
     model_differences,
     order_check,
     paired_figures,
@@ -31,10 +30,11 @@ from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.plots.study import save_comparison_plot
-from singreg.report import Section, interval, log, log_figures, number, percent, track, write_report
+from singreg.report import Section, log, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import BATCH_SIZE, labels_for_head
 from singreg.spaces import ComparedModel, Space, look_at_heads, open_model, open_spaces, refuse_unknown_names
+from singreg.tables import analysis_warnings, passport_table, score_table
 from singreg.translator import Translator
 from singreg.utils import cache_folder
 
@@ -167,20 +167,21 @@ def report(config: CompareConfig, run: Run, heads: list[dict[str, Any]], measure
             space: {label: getattr(read, name) for label, read in found.items()} for space, found in measured.items()
         }
 
-    rows, figures, agreement = each("rows"), each("figures"), each("agreement")
+    rows, figures = each("rows"), each("figures")
     any_measured = any(rows.values())
     paired = paired_figures(rows, seed=config.seed) if any_measured else None
     differences = model_differences(paired) if paired else []
     orders = [order_check(paired, figure) for figure in FIGURES] if paired and len(paired.models) > 1 else []
-    passports = [head["passport"] for head in heads if head["omitted"] is None]
-    warnings = [f"Warning: {sentence}" for sentence in compare_passports(passports)]
-    plots = [save_comparison_plot(figures, orders, run.folder / "plots" / "comparison.png")] if any_measured else []
     track(run.accelerator, "compare", config)
-    for space, models in figures.items():
-        for label, found in models.items():
-            for name, scores in found["translators"].items():
+    passports = [head["passport"] for head in heads if head["omitted"] is None]
+    warnings = compare_passports(passports)
+    for space, found in measured.items():
+        for label, read in found.items():
+            warnings += [f"{label} in {space}: {said}" for said in analysis_warnings(read.figures, read.agreement)]
+            for name, scores in read.figures["translators"].items():
                 values = {f"{space}/{name}/{key}/{label}": scores["overall"][key] for key in FIGURES}
                 log(run.accelerator, values, 0)
+    plots = [save_comparison_plot(figures, orders, run.folder / "plots" / "comparison.png")] if any_measured else []
     log_figures(run.accelerator, plots)
     every = [
         read.rows.assign(model=f"{label} in {space}") for space, m in measured.items() for label, read in m.items()
@@ -189,17 +190,18 @@ def report(config: CompareConfig, run: Run, heads: list[dict[str, Any]], measure
         run,
         title=f"{run.folder.name}: {len(heads)} classifiers compared",
         verdict=comparison_verdict(paired, differences, heads),
-        warnings=[*warnings, *comparison_warnings(figures, agreement)],
+        warnings=warnings,
         sections=[
             Section("The models", [models_table(heads, measured), READING, *plots]),
             Section("Differences", [differences_table(differences), "Model minus the other, paired by image."]),
             Section("Does the order by AS⁻ hold?", [order_table(orders), ORDER]),
+            Section("Heads", [passport_table([head["passport"] for head in heads if head["passport"]])]),
         ],
         figures={
             "heads": heads,
             "measurements": figures,
             "chance": each("chance"),
-            "agreement": agreement,
+            "agreement": each("agreement"),
             "differences": differences,
             "orders": orders,
         },
@@ -209,32 +211,17 @@ def report(config: CompareConfig, run: Run, heads: list[dict[str, Any]], measure
 
 def models_table(heads: list[dict[str, Any]], measured: dict[str, dict[str, Read]]) -> pd.DataFrame:
     """Every model in every space by every translator; those without a null space as a row that says so."""
-    table = []
+    tables = []
     for space, models in measured.items():
         for head in heads:
-            row = {"model": head["label"], "space": space}
-            if head["omitted"] is not None:
-                table.append({**row, "translator": head["omitted"]})
-                continue
-            read = models[head["label"]]
-            summary = read.figures["head"]
-            level = read.chance["paper"]["levels"]["energy"]["mean"]["AS_neg"]
-            row["null dimensions"] = f"{summary['nullity']} of {summary['features']}"
-            for name, scores in read.figures["translators"].items():
-                cells = {"translator": name, "top-1": percent(read.figures["top1"])}
-                for key in ("AS_neg", "AS_abs", "IS"):
-                    cells[TITLES[key]] = interval(scores["overall"][key], *scores["intervals"][key])
-                table.append({**row, **cells, "AS⁻ at chance °": number(level) if name == "auditor" else "–"})
-    columns = [
-        "model",
-        "space",
-        "translator",
-        "null dimensions",
-        "top-1",
-        *list(TITLES.values())[1:4],
-        "AS⁻ at chance °",
-    ]
-    found: pd.DataFrame = pd.DataFrame(table, columns=columns).fillna("")
+            table = pd.DataFrame([{"model": head["label"], "translator": head["omitted"]}])
+            if (read := models.get(head["label"])) is not None:
+                table = score_table({head["label"]: read.figures})
+                level = read.chance["paper"]["levels"]["energy"]["mean"]["AS_neg"]
+                table["AS⁻ at chance °"] = [number(level) if name == "auditor" else "–" for name in table["translator"]]
+            table.insert(1, "space", space)
+            tables.append(table)
+    found: pd.DataFrame = pd.concat(tables).fillna("")
     return found
 
 

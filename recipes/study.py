@@ -25,7 +25,6 @@ from singreg.analysis.study import (
     AUDITOR,
     SECOND,
     ArmRun,
-    attribute_groups,
     study_verdict,
     study_warnings,
     summarize_study,
@@ -36,7 +35,7 @@ from singreg.config import parse
 from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.plots.study import save_study_plots
-from singreg.report import Section, interval, log_figures, number, percent, track, write_report
+from singreg.report import Section, interval, log_figures, number, track, write_report
 from singreg.runs import explained, start
 from singreg.setup import prepare
 from singreg.spaces import Space, open_spaces
@@ -66,6 +65,8 @@ from singreg.task import Schedule, micro_batch, refuse_batch_norm
 from singreg.translator import LinearTranslator
 
 logger = get_logger(__name__)
+MAIN = {"top1": "top-1", f"AS_neg/{AUDITOR}": "AS⁻ °", f"AS_abs/{AUDITOR}": "|AS| °", f"IS/{AUDITOR}": "IS °"}
+MAIN |= {"harmless_r2": "harmless R²", "audit_gap": "audit gap"}
 VALIDATION = "Images that serve nothing else, by the same auditor: what an arm is chosen by."
 KNOWN = "R² of a scene's attribute from the null component, of R² from all features. The class is the shape."
 RATIOS = "Ratios of means, paired by image and averaged over seeds, with 95 % intervals; top-1 as a difference."
@@ -199,18 +200,22 @@ def report(shared: Shared, found: list[ArmRun], agreement: list[dict[str, Any]])
     plots = save_study_plots(arms, config.reference, {**facts, **needed}, agreement, run.folder / "plots")
     track(run.accelerator, "report", config)
     log_figures(run.accelerator, plots)
-    chosen = [Section("By the validation images", [validation_table(arms), VALIDATION])] if shared.validation else []
+    held = pd.DataFrame([{"arm": arm["arm"], **arm["validation"]} for arm in arms if arm["validation"]])
+    chosen = [Section("By the validation images", [held, VALIDATION])] if shared.validation else []
+    side = {"ece": "calibration error"} | {f"corrupted/{kind}": f"top-1, {kind}" for kind in config.corruptions}
+    side |= {"ood_vim": "AUROC by ViM", "ood_null_energy": "AUROC by null energy"} if config.ood else {}
     known = [Section("Known attributes", [attribute_table(arms), KNOWN])] if config.attributes else []
     write_report(
         run,
         title=f"{run.folder.name}: {len(arms)} arms",
         verdict=study_verdict(arms, config.reference, config.claim, facts),
-        warnings=study_warnings(arms, facts),
+        warnings=study_warnings(arms),
         sections=[
-            Section("Results", [arms_table(arms), READING, *plots]),
+            Section("Results", [arms_table(arms, MAIN), READING, *plots]),
             Section(f"Against {config.reference}", [ratio_table(arms), RATIOS]),
             *chosen,
             *known,
+            Section("Side effects", [arms_table(arms, side)]),
             Section("The arms", [notes_table(arms)]),
         ],
         figures={"arms": arms, "reference": config.reference, "agreement": agreement, **facts, **needed},
@@ -218,21 +223,15 @@ def report(shared: Shared, found: list[ArmRun], agreement: list[dict[str, Any]])
     )
 
 
-def cell(arm: dict[str, Any], key: str, digits: int = 2) -> str:
-    """Write a figure with its spread over seeds and its interval over images."""
-    value, spread, ends = arm["mean"].get(key), arm["spread"].get(key), arm["intervals"].get(key)
-    shown = number(value, digits) if ends is None else interval(value, ends[0], ends[1], digits)
-    return shown if spread is None or np.isnan(spread) else f"{shown} ± {number(spread, digits)}"
-
-
-def arms_table(arms: list[dict[str, Any]]) -> pd.DataFrame:
-    """Every arm's main figures by the auditor."""
-    titles = {f"AS_neg/{AUDITOR}": "AS⁻ °", f"AS_abs/{AUDITOR}": "|AS| °", f"IS/{AUDITOR}": "IS °"}
+def arms_table(arms: list[dict[str, Any]], titles: dict[str, str]) -> pd.DataFrame:
+    """Some figures of every arm, with 95 % intervals over images and the standard deviation over seeds."""
     table = []
     for arm in arms:
-        row = {"arm": arm["arm"] + (" (front)" if arm["front"] else ""), "seeds": len(arm["seeds"])}
-        row |= {"top-1": percent(arm["mean"]["top1"]), **{title: cell(arm, key) for key, title in titles.items()}}
-        row |= {"harmless R²": cell(arm, "harmless_r2", 3), "audit gap": cell(arm, "audit_gap")}
+        row = {"arm": arm["arm"] + (" (front)" if arm["front"] else ""), "seeds": str(len(arm["seeds"]))}
+        for key, title in titles.items():
+            value, spread, ends = arm["mean"].get(key), arm["spread"].get(key), arm["intervals"].get(key)
+            row[title] = number(value, 3) if ends is None else interval(value, ends[0], ends[1], 3)
+            row[title] += "" if spread is None or np.isnan(spread) else f" ± {number(spread, 3)}"
         table.append(row)
     shown: pd.DataFrame = pd.DataFrame(table)
     return shown
@@ -257,47 +256,25 @@ def ratio_table(arms: list[dict[str, Any]]) -> pd.DataFrame:
     return shown
 
 
-def validation_table(arms: list[dict[str, Any]]) -> pd.DataFrame:
-    """The few figures an arm is chosen by."""
-    names = {"top1": "top-1", "AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °", "step": "step to IS 40°"}
-    held = [arm for arm in arms if arm["validation"]]
-    shown: pd.DataFrame = pd.DataFrame(
-        [{"arm": a["arm"]} | {title: a["validation"][key] for key, title in names.items()} for a in held]
-    )
-    return shown
-
-
 def attribute_table(arms: list[dict[str, Any]]) -> pd.DataFrame:
-    """R² of the known attributes from the null component, of R² from all features."""
-    table = []
-    for arm in arms:
-        groups = attribute_groups(arm["mean"])
-        cells = {name: f"{number(r2['null_space'])} of {number(r2['features'])}" for name, r2 in groups.items()}
-        table += [{"arm": arm["arm"], **cells}] if cells else []
-    shown: pd.DataFrame = pd.DataFrame(table)
-    return shown
+    """R² of the known attributes from the null component, of R² from all features, averaged over their values."""
+    means = pd.DataFrame({arm["arm"]: arm["mean"] for arm in arms if not arm["omitted"]})
+    null, every = (
+        means.filter(like=f"{block}_r2/", axis=0)
+        .groupby(lambda key: key.split("/")[1].split(":")[0], sort=False)
+        .mean()
+        for block in ("null_space", "features")
+    )
+    table: pd.DataFrame = (null.map(number) + " of " + every.map(number)).T.reset_index(names="arm")
+    return table
 
 
 def notes_table(arms: list[dict[str, Any]]) -> pd.DataFrame:
     """What every arm is, and what to note of it."""
-    shown: pd.DataFrame = pd.DataFrame(
-        [
-            {
-                "arm": arm["arm"],
-                "role": arm["role"],
-                "trained": arm["train"],
-                "what it is": arm["note"],
-                "noted": "; ".join([*([arm["omitted"]] if arm["omitted"] else []), *notes(arm["extra"])]),
-            }
-            for arm in arms
-        ]
-    )
-    return shown
-
-
-def notes(extra: dict[str, Any]) -> list[str]:
-    """Write what an edit of the head cost."""
-    return [f"{name.replace('_', ' ')} {value:.2g}" for name, value in extra.items()]
+    table: pd.DataFrame = pd.DataFrame(arms)[["arm", "role", "train", "note"]]
+    notes = [{**({"omitted": arm["omitted"]} if arm["omitted"] else {}), **arm["extra"]} for arm in arms]
+    table["noted"] = ["; ".join(f"{name.replace('_', ' ')} {value}" for name, value in each.items()) for each in notes]
+    return table
 
 
 def dry_run(shared: Shared, works: Sequence[Work]) -> None:

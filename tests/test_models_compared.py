@@ -14,7 +14,6 @@ from scipy.stats import kendalltau
 from singreg.analysis.models_compared import (
     FIGURES,
     comparison_verdict,
-    comparison_warnings,
     interval,
     kendall_tau,
     lowest_tau,
@@ -157,17 +156,3 @@ def test_verdict_names_best_worst_order_and_what_was_left_out() -> None:
     only = paired_figures({"clip": {"good": model(0)}})
     assert comparison_verdict(only, [], heads)[0].startswith("Only good (")
     assert "None of the models" in comparison_verdict(None, [], heads)[0]
-
-
-def test_warnings_name_the_models_and_the_space() -> None:
-    def read(fit_images: int = 9999, zero_shot: float = 0.9, vlm: float = 0.9) -> dict[str, Any]:
-        scores = {"fit_images": fit_images, "zero_shot": zero_shot}
-        return {"head": {"features": 8}, "vlm_zero_shot": vlm, "translators": dict.fromkeys(TRANSLATORS, scores)}
-
-    measured = {"clip": {"few": read(3), "lost": read(zero_shot=0.01)}, "blind": {"few": read(vlm=0.2)}}
-    agreement = {"clip": {"few": 0.3, "lost": 0.9}, "blind": {"few": 0.9}}
-    said = comparison_warnings(measured, agreement)
-    assert len(said) == 4
-    wanted = ("few (3 for 8 features, fitted), few (3", "lost (fitted: 1%)", "few (0.30)", "in blind, only 20%")
-    assert all(part in sentence for part, sentence in zip(wanted, said, strict=True))
-    assert comparison_warnings({"clip": {"a": read()}}, {"clip": {"a": 0.9}}) == []

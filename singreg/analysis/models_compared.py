@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from torchmetrics.functional.regression import kendall_rank_corrcoef
 
-from singreg.analysis.fitting import AGREEMENT, IMAGES_PER_FEATURE, ZERO_SHOT
 from singreg.analysis.statistics import resampled_means
 
 FIGURES = ("AS_neg", "AS_abs", "IS", "ratio")
@@ -202,38 +201,3 @@ def comparison_verdict(
         f"The order by AS⁻ {among if len(figures.views) > 1 else 'was read in one view only'}; {own}.",
         f"In {apart} of {len(pairs)} pairs the 95 % interval of the AS⁻ difference leaves 0 out. {left_out}".rstrip(),
     ]
-
-
-def comparison_warnings(
-    measured: Mapping[str, Mapping[str, Mapping[str, Any]]], agreement: Mapping[str, Mapping[str, float]]
-) -> list[str]:
-    """Give reasons not to compare: too few images, poor translators, a blind vision-language model.
-
-    Args:
-        measured: figures of `analyze_model` by space and model.
-        agreement: of the two translators on the classes' directions, by space and model.
-    """
-    warnings = []
-    for space, models in measured.items():
-        read = [(name, m, t, scores) for name, m in models.items() for t, scores in m["translators"].items()]
-        few = [
-            f"{name} ({scores['fit_images']} for {m['head']['features']} features, {t})"
-            for name, m, t, scores in read
-            if scores["fit_images"] < IMAGES_PER_FEATURE * m["head"]["features"]
-        ]
-        poor = [
-            f"{name} ({t}: {scores['zero_shot']:.0%})"
-            for name, m, t, scores in read
-            if scores["zero_shot"] < ZERO_SHOT * m["vlm_zero_shot"]
-        ]
-        apart = [f"{name} ({value:.2f})" for name, value in agreement[space].items() if value < AGREEMENT]
-        vlm = next((m["vlm_zero_shot"] for m in models.values()), 1.0)
-        blind = ["itself"] if vlm < 0.5 else []
-        for names, sentence in (
-            (few, f"fewer than {IMAGES_PER_FEATURE:g} images a feature, so AS⁻ reads too high"),
-            (poor, f"translation loses too much of the class for AS to mean it (zero-shot; the VLM's {vlm:.0%})"),
-            (apart, f"translators of different images agree on class directions to less than {AGREEMENT}"),
-            (blind, f"only {vlm:.0%} of the images' classes are named by the vision-language model"),
-        ):
-            warnings += [f"Warning: in {space}, {sentence}: {', '.join(names)}."] if names else []
-    return warnings

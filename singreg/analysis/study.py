@@ -277,19 +277,14 @@ def best_arm(arms: Sequence[Summary], reference: str) -> Summary | None:
     plain = by_name(arms, reference)["validation"]
 
     def order(arm: Summary) -> tuple[bool, int, float]:
-        held = arm["validation"]
+        held, harm = arm["validation"], arm["paired"]["AS_neg"]["value"]
         if not (plain and held):
-            return (
-                bool(arm["top1_kept"]),
-                sum(each["reached"] for each in arm["targets"]),
-                -arm["paired"]["AS_neg"]["value"],
-            )
+            return bool(arm["top1_kept"]), sum(each["reached"] for each in arm["targets"]), -harm
         ratios = {key: held[key] / plain[key] for key, *_ in AIMS if plain.get(key)}
         reached = [_reached(ratios[key], side, bound) for key, _, side, bound in AIMS if key in ratios]
         return held["top1"] >= plain["top1"] - MARGIN, sum(reached), -ratios["AS_neg"]
 
-    methods = [arm for arm in arms if arm["role"] == "method" and arm["paired"]]
-    return max(methods, key=order, default=None)
+    return max((arm for arm in arms if arm["role"] == "method" and arm["paired"]), key=order, default=None)
 
 
 def study_verdict(arms: Sequence[Summary], reference: str, claim: str | None, facts: Mapping[str, int]) -> list[str]:
@@ -300,38 +295,26 @@ def study_verdict(arms: Sequence[Summary], reference: str, claim: str | None, fa
     """
     needed = IMAGES_PER_FEATURE * facts["features"]
     if facts["auditor_images"] < needed:
-        return [f"No claim: the auditor was fitted on {facts['auditor_images']} images and needs {needed:.0f}."]
+        few = f"fitted on {facts['auditor_images']} images and needs {needed:.0f}, or AS⁻ reads too high"
+        return [f"No claim: the auditor was {few}."]
     chosen = best_arm(arms, reference)
     best = by_name(arms, claim) if claim else chosen
     if best is None or not best["paired"]:
         return [f"No method was compared with {reference!r}, so this study says nothing about one."]
     validated = bool(by_name(arms, reference)["validation"])
-    how = (
-        "chosen on the validation images"
-        if validated
-        else "chosen afterwards on these very images, so it flatters itself"
-    )
+    how = "chosen on the validation images" if validated else "chosen afterwards on these images, so it flatters itself"
     found = [_effect(best, reference, "the arm named beforehand" if claim else how, facts)]
     if chosen is not None and chosen is not best and validated:
         found.append(_effect(chosen, reference, how, facts))
-    found.append(_placebos(arms, best))
-    missed = [each for each in best["targets"] if not each["reached"]]
-    listed = "; ".join(f"{each['name']} {each['found']} (wanted {each['wanted']})" for each in missed)
+    missed = [f"{t['name']} {t['found']} (wanted {t['wanted']})" for t in best["targets"] if not t["reached"]]
     count = len(best["targets"])
-    found.append(
-        f"Of {count} aims {best['arm']} reaches {count - len(missed)}"
-        + (f"; not reached: {listed}." if missed else ".")
-    )
-    return found
+    reached = f"Of {count} aims {best['arm']} reaches {count - len(missed)}"
+    return [*found, _placebos(arms, best), f"{reached}; not reached: {'; '.join(missed)}." if missed else f"{reached}."]
 
 
 def _effect(arm: Summary, reference: str, chosen: str, facts: Mapping[str, int]) -> str:
-    paired = arm["paired"]
-    ratios = ", ".join(
-        f"{title} {words(paired[key])}"
-        for key, title in (("AS_abs", "|AS|"), ("IS", "IS"), ("step", "steering step"))
-        if key in paired
-    )
+    paired, titles = arm["paired"], {"AS_abs": "|AS|", "IS": "IS", "step": "steering step"}
+    ratios = ", ".join(f"{title} {words(paired[key])}" for key, title in titles.items() if key in paired)
     return (
         f"{arm['arm']} ({chosen}) leaves an auditor's AS⁻ of {arm['mean'][f'AS_neg/{AUDITOR}']:.2f}°, "
         f"{words(paired['AS_neg'])} of {reference}'s, with {ratios}; top-1 {words(paired['top1'])}, "
@@ -355,37 +338,9 @@ def _placebos(arms: Sequence[Summary], best: Summary) -> str:
     return f"Placebos' AS⁻: {'; '.join(found)}. Where it is not clearly more, the prompts are not shown to matter."
 
 
-def study_warnings(arms: Sequence[Summary], facts: Mapping[str, int]) -> list[str]:
-    """Give reasons not to believe a figure: too few auditor images, one seed, gamed loops."""
-    found = []
-    if facts["auditor_images"] < IMAGES_PER_FEATURE * facts["features"]:
-        found.append(
-            f"Warning: the auditor was fitted on {facts['auditor_images']} images for {facts['features']} features; "
-            f"below {IMAGES_PER_FEATURE:g} a feature AS⁻ reads too high."
-        )
+def study_warnings(arms: Sequence[Summary]) -> list[str]:
+    """Give reasons not to believe a figure: one seed, gamed loops."""
     single = "; ".join(arm["arm"] for arm in arms if len(arm["seeds"]) == 1 and arm["trained"])
     gamed = "; ".join(arm["arm"] for arm in arms if arm["mean"].get("audit_gap", 0.0) > GAMED)
-    if single:
-        found.append(f"Warning: of one seed only, so without a spread over seeds: {single}.")
-    if gamed:
-        found.append(
-            f"Warning: the loop's translator was gamed (audit gap above {GAMED}); do not believe its figure: {gamed}."
-        )
-    return found
-
-
-def attribute_groups(mean: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Average R² of known attributes over the values of a group ("color" of "color: red"), by group and block.
-
-    Example:
-        >>> attribute_groups({"null_space_r2/color: red": 0.5, "null_space_r2/color: blue": 0.3, "top1": 1.0})
-        {'color': {'null_space': 0.4}}
-    """
-    found: dict[str, dict[str, list[float]]] = {}
-    for key, value in mean.items():
-        block, _, name = key.partition("_r2/")
-        if name:
-            found.setdefault(name.partition(":")[0], {}).setdefault(block, []).append(value)
-    return {
-        group: {block: float(np.nanmean(values)) for block, values in blocks.items()} for group, blocks in found.items()
-    }
+    found = [f"Of one seed only, so without a spread over seeds: {single}."] if single else []
+    return [*found, *([f"The loop's translator was gamed (audit gap above {GAMED}): {gamed}."] if gamed else [])]
