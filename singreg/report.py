@@ -101,7 +101,8 @@ def write_report(
 def _facts(settings: Mapping[str, Any], machine: Mapping[str, Any], seconds: Mapping[str, float]) -> pd.DataFrame:
     rows = [("command", settings["command"]), ("machine", ", ".join(f"{k} {v}" for k, v in machine.items()))]
     rows.append(("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())))
-    return pd.DataFrame({"": [name for name, _ in rows], "value": [value for _, value in rows]})
+    table: pd.DataFrame = pd.DataFrame({"": [name for name, _ in rows], "value": [value for _, value in rows]})
+    return table
 
 
 def _cells(table: pd.DataFrame) -> pd.DataFrame:
