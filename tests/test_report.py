@@ -71,7 +71,7 @@ def test_a_report_holds_everything_in_every_form(run: Run, capsys: pytest.Captur
     lines = [line for line in text.splitlines() if line.startswith("| 1.235")]
     assert lines[0].replace("\\|", "").count("|") == 3, "a name cannot add a column"
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["It leaks.", "Few images."]
+    assert said[:2] == ["Few images.", "It leaks."]
     assert "report.html" in said[-2]
     assert "tensorboard --logdir" in said[-1]
 
