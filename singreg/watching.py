@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 from accelerate import Accelerator
-from matplotlib import pyplot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from singreg.analysis.features import iterate_features
 from singreg.metrics import SemanticLeakage
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
+from singreg.plots import panels, styled
 from singreg.setup import Setup
 from singreg.translator import Translator
 
@@ -48,11 +48,16 @@ def log_watched(accelerator: Accelerator, tag: str, scores: SemanticLeakage, ste
     """Log overall figures and the histogram of all processes' images under a tag; every process must call it."""
     accelerator.log({f"{tag}/{name}": float(value) for name, value in scores.compute().items()}, step=step)
     with scores.sync_context():  # torchmetrics sums over processes in `compute`, but not where the state is read
-        figure = scores.plot()[0]
+        counts = scores.histogram.cpu().numpy()
+    figure, (axes,) = panels(width=5.0, height=3.2)
+    for name, values in zip(("AS", "IS"), counts, strict=True):
+        places = np.linspace(-180, 180, len(values), endpoint=False)
+        axes.hist(places, bins=90, range=(-180, 180), weights=values, alpha=0.6, label=name)
+    styled(axes).set_xlabel("degrees")
+    axes.legend()
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     image = np.asarray(canvas.buffer_rgba())[None, ..., :3]  # type: ignore[no-untyped-call]
-    pyplot.close(figure)  # pyplot keeps every figure it made until it is told
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

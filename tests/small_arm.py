@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import finetune
-from singreg import loop
+from singreg import loop, losses
 from singreg.analysis.features import PassSettings
 from singreg.config import FinetuneConfig, overridden
 from singreg.data.datasets import ImageSplit
@@ -27,8 +27,8 @@ from singreg.runs import start
 from singreg.translator import LinearTranslator, TranslatorInfo
 
 COUNT, SIDE, CLASSES, WIDTH, DIM = 43, 4, 3, 12, 6
-# Plain means over images: what accumulation and processes split may not change them.
-PLAIN = {"terms": {"hinge": 1.0, "band": 0.3, "capacity": 10.0}, "momentum": 1.0}
+# Plain means over images (with a mean feature that rests): accumulation and processes may not change them.
+PLAIN = {"terms": {"hinge": 1.0, "band": 0.3, "capacity": 10.0}}
 
 
 class Stop(Exception):
@@ -146,6 +146,8 @@ class Arm:
                 patch.setattr(finetune, "log", log)
                 patch.setattr(finetune, "track", lambda *_: None)
                 patch.setattr(loop, "LOG_EVERY", 1)
+                if self.options.get("terms") == PLAIN["terms"]:
+                    patch.setattr(losses, "MOMENTUM", 1.0)
                 trained, self.judges = finetune.train(name, classifier, self.sing, frozen, config, setup, run)
         finally:
             torch.set_num_threads(threads)

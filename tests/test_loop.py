@@ -424,7 +424,7 @@ def test_streamed_sums_are_a_regression_in_which_old_features_fade(monkeypatch: 
     keeper.refresh(classifier, sing)
     bank, ones = features_of(classifier), torch.ones(COUNT, dtype=torch.float64)
     first = slow_fit(bank, embeddings(), classifier, ones)
-    torch.testing.assert_close(sing.matrix, first, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sing.matrix.float(), first, atol=1e-4, rtol=1e-4)
     seen, targets, weights = [bank], [embeddings()], [ones]
     for step in range(1, 5):
         generator = torch.Generator().manual_seed(step)
@@ -438,7 +438,7 @@ def test_streamed_sums_are_a_regression_in_which_old_features_fade(monkeypatch: 
             assert torch.equal(sing.matrix, before)
         else:
             expected = slow_fit(torch.cat(seen), np.concatenate(targets), classifier, torch.cat(weights))
-            torch.testing.assert_close(sing.matrix, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(sing.matrix.float(), expected, atol=1e-4, rtol=1e-4)
             assert not torch.allclose(expected, first, atol=1e-3)
         weights = [0.8 * weight for weight in weights]
     AcceleratorState._reset_state(True)
