@@ -24,20 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singreg.data.scenes import ATTRIBUTES, SHAPES, SceneTable, render_scene, sample_scenes
-from singreg.utils import atomic_write, progress, sha256_of_file, write_json, write_text
+from singreg.utils import atomic_write, progress, sha256_of_file, write_json
 
 PIXELS, CONTEXT, RATE = 64, 24, 3e-3
-DEFAULTS: dict[str, float] = {"seed": 0, "vlm-scenes": 32000, "vlm-epochs": 8}
+DEFAULTS = {"seed": 0, "vlm-scenes": 32000, "vlm-epochs": 8}
 DEFAULTS |= {"classifier-scenes": 5000, "classifier-epochs": 6, "background-bias": 0.6}
 NORMALIZE = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-TOWERS = {
-    "embed_dim": 64,
-    "vision_cfg": {
-        **{"timm_model_name": "test_byobnet", "timm_pool": "avg", "timm_proj": "linear", "timm_proj_bias": True},
-        "image_size": PIXELS,
-    },
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2},
-}
+VISION = {"timm_model_name": "test_byobnet", "timm_pool": "avg", "timm_proj": "linear", "timm_proj_bias": True}
+TEXT = {"context_length": CONTEXT, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
+TOWERS = {"embed_dim": 64, "vision_cfg": {**VISION, "image_size": PIXELS}, "text_cfg": TEXT}
 PREPROCESS = {**NORMALIZE, "interpolation": "bicubic", "resize_mode": "shortest", "size": [PIXELS, PIXELS]}
 PROMPTS = {
     "shape": ("an image of a {}", "a {}", "a picture of a {}", "there is a {}"),
@@ -50,10 +45,12 @@ PROMPTS = {
 CAPTIONS = (
     "a {size} {color} {texture} {shape} on a background of {background} at the {place}",
     "an image of a {color} {shape} with {background} in the background",
-    "a {texture} {color} {shape}",
-    "a {color} {shape}",
-    "a {size} {shape} at the {place}",
-    "a {shape} on {background}",
+    *(
+        "a {texture} {color} {shape}",
+        "a {color} {shape}",
+        "a {size} {shape} at the {place}",
+        "a {shape} on {background}",
+    ),
 )
 
 
@@ -95,8 +92,7 @@ def contrastive_step(
 
 def train(model: nn.Module, step: Callable[[Tensor], Tensor], count: int, epochs: int, batch: int, name: str) -> None:
     """Train by AdamW with a one-cycle schedule; `step(index)` gives the loss of the scenes at `index` (B,)."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    flat = [p for p in model.parameters() if p.ndim <= 1]
+    decayed, flat = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": decayed, "weight_decay": 0.02}, {"params": flat, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE)
     steps = epochs * (count // batch)
@@ -169,25 +165,8 @@ def build_classifier(out: Path, seed: int, scenes: int, epochs: int, bias: float
     return result
 
 
-README = """# The built-in demo's models
-
-`demo_vlm` is an open_clip model, `demo_classifier` a timm model; both were trained from scratch on the
-built-in scenes by
-
-    {command}
-
-Accuracies on 2,000 fresh scenes (zero-shot from prompts for the first; the class is the shape):
-
-| | |
-|---|---|
-{rows}
-
-`provenance.json` holds the hashes. Licence: that of singreg.
-"""
-
-
 def main() -> None:
-    """Build both and write how, with hashes and accuracies, to provenance.json and README.md beside them."""
+    """Build both and write how, with hashes and accuracies, to provenance.json beside them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "singreg" / "assets")
     for name, default in DEFAULTS.items():
@@ -197,13 +176,11 @@ def main() -> None:
     found = {"classifier": build_classifier(out / "demo_classifier", seed, classifier_scenes, classifier_epochs, bias)}
     found["vlm"] = build_vlm(out / "demo_vlm", seed, vlm_scenes, vlm_epochs)
     flags = [f"--{name} {options[name.replace('-', '_')]}" for name in DEFAULTS]
-    command = " ".join(["python recipes/build_demo.py", *flags])
+    facts = {"command": " ".join(["python recipes/build_demo.py", *flags]), "seconds": round(time.monotonic() - start)}
     files = sorted(path for kind in ("demo_vlm", "demo_classifier") for path in (out / kind).iterdir())
     hashes = {str(path.relative_to(out)): sha256_of_file(path) for path in files}
-    facts = {"command": command, "seconds": round(time.monotonic() - start), "torch": torch.__version__}
-    write_json(out / "provenance.json", {**facts, "accuracy": found, "sha256": hashes})
-    rows = [f"| {kind}, {name} | {value:.1%} |" for kind in found for name, value in found[kind].items()]
-    write_text(out / "README.md", README.format(command=command, rows="\n".join(rows)))
+    facts |= {"torch": torch.__version__, "accuracy": found, "sha256": hashes}
+    write_json(out / "provenance.json", facts)
     print(json.dumps(found, indent=1))
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from singreg.models.classifier import Classifier, label_names
-from singreg.models.heads import find_head, is_linear
+from singreg.models.heads import find_head
 from singreg.nullspace import NullSpace
 from tests.fakes import CLASSES, HEADS, WIDTH, Net, batch_norm_head, images, net, shake
 from tests.reference import formulas
@@ -66,18 +67,14 @@ def logits_of(model: nn.Module, x: Tensor | None = None) -> Tensor:
 
 
 def check_contract(classifier: Classifier, x: Tensor) -> None:
-    """features(x) then logits(features), and W f + b, are what the model itself returns in eval mode.
-
-    The head is drawn anew, as an untrained network's features may be of size 1e-12, so that its logits are little but
-    the bias; the bias gets the scale of W f, and the tolerance is relative to that.
-    """
+    """features(x) then logits(features), and W f + b, are what the model itself returns in eval mode."""
     assert not any(module.training for module in classifier.modules())
     with torch.no_grad():
-        for parameter in classifier.head.parameters():
+        for parameter in classifier.head.parameters():  # else an untrained network's logits are little but the bias
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
         features = classifier.features(x)
         linear = features @ classifier.weight.T
-        scale, bias = linear.abs().max(), classifier.bias
+        scale = linear.abs().max()
         assert (features[0] - features[1]).abs().max() > 0
         if isinstance(own := getattr(classifier.head, "bias", None), Tensor):
             own.copy_(torch.linspace(-1, 1, len(own)) * scale)
@@ -107,16 +104,16 @@ def test_every_kind_of_head_keeps_the_contract_and_its_null_space(kind: str) -> 
     classifier, x = Classifier.from_module(net(kind), head="head"), images(4).double()
     check_contract(classifier, x)
     assert (classifier.bias is None) == (kind == "no bias")
-    features = torch.randn(4, WIDTH, dtype=torch.float64)
+    features, upstream = torch.randn(4, WIDTH, dtype=torch.float64), torch.randn(4, CLASSES).double()
     removed = features - features @ formulas.null_projector(classifier.weight)
     assert (removed - features).abs().max() > 0.1
     torch.testing.assert_close(classifier.logits(removed), classifier.logits(features), atol=1e-11, rtol=0)
-    upstream, parameters = torch.randn(4, CLASSES).double(), list(classifier.head.parameters())
     folded = features @ classifier.weight.T + (0 if classifier.bias is None else classifier.bias)
-    gradients = torch.autograd.grad((folded * upstream).sum(), parameters)
-    for mine, own in zip(
-        gradients, torch.autograd.grad((classifier.logits(features) * upstream).sum(), parameters), strict=True
-    ):
+    gradients = [
+        torch.autograd.grad((logits * upstream).sum(), list(classifier.head.parameters()))
+        for logits in (folded, classifier.logits(features))
+    ]
+    for mine, own in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, own)
 
 
@@ -144,17 +141,9 @@ def test_the_feature_is_what_timm_calls_pre_logits() -> None:
 
 
 def test_a_head_with_more_classes_than_features_has_no_null_space() -> None:
-    """Trap 8; at m = C the softmax, which takes no notice of a shift of all logits, still has one dimension."""
-    weight = used("test_vit", num_classes=64).weight
-    assert NullSpace.from_weight(weight, invariance="softmax").nullity == 1
+    """Trap 8."""
     with pytest.raises(ValueError, match=r"\(64 classes, 64 features\).*no null space"):
-        NullSpace.from_weight(weight)
-
-
-def test_what_counts_as_linear() -> None:
-    convolutions = [nn.Conv2d(4, 2, 3), nn.Conv2d(4, 2, 1, stride=2), nn.Conv2d(4, 2, 1, groups=2)]
-    layers = [nn.Linear(4, 2), nn.Conv2d(4, 2, 1), *convolutions, nn.Conv2d(4, 2, 1, padding=1), nn.Identity()]
-    assert [is_linear(layer) for layer in layers] == [True, True] + 5 * [False]
+        NullSpace.from_weight(used("test_vit", num_classes=64).weight)
 
 
 class CosineLinear(nn.Linear):
@@ -183,16 +172,15 @@ TIED = nn.Linear(48, 48)
     [
         (Net(batch_norm_head()), "fc", r"Net has no module 'fc'; its last linear layers are \['head.2'\]"),
         (Net(batch_norm_head()), "body", "the head 'body' of Net is Sequential and holds no linear layer"),
-        (Net(batch_norm_head()), None, r"Net names no classifier.*from_module\(model, head=\"NAME\"\)"),
-        (
-            Net(nn.Sequential(nn.BatchNorm1d(WIDTH, track_running_stats=False), nn.Linear(WIDTH, CLASSES))),
-            *("head", "no running statistics"),
-        ),
+        (Net(batch_norm_head()), None, r"Net names no classifier.*from_module\(model, head="),
+        (Net(nn.BatchNorm1d(WIDTH, track_running_stats=False)), "head", "holds no linear layer"),
         (nn.Sequential(nn.Flatten(), CosineLinear(48, CLASSES)), "1", r"\(CosineLinear\) does not compute f W\^T \+ b"),
         (Wrapped(lambda a, b: (a + b) / 2), "fc", r"\(3, 5\) is not that of its head 'fc'.*Wrap the model"),
         (Wrapped(lambda a, b: 3 * a), "fc", r"\(3, 5\) is not that of its head 'fc'"),
         (Wrapped(lambda a, b: a.softmax(1)), "fc", r"\(3, 5\) is not that of its head 'fc'"),
         (Wrapped(lambda a, b: {"logits": a}), "fc", "expected logits .* got dict"),
+        (nn.Sequential(nn.Flatten(), nn.Conv2d(4, 2, 3)), "1", "holds no linear layer"),
+        (nn.Sequential(nn.Flatten(), nn.Conv2d(4, 2, 1, groups=2)), "1", "holds no linear layer"),
         (nn.Sequential(nn.Flatten(2), nn.Linear(16, CLASSES), nn.Flatten()), "1", r"\(3, 3, 16\).*pools before"),
         (nn.Sequential(nn.Flatten(), TIED, TIED), "1", "'1' was applied 2 times"),
     ],
@@ -208,23 +196,14 @@ def test_what_has_no_head_of_its_own_is_explained(model: nn.Module, head: Any, w
     [
         ("vit_large_patch14_dinov2", r"head 'head' of VisionTransformer is Identity.*num_classes=0.*pass num_classes"),
         ("deit_tiny_distilled_patch16_224", r"2 heads \(head, head_dist\).*without distillation.*wrap"),
-        (
-            "levit_128s",
-            r"2 heads \(head\.linear, head_dist\.linear\).*from_module\(wrapper, head=\"model\.head\.linear\"\)",
-        ),
-        ("efficientvim_m1", r"has 4 heads"),
+        ("levit_128s", r"2 heads \(head\.linear, .*from_module\(wrapper, head=\"model\.head\.linear\"\)"),
+        ("efficientvim_m1", "4 heads"),
         ("resnet5O", "timm has no model 'resnet5O'; near are: resnet50"),
     ],
 )
 def test_timm_models_without_one_head_are_explained(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         on_meta(name)
-
-
-def test_a_declared_head_that_is_one_of_two_is_caught() -> None:
-    """timm's levit_384_s8 names one head, and averages two."""
-    with torch.no_grad(), pytest.raises(ValueError, match=r"not that of its head 'head\.linear'"):
-        used("levit_384_s8").features(images())
 
 
 @pytest.mark.parametrize("fill", [0.5, float("nan")])
@@ -302,11 +281,14 @@ def test_slice_takes_the_rows_in_order(tmp_path: Path, name: str) -> None:
     assert named.head_hash() == sliced.head_hash() != whole.head_hash()
 
 
-def test_slice_of_a_folded_head_keeps_the_batch_norm() -> None:
-    classifier = Classifier(Net(batch_norm_head()), "head", tag="net")
-    expected = logits_of(classifier)[:, [4, 1]]
-    classifier.slice_head([4, 1])
+def test_a_folded_head_is_sliced_and_trains_as_a_whole() -> None:
+    classifier = Classifier.from_module(Net(batch_norm_head()), head="head")
+    expected = logits_of(classifier)[:, [4, 1, 0, 2, 3]]
+    classifier.slice_head([4, 1, 0, 2, 3])
     torch.testing.assert_close(logits_of(classifier), expected)
+    parameters, statistics = moved_by_a_step(classifier.tune("head").train(), classifier.model)
+    assert parameters == {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
+    assert not statistics
 
 
 def test_new_is_fresh_rows_on_the_same_features(stored: str) -> None:
@@ -330,7 +312,6 @@ def test_label_names_follow_the_rows_of_the_head(tmp_path: Path, stored: str) ->
     with pytest.raises(ValueError, match=r"several head rows of the same name: crane \(rows \[0, 2\]\)"):
         Classifier.from_timm(twins, head_mode="slice", class_names=["owl", "crane"])
     assert label_names({"label_names": {"3": "owl", "10": "drum"}}) == {3: "owl", 10: "drum"}
-    assert label_names({"label_names": None}) == {}
 
 
 def test_imagenet_rows_are_taken_only_from_a_head_that_has_them(stored: str) -> None:
@@ -344,23 +325,17 @@ def test_imagenet_rows_are_taken_only_from_a_head_that_has_them(stored: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"head_mode": "slices"}, '"keep", "slice" or "new", got \'slices\''),
+        ({"head_mode": "slices"}, "got 'slices'"),
         ({"head_mode": "slice"}, "needs class_indices or class_names"),
-        ({"head_mode": "slice", "class_indices": [0], "num_classes": 1}, "not num_classes"),
+        ({"head_mode": "slice", "class_indices": [0], "num_classes": 1}, "needs class_indices or class_names"),
         ({"head_mode": "slice", "class_indices": [0], "class_names": ["a", "b"]}, "2 class_names for 1 rows"),
         ({"head_mode": "new", "num_classes": 3, "class_names": ["a", "b"]}, "2 class_names for 3 rows"),
-        ({"head_mode": "new", "class_indices": [0]}, r"needs num_classes.*class_indices go with"),  # both at once
-        (
-            {"head_mode": "slice", "class_indices": [0, 7]},
-            r"0\.\.6 of the head of test_resnet.r160_in1k, .* with \[7\]",
-        ),
+        ({"head_mode": "new", "class_indices": [0]}, '"new" num_classes'),
+        ({"head_mode": "slice", "class_indices": [0, 7]}, r"0\.\.6 of test_resnet.r160_in1k, .* with \[7\]"),
         ({"head_mode": "slice", "class_indices": [-1]}, r"0\.\.6.*\[-1\]"),
         ({"head_mode": "slice", "class_indices": []}, r"0\.\.6.*got 0"),
         ({"head_mode": "slice", "class_indices": [2, 3, 2]}, r"different rows.*\[2\] repeated"),
-        (
-            {"head_mode": "slice", "class_names": ["owl", "cup"]},
-            r"no head row for cup \(1 of 2 classes; its label names",
-        ),
+        ({"head_mode": "slice", "class_names": ["owl", "cup"]}, r"no head row for cup \(1 of 2 classes; its label"),
         ({"num_classes": 5}, r"trained with 7 classes.*head of 5 cannot be kept"),
     ],
 )
@@ -408,21 +383,17 @@ def test_augmentations(stored: str) -> None:
 
 def test_a_plain_module_has_the_transform_it_is_given() -> None:
     bare = Classifier.from_module(net("linear"), head="head")
-    with pytest.raises(ValueError, match=r"Net is not a timm model; save `classifier\.model\.state_dict\(\)`"):
+    with pytest.raises(ValueError, match="Net is not a timm model"):
         bare.save("model")
     with pytest.raises(ValueError, match="Net was made of a module without a transform; pass transform="):
         bare.transform  # noqa: B018
     with pytest.raises(ValueError, match="needs a timm model"):
         bare.train_transform("timm")
-    made = [
-        Classifier.from_module(net("linear"), head="head", transform=transform, tag="mine")
-        for transform in (lambda image: torch.ones(3, 8, 8), lambda image: torch.zeros(3, 8, 8))
-    ]
-    assert made[0].tag == "mine"
+    transforms = (lambda image: torch.ones(3, 8, 8), lambda image: torch.zeros(3, 8, 8))
+    made = [Classifier.from_module(net("linear"), head="head", transform=each, tag="mine") for each in transforms]
     assert torch.equal(made[0].train_transform("flip")(ramp()), torch.ones(3, 8, 8))
     texts = [json.dumps(classifier.preprocessing) for classifier in made]
-    assert texts[0] != texts[1]
-    assert not re.search("0x", texts[0])
+    assert (made[0].tag, "0x" in texts[0], texts[0] == texts[1]) == ("mine", False, False)
 
 
 def test_a_fixed_size_vision_transformer_is_rebuilt_for_another_size() -> None:
@@ -498,26 +469,14 @@ def test_statistics_without_parameters_follow_their_surroundings(norm: nn.Module
     assert bool(moved_by_a_step(classifier, flat)[1]) == moves
 
 
-def test_a_folded_head_trains_as_a_whole_and_keeps_its_statistics() -> None:
-    classifier = Classifier.from_module(Net(batch_norm_head()), head="head").tune("head").train()
-    parameters, statistics = moved_by_a_step(classifier, classifier.model)
-    assert parameters == {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
-    assert not statistics
-
-
 @pytest.mark.parametrize(
     ("name", "beginning", "share"),  # the first name that trains, and the share of the backbone's parameters that does
     [
-        ("resnet50", "layer4.", 0.637),
-        ("tf_efficientnet_b0", "blocks.6.", 0.282),
-        ("mobilenetv3_large_100", "blocks.6.", 0.330),
-        ("vit_large_patch16_224", "blocks.23.", 0.042),
-        ("convnext_base", "stages.3.", 0.313),
-        ("swin_large_patch4_window7_224", "layers.3.", 0.315),
-        ("densenet121", "features.denseblock4.", 0.311),
-        ("vgg16", "pre_logits.", 0.890),
-        ("fastvit_t8", "stages.3.", 0.640),
-        ("inception_next_atto", "stages.3.", 0.549),
+        *[("resnet50", "layer4.", 0.637), ("tf_efficientnet_b0", "blocks.6.", 0.282)],
+        *[("mobilenetv3_large_100", "blocks.6.", 0.330), ("vit_large_patch16_224", "blocks.23.", 0.042)],
+        *[("convnext_base", "stages.3.", 0.313), ("swin_large_patch4_window7_224", "layers.3.", 0.315)],
+        *[("densenet121", "features.denseblock4.", 0.311), ("vgg16", "pre_logits.", 0.890)],
+        *[("fastvit_t8", "stages.3.", 0.640), ("inception_next_atto", "stages.3.", 0.549)],
     ],
 )
 def test_last_stage_is_the_last_stage_and_all_that_follows(name: str, beginning: str, share: float) -> None:
@@ -536,10 +495,10 @@ def test_last_stage_is_the_last_stage_and_all_that_follows(name: str, beginning:
 @pytest.mark.parametrize("name", ["pit_ti_224", "rdnet_tiny"])
 def test_a_model_that_does_not_say_its_stages(name: str) -> None:
     classifier = on_meta(name)
-    with pytest.raises(ValueError, match=r"does not say what its stages are.*use tuning head or all"):
+    with pytest.raises(ValueError, match=r"does not say its stages.*use tuning head or all"):
         classifier.tune("last_stage")
     assert all(p.requires_grad for p in classifier.tune("all").parameters())
-    with pytest.raises(ValueError, match='"head", "last_stage" or "all", got \'stage\''):
+    with pytest.raises(ValueError, match="got 'stage'"):
         classifier.tune("stage")  # type: ignore[arg-type]
 
 
@@ -590,9 +549,7 @@ def test_sliced_and_new_heads_are_saved_with_their_names(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_the_old_folder_stays_when_writing_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
+def test_the_old_folder_stays_when_writing_fails(tmp_path: Path, error: BaseException) -> None:
     folder, first, second = tmp_path / "model", used(), used(num_classes=5)
     first.save(folder)
     real = timm.models.save_for_hf
@@ -601,11 +558,8 @@ def test_the_old_folder_stays_when_writing_fails(
         real(model, target, **options)
         raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(timm.models, "save_for_hf", half)
-        for target in (folder, tmp_path / "other"):
-            with pytest.raises(type(error)):
-                second.save(target)
+    with patch.object(timm.models, "save_for_hf", half), pytest.raises(type(error)):
+        second.save(folder)
     check_reload(first, folder)
     second.save(str(folder))
     check_reload(second, folder)
@@ -635,7 +589,7 @@ SMALL = re.compile("test_|tiny|nano|atto|femto|pico|xxs|xx_small|_s0|_b0|_m0|_ti
 def test_every_module_of_timm_keeps_the_contract_or_says_why_not(module: str) -> None:
     """The smallest of six names of a model file; what cannot be used says so by one of the known errors."""
     names = sorted(timm.list_models(module=module), key=lambda name: (not SMALL.search(name), name))[:6]
-    known = r"heads \(|holds no linear layer|names no classifier|has no module|not that of its head|several tokens"
+    known = r"heads \(|holds no linear layer|names no classifier|has no module|not that of its head|pools before"
     refusals, sizes = [], {}
     for name in names:
         with torch.device("meta"):

@@ -89,9 +89,9 @@ def test_a_prompt_ensemble_is_the_normalised_mean_of_unit_rows(vlm: VisionLangua
     assert torch.allclose(literal, vlm.embed_texts(["an image of a apple"]), atol=1e-6)
 
 
-def test_bad_prompts_names_templates_and_images_are_refused(vlm: VisionLanguageModel) -> None:
+def test_bad_prompts_names_and_templates_are_refused(vlm: VisionLanguageModel) -> None:
     for prompts in ([], ["a dog", " "], "a dog"):
-        with pytest.raises(ValueError, match=r"at least one prompt|blank at positions \[1\]"):
+        with pytest.raises(ValueError, match="list of prompts, none blank; got"):
             vlm.embed_texts(prompts)
     for templates in (("a {class}", "a photo"), ()):
         with pytest.raises(ValueError, match=r"must contain \{class\}"):
@@ -99,8 +99,6 @@ def test_bad_prompts_names_templates_and_images_are_refused(vlm: VisionLanguageM
     for names in ([], ["dog", " \t"], "dog"):
         with pytest.raises(ValueError, match="list of class names, none blank; got"):
             vlm.embed_classes(names)
-    with pytest.raises(ValueError, match=r"batch of images \(B, 3, H, W\), got shape \(3, 32, 32\)"):
-        vlm.embed_images(images()[0])
 
 
 def test_transform_and_preprocessing_say_the_same(vlm: VisionLanguageModel) -> None:
@@ -173,5 +171,5 @@ def test_the_papers_clip_gets_quick_gelu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert needs_quick_gelu("ViT-L-14", "openai") is True
     assert needs_quick_gelu("ViT-L-14", "laion2b_s32b_b82k") is False
     monkeypatch.setattr(open_clip.pretrained, "get_pretrained_cfg", lambda *_: {"quick_gelu": False, "url": ""})
-    with pytest.raises(ValueError, match="trained without QuickGELU: use 'ViT-L-14'"):
+    with pytest.raises(ValueError, match="without QuickGELU: use 'ViT-L-14'"):
         needs_quick_gelu("ViT-L-14-quickgelu", "plain")

@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -21,17 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
-from singreg.models.heads import (
-    apply_head,
-    as_features,
-    batch_norm_and_linear,
-    check_is_affine,
-    check_is_output,
-    effective_weight,
-    find_head,
-    last_stage,
-    set_modes,
-)
+from singreg.models import heads
 from singreg.utils import sha256_of_tensor
 
 IMAGENET_CLASSES = 1000
@@ -66,7 +56,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.model, self.head_name, self.tag, self.data_config = model, head_name, tag, data_config
         self.eval()  # timm's models come in train mode, in which a first look at the features would move batch norms
-        check_is_affine(self.head, head_name)
+        heads.check_is_affine(self.head, head_name)
 
     @classmethod
     def from_timm(
@@ -96,10 +86,18 @@ class Classifier(nn.Module):
             model_kwargs: further arguments of `timm.create_model`.
 
         Raises:
-            ValueError: no head or several heads, rows the head does not have, weights that cannot be loaded, or
-                arguments that do not go with the head mode.
+            ValueError: no head or several, rows the head does not have, or weights that cannot be loaded.
         """
-        _check_arguments(head_mode, class_indices, class_names, num_classes)
+        fits = {
+            "keep": class_indices is None,
+            "slice": num_classes is None and (class_indices is not None or class_names is not None),
+            "new": class_indices is None and num_classes is not None,
+        }
+        if not fits.get(head_mode):
+            raise ValueError(
+                'head_mode "keep" may have num_classes, "slice" needs class_indices or class_names, "new" num_classes; '
+                f"got {head_mode!r}, {class_indices}, {class_names}, {num_classes}"
+            )
         if head_mode == "keep" and num_classes is not None:
             model_kwargs["num_classes"] = num_classes
         model = _create(name, pretrained=pretrained, **model_kwargs)
@@ -109,24 +107,24 @@ class Classifier(nn.Module):
             cfg = model.pretrained_cfg
         tag = ".".join(part for part in (cfg.get("architecture", name), cfg.get("tag")) if part)
         if pretrained and head_mode == "keep" and num_classes not in (None, cfg["num_classes"]):
-            raise ValueError(
-                f"{tag} was trained with {cfg['num_classes']} classes, so a head of {num_classes} cannot be kept; use "
-                'head_mode="new" for a fresh one or "slice" for some of its rows'
-            )
+            had = f"{tag} was trained with {cfg['num_classes']} classes, so a head of {num_classes} cannot be kept"
+            raise ValueError(f'{had}; use head_mode="new" for a fresh one or "slice" for some of its rows')
         config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         if image_size is not None:
             config["input_size"] = (config["input_size"][0], image_size, image_size)
         if head_mode == "new":
             model.reset_classifier(num_classes)
             model.pretrained_cfg = {**cfg, "label_names": None, "label_descriptions": None}  # of rows that are gone
-        classifier = cls(model, find_head(model, cfg.get("classifier"))[0], tag=tag, data_config=config)
+        classifier = cls(model, heads.find_head(model, cfg.get("classifier"))[0], tag=tag, data_config=config)
         if head_mode == "slice":
             labels = label_names(cfg)
-            rows = _rows_to_keep(labels, class_indices, class_names or (), imagenet_rows, classifier)
+            rows = _rows_to_keep(classifier, labels, class_indices, class_names or (), imagenet_rows)
             classifier.slice_head(rows)
             if class_names is None and all(row in labels for row in rows):
                 class_names = [labels[row] for row in rows]
         if head_mode != "keep" and class_names is not None:
+            if len(class_names) != classifier.num_classes:
+                raise ValueError(f"{len(class_names)} class_names for {classifier.num_classes} rows of the head")
             classifier.class_names = tuple(class_names)
         return classifier
 
@@ -137,13 +135,8 @@ class Classifier(nn.Module):
         """Make one of any torch model whose submodule `head` is (or ends in) its last linear layer.
 
         `transform` turns a PIL image into a tensor (3, H, W); `tag` is the name in reports.
-
-        Example:
-            >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2))
-            >>> Classifier.from_module(net, head="3").features(torch.ones(1, 3, 2, 2)).shape
-            torch.Size([1, 6])
         """
-        classifier = cls(model, find_head(model, head)[0], tag=tag or type(model).__name__)
+        classifier = cls(model, heads.find_head(model, head)[0], tag=tag or type(model).__name__)
         classifier.own_transform = transform
         return classifier
 
@@ -152,12 +145,9 @@ class Classifier(nn.Module):
         classes, repeated = self.num_classes, [row for row, count in Counter(rows).items() if count > 1]
         wrong = repeated or [row for row in rows if not 0 <= row < classes]
         if wrong or not rows:
-            raise ValueError(
-                f"class_indices must be different rows in 0..{classes - 1} of the head of {self.tag}, got {len(rows)} "
-                f"with {wrong[:6]}{' repeated' if repeated else ''}"
-            )
-        pair = batch_norm_and_linear(self.head)
-        linear = self.head if pair is None else pair[1]
+            got = f"{len(rows)} with {wrong[:6]}{' repeated' if repeated else ''}"
+            raise ValueError(f"class_indices must be different rows in 0..{classes - 1} of {self.tag}, got {got}")
+        linear = (heads.batch_norm_and_linear(self.head) or (None, self.head))[1]
         name = next(name for name, module in self.model.named_modules() if module is linear)
         index = torch.tensor(list(rows), device=self.weight.device)
         state = self.model.state_dict()
@@ -176,12 +166,12 @@ class Classifier(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W, (C, m): effective (a 1x1 convolution flattened, a batch norm folded in) and differentiable."""
-        return effective_weight(self.head)[0]
+        return heads.effective_weight(self.head)[0]
 
     @property
     def bias(self) -> Tensor | None:
         """b, (C,), or None."""
-        return effective_weight(self.head)[1]
+        return heads.effective_weight(self.head)[1]
 
     @property
     def num_classes(self) -> int:
@@ -190,7 +180,7 @@ class Classifier(nn.Module):
 
     @property
     def feature_dim(self) -> int:
-        """m, the width of the head's input (not timm's num_features, which some families give before another layer)."""
+        """m, the width of the head's input; timm's num_features is another one in some families."""
         return self.weight.shape[1]
 
     def head_hash(self) -> str:
@@ -198,11 +188,7 @@ class Classifier(nn.Module):
         return sha256_of_tensor(self.weight)
 
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f (B, m) and logits (B, C) from one pass over images (B, 3, H, W), so with one dropout mask.
-
-        Raises:
-            ValueError: the head is applied several times or in several places, or the model returns something else.
-        """
+        """Return f (B, m) and logits (B, C) from one pass over images (B, 3, H, W), so with one dropout mask."""
         captured: list[tuple[Tensor, Tensor]] = []
         handle = self.head.register_forward_hook(lambda _, inputs, output: captured.append((inputs[0], output)))
         try:
@@ -210,11 +196,8 @@ class Classifier(nn.Module):
         finally:
             handle.remove()
         if len(captured) != 1:
-            raise ValueError(
-                f"the head {self.head_name!r} was applied {len(captured)} times in one pass; expected once"
-            )
-        features, output = captured[0]
-        return as_features(features, self.head_name), check_is_output(output, logits, self.head_name)
+            raise ValueError(f"the head {self.head_name!r} was applied {len(captured)} times in one pass, not once")
+        return heads.check_pass(*captured[0], logits, self.head_name)
 
     def features(self, x: Tensor) -> Tensor:
         """Return f (B, m), the input of the head, of images (B, 3, H, W)."""
@@ -222,7 +205,7 @@ class Classifier(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the head's output (B, C) for features (B, m)."""
-        return apply_head(self.head, features)
+        return heads.apply_head(self.head, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, C) of images (B, 3, H, W)."""
@@ -261,14 +244,11 @@ class Classifier(nn.Module):
         Args:
             mode: the "head", the "last_stage" and what follows it (a vision transformer's last block), or "all".
             batch_norm: "eval" keeps the statistics of every batch norm fixed, in trained parts too.
-
-        Raises:
-            ValueError: an unknown mode, or "last_stage" for a model that does not say what its stages are.
         """
-        if mode not in ("head", "last_stage", "all"):
-            raise ValueError(f'tuning must be "head", "last_stage" or "all", got {mode!r}')
+        if mode not in get_args(Tuning):
+            raise ValueError(f"tuning must be one of {get_args(Tuning)}, got {mode!r}")
         head = {name for name, _ in self.model.named_parameters() if name.startswith(f"{self.head_name}.")}
-        trained = head | last_stage(self.model, head) if mode == "last_stage" else head
+        trained = head | heads.last_stage(self.model, head) if mode == "last_stage" else head
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(mode == "all" or name in trained)
         self.batch_norm = batch_norm
@@ -278,15 +258,11 @@ class Classifier(nn.Module):
         """Put what is trained in training mode, and what is frozen in eval mode."""
         super().train(mode)
         if mode:
-            set_modes(self.model, self.batch_norm)
+            heads.set_modes(self.model, self.batch_norm)
         return self
 
     def save(self, folder: str | Path) -> None:
-        """Write a timm folder, whole or not at all: `timm.create_model("local-dir:FOLDER", pretrained=True)` opens it.
-
-        Raises:
-            ValueError: the model is not timm's, or its head is constrained.
-        """
+        """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, whole or not at all."""
         if self.data_config is None:
             raise ValueError(f"{self.tag} is not a timm model; save `classifier.model.state_dict()` with safetensors")
         if is_parametrized(self.head):
@@ -329,26 +305,6 @@ def _describe_transform(transform: Transform) -> str:
     return f"{re.sub(r' at 0x[0-9a-f]+', '', repr(transform))} {sha256_of_tensor(transform(image))}"
 
 
-def _check_arguments(
-    mode: str, indices: Sequence[int] | None, names: Sequence[str] | None, num_classes: int | None
-) -> None:
-    """Raise one ValueError with all that is wrong with from_timm's arguments."""
-    sliced, count, rows = mode == "slice", len(names or ()), num_classes if indices is None else len(indices)
-    found = [
-        (mode in ("keep", "slice", "new"), f'head_mode must be "keep", "slice" or "new", got {mode!r}'),
-        (mode != "new" or num_classes is not None, 'head_mode="new" needs num_classes'),
-        (not sliced or num_classes is None, 'head_mode="slice" takes class_indices or class_names, not num_classes'),
-        (
-            not sliced or indices is not None or names is not None,
-            'head_mode="slice" needs class_indices or class_names',
-        ),
-        (sliced or indices is None, f'class_indices go with head_mode="slice", not {mode!r}'),
-        (mode == "keep" or names is None or rows in (None, count), f"{count} class_names for {rows} rows of the head"),
-    ]
-    if wrong := [sentence for right, sentence in found if not right]:
-        raise ValueError("; ".join(wrong))
-
-
 def label_names(cfg: Mapping[str, Any]) -> dict[int, str]:
     """Return label names stored with weights, by row of the head: timm keeps a list, or a mapping with gaps."""
     names = cfg.get("label_names") or ()
@@ -356,20 +312,19 @@ def label_names(cfg: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _rows_to_keep(
+    classifier: Classifier,
     labels: Mapping[int, str],
     indices: Sequence[int] | None,
     names: Sequence[str],
-    imagenet_rows: bool,
-    classifier: Classifier,
+    imagenet: bool,
 ) -> list[int]:
     """Rows of a head that is sliced: those given, or those whose stored label names are the classes'."""
     tag, rows = classifier.tag, classifier.num_classes
-    if indices is not None and not (imagenet_rows and names and set(names) <= set(labels.values())):
-        if imagenet_rows and rows != IMAGENET_CLASSES:
+    if indices is not None and not (imagenet and names and set(names) <= set(labels.values())):
+        if imagenet and rows != IMAGENET_CLASSES:
             raise ValueError(
                 f"the head of {tag} has {rows} rows and {'other' if labels else 'no'} class names, so ImageNet rows "
-                "cannot be taken from it; set model.head: keep (rows in the data's class order), store label_names, or "
-                "model.head: new"
+                "cannot be taken from it; set model.head to keep (rows in the data's class order) or new"
             )
         return list(indices)
     known: dict[str, list[int]] = {}

@@ -1,8 +1,4 @@
-"""Edits of a trained head: aligned with the prompts, without its null space, averaged weights (METHOD section 7).
-
-The aligned head W = B·D + R has no null direction that can raise a class prompt. The edit needs no training;
-`constrain_to_rows` keeps it while the head trains. The loss term `capacity` is its soft form, whose minimiser it is.
-"""
+"""Edits of a trained head: aligned with the prompts, without its null space, averaged weights (METHOD section 7)."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,117 +27,61 @@ OUTSIDE = 1e-3  # share of a head's norm that counts as rounding when it is said
 class AlignedHead:
     """A head whose row space holds given directions, and what that cost; tensors are float64."""
 
-    weight: Tensor  # W', (C, m)
+    weight: Tensor  # W' = B·D + R, (C, m)
     bias_shift: Tensor  # to be added to b so that mean logits stay, (C,)
-    directions: Tensor  # D, orthonormal, (k, m)
-    rows: Tensor  # orthonormal basis of the whole row space of W', D first, (rank, m)
+    rows: Tensor  # orthonormal basis of the row space of W', that of the directions first, (rank, m)
     rank_before: int  # dimensions of the row space of W
     rank: int  # dimensions of that of W'
-    free_rows: int  # rank - k, what R adds
-    raised: int  # singular values lifted to `floor` · σ_1, without which a direction would have dropped out
+    free_rows: int  # what R adds to the directions
+    raised: int  # singular values lifted to FLOOR · σ_1, without which a direction would have dropped out
     logit_change: float  # rms of the change of the logits over the rms of the logits, both about their means
 
 
-def prompt_directions(
-    translators: LinearTranslator | Sequence[LinearTranslator], texts: Tensor, leading: int | None = None
-) -> Tensor:
-    """Return an orthonormal basis (r, m) of the translated prompts A_iᵀ t_k, each scaled to unit length first.
+def prompt_directions(translators: LinearTranslator | Sequence[LinearTranslator], texts: Tensor) -> Tensor:
+    """Return an orthonormal basis (r, m) of the translated prompts Aᵀ t_k, texts (k, n), each of unit length first.
 
-    Args:
-        translators: one, or an ensemble from the same features.
-        texts: (k, n).
-        leading: how many right singular vectors of the stack; as many as there are prompts unless given.
-
-    Raises:
-        ValueError: shapes disagree, a translated prompt is zero, or there are fewer directions than `leading`.
-
-    Example:
-        >>> T = LinearTranslator(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), torch.zeros(2))
-        >>> prompt_directions(T, torch.tensor([[1.0, 0.0]])).abs().tolist()
-        [[1.0, 0.0, 0.0]]
+    Of an ensemble, whose prompts span more than k dimensions, the leading k directions.
     """
-    ensemble = [translators] if isinstance(translators, LinearTranslator) else list(translators)
-    shapes = {tuple(translator.matrix.shape) for translator in ensemble}
-    if texts.ndim != 2 or {size for size, _ in shapes} != {texts.shape[1]} or len(shapes) != 1:
-        raise ValueError(
-            f"expected texts (k, n) and matrices of one shape (n, m), got {tuple(texts.shape)} and {shapes}"
-        )
     exact = texts.detach().to(torch.float64)
+    ensemble = [translators] if isinstance(translators, LinearTranslator) else translators
     rows = torch.cat([exact @ translator.matrix.to(exact) for translator in ensemble])
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     if not bool((norms > 0).all() and torch.isfinite(norms).all()):
         raise ValueError("a translated prompt A^T t is zero or not finite; look at the translator's fit")
-    basis = _orthonormal(rows / norms)
-    wanted = min(len(texts), len(basis)) if leading is None else leading
-    if not 1 <= wanted <= len(basis):
-        raise ValueError(f"leading must be in 1..{len(basis)}, the independent directions of the prompts, got {wanted}")
-    return basis[:wanted]
+    return _orthonormal(rows / norms)[: len(texts)]
 
 
-def aligned_weight(
-    weight: Tensor,
-    directions: Tensor,
-    *,
-    covariance: Tensor,
-    mean: Tensor | None = None,
-    free_rows: int | None = None,
-    ridge: float = RIDGE,
-    floor: float = FLOOR,
-) -> AlignedHead:
+def aligned_weight(weight: Tensor, directions: Tensor, covariance: Tensor, mean: Tensor | None = None) -> AlignedHead:
     """Return the head W' = B·D + R nearest to W in logits whose row space holds D: min E‖(W - W')(f - μ)‖².
 
     B is a least-squares fit in the metric of the features; R keeps the leading directions, by energy in the logits, of
-    what B·D leaves. D first and R to its residual is the exact minimum: in that metric the two are orthogonal.
+    what B·D leaves, as many as leave the rank as it was. In that metric the two are orthogonal: the minimum is exact.
 
     Args:
         weight: W, (C, m).
-        directions: spanning D, (k, m).
+        directions: orthonormal rows D, (k, m).
         covariance: S of the features about μ, (m, m); for a head without a bias, about 0.
         mean: μ, (m,); 0 unless given.
-        free_rows: dimensions of R, at most C - k; rank(W) - k unless given, which leaves the rank as it was.
-        ridge: ridge · tr(S)/m is added to S, for directions in which the images at hand do not vary.
-        floor: smallest singular value allowed, of the largest; raising one costs at most that share in the logits.
-
-    Raises:
-        ValueError: shapes disagree, values are not finite, more directions than rows, or no room for the free rows.
-
-    Example:
-        >>> W, d = torch.tensor([[1.0, 0.2, 0.0], [0.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.0]])
-        >>> aligned = aligned_weight(W, d, covariance=torch.eye(3))
-        >>> aligned.rank, aligned.free_rows, NullSpace.from_weight(aligned.weight).component(d).norm().item() < 1e-12
-        (2, 1, True)
     """
     old = weight.detach().to(torch.float64)
-    (classes, width), s = old.shape, covariance.detach().to(old)
-    if directions.ndim != 2 or directions.shape[1] != width or s.shape != (width, width):
-        shapes = f"{tuple(directions.shape)} and {tuple(s.shape)}"
+    s, d = covariance.detach().to(old), directions.detach().to(old)
+    rank_before = NullSpace.from_weight(old, allow_empty=True).rank
+    if len(d) > len(old) or not torch.trace(s) > 0:
         raise ValueError(
-            f"expected directions (k, {width}) and covariance ({width}, {width}) for this head, got {shapes}"
+            f"a head of {len(old)} rows cannot hold {len(d)} independent directions, or the features do not vary; give "
+            "fewer prompts, or at least 2 different images"
         )
-    if not all(bool(torch.isfinite(x).all()) for x in (old, directions, s)) or not old.any() or not torch.trace(s) > 0:
-        raise ValueError(
-            "head, directions or covariance hold NaN or infinity, the head is 0, or the features do not vary"
-        )
-    s, d = (s + s.T) / 2, _orthonormal(directions.detach().to(old))
-    rank_before, count = NullSpace.from_weight(old, allow_empty=True).rank, len(d)
-    room = max(0, rank_before - count) if free_rows is None else free_rows
-    if not 0 <= room <= classes - count:
-        raise ValueError(
-            f"a head of {classes} rows holds at most {classes} dimensions, got {count} independent directions and "
-            f"free_rows {room}; give fewer prompts or free rows, or the leading directions of an ensemble"
-        )
-    fitted, rows = _fit(old, d, s, room, ridge)
-    new, raised = _with_floor(fitted, rows, floor)
+    fitted, rows = _fit(old, d, (s + s.T) / 2, max(0, rank_before - len(d)))
+    new, raised = _with_floor(fitted, rows)
     change = old - new
     energy = ((old @ s) * old).sum()
     return AlignedHead(
         weight=new,
-        bias_shift=change @ (torch.zeros(width).to(old) if mean is None else mean.detach().to(old)),
-        directions=d,
+        bias_shift=change @ (torch.zeros(len(s)).to(old) if mean is None else mean.detach().to(old)),
         rows=rows,
         rank_before=rank_before,
         rank=len(rows),
-        free_rows=len(rows) - count,
+        free_rows=len(rows) - len(d),
         raised=raised,
         logit_change=float((((change @ s) * change).sum().clamp_min(0) / energy).sqrt()),
     )
@@ -152,19 +93,16 @@ def align_head_(
     texts: Tensor,
     statistics: RidgeStatistics,
 ) -> AlignedHead:
-    """Write the aligned head into the classifier, in place, and return what was done.
-
-    The backbone and so features, statistics and translators stay as they are; a head without a bias keeps none.
+    """Write the aligned head into the classifier, in place, and return what was done; its features stay as they are.
 
     Args:
-        classifier: its head is written to.
-        translators: one, or an ensemble, whose leading directions are taken.
+        classifier: its head is written to; one without a bias keeps none.
+        translators: T(f) = f Aᵀ + a, or an ensemble, whose leading directions are taken.
         texts: prompts of the classes, (k, n).
         statistics: of the features of at least two images, best of the head's own classes, whose logits are kept.
 
     Raises:
-        HeadError: the head is a batch norm and a linear layer, or is constrained already.
-        ValueError: shapes disagree, or the directions do not fit.
+        ValueError: a head of batch norm and linear layer, one that is constrained, or directions that do not fit.
 
     Example:
         >>> c = Classifier.from_timm("test_resnet", pretrained=False, num_classes=4)
@@ -177,7 +115,7 @@ def align_head_(
     covariance = statistics.ff if bias is None else statistics.centred()[0]
     mean = None if bias is None else statistics.f / count
     directions = prompt_directions(translators, texts)
-    found = aligned_weight(classifier.weight, directions, covariance=covariance / count.clamp_min(1), mean=mean)
+    found = aligned_weight(classifier.weight, directions, covariance / count.clamp_min(1), mean)
     with torch.no_grad():
         weight.copy_(found.weight.reshape(weight.shape))
         if bias is not None:
@@ -203,32 +141,12 @@ class RowSpaceConstraint(nn.Module):
 
 
 def constrain_to_rows(classifier: Classifier, rows: Tensor) -> Classifier:
-    """Keep the head's rows in the span of `rows` (r, m) while it trains, in place; `release_rows` undoes it.
-
-    `rows` is `AlignedHead.rows` (a `keep` head then keeps its free directions where they are) or any other basis.
-
-    Raises:
-        HeadError: the head is a batch norm and a linear layer, or is constrained already.
-        ValueError: the rows do not fit, or the head is not in their span yet (`align_head_` puts it there).
-
-    Example:
-        >>> c = Classifier.from_timm("test_resnet", pretrained=False, num_classes=4)
-        >>> _ = constrain_to_rows(c, c.weight.detach())
-        >>> c.weight.shape, type(release_rows(c).head).__name__
-        (torch.Size([4, 96]), 'Linear')
-    """
-    head = _plain_head(classifier)
-    weight = classifier.weight.detach()
-    if rows.ndim != 2 or rows.shape[1] != weight.shape[1]:
-        raise ValueError(f"expected rows (r, {weight.shape[1]}) for this head, got {tuple(rows.shape)}")
-    basis = _orthonormal(rows.detach().to(weight.device, torch.float64))
-    exact = weight.to(torch.float64)
+    """Keep the head's rows in the span of `rows` (r, m), as of `AlignedHead.rows`, while it trains, in place."""
+    head, weight = _plain_head(classifier), classifier.weight.detach()
+    exact, basis = weight.to(torch.float64), _orthonormal(rows.detach().to(weight.device, torch.float64))
     outside = float((exact - (exact @ basis.T) @ basis).norm() / exact.norm())
     if not outside <= OUTSIDE:
-        raise ValueError(
-            f"{outside:.1%} of the head's norm lies outside the given {len(basis)} rows, so a constraint would change "
-            "its logits; write the aligned head first (align_head_), and pass its `rows`"
-        )
+        raise ValueError(f"{outside:.1%} of the head's norm lies outside the given rows; align the head first")
     parametrize.register_parametrization(head, "weight", RowSpaceConstraint(basis.T.to(weight.dtype).contiguous()))
     return classifier
 
@@ -236,8 +154,6 @@ def constrain_to_rows(classifier: Classifier, rows: Tensor) -> Classifier:
 def release_rows(classifier: Classifier) -> Classifier:
     """Take the constraint off, in place: the head is a plain layer again, with the weight and logits it has now."""
     head, kind = classifier.head, type(classifier.head)
-    if not parametrize.is_parametrized(head, "weight"):
-        raise ValueError(f"the head {classifier.head_name!r} is not constrained; constrain_to_rows does that")
     # torch takes the property off the module's class, which a deep copy shares, so the module first gets its own class.
     head.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
     parametrize.remove_parametrizations(head, "weight", leave_parametrized=True)
@@ -247,10 +163,8 @@ def release_rows(classifier: Classifier) -> Classifier:
 def _plain_head(classifier: Classifier) -> nn.Module:
     """The layer whose weight is W itself, to be written to."""
     if batch_norm_and_linear(classifier.head) is not None:
-        raise HeadError(
-            f"the head {classifier.head_name!r} of {classifier.tag} is a batch norm and a linear layer, so W cannot be "
-            "written; fold the batch norm into the linear layer first, or use the loss term `capacity`"
-        )
+        name = f"the head {classifier.head_name!r} of {classifier.tag}"
+        raise HeadError(f"{name} is a batch norm and a linear layer: W cannot be written; use the loss term `capacity`")
     if parametrize.is_parametrized(classifier.head):
         raise HeadError(f"the head {classifier.head_name!r} is constrained already; call release_rows first")
     return classifier.head
@@ -264,12 +178,12 @@ def _orthonormal(rows: Tensor) -> Tensor:
     return basis
 
 
-def _fit(old: Tensor, d: Tensor, covariance: Tensor, room: int, ridge: float) -> tuple[Tensor, Tensor]:
+def _fit(old: Tensor, d: Tensor, covariance: Tensor, room: int) -> tuple[Tensor, Tensor]:
     """(B·D + R (C, m), orthonormal rows of D and of R (r, m)), in the metric S + λ I."""
     width = len(covariance)
-    metric = covariance + ridge * torch.trace(covariance) / width * torch.eye(width).to(covariance)
+    metric = covariance + RIDGE * torch.trace(covariance) / width * torch.eye(width).to(covariance)
     energy, axes = torch.linalg.eigh(metric)
-    # Not a Cholesky factor: with ridge 0 and few images the metric is singular, and those directions then cost nothing.
+    # Not a Cholesky factor: with few images the metric is nearly singular.
     root = axes * energy.clamp_min(0).sqrt()
     target, fixed = old @ root, d @ root
     coefficients = target @ torch.linalg.pinv(fixed)
@@ -282,16 +196,14 @@ def _fit(old: Tensor, d: Tensor, covariance: Tensor, room: int, ridge: float) ->
     return coefficients @ d + left @ free, rows
 
 
-def _with_floor(fitted: Tensor, rows: Tensor, floor: float) -> tuple[Tensor, int]:
-    """The same head with singular values of at least floor · σ_1 on all of `rows`, and how many were lifted.
-
-    A head whose rows sum to zero has rank C - 1 and its fit too: else one of C prompts would stay outside its rows.
-    """
+def _with_floor(fitted: Tensor, rows: Tensor) -> tuple[Tensor, int]:
+    """The same head with singular values of at least FLOOR · σ_1 on all of `rows`, and how many were lifted."""
+    # A head whose rows sum to zero has rank C - 1 and its fit too: else one of C prompts would stay outside its rows.
     left, sigma, right = torch.linalg.svd(fitted @ rows.T, full_matrices=False)
-    low = sigma < floor * sigma[0]
+    low = sigma < FLOOR * sigma[0]
     if not bool(low.any()):
         return fitted, 0
-    lifted: Tensor = (left * torch.where(low, floor * sigma[0], sigma)) @ right @ rows
+    lifted: Tensor = (left * torch.where(low, FLOOR * sigma[0], sigma)) @ right @ rows
     return lifted, int(low.sum())
 
 
@@ -300,21 +212,14 @@ class NullDroppedClassifier(Classifier):
 
     def save(self, folder: str | Path) -> None:
         """Raise a ValueError, as a timm folder cannot say that there is one layer more."""
-        raise ValueError(
-            f"{self.tag} has one layer more than timm would build from {folder}; save the classifier that it "
-            "was made from and call drop_null on that again (same logits)"
-        )
+        raise ValueError(f"{self.tag} has one layer more than timm builds; save what it was made from instead")
 
 
 def drop_null(classifier: Classifier) -> NullDroppedClassifier:
     """Return the trivial defence: features f → Qᵀf (r,), the head W → W Q, with identical logits and no null space.
 
-    Q (m, r) is the orthonormal basis of W's row space, W = (W Q) Qᵀ. It makes steering in feature space impossible and
-    changes nothing in pixels, so a trained defence must beat it there. The given classifier stays as it is; its head
-    becomes a layer m → r without bias, then r → C, the head of what is returned. A batch norm in it is folded in.
-
-    Raises:
-        ValueError: the head has no null space to drop.
+    Q (m, r) is the orthonormal basis of W's row space. Steering in feature space becomes impossible; nothing changes in
+    pixels, so a trained defence must beat it there. The given classifier stays as it is; a batch norm is folded in.
 
     Example:
         >>> classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=10)
@@ -325,19 +230,16 @@ def drop_null(classifier: Classifier) -> NullDroppedClassifier:
     weight, bias = classifier.weight.detach(), classifier.bias
     basis = NullSpace.from_weight(weight).basis
     (classes, width), rank = weight.shape, basis.shape[1]
-    if isinstance(classifier.head, nn.Conv2d):
-        edited = nn.Sequential(
-            nn.Conv2d(width, rank, 1, bias=False), nn.Conv2d(rank, classes, 1, bias=bias is not None)
-        )
-    else:
-        edited = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, classes, bias=bias is not None))
+    shape: Any = (1,) if isinstance(classifier.head, nn.Conv2d) else ()  # the kernel of a convolution
+    layer: Any = nn.Conv2d if shape else nn.Linear
+    down, up = layer(width, rank, *shape, bias=False), layer(rank, classes, *shape, bias=bias is not None)
+    edited = nn.Sequential(down, up)
     edited = edited.to(weight).requires_grad_(any(each.requires_grad for each in classifier.head.parameters()))
-    values = {"0.weight": basis.T, "1.weight": weight.to(basis) @ basis, "1.bias": bias}
     with torch.no_grad():
-        for name, parameter in edited.named_parameters():
-            value = values[name]
-            assert value is not None
-            parameter.copy_(value.reshape(parameter.shape))
+        down.weight.copy_(basis.T.reshape(down.weight.shape))
+        up.weight.copy_((weight.to(basis) @ basis).reshape(up.weight.shape))
+        if bias is not None:
+            up.bias.copy_(bias)
     model = copy.deepcopy(classifier.model)
     model.set_submodule(classifier.head_name, edited)
     tag, config = f"{classifier.tag}.null_dropped", classifier.data_config
@@ -353,9 +255,6 @@ def interpolate_weights(before: Classifier, after: Classifier, alpha: float) -> 
     Integer buffers are those of `after`; at α = 0 and 1 every tensor is bit-identical to `before` and `after`.
     Wortsman et al., Robust fine-tuning of zero-shot models, 2022.
 
-    Raises:
-        ValueError: alpha is not in [0, 1], or the two have other tensors, shapes or classes.
-
     Example:
         >>> a, b = (Classifier.from_timm("test_resnet", pretrained=False, num_classes=3) for _ in range(2))
         >>> bool(((a.weight + b.weight) / 2 - interpolate_weights(a, b, 0.5).weight).abs().max() < 1e-6)
@@ -365,18 +264,12 @@ def interpolate_weights(before: Classifier, after: Classifier, alpha: float) -> 
         raise ValueError(f"alpha must be in [0, 1], from 0 (before) to 1 (after), got {alpha}")
     old, new = before.model.state_dict(), after.model.state_dict()
     shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (old, new)]
-    wrong = [
-        f"{name} is {shapes[0].get(name)} before and {shapes[1].get(name)} after"
-        for name in sorted({*old, *new})
-        if shapes[0].get(name) != shapes[1].get(name)
-    ]
+    wrong = [name for name in sorted({*old, *new}) if shapes[0].get(name) != shapes[1].get(name)]
     if before.class_names and after.class_names and before.class_names != after.class_names:
-        wrong.append(f"the classes are {before.class_names[:4]}... before and {after.class_names[:4]}... after")
+        wrong.append("their classes")
     if wrong:
-        raise ValueError(
-            f"the weights of {before.tag} and {after.tag} cannot be averaged: {'; '.join(wrong[:6])} ({len(wrong)} "
-            "differences); take two states of one model with the same head"
-        )
+        names = f"{before.tag} and {after.tag} cannot be averaged: {', '.join(wrong[:6])}"
+        raise ValueError(f"{names} differ ({len(wrong)} differences); take two states of one model with the same head")
     mixed = copy.deepcopy(before if alpha == 0 else after).eval()
     if 0 < alpha < 1:
         mixed.model.load_state_dict({name: _mix(old[name], value, alpha) for name, value in new.items()})

@@ -15,7 +15,7 @@ class HeadError(ValueError):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return True for a Linear or a 1x1 convolution without groups: weight (C, m) or (C, m, 1, 1)."""
+    """Return True for a Linear or a 1x1 convolution without groups."""
     if isinstance(module, nn.Conv2d):
         one_place = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "valid")
         return one_place and module.groups == 1
@@ -23,29 +23,18 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, nn.Module]:
-    """Return name and module whose input is the feature f: what `name` points to, or the layer within it.
+    """Return name and module whose input is the feature f: what `name` points to, or the last linear layer within it.
 
-    A container of batch norm (+ dropout) + linear is returned whole, to be folded; of any other container the last
-    linear layer is returned.
-
-    Raises:
-        HeadError: no head, several heads, or no linear layer under that name.
-
-    Example:
-        >>> find_head(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "1")
-        ('1', Linear(in_features=4, out_features=2, bias=True))
+    A container of batch norm (+ dropout) + linear is returned whole, to be folded.
     """
     kind = type(model).__name__
     if not name:
-        raise HeadError(
-            f"{kind} names no classifier in its pretrained_cfg; use Classifier.from_module(model, "
-            'head="NAME") with the name of its last linear layer'
-        )
+        raise HeadError(f'{kind} names no classifier; use Classifier.from_module(model, head="NAME of its last layer")')
     if not isinstance(name, str):
         raise HeadError(
-            f"{kind} has {len(name)} heads ({', '.join(name)}) whose logits are combined: there is no one null space; "
-            "use the architecture without distillation, or wrap the model in a module whose forward returns the logits "
-            f'of one head and give that to Classifier.from_module(wrapper, head="model.{name[0]}")'
+            f"{kind} combines the logits of {len(name)} heads ({', '.join(name)}), so there is no one null space; use "
+            "the architecture without distillation, or wrap the model in a module that returns one head's logits: "
+            f'Classifier.from_module(wrapper, head="model.{name[0]}")'
         )
     try:
         module = model.get_submodule(name)
@@ -56,10 +45,8 @@ def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, 
         return name, module
     inner = [(n, m) for n, m in module.named_modules() if is_linear(m)]
     if not inner:
-        raise HeadError(
-            f"the head {name!r} of {kind} is {type(module).__name__} and holds no linear layer (made with "
-            "num_classes=0?); pass num_classes, or head_mode='new'"
-        )
+        held = f"{type(module).__name__} and holds no linear layer (made with num_classes=0?)"
+        raise HeadError(f"the head {name!r} of {kind} is {held}; pass num_classes, or head_mode='new'")
     return f"{name}.{inner[-1][0]}", inner[-1][1]
 
 
@@ -92,23 +79,9 @@ def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def apply_head(head: nn.Module, features: Tensor) -> Tensor:
-    """Return logits (B, C) of features (B, m) through the head module itself, in its own dtype."""
-    if isinstance(head, nn.Conv2d):
-        return torch.flatten(head(features[:, :, None, None]), 1)
-    logits: Tensor = head(features)
+    """Return logits (B, C) of features (B, m) through the head module itself."""
+    logits: Tensor = head(features[:, :, None, None]).flatten(1) if isinstance(head, nn.Conv2d) else head(features)
     return logits
-
-
-def as_features(captured: Tensor, name: str) -> Tensor:
-    """Return the head's input as (B, m), a 1x1 convolution's flattened; a ValueError where there is no one feature."""
-    if captured.ndim > 2 and captured.shape[2:].numel() == 1:
-        captured = captured.flatten(1)
-    if captured.ndim != 2:
-        raise ValueError(
-            f"expected an input (B, m) or (B, m, 1, 1) of the head {name!r}, got {tuple(captured.shape)}, several "
-            "tokens or places of a map; use an architecture that pools before its last linear layer"
-        )
-    return captured
 
 
 def check_is_affine(head: nn.Module, name: str) -> None:
@@ -124,30 +97,33 @@ def check_is_affine(head: nn.Module, name: str) -> None:
         scale = (exact.abs() @ wide.abs().T + offset.abs()).max()
         error = (apply_head(head, probe).cpu().double() - (exact @ wide.T + offset)).abs().max()
     if error > torch.finfo(weight.dtype).eps ** 0.5 * scale:
+        kind = f"the head {name!r} ({type(head).__name__})"
+        raise ValueError(f"{kind} does not compute f W^T + b from its weight; name a plain linear layer")
+
+
+def check_pass(features: Tensor, output: Tensor, logits: object, name: str) -> tuple[Tensor, Tensor]:
+    """Return the head's input as (B, m) and the model's logits (B, C); a ValueError unless the head made the logits."""
+    if features.ndim > 2 and features.shape[2:].numel() == 1:
+        features = features.flatten(1)
+    if features.ndim != 2:
         raise ValueError(
-            f"the head {name!r} ({type(head).__name__}) does not compute f W^T + b from its weight: "
-            f"it differs by {float(error):.3g} on features in [-1, 1]; name a plain linear layer"
+            f"expected an input (B, m) or (B, m, 1, 1) of the head {name!r}, got {tuple(features.shape)}; use an "
+            "architecture that pools before its last linear layer"
         )
-
-
-def check_is_output(output: Tensor, logits: object, name: str) -> Tensor:
-    """Return `logits` (B, C) if they are what the head gave, perhaps flattened or in another dtype."""
     if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"expected logits (B, C) from the model, got {type(logits).__name__}; wrap it in a module that returns them"
-        )
+        found = type(logits).__name__
+        raise ValueError(f"expected logits (B, C), got {found}; wrap the model in a module that returns them")
     flat = output.flatten(1)
-    same = flat.shape == logits.shape and (
+    if flat.shape != logits.shape or not (
         flat.data_ptr() == logits.data_ptr()
         or torch.allclose(flat.to(logits.dtype), logits, rtol=0, atol=0, equal_nan=True)
-    )
-    if not same:
+    ):
         raise ValueError(
             f"the model's output {tuple(logits.shape)} is not that of its head {name!r} {tuple(output.shape)} (a "
-            "second head, a softmax, a scale?), so its null space is not the model's. Wrap the model in a module whose "
-            "forward returns the head's output alone, and give that to Classifier.from_module"
+            "second head, a softmax, a scale?), so its null space is not the model's. Wrap the model in a module that "
+            "returns the head's output alone, and give that to Classifier.from_module"
         )
-    return logits
+    return features, logits
 
 
 def last_stage(model: nn.Module, head: set[str]) -> set[str]:
@@ -155,8 +131,7 @@ def last_stage(model: nn.Module, head: set[str]) -> set[str]:
     try:
         matcher = model.group_matcher(coarse=True)  # type: ignore[operator]
     except (AttributeError, AssertionError, NotImplementedError) as error:  # the last two are rdnet's way
-        kind = type(model).__name__
-        raise ValueError(f"{kind} does not say what its stages are (group_matcher); use tuning head or all") from error
+        raise ValueError(f"{type(model).__name__} does not say its stages; use tuning head or all") from error
     groups: dict[int, list[str]] = group_parameters(model, matcher)
     layers = [number for number, names in sorted(groups.items()) if any(name not in head for name in names)]
     # A group of a norm alone, after the last stage, belongs to that stage.
@@ -170,17 +145,15 @@ def last_stage(model: nn.Module, head: set[str]) -> set[str]:
 
 
 def set_modes(module: nn.Module, batch_norm: str) -> None:
-    """Put parts without a trained parameter in eval mode, and every batch norm when `batch_norm` is "eval".
-
-    A batch norm without parameters of its own trains only where everything beside it does.
-    """
+    """Put parts without a trained parameter in eval mode, and every batch norm when `batch_norm` is "eval"."""
     parameters = list(module.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         module.eval()
         return
     whole = all(parameter.requires_grad for parameter in parameters)
     for child in module.children():
-        is_norm = getattr(child, "running_var", None) is not None  # batch norm, and what else keeps running statistics
+        is_norm = getattr(child, "running_var", None) is not None  # whatever keeps running statistics
+        # One without parameters of its own trains only where everything beside it does.
         if is_norm and (batch_norm == "eval" or (not whole and not list(child.parameters()))):
             child.eval()
         else:

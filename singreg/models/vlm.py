@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,17 +17,14 @@ from torch import Tensor, nn
 
 from singreg.utils import plain
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_TEMPLATES = ("an image of a {class}",)
 
 
 class VisionLanguageModel(nn.Module):
-    """A frozen VLM (METHOD section 2): raw image embeddings `z` (B, n) and unit text embeddings `t` (K, n).
+    """A frozen VLM in eval mode (METHOD section 2), made with `from_open_clip`.
 
-    Build it with `from_open_clip`. It always is in eval mode, no parameter asks for a gradient, and `.train()` does not
-    change that, so it can sit inside a larger module. `transform` is the model's own evaluation preprocessing (PIL to
-    tensor), `preprocessing` the same as a JSON-able dict, `dim` is n, `weights_hash` a SHA-256 for cache keys.
+    `transform` is the model's own evaluation preprocessing (PIL to tensor), `preprocessing` the same as a JSON-able
+    dict, `dim` is n, `weights_hash` a SHA-256 for cache keys.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Callable[..., Tensor], *, tag: str, variant: str = "") -> None:
@@ -40,7 +36,7 @@ class VisionLanguageModel(nn.Module):
         cfg = open_clip.transform.PreprocessCfg(**self.preprocessing)
         self.transform: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(cfg, is_train=False)
         self.weights_hash = hash_of_state(model, variant)
-        self.dim = int(self._texts(["an image"]).shape[-1])
+        self.dim = self.embed_texts(["an image"]).shape[-1]
 
     @classmethod
     def from_open_clip(
@@ -55,7 +51,6 @@ class VisionLanguageModel(nn.Module):
 
         The activation is taken from the tag (the OpenAI weights need QuickGELU, which "ViT-L-14" alone does not say). A
         weight file carries no such note: name the architecture it was trained with, such as "ViT-L-14-quickgelu".
-        Weights are read from safetensors, or with `weights_only` from PyTorch files: nothing is unpickled.
 
         Raises:
             ValueError: unknown architecture, no or an unknown tag, a tag that goes with another activation, or weights
@@ -72,11 +67,10 @@ class VisionLanguageModel(nn.Module):
             tokenizer = open_clip.get_tokenizer(name, **cache)
         except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
             raise ValueError(f"the weights of {tag} could not be loaded; open_clip says: {error}") from error
-        logger.info("loaded vision-language model %s", tag)
         return cls(model, tokenizer, tag=tag, variant="quickgelu" if quick_gelu else "")
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
-        """Stay in eval mode whatever is asked: the model is a fixed measuring instrument."""
+        """Stay in eval mode whatever is asked, inside a larger module too."""
         return super().train(False)
 
     @property
@@ -87,8 +81,6 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """Return raw (not normalised) float32 embeddings (B, n) of preprocessed images (B, 3, H, W)."""
-        if images.ndim != 4:
-            raise ValueError(f"expected a batch of images (B, 3, H, W), got shape {tuple(images.shape)}")
         with torch.autocast(self.device.type, enabled=False):
             images = images.to(self.device, memory_format=torch.channels_last)
             embedded: Tensor = self.model.encode_image(images)  # type: ignore[operator]
@@ -96,37 +88,29 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Return embeddings of K prompts as unit rows (K, n), float32; a ValueError names blank ones."""
-        if isinstance(prompts, str) or not len(prompts):
-            raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
-        if blank := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
-            raise ValueError(f"prompts must not be blank; blank at positions {blank} of {len(prompts)}")
-        return torch.cat([self._texts(prompts[i : i + 256]) for i in range(0, len(prompts), 256)])
+        """Return one unit row per prompt, (K, n) float32."""
+        if isinstance(prompts, str) or not len(prompts) or not all(prompt.strip() for prompt in prompts):
+            raise ValueError(f"expected a list of prompts, none blank; got {prompts!r}")
+        rows = []
+        for start in range(0, len(prompts), 256):
+            with torch.autocast(self.device.type, enabled=False):
+                tokens = self.tokenizer(list(prompts[start : start + 256])).to(self.device)
+                rows.append(self.model.encode_text(tokens).float())  # type: ignore[operator]
+        return F.normalize(torch.cat(rows), dim=-1)
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
         """Return one unit row per class (C, n): the mean over templates of the unit rows, normalised again.
 
         `{class}` in a template is replaced by the name as it is ("a"/"an" is not adapted: the text stays the paper's).
-
-        Raises:
-            ValueError: no name, no template, or a template without `{class}`.
         """
-        wrong = [template for template in templates if "{class}" not in template]
-        if isinstance(templates, str) or not len(templates) or wrong:
+        if isinstance(templates, str) or not len(templates) or not all("{class}" in each for each in templates):
             raise ValueError(
-                f"every template must contain {{class}}, as in {DEFAULT_TEMPLATES[0]!r}; got {wrong or templates!r}"
+                f"every template must contain {{class}}, as in {DEFAULT_TEMPLATES[0]!r}; got {templates!r}"
             )
         if isinstance(names, str) or not len(names) or not all(name.strip() for name in names):
             raise ValueError(f"expected a list of class names, none blank; got {names!r}")
         rows = self.embed_texts([template.replace("{class}", name) for name in names for template in templates])
         return F.normalize(rows.reshape(len(names), len(templates), -1).mean(dim=1), dim=-1)
-
-    @torch.no_grad()
-    def _texts(self, prompts: Sequence[str]) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):
-            tokens = self.tokenizer(list(prompts)).to(self.device)
-            rows: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
-        return F.normalize(rows.float(), dim=-1)
 
 
 def hash_of_state(model: nn.Module | Mapping[str, Tensor], extra: str = "") -> str:
@@ -140,24 +124,22 @@ def hash_of_state(model: nn.Module | Mapping[str, Tensor], extra: str = "") -> s
 
 
 def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
-    """Return whether QuickGELU must be forced; raise for whatever open_clip would load with random or other weights."""
+    """Return whether QuickGELU must be forced; raise for what open_clip would load with random or other weights."""
     schema, identifier = open_clip.factory.parse_model_name(name)
     if schema is not None:
         if pretrained is not None:
             raise ValueError(f"{name!r} brings its own weights: leave out pretrained={pretrained!r}")
         if schema == "local-dir":
             folder = Path(identifier)
-            config, weights = folder / "open_clip_config.json", (".safetensors", ".bin", ".pth")
-            if not config.is_file():
-                raise FileNotFoundError(f"an open_clip folder has {config.name}; not found: {config}")
-            if not any(path.suffix in weights for path in folder.iterdir()):
+            if not (folder / "open_clip_config.json").is_file():
+                raise FileNotFoundError(f"no open_clip_config.json in {folder}")
+            if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
                 raise FileNotFoundError(f"no weights in {folder}: expected {folder / 'open_clip_model.safetensors'}")
         return False
     name = identifier.replace("/", "-")
     architecture = open_clip.get_model_config(name)
     if architecture is None:
-        known = ", ".join(open_clip.list_models()[:200:20])
-        raise ValueError(f"open_clip knows no model {name!r}; it knows for example {known}; or pass local-dir:FOLDER")
+        raise ValueError(f"open_clip knows no model {name!r} (see open_clip.list_models()); or pass local-dir:FOLDER")
     tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:12]) or "none"
     if pretrained is None:
         raise ValueError(f"{name!r} needs weights: pass pretrained= a weight file or one of {tags}")
@@ -168,6 +150,5 @@ def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
         raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag of {name!r}; tags: {tags}")
     quick = bool(tag_config.get("quick_gelu", False))
     if architecture.get("quick_gelu", False) and not quick:
-        plain_name = name.removesuffix("-quickgelu")
-        raise ValueError(f"weights {pretrained!r} were trained without QuickGELU: use {plain_name!r}")
+        raise ValueError(f"weights {pretrained!r} are without QuickGELU: use {name.removesuffix('-quickgelu')!r}")
     return quick
