@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ GATHERED_ROWS = 512
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """One batch: features (B, m), logits (B, C), embeddings (B, n) float32; labels (B,), -1 where there is none.
+    """One batch; labels are -1 where there is none, indices (on the CPU) are the images' places in the split.
 
-    indices (B,) are the images' places in the split, on the CPU.
+    Shape: features (B, m), logits (B, C), embeddings (B, n), labels and indices (B,).
     """
 
     features: Tensor
@@ -61,10 +62,8 @@ def iterate_features(
 ) -> Iterator[FeatureBatch]:
     """Yield this process's batches of a split in order, with the model in eval mode (its mode is restored afterwards).
 
-    Shape: embeddings (N, n), row i belongs to image i of the split.
-
     Raises:
-        ValueError: embeddings and split differ in length, or a feature is not finite (the image is named).
+        ValueError: embeddings (N, n) and split differ in length, or a feature is not finite (the image is named).
     """
     if len(embeddings) != len(split):
         raise ValueError(f"split {split.name!r} has {len(split)} images but {len(embeddings)} embeddings were given")
@@ -80,7 +79,10 @@ def iterate_features(
         for images, labels, positions in progress(loader, f"{description} [{split.name}]", enabled=settings.progress):
             indices = torch.from_numpy(share)[positions]
             features, logits = classifier.features_and_logits(images.to(device, non_blocking=True))
-            _refuse_non_finite(classifier, split, features, indices)
+            if not bool(torch.isfinite(features).all()):
+                bad = indices[~torch.isfinite(features).all(1).cpu()]
+                names = ", ".join(split.identifier(int(i)) for i in bad[:5])
+                raise ValueError(f"{classifier.tag} gives features that are not finite for {len(bad)} images: {names}")
             z = take_rows(embeddings, indices.numpy()).to(device)
             yield FeatureBatch(features.float(), logits.float(), z, labels.to(device), indices)
     finally:
@@ -103,45 +105,29 @@ def gathered(batches: Iterable[FeatureBatch], rows: int = GATHERED_ROWS) -> Iter
 
 
 def _joined(batches: list[FeatureBatch]) -> FeatureBatch:
-    if len(batches) == 1:
-        return batches[0]
     return FeatureBatch(*(torch.cat([getattr(b, field.name) for b in batches]) for field in fields(FeatureBatch)))
 
 
 def cached_features(classifier: Classifier, split: ImageSplit, settings: PassSettings) -> np.ndarray:
     """Return features (N, m) of a split, float32 and memory-mapped, computed once for this backbone and these images.
 
-    The head's weights do not change its input: a model whose head alone was trained or edited finds the same file.
+    The head's weights are not part of the key: a model whose head alone was trained or edited finds the same file.
 
     Raises:
         ValueError: no cache folder, a feature that is not finite (the image is named), or an empty split.
     """
     if settings.cache is None:
         raise ValueError("features are kept in a folder; give PassSettings(cache=FOLDER)")
-    was_training, device = classifier.training, classifier.weight.device
+    was_training, device, head = classifier.training, classifier.weight.device, f"{classifier.head_name}."
+    backbone = {name: each for name, each in classifier.model.state_dict().items() if not name.startswith(head)}
+    facts = {"backbone": hash_of_state(backbone, head), "preprocessing": classifier.preprocessing}
+    options: Any = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": settings.progress}
+    where = classifier.transform, split, classifier.feature_dim, settings.cache
     classifier.eval()
     try:
-        return encode_split(
-            lambda images: classifier.features(images.to(device)),
-            classifier.transform,
-            split,
-            classifier.feature_dim,
-            settings.cache,
-            {"backbone": _hash_of_backbone(classifier), "preprocessing": classifier.preprocessing},
-            "features",
-            batch_size=settings.batch_size,
-            workers=settings.workers,
-            progress=settings.progress,
-        )
+        return encode_split(lambda x: classifier.features(x.to(device)), *where, facts, "features", **options)
     finally:
         classifier.train(was_training)
-
-
-def _hash_of_backbone(classifier: Classifier) -> str:
-    """SHA-256 of the model's state without the head, and of where the head is."""
-    head = f"{classifier.head_name}."
-    state = classifier.model.state_dict()
-    return hash_of_state({name: tensor for name, tensor in state.items() if not name.startswith(head)}, head)
 
 
 def _stored_batches(
@@ -155,10 +141,3 @@ def _stored_batches(
         features, z = (take_rows(table, rows).to(device) for table in (stored, embeddings))
         labels = torch.from_numpy(split.labels[rows]).to(device)
         yield FeatureBatch(features, classifier.logits(features).float(), z, labels, torch.from_numpy(rows))
-
-
-def _refuse_non_finite(classifier: Classifier, split: ImageSplit, features: Tensor, indices: Tensor) -> None:
-    if not bool(torch.isfinite(features).all()):
-        bad = indices[~torch.isfinite(features).all(1).cpu()]
-        names = ", ".join(split.identifier(int(i)) for i in bad[:5])
-        raise ValueError(f"{classifier.tag} gives features that are not finite for {len(bad)} images: {names}")

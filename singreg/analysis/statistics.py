@@ -13,49 +13,31 @@ def resampled_means(
 ) -> np.ndarray:
     """Means of each column over images drawn with replacement, the same draw for every column (paired).
 
-    With `groups` (N,), the images' classes, classes are drawn first, then images within each: images of one class
-    resemble each other, and an interval that ignores it is too narrow for a statement about other classes.
+    With `groups` (N,), the images' classes, classes are drawn first, then images within each (METHOD section 8.7).
 
-    Shapes: columns (N, k) to (resamples, k), float64. Memory O(N), however many draws there are.
-
-    Raises:
-        ValueError: groups of another length than the columns.
+    Shape: columns (N, k) to (resamples, k), float64.
     """
-    rng = np.random.default_rng(seed)
-    count = len(columns)
-    if groups is not None and len(groups) != count:
-        raise ValueError(f"expected a group for each of {count} images, got {len(groups)}")
-    clusters = None if groups is None or not count else _Clusters(groups)
+    rng, count = np.random.default_rng(seed), len(columns)
     means = np.empty((resamples, columns.shape[1]))
-    together = max(1, DRAWN_TOGETHER // max(count, 1))  # the draws are the same however many are taken at a time
-    for start in range(0, resamples, together):
-        size = min(together, resamples - start)
-        if clusters is None:
-            draws = rng.integers(0, count, (size, count))
-            places = draws + count * np.arange(size)[:, None]
+    if groups is None:
+        together = max(1, DRAWN_TOGETHER // max(count, 1))  # the draws are the same however many are taken at a time
+        for start in range(0, resamples, together):
+            size = min(together, resamples - start)
+            places = rng.integers(0, count, (size, count)) + count * np.arange(size)[:, None]
             weights = np.bincount(places.ravel(), minlength=size * count).reshape(size, count)
             means[start : start + size] = weights @ columns / count
-        else:
-            for row in range(start, start + size):
-                weights = clusters.weights(rng)
-                means[row] = weights @ columns / weights.sum()
+        return means
+    if len(groups) != count:
+        raise ValueError(f"expected a group for each of {count} images, got {len(groups)}")
+    order, sizes = np.argsort(groups, kind="stable"), np.unique(groups, return_counts=True)[1]
+    starts = np.cumsum(sizes) - sizes
+    for row in range(resamples):
+        drawn = rng.integers(0, len(sizes), len(sizes))
+        size = np.repeat(sizes[drawn], sizes[drawn])
+        places = np.repeat(starts[drawn], sizes[drawn]) + (rng.random(len(size)) * size).astype(np.int64)
+        weights = np.bincount(order[places], minlength=count)
+        means[row] = weights @ columns / weights.sum()
     return means
-
-
-class _Clusters:
-    """Images (N,) sorted by group, to draw groups and then images within them."""
-
-    def __init__(self, groups: np.ndarray) -> None:
-        _, self.sizes = np.unique(groups, return_counts=True)
-        self.order = np.argsort(groups, kind="stable")
-        self.starts = np.cumsum(self.sizes) - self.sizes
-
-    def weights(self, rng: np.random.Generator) -> np.ndarray:
-        """How often each image is drawn, (N,)."""
-        drawn = rng.integers(0, len(self.sizes), len(self.sizes))
-        size = np.repeat(self.sizes[drawn], self.sizes[drawn])
-        places = np.repeat(self.starts[drawn], self.sizes[drawn]) + (rng.random(len(size)) * size).astype(np.int64)
-        return np.bincount(self.order[places], minlength=len(self.order))
 
 
 def mean_interval(
@@ -77,10 +59,7 @@ def paired_difference(
 def paired_ratio(
     after: np.ndarray, before: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """(mean(after) / mean(before), low, high): a ratio of means, never a mean of ratios; both (N,), no unit.
-
-    `before` is not negative. NaN where it is 0 everywhere; infinite at an end that the pictures do not bound.
-    """
+    """(mean(after) / mean(before), low, high), a ratio of means; NaN where `before` (at least 0) is 0 everywhere."""
     columns = np.stack([after, before], axis=1).astype(np.float64)
     drawn = resampled_means(columns, groups=groups, resamples=resamples, seed=seed)
     return ratio_interval(columns.mean(0), drawn) if columns[:, 1].any() else (np.nan, np.nan, np.nan)
