@@ -18,7 +18,6 @@ from singreg.analysis.attack import LEVELS, Ascent, Budget, Judged, Reading, asc
 from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.models.edits import NullDroppedClassifier
-from singreg.models.heads import as_features
 from singreg.translator import Translator
 from singreg.utils import atomic_write
 
@@ -71,7 +70,7 @@ class PixelModel:
             logits = self.classifier(seen)
         finally:
             handle.remove()
-        return as_features(captured[0], name), logits
+        return captured[0].flatten(1), logits
 
     def image(self, split: ImageSplit, index: int) -> Tensor:
         """Return an image as the classifier's transform resizes and cuts it, (3, H, W) on the 8-bit grid in [0, 1]."""
