@@ -18,6 +18,7 @@ from singreg.utils import all_reduce_sum
 
 __all__ = ["PRESETS", "TERMS", "SingLoss", "resolve_terms"]
 
+MOMENTUM, CLASS_MOMENTUM = 0.99, 0.9  # of the running feature mean, and of a class's, by its own images alone
 SMALLEST_REFERENCE = 0.1  # degrees
 
 
@@ -54,7 +55,6 @@ class SingLoss(nn.Module):
         ['band', 'capacity', 'class_share', 'hinge', 'leak', 'sing', 'sing_weight']
     """
 
-    momentum, class_momentum = 0.99, 0.9  # of the running feature mean, and of a class's, by its own images alone
     texts: Tensor
     contrast: Tensor
     targets: Tensor
@@ -200,9 +200,9 @@ class SingLoss(nn.Module):
         counts = self._count(labels)
         present, first = counts > 0, self.seen == 0
         batch_mean = sums.sum(0) / counts.sum()
-        self.mean.copy_(torch.where(first.all(), batch_mean, torch.lerp(batch_mean, self.mean, self.momentum)))
+        self.mean.copy_(torch.where(first.all(), batch_mean, torch.lerp(batch_mean, self.mean, MOMENTUM)))
         class_mean = sums / counts.clamp_min(1)[:, None]
-        moved = torch.lerp(class_mean, self.class_means, self.class_momentum)
+        moved = torch.lerp(class_mean, self.class_means, CLASS_MOMENTUM)
         moved = torch.where(first[:, None], class_mean, moved)
         self.class_means.copy_(torch.where(present[:, None], moved, self.class_means))
         self.seen.copy_(torch.maximum(self.seen, present.to(self.seen)))

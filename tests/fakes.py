@@ -1,4 +1,4 @@
-"""Ten-line classifiers with every kind of head, and a tiny open_clip model: the real code paths in milliseconds."""
+"""Ten-line classifiers with every kind of head, untrained timm models, and a tiny open_clip model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from singreg.models.classifier import Classifier
 
 WIDTH, CLASSES = 12, 5
 TINY_CONFIG: dict[str, Any] = {
@@ -100,3 +102,48 @@ def write_tiny_vlm(folder: Path, seed: int = 0) -> str:
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file(tiny_state(seed)[1], folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
+
+
+def used(name: str = "test_resnet", **options: Any) -> Classifier:
+    """An untrained classifier with weights and statistics far from their initial values."""
+    torch.manual_seed(0)
+    classifier = Classifier.from_timm(name, **{"pretrained": False, "num_classes": 7, "image_size": 32, **options})
+    shake(classifier.model)
+    return classifier
+
+
+def on_meta(name: str, **options: Any) -> Classifier:
+    """Shapes without memory: a 300 M parameter model in milliseconds."""
+    with torch.device("meta"):
+        return Classifier.from_timm(name, pretrained=False, **options)
+
+
+def logits_of(model: nn.Module, x: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.eval()(images() if x is None else x)
+    return logits
+
+
+def check_contract(classifier: Classifier, x: Tensor) -> None:
+    """features(x) then logits(features), and W f + b, are what the model itself returns in eval mode."""
+    assert not any(module.training for module in classifier.modules())
+    with torch.no_grad():
+        for parameter in classifier.head.parameters():  # else an untrained network's logits are little but the bias
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        features = classifier.features(x)
+        linear = features @ classifier.weight.T
+        scale = linear.abs().max()
+        assert (features[0] - features[1]).abs().max() > 0
+        if isinstance(own := getattr(classifier.head, "bias", None), Tensor):
+            own.copy_(torch.linspace(-1, 1, len(own)) * scale)
+        expected = classifier.model(x)
+        both = classifier.features_and_logits(x)
+        assert torch.equal(both[0], features)
+        assert torch.equal(both[1], expected)
+        assert torch.equal(classifier(x), expected)
+        bias = classifier.bias
+        for mine in (classifier.logits(features), linear + (0 if bias is None else bias)):
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5 * float(scale))
+    assert features.shape == (len(x), classifier.feature_dim)
+    assert classifier.weight.shape == (expected.shape[1], features.shape[1])
+    assert (classifier.num_classes, classifier.feature_dim) == classifier.weight.shape

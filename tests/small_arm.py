@@ -76,9 +76,7 @@ def small_sing(classifier: Classifier, **options: Any) -> SingLoss:
     generator = torch.Generator().manual_seed(1)
     translator = LinearTranslator(torch.randn(DIM, WIDTH, generator=generator), torch.randn(DIM, generator=generator))
     texts = nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1)
-    momentum = options.pop("momentum", SingLoss.momentum)
     sing = SingLoss(classifier, translator, texts, **{"weight": 0.5, "ramp_steps": 4, **options}).double()
-    sing.momentum = momentum
     class_means = torch.randn(CLASSES, WIDTH, generator=generator)
     return sing.calibrate(class_means.mean(0), class_means, torch.full((CLASSES,), 10.0))
 

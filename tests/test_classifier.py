@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from singreg.models.classifier import Classifier, label_names
 from singreg.models.heads import find_head
-from singreg.nullspace import NullSpace
-from tests.fakes import CLASSES, HEADS, WIDTH, Net, batch_norm_head, images, net, shake
-from tests.reference import formulas
+from tests.fakes import check_contract, images, logits_of, net, on_meta, shake, used
 
 # Architecture, m, head: a third of them has num_features other than m (trap 8); MLP heads, batch norm + linear, 1x1
 # convolutions (resnetv2, dla) and the last layer of a Sequential (efficientvit_b0) among them.
@@ -39,56 +37,10 @@ densenet121 1024 classifier | convnext_base 1024 head.fc | swin_large_patch4_win
 vit_large_patch14_dinov2 1024 head | deit3_large_patch16_224 1024 head | eva02_large_patch14_448 1024 head
 """
 NAMES = ["owl", "apple", "goldfish", "drum", "kite", "snail", "tractor"]
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def rows(text: str) -> list[list[str]]:
     return [each.split() for each in re.split(r"[|\n]", text) if each.strip()]
-
-
-def used(name: str = "test_resnet", **options: Any) -> Classifier:
-    """An untrained classifier with weights and statistics far from their initial values."""
-    torch.manual_seed(0)
-    classifier = Classifier.from_timm(name, **{"pretrained": False, "num_classes": 7, "image_size": 32, **options})
-    shake(classifier.model)
-    return classifier
-
-
-def on_meta(name: str, **options: Any) -> Classifier:
-    """Shapes without memory: a 300 M parameter model in milliseconds."""
-    with torch.device("meta"):
-        return Classifier.from_timm(name, pretrained=False, **options)
-
-
-def logits_of(model: nn.Module, x: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model.eval()(images() if x is None else x)
-    return logits
-
-
-def check_contract(classifier: Classifier, x: Tensor) -> None:
-    """features(x) then logits(features), and W f + b, are what the model itself returns in eval mode."""
-    assert not any(module.training for module in classifier.modules())
-    with torch.no_grad():
-        for parameter in classifier.head.parameters():  # else an untrained network's logits are little but the bias
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-        features = classifier.features(x)
-        linear = features @ classifier.weight.T
-        scale = linear.abs().max()
-        assert (features[0] - features[1]).abs().max() > 0
-        if isinstance(own := getattr(classifier.head, "bias", None), Tensor):
-            own.copy_(torch.linspace(-1, 1, len(own)) * scale)
-        expected = classifier.model(x)
-        both = classifier.features_and_logits(x)
-        assert torch.equal(both[0], features)
-        assert torch.equal(both[1], expected)
-        assert torch.equal(classifier(x), expected)
-        bias = classifier.bias
-        for mine in (classifier.logits(features), linear + (0 if bias is None else bias)):
-            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5 * float(scale))
-    assert features.shape == (len(x), classifier.feature_dim)
-    assert classifier.weight.shape == (expected.shape[1], features.shape[1])
-    assert (classifier.num_classes, classifier.feature_dim) == classifier.weight.shape
 
 
 @pytest.mark.parametrize(("name", "width", "head"), rows(SAMPLE))
@@ -96,25 +48,6 @@ def test_a_small_member_of_each_family_keeps_the_contract(name: str, width: str,
     classifier = used(name)
     assert (classifier.feature_dim, classifier.head_name) == (int(width), head)
     check_contract(classifier, images(2))
-
-
-@pytest.mark.parametrize("kind", HEADS)
-def test_every_kind_of_head_keeps_the_contract_and_its_null_space(kind: str) -> None:
-    """What heads are looked up for (eq. 9), with the projector of the slow formula."""
-    classifier, x = Classifier.from_module(net(kind), head="head"), images(4).double()
-    check_contract(classifier, x)
-    assert (classifier.bias is None) == (kind == "no bias")
-    features, upstream = torch.randn(4, WIDTH, dtype=torch.float64), torch.randn(4, CLASSES).double()
-    removed = features - features @ formulas.null_projector(classifier.weight)
-    assert (removed - features).abs().max() > 0.1
-    torch.testing.assert_close(classifier.logits(removed), classifier.logits(features), atol=1e-11, rtol=0)
-    folded = features @ classifier.weight.T + (0 if classifier.bias is None else classifier.bias)
-    gradients = [
-        torch.autograd.grad((logits * upstream).sum(), list(classifier.head.parameters()))
-        for logits in (folded, classifier.logits(features))
-    ]
-    for mine, own in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, own)
 
 
 @pytest.mark.parametrize(("name", "width", "head"), rows(PAPER))
@@ -138,84 +71,6 @@ def test_the_feature_is_what_timm_calls_pre_logits() -> None:
         assert classifier.feature_dim == model.head_hidden_size
         differing += classifier.feature_dim != model.num_features
     assert differing == 3
-
-
-def test_a_head_with_more_classes_than_features_has_no_null_space() -> None:
-    """Trap 8."""
-    with pytest.raises(ValueError, match=r"\(64 classes, 64 features\).*no null space"):
-        NullSpace.from_weight(used("test_vit", num_classes=64).weight)
-
-
-class CosineLinear(nn.Linear):
-    """A linear layer that normalises its weight and input: no affine map of its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight), self.bias)
-
-
-class Wrapped(nn.Module):
-    """A linear layer `fc`, a second one, and what is made of their logits."""
-
-    def __init__(self, after: Any) -> None:
-        super().__init__()
-        self.fc, self.second, self.after = nn.Linear(48, CLASSES), nn.Linear(48, CLASSES), after
-
-    def forward(self, x: Tensor) -> Any:
-        return self.after(self.fc(x.flatten(1)), self.second(x.flatten(1)))
-
-
-TIED = nn.Linear(48, 48)
-
-
-@pytest.mark.parametrize(
-    ("model", "head", "words"),
-    [
-        (Net(batch_norm_head()), "fc", r"Net has no module 'fc'; its last linear layers are \['head.2'\]"),
-        (Net(batch_norm_head()), "body", "the head 'body' of Net is Sequential and holds no linear layer"),
-        (Net(batch_norm_head()), None, r"Net names no classifier.*from_module\(model, head="),
-        (Net(nn.BatchNorm1d(WIDTH, track_running_stats=False)), "head", "holds no linear layer"),
-        (nn.Sequential(nn.Flatten(), CosineLinear(48, CLASSES)), "1", r"\(CosineLinear\) does not compute f W\^T \+ b"),
-        (Wrapped(lambda a, b: (a + b) / 2), "fc", r"\(3, 5\) is not that of its head 'fc'.*Wrap the model"),
-        (Wrapped(lambda a, b: 3 * a), "fc", r"\(3, 5\) is not that of its head 'fc'"),
-        (Wrapped(lambda a, b: a.softmax(1)), "fc", r"\(3, 5\) is not that of its head 'fc'"),
-        (Wrapped(lambda a, b: {"logits": a}), "fc", "expected logits .* got dict"),
-        (nn.Sequential(nn.Flatten(), nn.Conv2d(4, 2, 3)), "1", "holds no linear layer"),
-        (nn.Sequential(nn.Flatten(), nn.Conv2d(4, 2, 1, groups=2)), "1", "holds no linear layer"),
-        (nn.Sequential(nn.Flatten(2), nn.Linear(16, CLASSES), nn.Flatten()), "1", r"\(3, 3, 16\).*pools before"),
-        (nn.Sequential(nn.Flatten(), TIED, TIED), "1", "'1' was applied 2 times"),
-    ],
-)
-def test_what_has_no_head_of_its_own_is_explained(model: nn.Module, head: Any, words: str) -> None:
-    """The silent way to a wrong report: features and weight of one head, logits of another map."""
-    with pytest.raises(ValueError, match=words):
-        Classifier.from_module(model, head=head).features(images(size=4))
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("vit_large_patch14_dinov2", r"head 'head' of VisionTransformer is Identity.*num_classes=0.*pass num_classes"),
-        ("deit_tiny_distilled_patch16_224", r"2 heads \(head, head_dist\).*without distillation.*wrap"),
-        ("levit_128s", r"2 heads \(head\.linear, .*from_module\(wrapper, head=\"model\.head\.linear\"\)"),
-        ("efficientvim_m1", "4 heads"),
-        ("resnet5O", "timm has no model 'resnet5O'; near are: resnet50"),
-    ],
-)
-def test_timm_models_without_one_head_are_explained(name: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        on_meta(name)
-
-
-@pytest.mark.parametrize("fill", [0.5, float("nan")])
-def test_logits_in_another_dtype_or_copied_are_the_heads(fill: float) -> None:
-    for after in (torch.Tensor.double, torch.Tensor.clone):
-        classifier = Classifier.from_module(Wrapped(lambda a, b, after=after: after(a)), head="fc")
-        nn.init.constant_(classifier.head.get_parameter("bias"), fill)  # NaN is for the loss to report
-        features, logits = classifier.features_and_logits(images(size=4))
-        torch.testing.assert_close(after(classifier.logits(features)), logits, equal_nan=True)
-    for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        wide = nn.Sequential(nn.Flatten(), nn.Linear(3000, 40)).to(dtype)
-        assert Classifier.from_module(wide, head="1").feature_dim == 3000
 
 
 @pytest.mark.parametrize(
@@ -279,16 +134,6 @@ def test_slice_takes_the_rows_in_order(tmp_path: Path, name: str) -> None:
     assert not any(module.training for module in sliced.modules())
     named = Classifier.from_timm(stored, head_mode="slice", class_names=["snail", "owl", "drum"])
     assert named.head_hash() == sliced.head_hash() != whole.head_hash()
-
-
-def test_a_folded_head_is_sliced_and_trains_as_a_whole() -> None:
-    classifier = Classifier.from_module(Net(batch_norm_head()), head="head")
-    expected = logits_of(classifier)[:, [4, 1, 0, 2, 3]]
-    classifier.slice_head([4, 1, 0, 2, 3])
-    torch.testing.assert_close(logits_of(classifier), expected)
-    parameters, statistics = moved_by_a_step(classifier.tune("head").train(), classifier.model)
-    assert parameters == {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
-    assert not statistics
 
 
 def test_new_is_fresh_rows_on_the_same_features(stored: str) -> None:
@@ -402,104 +247,6 @@ def test_a_fixed_size_vision_transformer_is_rebuilt_for_another_size() -> None:
     assert small.features(small.transform(ramp())[None]).shape == (1, 192)
     with pytest.raises(AssertionError, match="doesn't match model"):
         small(images(size=64))
-
-
-def moved_by_a_step(classifier: nn.Module, model: nn.Module) -> tuple[set[str], set[str]]:
-    """Parameters and batch-norm statistics that one AdamW step moves; the decay moves every trained parameter."""
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.5)
-    nn.functional.cross_entropy(classifier(images(4)), torch.arange(4) % CLASSES).backward()
-    optimizer.step()
-    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    statistics = {name for name in moved if name.endswith(STATISTICS)}
-    return moved - statistics, statistics
-
-
-@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "resnetv2_18", "test_vit", "test_convnext"])
-@pytest.mark.parametrize("mode", ["head", "last_stage", "all"])
-def test_exactly_the_trained_parameters_move(name: str, mode: Any) -> None:
-    """Trap 10: and no batch-norm statistics."""
-    classifier = used(name).train().tune(mode)
-    parameters, statistics = moved_by_a_step(classifier, classifier.model)
-    assert parameters == {n for n, p in classifier.model.named_parameters() if p.requires_grad}
-    assert not statistics
-    head = {n for n in parameters if n.startswith(classifier.head_name + ".")}
-    assert len(head) == 2
-    assert (parameters == head) == (mode == "head")
-    assert (parameters == {n for n, _ in classifier.model.named_parameters()}) == (mode == "all")
-
-
-def test_plain_train_mode_moves_a_frozen_backbones_batch_norms() -> None:
-    """The control of trap 10: the same freezing without Classifier.train."""
-    model = used().tune("head").model
-    parameters, statistics = moved_by_a_step(model.train(), model)
-    assert parameters == {"fc.weight", "fc.bias"}
-    assert len(statistics) == sum(name.endswith(STATISTICS) for name in model.state_dict()) > 20
-
-
-@pytest.mark.parametrize(("mode", "beginnings"), [("head", ()), ("last_stage", ("layer4.",)), ("all", ("",))])
-def test_batch_norm_train_moves_statistics_of_trained_parts_only(mode: Any, beginnings: tuple[str, ...]) -> None:
-    classifier = used().tune(mode, batch_norm="train")
-    nn.ModuleList([classifier]).train()  # through a parent
-    _, statistics = moved_by_a_step(classifier, classifier.model)
-    names = {n for n in classifier.model.state_dict() if n.endswith(STATISTICS) and n.startswith(beginnings)}
-    assert statistics == names
-    assert bool(statistics) == (mode != "head")
-    assert not any(module.training for module in nn.ModuleList([classifier]).eval().modules())
-
-
-def test_frozen_parts_have_no_dropout_and_no_random_depth() -> None:
-    classifier, x = used("test_vit", drop_path_rate=0.5, proj_drop_rate=0.5), images()
-    with torch.no_grad():
-        assert torch.equal(classifier.tune("head").train().features(x), classifier.features(x))
-        assert not torch.equal(classifier.tune("all").train().features(x), classifier.features(x))  # the control
-
-
-@pytest.mark.parametrize(
-    "norm", [nn.BatchNorm2d(WIDTH, affine=False), nn.InstanceNorm2d(WIDTH, track_running_stats=True)]
-)
-@pytest.mark.parametrize(("mode", "moves"), [("head", False), ("all", True)])
-def test_statistics_without_parameters_follow_their_surroundings(norm: nn.Module, mode: Any, moves: bool) -> None:
-    """Such a norm has nothing that could be frozen, and its statistics moved with batch_norm="train" in a backbone."""
-    model = Net(nn.Linear(WIDTH, CLASSES))
-    model.body[1] = norm
-    flat = nn.Sequential(*model.body, nn.Flatten(), model.head)
-    classifier = Classifier.from_module(flat, head="5").tune(mode, batch_norm="train").train()
-    assert bool(moved_by_a_step(classifier, flat)[1]) == moves
-
-
-@pytest.mark.parametrize(
-    ("name", "beginning", "share"),  # the first name that trains, and the share of the backbone's parameters that does
-    [
-        *[("resnet50", "layer4.", 0.637), ("tf_efficientnet_b0", "blocks.6.", 0.282)],
-        *[("mobilenetv3_large_100", "blocks.6.", 0.330), ("vit_large_patch16_224", "blocks.23.", 0.042)],
-        *[("convnext_base", "stages.3.", 0.313), ("swin_large_patch4_window7_224", "layers.3.", 0.315)],
-        *[("densenet121", "features.denseblock4.", 0.311), ("vgg16", "pre_logits.", 0.890)],
-        *[("fastvit_t8", "stages.3.", 0.640), ("inception_next_atto", "stages.3.", 0.549)],
-    ],
-)
-def test_last_stage_is_the_last_stage_and_all_that_follows(name: str, beginning: str, share: float) -> None:
-    classifier = on_meta(name).tune("last_stage")
-    head = f"{classifier.head_name}."
-    backbone = {n: p for n, p in classifier.model.named_parameters() if not n.startswith(head)}
-    trained = [n for n, p in backbone.items() if p.requires_grad]
-    assert trained[0].startswith(beginning)
-    assert all(p.requires_grad for p in classifier.head.parameters())
-    total = sum(p.numel() for p in backbone.values())
-    assert sum(backbone[n].numel() for n in trained) / total == pytest.approx(share, abs=0.01)
-    order = list(backbone)  # nothing after the first trained layer is frozen
-    assert order[order.index(trained[0]) :] == trained
-
-
-@pytest.mark.parametrize("name", ["pit_ti_224", "rdnet_tiny"])
-def test_a_model_that_does_not_say_its_stages(name: str) -> None:
-    classifier = on_meta(name)
-    with pytest.raises(ValueError, match=r"does not say its stages.*use tuning head or all"):
-        classifier.tune("last_stage")
-    assert all(p.requires_grad for p in classifier.tune("all").parameters())
-    with pytest.raises(ValueError, match="got 'stage'"):
-        classifier.tune("stage")  # type: ignore[arg-type]
 
 
 def check_reload(classifier: Classifier, folder: Path, size: int = 32) -> Any:
