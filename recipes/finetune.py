@@ -10,16 +10,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import pandas as pd
 
 from singreg.analysis.comparison import Measured, audit_gap, compare_arms, finetune_warnings, no_claim, verdict
 from singreg.analysis.fitting import FittedTranslator, fit_on_split, reference_image_scores
 from singreg.analysis.scores import analyze_model
-from singreg.checkpoints import Checkpoints, Stage, fingerprints, refuse_other_inputs, stage
+from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
 from singreg.config import FinetuneConfig, parse
 from singreg.data.datasets import Splits
-from singreg.loop import finish, follow, own_random_numbers, prepare_arm, resume, save, steps
+from singreg.loop import Arm, own_random_numbers, watch
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
@@ -32,7 +33,6 @@ from singreg.setup import Setup, prepare, try_one_batch
 from singreg.tables import score_table
 from singreg.task import describe_training, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
-from singreg.watching import log_watched, watch
 
 READING = (
     "Means over the same test images with 95 % bootstrap intervals. AS⁻: what removing the null space takes from the "
@@ -86,21 +86,17 @@ def audit(
 ) -> tuple[FittedTranslator, Measured]:
     """Fit the auditor on images that training never uses and measure the test split with it and the translators."""
     auditor = fit(config, setup, classifier, "audit")
-    judges = {**translators, "auditor": auditor.translator}
-    test, mean, invariance = (setup.splits.test, setup.embeddings["test"]), auditor.mean, config.model.invariance
-    measured = analyze_model(
-        classifier, *test, setup.texts, judges, mean=mean, invariance=invariance, settings=setup.passes
-    )
-    return auditor, measured
+    judges, test = {**translators, "auditor": auditor.translator}, (setup.splits.test, setup.embeddings["test"])
+    options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
+    return auditor, analyze_model(classifier, *test, setup.texts, judges, mean=auditor.mean, **options)
 
 
 def measure_before(config: FinetuneConfig, setup: Setup, run: Run) -> Stage:
     """Fit the loop's translator on the starting classifier, take the references of the loss and measure."""
     classifier, bank = setup.classifier.eval(), (setup.splits.bank, setup.embeddings["bank"])
     loop = fit(config, setup, classifier, "bank")
-    reference = reference_image_scores(
-        classifier, *bank, loop, invariance=config.model.invariance, settings=setup.passes
-    )
+    options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
+    reference = reference_image_scores(classifier, *bank, loop, **options)
     _, measured = audit(config, setup, classifier, {"frozen": loop.translator})
     if run.accelerator.is_main_process:
         loop.translator.save(run.folder / "translator-before.safetensors")
@@ -141,23 +137,22 @@ def train(
     """Train a classifier with cross-entropy, and SingLoss where given; return it with its judges."""
     accelerator, bank = run.accelerator, (setup.splits.bank, setup.embeddings["bank"])
     keeper = LoopTranslator(frozen, *bank, config.translator, accelerator, config.model.invariance, setup.passes)
-    arm = prepare_arm(name, classifier, sing, keeper, setup.splits.train, config, accelerator)
-    checkpoints = Checkpoints(run.folder / "checkpoints" / name, accelerator)
+    folder = run.folder / "checkpoints" / name
+    arm = Arm(name, classifier, sing, keeper, setup.splits.train, config, accelerator, folder)
     track(accelerator, name, config)
     with own_random_numbers(accelerator, config.seed), StopRequest(accelerator) as stop:
-        for step in steps(arm, resume(arm, checkpoints)):
+        for step in arm.steps(arm.resume()):
             log(accelerator, {f"train/{figure}": value for figure, value in step.figures.items()}, step.number)
             if stop.came():  # looked for before the translator's refresh, which may encode a million images
-                save(arm, checkpoints, replace(step.position, due=True))
+                arm.save(replace(step.position, due=True))
                 stop.end()
-            follow(arm, step)
+            arm.follow(step)
             if step.ends_epoch:
                 judges = {"frozen": frozen, **keeper.current(sing)}
-                for tag, scores in watch(classifier, setup, judges, config.model.invariance).items():
-                    log_watched(accelerator, f"watch/{tag}", scores, step.number)
+                watch(classifier, setup, judges, config.model.invariance, accelerator, step.number)
             if step.ends_epoch or step.number % config.training.checkpoint_every == 0:
-                save(arm, checkpoints, step.position)
-    return finish(arm), {"frozen": frozen, **keeper.current(sing)}
+                arm.save(step.position)
+    return arm.finish(), {"frozen": frozen, **keeper.current(sing)}
 
 
 def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, Measured]) -> None:

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if work.arm.train != "none":  # complaints come before any work
                 micro_batch(work.config, accelerator)
                 refuse_batch_norm(work.config, accelerator)
-                Schedule.from_config(work.config, len(setup.splits.train))
+                Schedule(work.config, len(setup.splits.train))
         setup, validation = hold_out(setup, config.validation_per_class)
         if config.dry_run:
             dry_run(Shared(config, run, setup, validation), works)
@@ -286,7 +286,7 @@ def dry_run(shared: Shared, works: Sequence[Work]) -> None:
     print(f"one batch: features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}")
     for work in works:
         arm = work.arm
-        total = Schedule.from_config(work.config, len(setup.splits.train)).total if arm.train != "none" else 0
+        total = Schedule(work.config, len(setup.splits.train)).total if arm.train != "none" else 0
         source = f", from {arm.weights_from}" if arm.weights_from else ""
         print(f"{arm.name}, seed {work.seed}: train {arm.train}{source}, {total} steps; {arm.note}")
     print("dry run: nothing was trained, no run folder was made")

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pandas as pd
@@ -25,20 +26,15 @@ from singreg.setup import Setup
 from singreg.utils import atomic_write, plain, seed_process, write_json
 
 logger = get_logger(__name__)
-KEEP = 2
-"""Checkpoints of an arm that stay."""
+KEEP = 2  # checkpoints of an arm that stay
 BROKEN = (OSError, ValueError, TypeError, KeyError, SafetensorError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where an arm stands.
+    """Where an arm stands: optimiser steps done, the epoch, micro-batches of it already used.
 
-    Args:
-        step: optimiser steps done.
-        epoch: the current one.
-        batches: micro-batches of it already used.
-        due: what follows this step (the translator's refresh, the curves) is still to be done.
+    due: what follows this step (the translator's refresh, the curves) is still to be done.
     """
 
     step: int = 0
@@ -51,15 +47,13 @@ class Checkpoints:
     """The last checkpoints of one arm, each a folder that accelerate fills under another name and that is then renamed.
 
     Args:
-        folder: of the arm's checkpoints.
         accelerator: holds the prepared task, optimiser and schedule.
-        keep: how many stay.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int = KEEP) -> None:
-        self.folder, self.accelerator, self.keep = folder, accelerator, keep
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+        self.folder, self.accelerator = folder, accelerator
 
-    def save(self, position: Position, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def save(self, position: Position, tensors: Mapping[str, Tensor]) -> None:
         """Save the training's state, the position and further tensors, which are the same on every process."""
         target = self.folder / f"step-{position.step:08d}"
         temporary = self.folder / f".writing-{position.step:08d}"
@@ -71,23 +65,22 @@ class Checkpoints:
         self.accelerator.save_state(str(temporary), safe_serialization=True)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            save_file(_on_cpu(tensors or {}), temporary / "tensors.safetensors")
+            save_file(_on_cpu(tensors), temporary / "tensors.safetensors")
             sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
             place = {**asdict(position), "processes": self.accelerator.num_processes, "files": sizes}
             write_json(temporary / "position.json", place)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
-            others = [path for path in sorted(self.folder.glob("step-*")) if path != target]
-            for old in others[: len(others) - self.keep + 1]:
+            others = sorted(path for path in self.folder.glob("step-*") if path != target)
+            for old in others[: len(others) - KEEP + 1]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def load_latest(self, *, seed: int = 0) -> tuple[Position, dict[str, Tensor]]:
+    def load_latest(self, *, seed: int) -> tuple[Position, dict[str, Tensor]]:
         """Restore the newest whole checkpoint; without one, the position is the beginning.
 
-        The main process chooses, or processes could go on from different ones; a broken checkpoint is named, renamed to
-        broken-..., and the one before it is used. On another number of processes the run goes on, but not to the bit,
-        which is said; a process that has no random state in it draws from (seed, its number, step).
+        The main process chooses, or processes could go on from different ones. On another number of processes the run
+        goes on, but not to the bit; a process without a random state in it draws from (seed, its number, step).
         """
         chosen = [self._newest() if self.accelerator.is_main_process else None]
         broadcast_object_list(chosen)
@@ -97,22 +90,22 @@ class Checkpoints:
         self.accelerator.load_state(str(folder))
         if self.accelerator.is_main_process:
             logger.info("resuming from %s (step %d)", folder, position.step)
-        if processes != self.accelerator.num_processes:
-            logger.warning(
-                "%s was written by %d process(es), this run has %d: it goes on, but not to the same bits",
-                *(folder, processes, self.accelerator.num_processes),
-            )
-            if self.accelerator.process_index >= processes:
-                seed_process(seed, self.accelerator.process_index, position.step)
+        now, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if processes != now:
+            said = "%s was written by %d process(es), this run has %d: it goes on, but not to the same bits"
+            logger.warning(said, folder, processes, now)
+            if rank >= processes:
+                seed_process(seed, rank, position.step)
         return position, load_file(folder / "tensors.safetensors")
 
     def _newest(self) -> tuple[Path, Position, int] | None:
+        """Find the newest whole checkpoint; broken ones are named and renamed, or they would crowd out new ones."""
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 return folder, *_whole(folder)
             except BROKEN as error:
                 logger.warning("checkpoint %s is broken (%s); trying the one before", folder, error)
-                _set_aside(folder)
+                os.replace(folder, mkdtemp(prefix=f"broken-{folder.name}-", dir=self.folder))
         return None
 
 
@@ -135,15 +128,6 @@ def _whole(folder: Path) -> tuple[Position, int]:
     return Position(**stored), processes
 
 
-def _set_aside(folder: Path) -> None:
-    """Rename a broken checkpoint, so that it is neither counted nor chosen again; nothing is overwritten."""
-    target, number = folder.with_name(f"broken-{folder.name}"), 1
-    while target.exists():
-        number += 1
-        target = folder.with_name(f"broken-{folder.name}-{number}")
-    os.rename(folder, target)
-
-
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
@@ -152,10 +136,7 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Stage:
     """What a finished stage of a run ("before", "control", "sing") leaves.
 
-    Args:
-        rows: figures of every image.
-        figures: everything else that was measured, JSON-able.
-        tensors, notes: what later stages need, any shapes; JSON-able.
+    Rows and figures are what was measured; tensors and notes (JSON-able) are what later stages need.
     """
 
     rows: pd.DataFrame
@@ -167,8 +148,7 @@ class Stage:
 def stage(run: Run, name: str, compute: Callable[[], Stage]) -> Stage:
     """Return a stage's result: read back from the run's folder where it had finished, else computed, timed and stored.
 
-    The JSON is written last and marks the stage as done. A fresh stage is what a stored one would be: figures that are
-    not defined are None.
+    The JSON is written last and marks the stage as done. Figures that are not defined are None, fresh or stored.
     """
     folder = run.folder / "checkpoints" / "stages" / name
     done = folder / "stage.json"
@@ -194,9 +174,9 @@ def stage(run: Run, name: str, compute: Callable[[], Stage]) -> Stage:
 
 def fingerprints(setup: Setup) -> dict[str, str]:
     """Return hashes of all that a run starts from beside its configuration, by what they are called in messages."""
-    names = ("train", "bank", "audit", "test")
+    images = {f"{name} images": getattr(setup.splits, name).fingerprint for name in ("train", "bank", "audit", "test")}
     return {
-        **{f"{name} images": getattr(setup.splits, name).fingerprint for name in names},
+        **images,
         "starting classifier": hash_of_state(setup.classifier.model),
         "classifier's preprocessing": setup.info.classifier_preprocessing,
         "vision-language model": setup.info.vlm_weights_hash,
@@ -205,29 +185,18 @@ def fingerprints(setup: Setup) -> dict[str, str]:
 
 
 def refuse_other_inputs(run: Run, inputs: Mapping[str, str]) -> None:
-    """Note what a run starts from, or, when it is resumed, see that this is still the same.
-
-    Raises:
-        OtherRunError: it is not; names what differs.
-    """
+    """Note what a run starts from; refuse to resume with other inputs by an `OtherRunError` that names them."""
     path = run.folder / "checkpoints" / "inputs.json"
-    if path.is_file() and (other := other_inputs(json.loads(path.read_text(encoding="utf-8")), inputs)):
-        raise OtherRunError(
-            f"{path}: the run was begun with {other}, so this would not be the same run; resume where they are as they "
-            "were, or use another --out"
-        )
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in {**stored, **inputs} if stored.get(name) != inputs.get(name)]
+        said = [f"other {name} (then {stored.get(name, '')[:8]}, now {inputs.get(name, '')[:8]})" for name in other]
+        if said:
+            raise OtherRunError(
+                f"{path}: the run was begun with {', '.join(said)}, so this would not be the same run; resume where "
+                "they are as they were, or use another --out"
+            )
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process and not path.is_file():
         write_json(path, inputs)
     run.accelerator.wait_for_everyone()
-
-
-def other_inputs(stored: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Say what differs, with the beginnings of both hashes; empty where nothing does.
-
-    Example:
-        >>> other_inputs({"test images": "aaaaaaaaaa", "texts": "b"}, {"test images": "cccccccccc", "texts": "b"})
-        'other test images (then aaaaaaaa, now cccccccc)'
-    """
-    names = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
-    return ", ".join(f"other {name} (then {str(stored.get(name))[:8]}, now {str(now.get(name))[:8]})" for name in names)

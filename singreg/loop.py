@@ -3,72 +3,43 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, synchronize_rng_states
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from singreg import task as tasks
+from singreg.analysis.features import iterate_features
 from singreg.checkpoints import Checkpoints, Position
 from singreg.config import FinetuneConfig
 from singreg.data.datasets import ImageSplit, make_loader
 from singreg.data.embeddings import take_rows
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
+from singreg.metrics import SemanticLeakage
 from singreg.models.classifier import Classifier
-from singreg.task import (
-    FinetuneTask,
-    Schedule,
-    balance,
-    measure_gradients,
-    micro_batch,
-    parameter_groups,
-    ramp_begins,
-    synchronise_batch_norm,
-    train_head_only,
-    trained_backbone,
-)
+from singreg.nullspace import Invariance, NullSpace
+from singreg.plots import panels, styled
+from singreg.setup import Setup
+from singreg.translator import LinearTranslator
 from singreg.utils import broadcast_from_first, progress, seed_process
 
 CLIP = 1.0  # the gradient's norm is clipped to this
 LOG_EVERY = 10  # optimiser steps between points of the curves
+WATCHED = 256  # held-out images of a point of AS and IS
 SKIPPED = 20  # steps in a row that fp16's scaler may skip: 2^20 is more than its whole range of scales from the first
 
 
 class TrainingFailed(RuntimeError):
     """The loss or its gradient became NaN or infinite; names the arm, the step and the images."""
-
-
-@dataclass
-class Arm:
-    """One arm's model, optimiser and data as accelerate prepared them.
-
-    Args:
-        plain: the task without DDP around it.
-        sampler: of the loader; it takes the epoch.
-        translator: None in the control.
-        skipped: steps in a row that fp16's scaler skipped.
-    """
-
-    name: str
-    config: FinetuneConfig
-    accelerator: Accelerator
-    split: ImageSplit
-    schedule: Schedule
-    task: nn.Module
-    plain: FinetuneTask
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    loader: DataLoader[Any]
-    sampler: Any
-    translator: LoopTranslator | None
-    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,151 +56,141 @@ class Step:
         return self.position.step
 
 
-def prepare_arm(
-    name: str,
-    classifier: Classifier,
-    sing: SingLoss | None,
-    translator: LoopTranslator | None,
-    split: ImageSplit,
-    config: FinetuneConfig,
-    accelerator: Accelerator,
-) -> Arm:
-    """Set the seed, wrap classifier and loss into one task and prepare it with optimiser, schedule and data.
+class Arm:
+    """One arm's model, optimiser and data, prepared by accelerate, and the steps that train it.
 
     Seed, order of the images and schedule do not depend on the arm. Micro-batches are shuffled; with SingLoss and an
-    augmentation each has a second view, the one the vision-language model saw.
+    augmentation each has a second view, the one the vision-language model saw. Without SingLoss nobody needs `keeper`.
+
+    Args:
+        folder: of the arm's checkpoints.
     """
-    set_seed(config.seed)
-    synchronise_batch_norm(classifier, config, accelerator)
-    plain = FinetuneTask(classifier, sing, l2_sp=config.training.l2_sp, compile=config.model.compile)
-    optimizer = torch.optim.AdamW(parameter_groups(classifier, config))
-    schedule = Schedule.from_config(config, len(split))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.learning_rate_factor)
-    augmentation = config.data.augmentation
-    loader = make_loader(
-        split,
-        classifier.train_transform(augmentation),
-        micro_batch(config, accelerator),
-        clean_transform=classifier.transform if sing is not None and augmentation != "none" else None,
-        shuffle=True,
-        seed=config.seed,
-        workers=config.data.workers,
-        drop_last=True,
-    )
-    sampler = loader.sampler
-    prepared = accelerator.prepare(plain, optimizer, scheduler, loader)
-    if sing is None or translator is None:
-        translator = None
-    elif translator.streams:
-        translator.refresh(classifier, sing)
-    task, optimizer, scheduler, loader = prepared
-    return Arm(
-        name=name,
-        config=config,
-        accelerator=accelerator,
-        split=split,
-        schedule=schedule,
-        task=task,
-        plain=plain,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        loader=loader,
-        sampler=sampler,
-        translator=translator,
-    )
 
+    def __init__(
+        self,
+        name: str,
+        classifier: Classifier,
+        sing: SingLoss | None,
+        keeper: LoopTranslator,
+        split: ImageSplit,
+        config: FinetuneConfig,
+        accelerator: Accelerator,
+        folder: Path,
+    ) -> None:
+        set_seed(config.seed)
+        tasks.synchronise_batch_norm(classifier, config, accelerator)
+        self.name, self.split, self.config, self.accelerator = name, split, config, accelerator
+        self.plain = tasks.FinetuneTask(classifier, sing, l2_sp=config.training.l2_sp, compile=config.model.compile)
+        self.schedule = tasks.Schedule(config, len(split))
+        optimizer = torch.optim.AdamW(tasks.parameter_groups(classifier, config))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate_factor)
+        augmentation = config.data.augmentation
+        loader = make_loader(
+            split,
+            classifier.train_transform(augmentation),
+            tasks.micro_batch(config, accelerator),
+            clean_transform=classifier.transform if sing is not None and augmentation != "none" else None,
+            shuffle=True,
+            seed=config.seed,
+            workers=config.data.workers,
+            drop_last=True,
+        )
+        self.sampler: Any = loader.sampler  # takes the epoch
+        prepared = accelerator.prepare(self.plain, optimizer, scheduler, loader)
+        self.task, self.optimizer, self.scheduler, self.loader = prepared
+        self.translator = keeper if sing is not None else None
+        if sing is not None and keeper.streams:
+            keeper.refresh(classifier, sing)
+        self.checkpoints = Checkpoints(folder, accelerator)
+        self.skipped = 0  # steps in a row that fp16's scaler skipped
 
-def resume(arm: Arm, checkpoints: Checkpoints) -> Position:
-    """Restore the newest checkpoint of an arm, with the sums of its translator; return where it stands."""
-    position, tensors = checkpoints.load_latest(seed=arm.config.seed)
-    if arm.translator is not None and tensors:
-        arm.translator.statistics.load_state_dict(tensors)
-    return position
+    def resume(self) -> Position:
+        """Restore the newest checkpoint, with the sums of the translator; return where the arm stands."""
+        position, tensors = self.checkpoints.load_latest(seed=self.config.seed)
+        if self.translator is not None and tensors:
+            self.translator.statistics.load_state_dict(tensors)
+        return position
 
+    def save(self, position: Position) -> None:
+        """Write a checkpoint, with the sums of the translator where it streams."""
+        keeper = self.translator
+        sums = keeper.statistics.state_dict() if keeper is not None and keeper.streams else {}
+        self.checkpoints.save(position, sums)
 
-def save(arm: Arm, checkpoints: Checkpoints, position: Position) -> None:
-    """Write a checkpoint of an arm, with the sums of its translator where it streams."""
-    streams = arm.translator is not None and arm.translator.streams
-    checkpoints.save(position, arm.translator.statistics.state_dict() if streams and arm.translator else None)
+    def steps(self, start: Position) -> Iterator[Step]:
+        """Train from a position to the end, yielding after every optimiser step.
 
+        A position whose due work was not done is yielded again first. What the caller does between two steps (see
+        `follow`) comes before the next one. `TrainingFailed` comes before anything is updated with what is not finite.
+        """
+        shown, total = self.accelerator.is_local_main_process, self.schedule.total
+        return progress(self._steps(start), f"training {self.name}", total=total, done=start.step, enabled=shown)
 
-def steps(arm: Arm, start: Position) -> Iterator[Step]:
-    """Train from a position to the end, yielding after every optimiser step.
+    def follow(self, step: Step) -> None:
+        """Let the loop's translator follow the classifier after a step: a refresh, or streaming's solution."""
+        classifier, sing, keeper = self.plain.classifier, self.plain.sing, self.translator
+        if sing is None or keeper is None:
+            return
+        if step.number in self.schedule.refresh_at:
+            keeper.refresh(classifier, sing)
+        if keeper.streams:
+            keeper.step_ended(step.number, classifier, sing)
 
-    A position whose due work was not done is yielded again first. What the caller does between two steps (see `follow`)
-    comes before the next one.
+    def finish(self) -> Classifier:
+        """Return the trained classifier, unwrapped and in eval mode; accelerate lets go of the arm."""
+        self.accelerator.free_memory()
+        return self.plain.classifier.eval()
 
-    Raises:
-        TrainingFailed: a loss or gradient that is not finite; nothing was updated with it.
-    """
-    described = f"training {arm.name}"
-    shown = arm.accelerator.is_local_main_process
-    return progress(_steps(arm, start), described, total=arm.schedule.total, done=start.step, enabled=shown)
+    def _steps(self, start: Position) -> Iterator[Step]:
+        accelerator, per_epoch = self.accelerator, self.schedule.steps_per_epoch
+        step, micro_steps = start.step, per_epoch * accelerator.gradient_accumulation_steps
+        if start.due:
+            yield Step(replace(start, due=False), step % per_epoch == 0, {})
+        for epoch in range(start.epoch, self.config.training.epochs):
+            used = start.batches if epoch == start.epoch else 0
+            batches: Any = accelerator.skip_first_batches(self.loader, used) if used else self.loader
+            # A prepared loader sets its own count of epochs when it starts, and counts only those it was read to the
+            # end of. It does not find the sampler when batches are skipped on several processes.
+            batches.set_epoch(epoch)
+            self.sampler.set_epoch(epoch)
+            self._train_mode(step)
+            for batch in itertools.islice(batches, micro_steps - used):
+                outputs = micro_step(self, batch, step)
+                used += 1
+                if accelerator.sync_gradients:
+                    step += 1
+                    figures = self._averaged(outputs) if step % LOG_EVERY == 0 else {}
+                    yield Step(Position(step, epoch, used), step % per_epoch == 0, figures)
+                    self._train_mode(step)
 
+    def _train_mode(self, step: int) -> None:
+        self.task.train()
+        if step < self.schedule.head_only:
+            tasks.train_head_only(self.plain.classifier)
 
-def follow(arm: Arm, step: Step) -> None:
-    """Let the loop's translator follow the classifier after a step: a refresh, or streaming's solution, where due."""
-    sing = arm.plain.sing
-    if sing is None or arm.translator is None:
-        return
-    if step.number in arm.schedule.refresh_at:
-        arm.translator.refresh(arm.plain.classifier, sing)
-    if arm.translator.streams:
-        arm.translator.step_ended(step.number, arm.plain.classifier, sing)
-
-
-def finish(arm: Arm) -> Classifier:
-    """Return the trained classifier, unwrapped and in eval mode; accelerate lets go of the arm."""
-    classifier = arm.plain.classifier
-    arm.accelerator.free_memory()
-    return classifier.eval()
-
-
-def _steps(arm: Arm, start: Position) -> Iterator[Step]:
-    accelerator, per_epoch = arm.accelerator, arm.schedule.steps_per_epoch
-    step, micro_steps = start.step, per_epoch * accelerator.gradient_accumulation_steps
-    if start.due:
-        yield Step(replace(start, due=False), step % per_epoch == 0, {})
-    for epoch in range(start.epoch, arm.config.training.epochs):
-        used = start.batches if epoch == start.epoch else 0
-        batches: Any = accelerator.skip_first_batches(arm.loader, used) if used else arm.loader
-        # A prepared loader sets its own count of epochs when it starts, and counts only those it was read to the end
-        # of. It does not find the sampler when batches are skipped on several processes.
-        batches.set_epoch(epoch)
-        arm.sampler.set_epoch(epoch)
-        _train_mode(arm, step)
-        for batch in itertools.islice(batches, micro_steps - used):
-            outputs = micro_step(arm, batch, step)
-            used += 1
-            if accelerator.sync_gradients:
-                step += 1
-                yield Step(Position(step, epoch, used), step % per_epoch == 0, _figures(arm, outputs, step))
-                _train_mode(arm, step)
-
-
-def _train_mode(arm: Arm, step: int) -> None:
-    arm.task.train()
-    if step < arm.schedule.head_only:
-        train_head_only(arm.plain.classifier)
+    def _averaged(self, outputs: dict[str, Tensor]) -> dict[str, float]:
+        names = sorted(outputs)
+        values = torch.stack([outputs[name].detach().float().to(self.accelerator.device) for name in names])
+        return dict(zip(names, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
 
 
 def micro_step(arm: Arm, batch: Sequence[Tensor], step: int) -> dict[str, Tensor]:
     """Run forward and backward of one micro-batch, and the optimiser's step where it is the last of its batch."""
     *views, labels, indices = batch
-    accelerator, task = arm.accelerator, arm.plain
+    accelerator, keeper = arm.accelerator, arm.translator
     with accelerator.accumulate(arm.task):
-        measured = _balance(arm, views, labels, step)
+        norms = _balance(arm, views, labels, step)
         with accelerator.autocast():
             outputs: dict[str, Tensor] = arm.task(views[0], labels, *views[1:])
-        outputs.update(measured)
+        outputs.update(norms)
         if not bool(torch.isfinite(outputs["loss"])):
             raise TrainingFailed(_failure(arm, "loss", outputs, indices, step))
         accelerator.backward(outputs["loss"])
-        if arm.translator is not None and arm.translator.streams and task.seen_features is not None:
-            arm.translator.observe(task.seen_features, indices)
+        if keeper is not None and keeper.streams and arm.plain.seen_features is not None:
+            keeper.observe(arm.plain.seen_features, indices)
         if accelerator.sync_gradients:
             if step < arm.schedule.head_only:
-                for parameter in trained_backbone(task.classifier):
+                for parameter in tasks.trained_backbone(arm.plain.classifier):
                     parameter.grad = None  # AdamW passes it over: no step, no decay, no moments
             outputs["gradient_norm"] = torch.as_tensor(accelerator.clip_grad_norm_(arm.task.parameters(), CLIP))
             _check_gradient(arm, outputs, indices, step)
@@ -250,29 +211,15 @@ def _check_gradient(arm: Arm, outputs: dict[str, Tensor], indices: Tensor, step:
         raise TrainingFailed(_failure(arm, what, outputs, indices, step))
 
 
-def _log_due(arm: Arm, step: int) -> bool:
-    return arm.accelerator.sync_gradients and step % LOG_EVERY == 0
-
-
 def _balance(arm: Arm, views: Sequence[Tensor], labels: Tensor, step: int) -> dict[str, Tensor]:
     """Balance λ where its ramp begins, on that step's first micro-batch; both norms where the log wants them."""
     sing, share = arm.plain.sing, arm.config.loss.balance
-    if sing is None or share <= 0:
+    logged = arm.accelerator.sync_gradients and (step + 1) % LOG_EVERY == 0
+    if sing is None or share <= 0 or not (logged or tasks.ramp_begins(sing)):
         return {}
-    begins = ramp_begins(sing)
-    if not (begins or _log_due(arm, step + 1)):
-        return {}
-    norms = measure_gradients(arm.plain, views[0], labels, *views[1:])
-    return (balance(sing, norms, share) if begins else norms).figures()
-
-
-def _figures(arm: Arm, outputs: dict[str, Tensor], step: int) -> dict[str, float]:
-    """Figures for the log, averaged over processes, where a point is due."""
-    if not _log_due(arm, step):
-        return {}
-    names = sorted(outputs)
-    values = torch.stack([outputs[name].detach().float().to(arm.accelerator.device) for name in names])
-    return dict(zip(names, arm.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+    begins, norms = tasks.ramp_begins(sing), tasks.measure_gradients(arm.plain, views[0], labels, *views[1:])
+    ce, weighted = tasks.balance(sing, norms, share) if begins else norms
+    return {"gradient_ce": torch.tensor(ce), "gradient_sing": torch.tensor(weighted)}
 
 
 def _failure(arm: Arm, what: str, outputs: dict[str, Tensor], indices: Tensor, step: int) -> str:
@@ -282,6 +229,52 @@ def _failure(arm: Arm, what: str, outputs: dict[str, Tensor], indices: Tensor, s
         f"arm {arm.name!r}: the {what} is not finite at step {step + 1} ({terms}); nothing was updated with it. Images "
         f"of the batch: {images}. Lower training.learning_rate or loss.weight and use another --out"
     )
+
+
+def watch(
+    classifier: Classifier,
+    setup: Setup,
+    translators: Mapping[str, LinearTranslator],
+    invariance: Invariance,
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """Log AS and IS of some labelled audit images by each translator: curves, no evidence; every process calls it."""
+    split = setup.splits.audit
+    labelled = np.flatnonzero(split.labels >= 0)
+    if not len(labelled):
+        return
+    # Evenly spaced, so that every class is among them however the split is ordered.
+    chosen = labelled[torch.linspace(0, len(labelled) - 1, min(WATCHED, len(labelled))).long().numpy()]
+    space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(setup.texts.device)
+    metrics = {f"watch/{name}": SemanticLeakage(setup.texts).to(setup.texts.device) for name in translators}
+    passes, embeddings = replace(setup.passes, progress=False), setup.embeddings["audit"][chosen]
+    for batch in iterate_features(classifier, split.subset(chosen), embeddings, passes, "watching"):
+        removed = space.remove(batch.features)
+        for name, translator in translators.items():
+            metrics[f"watch/{name}"].update(translator(batch.features), translator(removed), batch.labels)
+    for tag, scores in metrics.items():
+        accelerator.log({f"{tag}/{name}": float(value) for name, value in scores.compute().items()}, step=step)
+        image = _histogram(scores)
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({f"{tag}/histogram": image}, step=step, **layout)
+
+
+def _histogram(scores: SemanticLeakage) -> np.ndarray:
+    """Draw AS and IS of all processes' images as one image (1, height, width, 3)."""
+    with scores.sync_context():  # torchmetrics sums over processes in `compute`, but not where the state is read
+        counts = scores.histogram.cpu().numpy()
+    figure, (axes,) = panels(width=5.0, height=3.2)
+    places = np.linspace(-180, 180, counts.shape[1], endpoint=False)
+    for name, values in zip(("AS", "IS"), counts, strict=True):
+        axes.hist(places, bins=90, range=(-180, 180), weights=values, alpha=0.6, label=name)
+    styled(axes).set_xlabel("degrees")
+    axes.legend()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba())[None, ..., :3]  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -301,33 +294,21 @@ def own_random_numbers(accelerator: Accelerator, seed: int) -> Iterator[None]:
 
 
 def train_head(
+    name: str,
     classifier: Classifier,
     sing: SingLoss | None,
     features: np.ndarray,
     labels: np.ndarray,
     config: FinetuneConfig,
-    *,
-    name: str = "head",
 ) -> Classifier:
-    """Train W and b on stored features by AdamW on CE + SingLoss, in place; return the classifier in eval mode.
+    """Train W and b on stored features (N, m) by AdamW on CE + SingLoss, in place; return the classifier in eval mode.
 
-    The schedule is that of fine-tuning. The features stay as they are, so the loop's translator needs no refresh. Every
-    process trains on whole batches, and the first one's head goes to all. The order of the images depends on the seed.
-
-    Shape:
-        features (N, m), labels (N,).
-
-    Raises:
-        TrainingFailed: a loss or gradient that is not finite.
-        ValueError: features that do not fit the head or the labels.
+    The schedule is that of fine-tuning, and the loop's translator needs no refresh. Every process trains on whole
+    batches, and the first one's head goes to all. The order of the images depends on the seed.
     """
-    if features.ndim != 2 or features.shape[1] != classifier.feature_dim or labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"expected features (N, {classifier.feature_dim}) and labels (N,), got {features.shape} and {labels.shape}"
-        )
-    training, schedule = config.training, Schedule.from_config(config, len(labels))
+    training, schedule = config.training, tasks.Schedule(config, len(labels))
     classifier.tune("head", batch_norm=config.model.batch_norm).train()
-    optimizer = torch.optim.AdamW(parameter_groups(classifier, config))
+    optimizer = torch.optim.AdamW(tasks.parameter_groups(classifier, config))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.learning_rate_factor)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if sing is not None:
@@ -354,12 +335,7 @@ def train_head(
 
 
 def head_batches(count: int, size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield the rows (size,) of every step: each epoch in an order that seed and epoch fix, no incomplete batch.
-
-    Example:
-        >>> [rows.shape for rows in head_batches(7, 3, 2, seed=0)]
-        [(3,), (3,), (3,), (3,)]
-    """
+    """Yield the rows (size,) of every step: each epoch in an order that seed and epoch fix, no incomplete batch."""
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(count)
         yield from (order[start : start + size] for start in range(0, count - size + 1, size))

@@ -18,21 +18,14 @@ from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.translator import LinearTranslator
 
-FORGETTING = 0.99
-"""A step of streaming multiplies the sums by this, so that features of an older backbone fade."""
+FORGETTING = 0.99  # a step of streaming multiplies the sums by this, so that features of an older backbone fade
 
 
 class LoopTranslator:
-    """Keeps the translator that the loss reads current: refits on the bank, streaming sums (METHOD section 6).
+    """Keeps the loss's translator current, at the ridge of the `first`: refits on the bank, and streaming sums.
 
-    A refit is in closed form, at the ridge chosen in the beginning. With `stream_every` > 0 the bank's sums go on with
-    the features of the training batches and the stored embeddings of the same images, the older ones fading at every
-    step; a refresh begins them anew from the bank.
-
-    Args:
-        first: fitted on the starting classifier.
-        bank: its first images are the training split in its order.
-        embeddings: (N, n) of the bank.
+    With `stream_every` > 0 the bank's sums go on with the features of the training batches and the stored embeddings
+    (N, n) of the same images, the bank's first; older ones fade at every step, and a refresh begins them anew.
     """
 
     def __init__(
@@ -48,11 +41,7 @@ class LoopTranslator:
         self.info, self.bank, self.embeddings, self.config = first.info, bank, embeddings, config
         self.accelerator, self.invariance, self.passes = accelerator, invariance, passes or PassSettings()
         self.statistics = RidgeStatistics(first.feature_dim, first.target_dim, device=first.matrix.device)
-
-    @property
-    def streams(self) -> bool:
-        """True where checkpoints need the sums, and where the first refresh comes before the first step."""
-        return self.config.stream_every > 0
+        self.streams = config.stream_every > 0
 
     def current(self, sing: SingLoss | None) -> dict[str, LinearTranslator]:
         """Return the translator the loss reads now, as "loop"; nothing for the control."""
@@ -68,11 +57,8 @@ class LoopTranslator:
         self._solve(classifier, sing)
 
     def observe(self, features: Tensor, indices: Tensor) -> None:
-        """Add one forward's features (B, m) of the training images at indices (B,), each process its own, to the sums.
-
-        The rows are gathered, not the sums: a batch is smaller than (m, m), and every process then holds the same.
-        """
-        features = self.accelerator.gather(features.detach())
+        """Add one forward's features (B, m) of the training images at indices (B,), of all processes, to the sums."""
+        features = self.accelerator.gather(features.detach())  # rows, not sums: a batch is smaller than (m, m)
         rows = self.accelerator.gather(indices.to(features.device)).cpu().numpy()
         self.statistics.update(features, take_rows(self.embeddings, rows).to(features.device))
 

@@ -16,10 +16,9 @@ from singreg.analysis.arms import KnownAttributes
 from singreg.analysis.auditors import Images, auditor_need
 from singreg.analysis.features import PassSettings, cached_features, evenly, gathered, iterate_features
 from singreg.analysis.fitting import FittedTranslator, fit_on_split, reference_image_scores
-from singreg.checkpoints import Checkpoints
 from singreg.data.scenes import ATTRIBUTES
 from singreg.data.splits import ImageSplit, SceneSplit, SubsetSplit
-from singreg.loop import finish, follow, own_random_numbers, prepare_arm, resume, save, steps, train_head
+from singreg.loop import Arm, own_random_numbers, train_head
 from singreg.loop_translator import LoopTranslator
 from singreg.models.classifier import Classifier
 from singreg.models.edits import align_head_, constrain_to_rows, interpolate_weights, release_rows
@@ -175,21 +174,20 @@ def train(
         features = cached_features(setup.classifier, split, passes)
         if sing is not None and keeper.streams:
             keeper.refresh(classifier, sing)
-        classifier = train_head(classifier, sing, features, split.labels, config, name=name)
+        classifier = train_head(name, classifier, sing, features, split.labels, config)
         return classifier, keeper.current(sing)
-    arm = prepare_arm(name, classifier, sing, keeper, split, config, accelerator)
-    checkpoints = Checkpoints(work.folder / "checkpoints", accelerator)
+    arm = Arm(name, classifier, sing, keeper, split, config, accelerator, work.folder / "checkpoints")
     track(accelerator, f"{work.arm.name}-{work.seed}", config)
     with own_random_numbers(accelerator, config.seed), StopRequest(accelerator) as stop:
-        for step in steps(arm, resume(arm, checkpoints)):
+        for step in arm.steps(arm.resume()):
             log(accelerator, {f"train/{figure}": value for figure, value in step.figures.items()}, step.number)
             if stop.came():
-                save(arm, checkpoints, replace(step.position, due=True))
+                arm.save(replace(step.position, due=True))
                 stop.end()
-            follow(arm, step)
+            arm.follow(step)
             if step.ends_epoch or step.number % config.training.checkpoint_every == 0:
-                save(arm, checkpoints, step.position)
-    return finish(arm), keeper.current(sing)
+                arm.save(step.position)
+    return arm.finish(), keeper.current(sing)
 
 
 def strange_images(bank: ImageSplit, count: int) -> ImageSplit | None:

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,14 +28,12 @@ class FinetuneTask(nn.Module):
 
     Everything trainable goes through this one `forward`, so that DDP sees all of it. With `clean` views the SING terms
     read those, the very images the vision-language model embedded, and cross-entropy reads the augmented ones.
-
-    θ0 are the weights at construction. Checkpoints leave them out: a resumed run builds the task from the same
-    classifier before it loads one, and so finds the same θ0.
+    θ0, the weights at construction, is not in checkpoints: a resumed run builds the task from the same classifier.
 
     Args:
         sing: None for the control.
-        compile: hand timm's `forward_features` to torch.compile. The head stays as it is: SingLoss differentiates its
-            weight. Only `forward` runs compiled; copies of the classifier, measuring passes and files do not.
+        compile: hand timm's `forward_features` to torch.compile, inside `forward` only. The head stays as it is:
+            SingLoss differentiates its weight.
 
     Shape:
         images and clean (B, 3, H, W), labels (B,).
@@ -60,23 +57,28 @@ class FinetuneTask(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, clean: Tensor | None = None) -> dict[str, Tensor]:
         """Return one step's loss and its named parts."""
         with self._compiled_features():
-            ce, sing, correct = self.losses(images, labels, clean)
-        loss, terms = (ce, {}) if sing is None or self.sing is None else (ce + sing, self.sing.last_terms)
+            loss, sing, correct = self.losses(images, labels, clean)
+        outputs = {"ce": loss.detach(), "correct": correct}
+        if self.sing is not None and sing is not None:
+            loss, outputs = loss + sing, {**outputs, **self.sing.last_terms}
         if self.l2_sp:
-            penalty = self._distance_penalty()
-            loss, terms = loss + penalty, {**terms, "l2_sp": penalty.detach()}
-        return {"loss": loss, "ce": ce.detach(), "correct": correct, **terms}
+            now = enumerate(trained_backbone(self.classifier))
+            moved = [(parameter - self.get_buffer(f"start_{number}")).square().sum() for number, parameter in now]
+            penalty = 0.5 * self.l2_sp * torch.stack(moved).sum() if moved else torch.zeros_like(loss)
+            loss, outputs = loss + penalty, {**outputs, "l2_sp": penalty.detach()}
+        return {"loss": loss, **outputs}
 
-    def losses(
-        self, images: Tensor, labels: Tensor, clean: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, clean: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return cross-entropy and λ · SING terms (or None), with their graphs, and the share of correct answers."""
         features, logits = self.classifier.features_and_logits(images)
         ce = nn.functional.cross_entropy(logits.float(), labels)
         correct = (logits.detach().argmax(1) == labels).float().mean()
         if self.sing is None:
             return ce, None, correct
-        features = features if clean is None else self._clean_features(clean)
+        if clean is not None:  # with dropout and batch norm in eval, as the translator was fitted
+            training = self.classifier.training
+            features = self.classifier.eval().features(clean)
+            self.classifier.train(training)
         self.seen_features = features.detach()
         return ce, self.sing(features, labels), correct
 
@@ -88,26 +90,8 @@ class FinetuneTask(nn.Module):
             return
         own = vars(self.classifier.model)
         own["forward_features"] = self._compiled
-        try:
-            yield
-        finally:
-            del own["forward_features"]
-
-    def _distance_penalty(self) -> Tensor:
-        moved = [
-            (parameter - self.get_buffer(f"start_{number}")).square().sum()
-            for number, parameter in enumerate(trained_backbone(self.classifier))
-        ]
-        return 0.5 * self.l2_sp * torch.stack(moved).sum() if moved else self.classifier.weight.new_zeros(())
-
-    def _clean_features(self, clean: Tensor) -> Tensor:
-        """Features of the clean view with dropout and batch norm in eval, as the translator was fitted."""
-        was_training = self.classifier.training
-        self.classifier.eval()
-        try:
-            return self.classifier.features(clean)
-        finally:
-            self.classifier.train(was_training)
+        yield
+        del own["forward_features"]
 
 
 def make_sing(
@@ -129,14 +113,14 @@ def make_sing(
     Shape:
         texts (C, n) unit rows, image_score_ref (C,) in degrees.
     """
-    total = Schedule.from_config(config, images).total
+    total, loss = Schedule(config, images).total, config.loss
     sing = SingLoss(
         classifier,
         fitted.translator,
         texts,
-        weight=config.loss.weight,
-        terms=resolve_terms(config.loss.preset, config.loss.terms),
-        placebo=config.loss.placebo,
+        weight=loss.weight,
+        terms=resolve_terms(loss.preset, loss.terms),
+        placebo=loss.placebo,
         warmup_steps=round(WARMUP * total),
         ramp_steps=round(RAMP * total),
         accumulation=accumulation,
@@ -152,77 +136,53 @@ def trained_backbone(classifier: Classifier) -> list[nn.Parameter]:
 
 
 def train_head_only(classifier: Classifier) -> None:
-    """Set the training mode that `classifier.tune("head")` has: the backbone's batch norms and dropout rest.
-
-    For the steps of LP-FT in which the backbone stays in the optimiser but its gradients are thrown away.
-    """
+    """Let the backbone's batch norms and dropout rest, for the steps of LP-FT that throw its gradients away."""
     backbone = trained_backbone(classifier)
-    try:
-        for parameter in backbone:
-            parameter.requires_grad_(False)
-        classifier.train()
-    finally:
-        for parameter in backbone:
-            parameter.requires_grad_(True)
+    for parameter in backbone:
+        parameter.requires_grad_(False)
+    classifier.train()
+    for parameter in backbone:
+        parameter.requires_grad_(True)
 
 
 def parameter_groups(classifier: Classifier, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Return AdamW's groups: the head at `head_factor` times the rate; no decay on norms and biases (shape (k,)).
-
-    Raises:
-        ValueError: every parameter is frozen.
-    """
+    """Return AdamW's groups: the head at `head_factor` times the rate; no decay on norms and biases (shape (k,))."""
     training = config.training
     head = {id(parameter) for parameter in classifier.head.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in classifier.parameters():
         if parameter.requires_grad:
             groups.setdefault((id(parameter) in head, parameter.ndim <= 1), []).append(parameter)
-    if not groups:
-        raise ValueError("nothing is left to train: every parameter of the classifier is frozen")
     return [
         {
-            "params": parameters,
+            "params": groups[is_head, is_flat],
             "lr": training.learning_rate * (training.head_factor if is_head else 1.0),
             "weight_decay": 0.0 if is_flat else training.weight_decay,
         }
-        for (is_head, is_flat), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for is_head, is_flat in sorted(groups)
     ]
 
 
-@dataclass(frozen=True)
 class Schedule:
-    """The steps of an arm, all in optimiser steps.
+    """An arm's optimiser steps for a number of images; the last incomplete batch of an epoch is dropped.
 
-    Args:
-        refresh_at: after which steps the loop's translator is refitted on the bank.
-        head_only: in how many steps, at the beginning, the head alone trains.
+    After the steps `refresh_at` the loop's translator is refitted; in the first `head_only` the head alone trains.
+
+    Raises:
+        ValueError: there are fewer images than one batch.
     """
 
-    steps_per_epoch: int
-    total: int
-    warmup: int
-    refresh_at: tuple[int, ...]
-    head_only: int = 0
-
-    @classmethod
-    def from_config(cls, config: FinetuneConfig, images: int) -> Schedule:
-        """Lay out the steps for a number of training images; the last incomplete batch of an epoch is dropped.
-
-        Raises:
-            ValueError: there are fewer images than one batch.
-        """
-        training = config.training
-        per_epoch = images // training.batch_size
-        if per_epoch == 0 and training.epochs:
+    def __init__(self, config: FinetuneConfig, images: int) -> None:
+        training, count = config.training, config.translator.refreshes + 1
+        self.steps_per_epoch = images // training.batch_size
+        if self.steps_per_epoch == 0 and training.epochs:
             raise ValueError(
                 f"expected at least training.batch_size = {training.batch_size} training images, got {images}; "
                 "lower the batch size or give more images"
             )
-        total = per_epoch * training.epochs
-        count = config.translator.refreshes + 1
-        refresh = sorted({round(total * i / count) for i in range(1, count)} - {0, total})
-        return cls(per_epoch, total, math.ceil(LR_WARMUP * total), tuple(refresh), round(training.head_first * total))
+        total = self.total = self.steps_per_epoch * training.epochs
+        self.warmup, self.head_only = math.ceil(LR_WARMUP * total), round(training.head_first * total)
+        self.refresh_at = sorted({round(total * i / count) for i in range(1, count)} - {0, total})
 
     def learning_rate_factor(self, step: int) -> float:
         """Return the rate's factor in [0, 1]: a linear warm-up, then a cosine decay to 0."""
@@ -233,32 +193,24 @@ class Schedule:
 
 
 def describe_training(config: FinetuneConfig, accelerator: Accelerator, classifier: Classifier, images: int) -> str:
-    """Say what training takes in steps, weights and memory.
-
-    Raises:
-        ValueError: fewer images than a batch, a batch that cannot be split evenly, batch norms that cannot train.
-    """
+    """Say what training takes in steps, weights and memory; refuse batches and batch norms that cannot train."""
     micro_batch(config, accelerator)
     refuse_batch_norm(config, accelerator)
-    schedule = Schedule.from_config(config, images)
+    schedule = Schedule(config, images)
     tuned = copy.deepcopy(classifier).tune(config.model.tuning, batch_norm=config.model.batch_norm)
     every = sum(parameter.numel() for parameter in tuned.parameters())
     trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     return (
         f"steps: {schedule.total} ({schedule.steps_per_epoch} an epoch), translator refreshed after "
-        f"{list(schedule.refresh_at)}\nclassifier {tuned.tag}: {tuned.num_classes} classes, {tuned.feature_dim} "
-        f"features, {trained:,} of {every:,} weights trained; {4 * (every + 3 * trained) / 2**20:.0f} MiB with the "
-        "optimiser, beside activations"
+        f"{schedule.refresh_at}\nclassifier {tuned.tag}: {tuned.num_classes} classes, {tuned.feature_dim} features, "
+        f"{trained:,} of {every:,} weights trained; {4 * (every + 3 * trained) / 2**20:.0f} MiB with the optimiser, "
+        "beside activations"
     )
 
 
 def micro_batch(config: FinetuneConfig, accelerator: Accelerator) -> int:
-    """Return the images of one forward over all processes: the batch size over the accumulation steps.
-
-    Raises:
-        ValueError: the batch cannot be split evenly.
-    """
-    accumulation, processes = int(accelerator.gradient_accumulation_steps), int(accelerator.num_processes)
+    """Return the images of one forward over all processes; a batch that cannot be split evenly is refused."""
+    accumulation, processes = int(accelerator.gradient_accumulation_steps), accelerator.num_processes
     micro, rest = divmod(config.training.batch_size, accumulation)
     if rest or micro % processes:
         raise ValueError(
@@ -269,11 +221,7 @@ def micro_batch(config: FinetuneConfig, accelerator: Accelerator) -> int:
 
 
 def refuse_batch_norm(config: FinetuneConfig, accelerator: Accelerator) -> None:
-    """Refuse to train batch norms on several processes without GPUs: torch gathers their statistics on GPUs alone.
-
-    Raises:
-        ValueError: model.batch_norm is train on several processes without GPUs.
-    """
+    """Refuse to train batch norms on several processes without GPUs: torch gathers their statistics on GPUs alone."""
     trains = config.model.batch_norm == "train" and config.model.tuning != "head"
     if trains and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         raise ValueError(
@@ -283,11 +231,7 @@ def refuse_batch_norm(config: FinetuneConfig, accelerator: Accelerator) -> None:
 
 
 def synchronise_batch_norm(classifier: Classifier, config: FinetuneConfig, accelerator: Accelerator) -> None:
-    """Let batch norms that train take their statistics over all processes, in place, weights and buffers kept.
-
-    Raises:
-        ValueError: as `refuse_batch_norm`, or for a batch norm in the head, which must stay of the kind that is folded.
-    """
+    """Let batch norms that train take their statistics over all processes, in place; one in the head is refused."""
     refuse_batch_norm(config, accelerator)
     if accelerator.num_processes == 1 or config.model.batch_norm != "train":
         return
@@ -301,40 +245,17 @@ def synchronise_batch_norm(classifier: Classifier, config: FinetuneConfig, accel
     convert_sync_batchnorm(classifier.model)  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True)
-class GradientNorms:
-    """‖∇ CE‖ and ‖∇ λ·SING‖ at the current λ, and ‖∇ SING‖ without λ; the same on every process."""
-
-    ce: float
-    sing: float
-    unweighted: float
-
-    def figures(self) -> dict[str, Tensor]:
-        """Return the norms that are logged, shapes ()."""
-        return {"gradient_ce": torch.tensor(self.ce), "gradient_sing": torch.tensor(self.sing)}
-
-
-def measure_gradients(task: FinetuneTask, images: Tensor, labels: Tensor, clean: Tensor | None = None) -> GradientNorms:
-    """Take the norms of both gradients over the trained backbone (over the head where it alone trains) on one batch.
+def measure_gradients(task: FinetuneTask, images: Tensor, labels: Tensor, clean: Tensor | None = None) -> list[float]:
+    """Return [‖∇ CE‖, ‖∇ λ·SING‖] of a batch over the trained backbone, or over the head where it alone trains.
 
     A pass of its own through the unwrapped task, in float32: neither DDP's reducer, nor `.grad`, nor the random state,
     nor a buffer notices it. Gradients are averaged over processes before their norm, so every process must call it. The
     head is left out otherwise: its gradient of cross-entropy is large and says nothing about features.
-
-    Raises:
-        ValueError: the task has no SingLoss.
     """
-    sing = task.sing
-    if sing is None:
-        raise ValueError("gradients are balanced between cross-entropy and SingLoss; this task has no SingLoss")
     parameters = trained_backbone(task.classifier) or [p for p in task.classifier.head.parameters() if p.requires_grad]
-    weight = float(sing.current_weight)
     with _unnoticed(task, images.device), torch.autocast(images.device.type, enabled=False):
         ce, weighted, _ = task.losses(images, labels, clean)
-        assert weighted is not None
-        ce_norm = _norm(ce, parameters)
-        sing_norm = _norm(weighted, parameters) if weight else 0.0
-    return GradientNorms(ce_norm, sing_norm, sing_norm / weight if weight else 0.0)
+        return [_norm(loss, parameters) for loss in (ce, weighted) if loss is not None]
 
 
 def ramp_begins(sing: SingLoss) -> bool:
@@ -342,21 +263,22 @@ def ramp_begins(sing: SingLoss) -> bool:
     return sing.weight > 0 and int(sing.step) == sing.warmup_steps * sing.accumulation
 
 
-def balance(sing: SingLoss, norms: GradientNorms, share: float) -> GradientNorms:
+def balance(sing: SingLoss, norms: Sequence[float], share: float) -> list[float]:
     """Set `sing.scale` so that ‖∇ λ·SING‖ is `share` times ‖∇ CE‖ at full λ; return the norms with that scale.
 
     Raises:
         ValueError: a norm is 0 or not finite, so that no scale can do that.
     """
-    scale = share * norms.ce / (sing.weight * norms.unweighted) if norms.unweighted > 0 else math.inf
+    ce, unweighted = norms[0], norms[1] / sing.current_weight
+    scale = share * ce / (sing.weight * unweighted) if unweighted > 0 else math.inf
     if not 0 < scale < math.inf:
         raise ValueError(
-            f"loss.balance = {share} cannot be reached: on this batch the gradient of cross-entropy has norm "
-            f"{norms.ce:g} and that of the terms {sorted(sing.terms)} has norm {norms.unweighted:g}; use other terms, "
-            "a larger batch or loss.balance: 0"
+            f"loss.balance = {share} cannot be reached: on this batch the gradient of cross-entropy has norm {ce:g} "
+            f"and that of the terms {sorted(sing.terms)} has norm {unweighted:g}; use other terms, a larger batch or "
+            "loss.balance: 0"
         )
     sing.scale.fill_(scale)
-    return GradientNorms(norms.ce, float(sing.current_weight) * norms.unweighted, norms.unweighted)
+    return [ce, sing.current_weight * unweighted]
 
 
 def _norm(loss: Tensor, parameters: Sequence[nn.Parameter]) -> float:
@@ -364,12 +286,9 @@ def _norm(loss: Tensor, parameters: Sequence[nn.Parameter]) -> float:
     found: Sequence[Tensor | None] = [None] * len(parameters)
     if loss.requires_grad:
         found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
     world = rank_and_world()[1]
-    squares = [
-        (all_reduce_sum(torch.zeros_like(parameter) if gradient is None else gradient) / world).double().square().sum()
-        for parameter, gradient in zip(parameters, found, strict=True)
-    ]
-    return float(torch.stack(squares).sum().sqrt())
+    return float(torch.stack([(all_reduce_sum(g) / world).double().square().sum() for g in gradients]).sum().sqrt())
 
 
 @contextmanager
@@ -380,12 +299,9 @@ def _unnoticed(task: FinetuneTask, device: torch.device) -> Iterator[None]:
     kept = [(buffer, buffer.clone()) for buffer in task.classifier.buffers()]
     last = sing.last_terms, task.seen_features
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            sing.eval()  # neither counts a step nor moves its means
-            yield
-        finally:
-            sing.train(training)
-            sing.last_terms, task.seen_features = last
-            with torch.no_grad():
-                for buffer, value in kept:
-                    buffer.copy_(value)
+        sing.eval()  # neither counts a step nor moves its means
+        yield
+        sing.train(training)
+        sing.last_terms, task.seen_features = last
+        for buffer, value in kept:
+            buffer.copy_(value)

@@ -25,7 +25,7 @@ from singreg.models.classifier import Classifier
 from singreg.models.edits import constrain_to_rows, release_rows
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
-from singreg.runs import StopRequest, start
+from singreg.runs import start
 from singreg.task import Schedule
 from tests.processes import run_processes
 from tests.small_arm import (
@@ -158,22 +158,6 @@ def test_the_translator_is_refreshed_where_the_schedule_says(
     assert torch.equal(arm.judges["loop"].matrix, arm.sing.matrix)
 
 
-def test_every_epoch_mirrors_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step an epoch on all images, no dropout: only the mirroring can make epochs differ."""
-    seen: list[dict[int, Tensor]] = []
-    original = loop.micro_step
-
-    def noted(arm: loop.Arm, batch: Sequence[Tensor], step: int) -> Any:
-        seen.append(dict(zip(batch[-1].tolist(), batch[0], strict=True)))
-        return original(arm, batch, step)
-
-    monkeypatch.setattr(loop, "micro_step", noted)
-    Arm(tmp_path, regularised=False, dropout=0.0, values={"training.batch_size": COUNT}).run()
-    first, second = seen
-    assert first.keys() == second.keys()
-    assert 10 < sum(not torch.equal(first[index], second[index]) for index in first) < COUNT - 10
-
-
 def test_without_a_weight_the_regularised_arm_is_the_control(straight: Straight, tmp_path: Path) -> None:
     """The clean view, the loss's own buffers and the refresh change nothing by themselves."""
     control = straight(False)[1]
@@ -187,49 +171,29 @@ def test_loader_processes_change_nothing(straight: Straight, tmp_path: Path) -> 
     assert not elsewhere.split.asked, "the images were read by other processes"
 
 
-def poison(patch: pytest.MonkeyPatch, step: int, *, gradient: bool) -> None:
-    """Put NaN into the images or the head's gradient of a step."""
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_step(
+    what: str, straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss can have no finite gradient; the step would spoil the weights and the next checkpoint keep them."""
     original = loop.micro_step
 
-    def poisoned(arm: loop.Arm, batch: Sequence[Tensor], now: int) -> Any:
-        head, handle = cast(Any, arm.plain.classifier.head).weight, None
-        if now == step and gradient:
-            handle = head.register_hook(lambda value: value * float("nan"))
-        elif now == step:
+    def poisoned(arm: loop.Arm, batch: Sequence[Tensor], step: int) -> Any:
+        if step == 7 and what == "loss":
             batch = [*(torch.full_like(view, float("nan")) for view in batch[:-2]), *batch[-2:]]
-        try:
-            return original(arm, batch, now)
-        finally:
-            if handle is not None:
-                handle.remove()
+        elif step == 7:
+            cast(Any, arm.plain.classifier.head).weight.register_hook(lambda value: value * float("nan"))
+        return original(arm, batch, step)
 
-    patch.setattr(loop, "micro_step", poisoned)
-
-
-@ARMS
-def test_a_loss_that_is_not_finite_stops_before_the_step(
-    regularised: bool, straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arm = Arm(tmp_path, regularised)
+    arm = Arm(tmp_path)
     with monkeypatch.context() as patch:
-        poison(patch, 7, gradient=False)
-        with pytest.raises(TrainingFailed, match=r"the loss is not finite at step 8 .*'ce': nan") as failed:
+        patch.setattr(loop, "micro_step", poisoned)
+        with pytest.raises(TrainingFailed, match=rf"the {what} is not finite at step 8 .*pixels-\d+") as failed:
             arm.run()
-    words = [word.rstrip(".,") for word in str(failed.value).split() if word.startswith("pixels-")]
-    images = [int(word.removeprefix("pixels-")) for word in words]
-    assert len(images) == 8
+    images = [int(word.rstrip(".,")[7:]) for word in str(failed.value).split() if word.startswith("pixels-")]
     assert images == [index for index in arm.split.asked if index in images][-8:]
     assert arm.checkpoints == ["step-00000005", "step-00000006"]
-    assert same_bits(Arm(tmp_path, regularised).run(), straight(regularised)[1])
-
-
-def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finite loss can have no finite gradient; the step would spoil the weights and the next checkpoint keep them."""
-    poison(monkeypatch, 5, gradient=True)
-    arm = Arm(tmp_path)
-    with pytest.raises(TrainingFailed, match=r"the gradient is not finite at step 6 .*pixels-\d+"):
-        arm.run()
-    assert arm.checkpoints == ["step-00000003", "step-00000005"]
+    assert same_bits(Arm(tmp_path).run(), straight()[1])
 
 
 def test_fp16_may_skip_nineteen_steps_in_a_row_and_not_one_more() -> None:
@@ -242,43 +206,6 @@ def test_fp16_may_skip_nineteen_steps_in_a_row_and_not_one_more() -> None:
         gradient(norm, 7)
     with pytest.raises(TrainingFailed, match=r"the gradient, the 20th in a row .* at step 9 .*pixels-4, pixels-2"):
         gradient(float("inf"), 8)
-
-
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
-def test_what_interrupts_a_checkpoint_leaves_the_one_before(
-    kind: type[BaseException], straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, calls = Accelerator.save_state, [0]
-
-    def interrupted(self: Accelerator, folder: str, **options: Any) -> str:
-        calls[0] += 1
-        if calls[0] == 2:
-            (Path(folder) / "model.safetensors").write_bytes(b"half of i")
-            raise kind
-        return str(original(self, folder, **options))
-
-    arm = Arm(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", interrupted)
-        with pytest.raises(kind):
-            arm.run()
-    assert arm.checkpoints == ["step-00000003"]
-    assert same_bits(arm.run(), straight()[1])
-    assert not list(tmp_path.rglob(".writing-*")), "what the interruption left was cleared away"
-
-
-def test_a_request_to_stop_saves_the_step_and_leaves_the_refresh_due(
-    straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = iter(range(1, 99))
-    with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "came", lambda _: next(asked) == 5)  # the refresh is due after step 5
-        patch.setattr(LoopTranslator, "refresh", lambda *_: pytest.fail("the refresh comes after the request"))
-        arm = Arm(tmp_path)
-        with pytest.raises(SystemExit):
-            arm.run()
-    assert arm.checkpoints[-1] == "step-00000005"
-    assert same_bits(Arm(tmp_path).run(), straight()[1])
 
 
 @ARMS
@@ -298,23 +225,12 @@ def test_head_first_all_the_way_is_training_the_head_alone(
 
 def test_the_backbone_joins_after_its_share_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten steps, four of the head alone: checkpoints of every step show when the backbone begins to move."""
-    from singreg.checkpoints import Checkpoints
-
-    monkeypatch.setitem(cast(Any, Checkpoints.__init__).__kwdefaults__, "keep", 99)
+    monkeypatch.setattr("singreg.checkpoints.KEEP", 99)
     Arm(tmp_path, values={"training.head_first": 0.4, "training.checkpoint_every": 1}).run()
     folders = sorted(tmp_path.glob("checkpoints/sing/step-*"))
     stored = [load_file(folder / "model.safetensors")["classifier.model.first.weight"] for folder in folders]
     begun = cast(Any, small_classifier().model).first.weight.detach()
     assert [torch.equal(value, begun) for value in stored] == [True] * 4 + [False] * 6
-
-
-def test_l2_sp_keeps_the_backbone_near(straight: Straight, tmp_path: Path) -> None:
-    begun = small_classifier().state_dict()
-
-    def distance(weights: dict[str, Tensor]) -> float:
-        return sum(float((weights[name] - begun[name]).square().sum()) for name in begun if ".first." in name)
-
-    assert 0 < distance(Arm(tmp_path, values={"training.l2_sp": 30.0}).run()) < 0.7 * distance(straight()[1])
 
 
 def test_balance_sets_the_gradients_share_whatever_lambda_is(tmp_path: Path) -> None:
@@ -455,13 +371,8 @@ def test_streaming_reads_the_training_images_own_embeddings(tmp_path: Path, monk
 
     monkeypatch.setattr(LoopTranslator, "step_ended", noted)
     monkeypatch.setattr("singreg.loop_translator.FORGETTING", 1.0)
-    values = {
-        "model.tuning": "head",
-        "translator.stream_every": 1,
-        "translator.refreshes": 0,
-        "data.augmentation": "none",
-    }
-    arm = Arm(tmp_path, dropout=0.0, values=values)
+    values = {"model.tuning": "head", "translator.stream_every": 1, "translator.refreshes": 0}
+    arm = Arm(tmp_path, dropout=0.0, values={**values, "data.augmentation": "none"})
     arm.run()
     repeated = np.repeat(np.arange(COUNT), 1 + np.bincount(arm.split.asked, minlength=COUNT))
     features = features_of(small_classifier(dropout=0.0))
@@ -471,11 +382,9 @@ def test_streaming_reads_the_training_images_own_embeddings(tmp_path: Path, monk
         torch.testing.assert_close(kept[-1].statistics.state_dict()[name], value, atol=1e-4, rtol=1e-5)
 
 
-HEAD = {"training.epochs": 3, "training.batch_size": 8, "training.learning_rate": 1e-2, "training.head_factor": 2.0}
-
-
 def head_config(**values: Any) -> FinetuneConfig:
-    return overridden(FinetuneConfig(seed=1), {**HEAD, **values})
+    usual = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "head_factor": 2.0, **values}
+    return overridden(FinetuneConfig(seed=1), {f"training.{name}": value for name, value in usual.items()})
 
 
 def head_data(classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
@@ -495,7 +404,7 @@ def test_training_the_head_is_the_obvious_loop() -> None:
     assert bias is not None
     weight, bias = (each.detach().clone().requires_grad_() for each in (classifier.weight, bias))
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    schedule = Schedule.from_config(wanted, 40)
+    schedule = Schedule(wanted, 40)
     decay = [{"params": [weight], "weight_decay": 0.01}, {"params": [bias], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(decay, lr=2e-2)
     for step, rows in enumerate(head_batches(40, 8, 3, seed=1)):
@@ -507,7 +416,7 @@ def test_training_the_head_is_the_obvious_loop() -> None:
         torch.nn.utils.clip_grad_norm_([weight, bias], loop.CLIP)
         optimizer.step()
     torch.rand(7)  # what others drew before must not matter
-    trained = train_head(classifier, None, features, labels, wanted)
+    trained = train_head("head", classifier, None, features, labels, wanted)
     torch.testing.assert_close(trained.weight, weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(trained.bias, bias, rtol=1e-5, atol=1e-6)
     moved = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
@@ -523,16 +432,21 @@ def test_terms_of_the_head_move_it_at_the_pace_of_the_steps() -> None:
     for name in ("without", "with"):
         classifier = head_network()
         sing = small_sing(classifier, terms={"capacity": 10.0}, weight=1.0, ramp_steps=0).float()
-        more = head_config(**{"training.epochs": 10})
-        trained = train_head(classifier, sing if name == "with" else None, *head_data(classifier), more)
+        trained = train_head(
+            "head", classifier, sing if name == "with" else None, *head_data(classifier), head_config(epochs=10)
+        )
         directions = sing.texts @ sing.matrix
         outside = NullSpace.from_weight(trained.weight).component(directions)
         shares[name] = float(outside.square().sum() / directions.square().sum())
     assert shares["with"] < 0.5 * shares["without"], shares
     classifier = head_network()
     sing = small_sing(classifier, terms={"capacity": 1.0}, accumulation=2).float()
-    train_head(classifier, sing, *head_data(classifier), head_config())
+    train_head("head", classifier, sing, *head_data(classifier), head_config())
     assert int(sing.step) == 2 * 15
+    before, (features, labels) = classifier.weight.detach().clone(), head_data(classifier)
+    with pytest.raises(TrainingFailed, match=r"'broken'.*not finite at step 1"):
+        train_head("broken", classifier, None, features * np.float32("nan"), labels, head_config())
+    assert torch.equal(classifier.weight, before)
 
 
 def test_a_constrained_head_stays_in_its_row_space() -> None:
@@ -542,7 +456,7 @@ def test_a_constrained_head_stays_in_its_row_space() -> None:
         space = NullSpace.from_weight(classifier.weight)
         if name == "constrained":
             constrain_to_rows(classifier, classifier.weight.detach())
-        train_head(classifier, None, *head_data(classifier), head_config())
+        train_head("head", classifier, None, *head_data(classifier), head_config())
         if name == "constrained":
             release_rows(classifier)
         outside[name] = float(space.component(classifier.weight.detach()).norm() / classifier.weight.detach().norm())
@@ -550,22 +464,11 @@ def test_a_constrained_head_stays_in_its_row_space() -> None:
     assert outside["free"] > 1e-2
 
 
-def test_features_that_do_not_fit_or_are_not_finite_are_refused() -> None:
-    classifier = head_network()
-    features, labels = head_data(classifier)
-    with pytest.raises(ValueError, match=rf"expected features \(N, {classifier.feature_dim}\)"):
-        train_head(classifier, None, features[:, :-1], labels, head_config())
-    before = classifier.weight.detach().clone()
-    with pytest.raises(TrainingFailed, match=r"'broken'.*not finite at step 1"):
-        train_head(classifier, None, features * np.float32("nan"), labels, head_config(), name="broken")
-    assert torch.equal(classifier.weight, before)
-
-
 def _head(rank: int, world: int) -> Tensor:
     """A process whose sums round otherwise: its features differ by a little."""
     classifier = head_network()
     features, labels = head_data(classifier)
-    return train_head(classifier, None, features + rank * 1e-3, labels, head_config()).weight.detach().clone()
+    return train_head("head", classifier, None, features + rank * 1e-3, labels, head_config()).weight.detach().clone()
 
 
 def test_a_trained_head_is_the_first_processes_everywhere() -> None:

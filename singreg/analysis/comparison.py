@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,33 +22,29 @@ GAMED = 1.5
 def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:
     """Compare SingLoss with the control: differences and ratios of means, paired by image, with 95 % intervals.
 
-    Args:
-        measurements: `analyze_model`'s results of "before", "control" and "sing".
-
     Returns:
         Columns name, translator, value, low, high, unit (× of means, degrees, points).
     """
-    after, control = measurements["sing"][0], measurements["control"][0]
-    classes = control["label"].to_numpy()
+    both = [measurements[name][0] for name in ("sing", "control")]
+    classes = both[1]["label"].to_numpy()
 
-    def column(rows: pd.DataFrame, name: str) -> np.ndarray:
-        return np.asarray(rows[name])
+    def pair(name: str, change: Callable[[np.ndarray], np.ndarray] = np.asarray) -> list[np.ndarray]:
+        return [change(rows[name].to_numpy()) for rows in both]
 
-    def harm(rows: pd.DataFrame, name: str) -> np.ndarray:
-        return np.asarray(np.maximum(-column(rows, name), 0))
+    def harm(scores: np.ndarray) -> np.ndarray:
+        return np.asarray(np.maximum(-scores, 0))
 
-    hits = [100 * column(rows, "correct") for rows in (after, control)]
-    found = [("top-1", "-", *paired_difference(*hits, groups=classes), "points")]
+    found = [("top-1", "-", *paired_difference(*pair("correct", lambda hits: 100 * hits), groups=classes), "points")]
     for translator in ("frozen", "auditor"):
         pairs = {
-            "AS⁻": [harm(rows, f"AS/{translator}") for rows in (after, control)],
-            "AS⁻ centred": [harm(rows, f"centred AS/{translator}") for rows in (after, control)],
-            "|AS|": [np.abs(column(rows, f"AS/{translator}")) for rows in (after, control)],
-            "IS": [column(rows, f"IS/{translator}") for rows in (after, control)],
-            "IS centred": [column(rows, f"centred IS/{translator}") for rows in (after, control)],
+            "AS⁻": pair(f"AS/{translator}", harm),
+            "AS⁻ centred": pair(f"centred AS/{translator}", harm),
+            "|AS|": pair(f"AS/{translator}", np.abs),
+            "IS": pair(f"IS/{translator}"),
+            "IS centred": pair(f"centred IS/{translator}"),
         }
-        for name, pair in pairs.items():
-            found.append((f"{name} ratio", translator, *paired_ratio(*pair, groups=classes), "×"))
+        for name, values in pairs.items():
+            found.append((f"{name} ratio", translator, *paired_ratio(*values, groups=classes), "×"))
         found.append(("AS⁻ difference", translator, *paired_difference(*pairs["AS⁻"], groups=classes), "°"))
     table: pd.DataFrame = pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
     return table
@@ -68,11 +64,9 @@ def no_claim(images: int, features: int) -> str | None:
         >>> no_claim(500, 100)
         'No claim: the auditor has 500 images, 600 are needed (data.per_class.audit or data.scenes.audit).'
     """
-    needed = math.ceil(IMAGES_PER_FEATURE * features)
-    if images >= needed:
-        return None
-    where = "data.per_class.audit or data.scenes.audit"
-    return f"No claim: the auditor has {images} images, {needed} are needed ({where})."
+    needed, where = math.ceil(IMAGES_PER_FEATURE * features), "data.per_class.audit or data.scenes.audit"
+    said = f"No claim: the auditor has {images} images, {needed} are needed ({where})."
+    return said if images < needed else None
 
 
 def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, trained: bool = True) -> list[str]:
@@ -92,33 +86,24 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
         lines.append(f"Audit: the auditor's AS⁻ is {gap:.2f} times the loop translator's, which {gamed}.")
     fits = [(m["translators"]["auditor"]["fit_images"], m["head"]["features"]) for m in (before, after)]
     refused = next(filter(None, (no_claim(*fit) for fit in fits)), None)
-    return [*lines, refused or _effect(after, comparisons), _price(comparisons)]
-
-
-def _effect(after: Mapping[str, Any], comparisons: pd.DataFrame) -> str:
-    harm, neutral = _found(comparisons, "AS⁻ ratio"), 1
+    found: dict[str, Any] = {row.name: row for row in comparisons.itertuples(index=False) if row.translator != "frozen"}
+    harm, neutral = found["AS⁻ ratio"], 1
     if math.isnan(harm.value):  # nothing to divide by: the control leaks nowhere
-        harm, neutral = _found(comparisons, "AS⁻ difference"), 0
+        harm, neutral = found["AS⁻ difference"], 0
     direction = "lower" if harm.high < neutral else "higher" if harm.low > neutral else "not distinguishable"
-    image = _found(comparisons, "IS ratio")
-    return (
+    image, top1 = found["IS ratio"], found["top-1"]
+    kept = "kept" if top1.low > -100 * MARGIN else "lost" if top1.high < 0 else "not shown to be kept"
+    effect = (
         f"Against plain fine-tuning, SingLoss leaves an AS⁻ that is {direction}: {harm.value:.2f}{harm.unit} "
         f"[{harm.low:.2f}, {harm.high:.2f}] by the auditor "
         f"({after['translators']['auditor']['overall']['AS_neg']:.2f}°), with IS {image.value:.2f}× "
         f"[{image.low:.2f}, {image.high:.2f}]."
     )
-
-
-def _price(comparisons: pd.DataFrame) -> str:
-    top1 = _found(comparisons, "top-1", "-")
-    kept = "kept" if top1.low > -100 * MARGIN else "lost" if top1.high < 0 else "not shown to be kept"
-    interval = f"{top1.value:+.2f} points [{top1.low:+.2f}, {top1.high:+.2f}]"
-    return f"Top-1 is {kept}: {interval} (margin {100 * MARGIN:.1f} points)."
-
-
-def _found(comparisons: pd.DataFrame, name: str, translator: str = "auditor") -> Any:
-    wanted = (comparisons["name"] == name) & (comparisons["translator"] == translator)
-    return next(comparisons[wanted].itertuples(index=False))
+    price = (
+        f"Top-1 is {kept}: {top1.value:+.2f} points [{top1.low:+.2f}, {top1.high:+.2f}] "
+        f"(margin {100 * MARGIN:.1f} points)."
+    )
+    return [*lines, refused or effect, price]
 
 
 def finetune_warnings(before: Mapping[str, Any]) -> list[str]:
