@@ -239,27 +239,17 @@ def attack_model(
     accelerator, space, chosen, test = run.accelerator, images.spaces[0], images.chosen, images.splits.test
     classifier, attacked = open_attacked(config, model, images.splits, accelerator)
     own, pixels, label = labels_for_head(images.splits, classifier, model), PixelModel.of(attacked), model.known_as
-    ridge, info, how = config.translator.ridge, space.info_for(classifier), {"settings": images.passes}
-    embeddings, invariance = space.embeddings, model.invariance
-    fitted = fit_translators(classifier, own, embeddings, ridge=ridge, invariance=invariance, info=info, **how)
+    embeddings: Mapping[str, np.ndarray] = space.embeddings
+    how: dict[str, Any] = {"invariance": model.invariance, "settings": images.passes}
+    ridge, info = config.translator.ridge, space.info_for(classifier)
+    fitted = fit_translators(classifier, own, embeddings, ridge=ridge, info=info, **how)
     translators = {name: found.translator for name, found in fitted.items()}
     features = None
     if config.feature_pairs:
-        features = attack_features(
-            classifier,
-            images.splits,
-            embeddings,
-            images.texts,
-            translators,
-            chosen=chosen,
-            targets=images.targets,
-            pairs=config.feature_pairs,
-            tau=config.tau,
-            outsiders={} if model.drop_null else outsiders(config, before, accelerator.device),
-            invariance=invariance,
-            seed=config.seed,
-            **how,
-        )
+        how |= {"outsiders": {} if model.drop_null else outsiders(config, before, accelerator.device)}
+        how |= {"pairs": config.feature_pairs, "tau": config.tau, "seed": config.seed}
+        scene = (images.splits, embeddings, images.texts, translators, chosen, images.targets)
+        features = attack_features(classifier, *scene, **how)
     settings = AttackSettings(config.budgets, config.tau, config.steps, config.restarts, config.seed)
     batches = list(enumerate(range(0, len(chosen), config.batch_size)))
     mine = batches[accelerator.process_index :: accelerator.num_processes]

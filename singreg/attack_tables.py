@@ -34,94 +34,82 @@ IN_FEATURES = (
 ROBUST = (
     "Top-1 of the same images: untouched, under L-infinity PGD (255ths) and corrupted. A stronger attack finds no more."
 )
+DROPPED = (
+    "A model whose null space was dropped is attacked and judged in pixels by its features before the dropping, so its "
+    "images come out like those of the model it was made from by construction: the dropping hides nothing there."
+)
 TWINS = (
     "Pairs of held-out images of two classes, as close in logits as images of one class and as far apart for an "
     "encoder as others; nobody attacked them."
 )
 
 
-def attack_verdict(figures: Mapping[str, Any]) -> list[str]:
+def all_checks(figures: Found) -> list[Found]:
+    """Return the checks of the images and of feature space; of a dropped null space only that nothing is left."""
+    found = list(figures["checks"])
+    for label, features in figures["features"].items():
+        for check in features["checks"]:
+            if label not in figures["dropped"] or "null space dropped" in check["name"]:
+                found.append({"model": label, **check, "name": f"{check['name']}, in feature space"})
+    return found
+
+
+def attack_verdict(figures: Found) -> list[str]:
     """Say in at most four sentences what may be claimed, from the figures of an attack's report."""
-    failed = [f"{check['name']} ({check['model']})" for check in figures["checks"] if not check["passed"]]
-    said = [
-        f"{len(failed)} of {len(figures['checks'])} checks of the attack failed: {'; '.join(failed)}. Nothing may be "
-        "claimed of robustness: a low rise may be a broken attack."
-        if failed
-        else f"All {len(figures['checks'])} checks of the attack passed: the rises are lower bounds of what a "
-        "white-box attacker reaches."
-    ]
-    attacks = {s["model"]: s for s in figures["summaries"] if s["arm"] == ATTACK and s["budget"] == _largest(figures)}
-    each = [
-        f"{label} {', '.join(f'{rise[0]:+.1f}° ({judge})' for judge, rise in s['rise'].items())}, target first by the "
-        f"attacked translator in {s['success']['fitted'][0]:.0%}"
-        for label, s in attacks.items()
-    ]
-    held = f"Within {_largest(figures)}, logits within {figures['tau']:g}, images turn towards the target's prompt by: "
-    said.append(held + "; ".join(each) + ".")
-    if figures["features"]:
-        each = [f"{label} {_mean_success(figures, label):.0%}" for label in figures["features"]]
-        said.append(
-            "In feature space exactly null directions put the target first, on average over the step, in: "
-            f"{', '.join(each)}."
+    checks = all_checks(figures)
+    failed = [f"{check['name']} ({check['model']})" for check in checks if not check["passed"]]
+    first = f"All {len(checks)} checks passed: the rises are lower bounds of what a white-box attacker reaches."
+    if failed:
+        first = (
+            f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}. Nothing may be claimed of robustness."
         )
-    if len(figures["encoders"]) < 2:
+    budget, each = largest_budget(figures), []
+    for s in figures["summaries"]:
+        if (s["arm"], s["budget"]) == (ATTACK, budget):
+            rises = ", ".join(f"{rise[0]:+.1f}° ({judge})" for judge, rise in s["rise"].items())
+            each.append(
+                f"{s['model']} {rises}, target first for the attacked translator {s['success']['fitted'][0]:.0%}"
+            )
+    held = f"Within {budget} and logits within {figures['tau']:g} images turn towards the target's prompt by: "
+    said = [first, f"{held}{'; '.join(each)}."]
+    successes = []
+    for label, found in figures["features"].items():
+        wanted = {"attack": MAXIMISER, "crafted_on": "fitted", "judge": "fitted", "budget": "step"}
+        defence = "drop_null" if label in figures["dropped"] else ""
+        area = the_curve(found["curves"], **wanted, defence=defence)["area"]["success"]
+        successes.append(f"{label} {percent(area[0], 0)}")
+    if successes:
+        said.append(f"In feature space null directions put the target first, mean over steps: {', '.join(successes)}.")
+    if (count := len(figures["encoders"])) < 2:
         said.append(
             "Changed meaning cannot be claimed: that takes two image encoders that name half of the untouched images "
-            f"rightly, and {len(figures['encoders'])} of {len(figures['zero_shot'])} do."
+            f"rightly, and {count} of {len(figures['zero_shot'])} do."
         )
     return said
 
 
-def _largest(figures: Mapping[str, Any]) -> str:
-    """The largest budget of the first norm."""
+def largest_budget(figures: Found) -> str:
+    """Return the largest budget of the first norm."""
     budgets = [s["budget"] for s in figures["summaries"]]
     return str([budget for budget in budgets if budget.split()[0] == budgets[0].split()[0]][-1])
 
 
-def _mean_success(figures: Mapping[str, Any], label: str) -> float:
-    """Of the maximiser by the translator it attacks, after the dropping where the null space is dropped."""
-    defence = "drop_null" if label in figures["dropped"] else ""
-    curve = the_curve(
-        figures["features"][label]["curves"],
-        attack=MAXIMISER,
-        crafted_on="fitted",
-        judge="fitted",
-        budget="step",
-        defence=defence,
-    )
-    return float(curve["area"]["success"][0] or 0.0)
-
-
-def attack_warnings(figures: Mapping[str, Any], left_out: Sequence[str], further: Sequence[str] = ()) -> list[str]:
+def attack_warnings(figures: Found, left_out: Sequence[str], further: Sequence[str] = ()) -> list[str]:
     """List reasons not to believe an attack's figures, and `further` ones."""
     models, images = figures["models"], figures["pictures"]
-    warnings = [
-        f"the image encoder {name} names only {share:.0%} of the untouched images rightly: it is no witness"
-        for name, share in figures["zero_shot"].items()
-        if name not in figures["encoders"]
-    ]
-    if left_out:
-        warnings.append(f"{len(left_out)} images of one colour were left out: {', '.join(left_out[:4])}")
-    if images < 100:
-        warnings.append(f"only {images} images were attacked; a share is known to ±{100 / images**0.5:.0f} points")
-    if len(models) == 1:
-        warnings.append("with a single model no image was carried over, so white box and transfer are not compared")
     weak = [model["label"] for model in models if model["classes"] > MOST_HELD]
-    if weak:
-        compared = "; do not compare them with the others, slice the heads alike" if len(weak) < len(models) else ""
-        warnings.append(
-            f"{', '.join(weak)}: above {MOST_HELD} classes the attack does not follow the logits' tangent and finds "
-            f"far less (a quarter of the rise where both were tried), so a low rise shows little{compared}"
-        )
-    failed = [
-        f"{label}: {check['name']}: {check['found']}"
-        for label, found in figures["features"].items()
-        for check in found["checks"]
-        if not check["passed"]
-    ]
-    if failed:
-        warnings.append(f"in feature space checks failed: {'; '.join(failed)}")
-    return [f"Warning: {sentence}." for sentence in (*warnings, *further)]
+    alike = "" if len(weak) == len(models) else "; do not compare it with the others, slice the heads alike"
+    warnings = {
+        f"{len(left_out)} images of one colour were left out: {', '.join(left_out[:4])}": bool(left_out),
+        f"only {images} images were attacked; a share is known to ±{100 / images**0.5:.0f} points": images < 100,
+        "with a single model no image was carried over, so white box and transfer are not compared": len(models) == 1,
+        f"{', '.join(weak)}: above {MOST_HELD} classes the attack does not follow the logits' tangent and finds far "
+        f"less (a quarter of the rise where both were tried), so a low rise shows little{alike}": bool(weak),
+    }
+    for name, share in figures["zero_shot"].items():
+        known = name in figures["encoders"]
+        warnings[f"{name} names only {share:.0%} of the untouched images rightly: it is no witness"] = not known
+    return [f"Warning: {text}." for text in (*(text for text, true in warnings.items() if true), *further)]
 
 
 def attack_sections(figures: Found, plots: Mapping[str, Figure]) -> list[Section]:
@@ -130,12 +118,14 @@ def attack_sections(figures: Found, plots: Mapping[str, Figure]) -> list[Section
     def plot(name: str) -> list[Figure]:
         return [plots[name]] if name in plots else []
 
-    failed = [check for check in figures["checks"] if not check["passed"]]
-    sections = [Section("Checks that failed", [pd.DataFrame(failed)[["model", "name", "found"]]])] if failed else []
+    failed = [check for check in all_checks(figures) if not check["passed"]]
+    sections = [Section("Checks that failed", [_table(failed)[["model", "name", "found"]]])] if failed else []
     sections.append(Section("Attacked images", [*plot("rises"), rise_table(figures), RISE, *plot("attacked")]))
     sections.append(Section("Who was fooled", [fooled_table(figures), WHO]))
     if figures["features"]:
-        sections.append(Section("In feature space", [*plot("features"), feature_table(figures), IN_FEATURES]))
+        blocks: list[Any] = [*plot("features"), feature_table(figures), IN_FEATURES, *plot("feature_pairs")]
+        absent = {f"Not made: {n} ({why})." for f in figures["features"].values() for n, why in f["absent"].items()}
+        sections.append(Section("In feature space", [*blocks, *sorted(absent)]))
     if figures["transfers"]:
         differences = [
             {"model": d["second"], "minus": d["first"], "budget": d["budget"], "judge": d["judge"]}
@@ -153,7 +143,8 @@ def attack_sections(figures: Found, plots: Mapping[str, Figure]) -> list[Section
         {"model": r["model"], "clean": r["clean"], **r["adversarial"], **r["corrupted"]} for r in figures["robustness"]
     ]
     sections.append(Section("Ordinary robustness", [pd.DataFrame(robust), ROBUST]))
-    sections.append(Section("Models", [pd.json_normalize(figures["models"])]))
+    notes = [DROPPED] if figures["dropped"] else []
+    sections.append(Section("Models", [pd.json_normalize(figures["models"]), *notes]))
     return sections
 
 
@@ -190,7 +181,7 @@ def fooled_table(figures: Found) -> pd.DataFrame:
 
 
 def feature_table(figures: Found) -> pd.DataFrame:
-    """Return the attacks in feature space by model, attack and judge, and those that could not be made."""
+    """Return the attacks in feature space by model, attack and judge."""
     rows = []
     for label, found in figures["features"].items():
         for curve in found["curves"]:
@@ -200,5 +191,4 @@ def feature_table(figures: Found) -> pd.DataFrame:
                 success = "–" if area["success"][0] is None else _share(area["success"])
                 row |= {"judge": curve["judge"], "target first": success, "AS °": number(area["AS"][0])}
                 rows.append(row | {"max Δlogit": f"{max(curve['logit_change']):.1g}"})
-        rows += [{"model": label, "attack": name, "judge": f"not made: {why}"} for name, why in found["absent"].items()]
     return _table(rows)

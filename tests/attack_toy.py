@@ -50,7 +50,7 @@ def linear_model(side: int = 4, classes: int = 2) -> PixelModel:
 
 
 @cache
-def toy() -> tuple[PixelModel, LinearTranslator, Tensor, Tensor, pd.DataFrame]:
+def parts() -> tuple[PixelModel, LinearTranslator, Tensor, Tensor, pd.DataFrame]:
     """The model (3 logits, so 45 directions are free), a translator, prompts, images, and which they are."""
     model, x = linear_model(classes=3), grid_images(4, 4)
     translator = LinearTranslator(torch.randn(5, 48, generator=seeded(1)), torch.zeros(5))
@@ -60,17 +60,17 @@ def toy() -> tuple[PixelModel, LinearTranslator, Tensor, Tensor, pd.DataFrame]:
     return model, translator, texts, x, pd.DataFrame(chosen)
 
 
-def attacked_toy(settings: AttackSettings = SETTINGS) -> tuple[dict[tuple[str, str], Tensor], pd.DataFrame]:
+def attacked(settings: AttackSettings = SETTINGS) -> tuple[dict[tuple[str, str], Tensor], pd.DataFrame]:
     """Attacked images by budget and arm, and what the passes found by themselves."""
-    model, translator, texts, x, chosen = toy()
+    model, translator, texts, x, chosen = parts()
     found, climbs = attack_images(model, translator, x, texts[chosen["target"].tolist()], settings, number=0)
     return found, climbs.assign(model="toy")
 
 
-def judged_toy(folder: Path, settings: AttackSettings = SETTINGS) -> tuple[pd.DataFrame, pd.DataFrame]:
+def judged(folder: Path, settings: AttackSettings = SETTINGS) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The toy through the whole chain: attack, PNG, judges."""
-    model, translator, texts, x, chosen = toy()
-    found, climbs = attacked_toy(settings)
+    model, translator, texts, x, chosen = parts()
+    found, climbs = attacked(settings)
     rows = save_attacked(found, x, chosen, folder, Path("attacked")).assign(model="toy")
     judges = dict.fromkeys(("fitted", "auditor"), translator_judge(model, translator, texts))
     return judge_images(rows, folder, model, judges, settings.budgets, tau=TAU), climbs
@@ -78,4 +78,4 @@ def judged_toy(folder: Path, settings: AttackSettings = SETTINGS) -> tuple[pd.Da
 
 @cache
 def sound_climbs() -> pd.DataFrame:
-    return attacked_toy()[1]
+    return attacked()[1]

@@ -10,55 +10,35 @@ import torch
 from torch.nn.functional import normalize
 
 from singreg.analysis import attack
-from singreg.analysis.attack import (
-    LAGRANGIAN,
-    TANGENT,
-    Budget,
-    Reading,
-    Tangent,
-    ascend,
-    one_step,
-    random_images,
-)
+from singreg.analysis.attack import Budget, Reading, Tangent, ascend
 from singreg.analysis.attack_images import RANDOM, away_from_label, towards_prompt
-from tests.attack_toy import (
-    LARGE,
-    SETTINGS,
-    SMALL,
-    TAU,
-    attacked_toy,
-    grid_images,
-    linear_model,
-    seeded,
-    sound_climbs,
-    toy,
-)
+from tests import attack_toy as toy
 
 
 @pytest.mark.parametrize("size", [1.0, 4.0])
 def test_free_ascent_finds_the_closed_form_of_a_linear_model(size: float) -> None:
     """Largest margin within L-infinity ε is at x + ε sign(w_j - w_y), on the 8-bit grid too; in L2 at x + ε w / |w|."""
-    model, x = linear_model(), grid_images(5, 4)
+    model, x = toy.linear_model(), toy.grid_images(5, 4)
     labels = model(x)[1].argmin(1)
     weight = model.classifier.weight
     gradient = (weight[1 - labels] - weight[labels]).reshape(x.shape)
-    found = ascend(away_from_label(model, labels), x, Budget("linf", size), steps=12, generator=seeded())
+    found = ascend(away_from_label(model, labels), x, Budget("linf", size), steps=12, generator=toy.seeded())
     torch.testing.assert_close(255 * found.images, 255 * x + size * gradient.sign(), atol=1e-3, rtol=0)
     radius = 0.1 * size
-    found = ascend(away_from_label(model, labels), x, Budget("l2", radius), steps=25, generator=seeded())
+    found = ascend(away_from_label(model, labels), x, Budget("l2", radius), steps=25, generator=toy.seeded())
     assert bool((found.after - found.before > 0.97 * radius * gradient.flatten(1).norm(dim=1)).all())
     assert bool((Budget("l2", radius).lengths(found.images - x) <= radius * (1 + 1e-6)).all())
 
 
 def test_held_ascent_reaches_what_linear_algebra_allows() -> None:
     """Against projected gradient steps in the null space of W, exactly in the budget, without any rounding."""
-    model, translator, texts, x, chosen = toy()
+    model, translator, texts, x, chosen = toy.parts()
     target = texts[chosen["target"].tolist()]
     features, logits = model(x)
-    judged, budget = towards_prompt(model, translator, logits, target, TAU), Budget("l2", 0.3)
-    found = ascend(judged, x, budget, steps=60, restarts=2, generator=seeded())
+    judged, budget = towards_prompt(model, translator, logits, target, toy.TAU), Budget("l2", 0.3)
+    found = ascend(judged, x, budget, steps=60, restarts=2, generator=toy.seeded())
     with patch.object(attack, "MOST_HELD", 0):
-        lagrangian = ascend(judged, x, budget, steps=60, restarts=2, generator=seeded())
+        lagrangian = ascend(judged, x, budget, steps=60, restarts=2, generator=toy.seeded())
     basis = torch.linalg.svd(model.classifier.weight.double()).Vh[3:]
     moved = torch.zeros(4, 48, dtype=torch.float64)
     for _ in range(400):
@@ -77,26 +57,26 @@ def test_held_ascent_reaches_what_linear_algebra_allows() -> None:
 
 
 def test_without_any_limit_every_target_is_reached_and_without_budget_nothing_moves() -> None:
-    model, translator, texts, x, chosen = toy()
+    model, translator, texts, x, chosen = toy.parts()
     wanted = torch.tensor(chosen["target"].tolist())[:, None]
 
     def judged(images: torch.Tensor) -> Reading:
         cosines = normalize(translator(model(images)[0]), dim=-1) @ texts.T
         return Reading.free(cosines.gather(1, wanted)[:, 0] - cosines.scatter(1, wanted, -torch.inf).amax(1))
 
-    assert bool((ascend(judged, x, Budget("linf", 255), steps=40, generator=seeded()).after > 0).all())
-    assert torch.equal(ascend(judged, x, Budget("linf", 0), steps=2, generator=seeded()).images, x)
+    assert bool((ascend(judged, x, Budget("linf", 255), steps=40, generator=toy.seeded()).after > 0).all())
+    assert torch.equal(ascend(judged, x, Budget("linf", 0), steps=2, generator=toy.seeded()).images, x)
 
 
 def test_a_tangent_moves_nothing_that_is_held() -> None:
     """On a linear model: along it no logit moves, back takes any logit change away, and pixels at an edge stay."""
-    model, _, _, x, _ = toy()
+    model, _, _, x, _ = toy.parts()
     leaf = x.clone().requires_grad_()
     logits = model(leaf)[1]
     tangent = Tangent.of(logits, leaf)
-    direction = torch.randn(x.shape, generator=seeded(5))
+    direction = torch.randn(x.shape, generator=toy.seeded(5))
     edge = torch.full_like(x, 0.02)
-    moved = torch.where(torch.rand(x.shape, generator=seeded(6)) < 0.3, edge, torch.zeros_like(x))
+    moved = torch.where(torch.rand(x.shape, generator=toy.seeded(6)) < 0.3, edge, torch.zeros_like(x))
     inside = tangent.within(moved, direction, -edge, edge)
     still = (moved == edge) & (direction > 0)
     assert 3 < int(still.sum()) < still.numel() / 2
@@ -106,7 +86,7 @@ def test_a_tangent_moves_nothing_that_is_held() -> None:
 
     assert float(change(direction).abs().max()) > 0.1  # the control
     for kept, rows in ((tangent, torch.zeros_like(still)), (inside, still)):
-        held = torch.randn(4, 3, generator=seeded(7))
+        held = torch.randn(4, 3, generator=toy.seeded(7))
         along, back = kept.along(direction), kept.back(held, x)
         assert float(change(along).abs().max()) < 1e-4
         torch.testing.assert_close(change(back), -held, atol=1e-3, rtol=0)
@@ -115,10 +95,10 @@ def test_a_tangent_moves_nothing_that_is_held() -> None:
 
 
 def test_nothing_infeasible_is_ever_kept() -> None:
-    model, translator, texts, x, chosen = toy()
+    model, translator, texts, x, chosen = toy.parts()
     target = texts[chosen["target"].tolist()]
     judged = towards_prompt(model, translator, model(x)[1], target, 1e-7)  # no 8-bit step can keep this tolerance
-    for found in (ascend(judged, x, LARGE, steps=8, generator=seeded()), one_step(judged, x, LARGE)):
+    for found in (ascend(judged, x, toy.LARGE, steps=8, generator=toy.seeded()), attack.one_step(judged, x, toy.LARGE)):
         assert torch.equal(found.images, x)
         assert torch.equal(found.after, found.before)
 
@@ -127,9 +107,9 @@ def test_nothing_infeasible_is_ever_kept() -> None:
     "budget", [Budget("linf", 0), Budget("linf", 1), Budget("linf", 2.5), Budget("l2", 0.05), Budget("l2", 0.5)]
 )
 def test_the_grid_never_outgrows_the_budget(budget: Budget) -> None:
-    x = grid_images(6, 8)
+    x = toy.grid_images(6, 8)
     for seed in range(5):
-        image = random_images(x, budget, seeded(seed))
+        image = attack.random_images(x, budget, toy.seeded(seed))
         assert bool(((255 * image - (255 * image).round()).abs() < 1e-3).all())
         assert bool((budget.lengths((255 * (image - x)).round() / 255) <= budget.radius * (1 + 1e-6)).all())
 
@@ -139,25 +119,27 @@ def test_images_off_the_grid_and_no_steps_are_refused() -> None:
         return Reading.free(images.sum((1, 2, 3)))
 
     with pytest.raises(ValueError, match="8-bit grid"):
-        ascend(total, torch.full((1, 3, 2, 2), 0.3), SMALL, steps=1, generator=seeded())
+        ascend(total, torch.full((1, 3, 2, 2), 0.3), toy.SMALL, steps=1, generator=toy.seeded())
     with pytest.raises(ValueError, match="at least 1 step"):
-        ascend(total, grid_images(1, 2), SMALL, steps=0, generator=seeded())
+        ascend(total, toy.grid_images(1, 2), toy.SMALL, steps=0, generator=toy.seeded())
 
 
 def test_what_is_recorded_is_each_pass_without_help() -> None:
     """Single step and start are no part of `alone`."""
-    climbs = sound_climbs().set_index(["budget", "kind"]).sort_index()
-    assert {*climbs.index} == {(b.label, k) for b in (SMALL, LARGE) for k in (TANGENT, LAGRANGIAN)}
-    small, large = climbs.loc[SMALL.label], climbs.loc[LARGE.label, TANGENT]
+    climbs = toy.sound_climbs().set_index(["budget", "kind"]).sort_index()
+    assert {*climbs.index} == {
+        (b.label, k) for b in (toy.SMALL, toy.LARGE) for k in (attack.TANGENT, attack.LAGRANGIAN)
+    }
+    small, large = climbs.loc[toy.SMALL.label], climbs.loc[toy.LARGE.label, attack.TANGENT]
     assert small["began"].to_numpy() == pytest.approx(small["one_step"].to_numpy())  # no smaller budget to begin from
     assert (large["began"] >= large["one_step"] - 1e-9).all()
     assert (large["began"] > 0).all()
 
 
 def test_a_batch_made_again_is_the_same() -> None:
-    (one, climbs), (two, again) = attacked_toy(), attacked_toy()
+    (one, climbs), (two, again) = toy.attacked(), toy.attacked()
     assert climbs.equals(again)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
-    other, _ = attacked_toy(replace(SETTINGS, seed=1))
-    assert not torch.equal(other[SMALL.label, RANDOM], one[SMALL.label, RANDOM])
+    other, _ = toy.attacked(replace(toy.SETTINGS, seed=1))
+    assert not torch.equal(other[toy.SMALL.label, RANDOM], one[toy.SMALL.label, RANDOM])

@@ -1,4 +1,4 @@
-"""The attacked classifiers themselves: what they are, and how far the same images are steered in feature space."""
+"""The attacked classifiers themselves: what they are, and how far their features can be steered (METHOD section 9)."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def attack_features(
     embeddings: Mapping[str, np.ndarray],
     texts: Tensor,
     translators: Mapping[str, LinearTranslator],
-    *,
     chosen: pd.DataFrame,
     targets: Sequence[int],
+    *,
     pairs: int,
     tau: float,
     outsiders: Mapping[str, Outsider],
@@ -42,12 +42,9 @@ def attack_features(
     settings: PassSettings,
     seed: int = 0,
 ) -> dict[str, Any] | None:
-    """Steer the chosen test images in feature space by every attack; None without a null space.
-
-    Where the null space is dropped, the curves under "drop_null" count.
+    """Steer the chosen test images (see `choose_images`) in feature space by every attack; None without a null space.
 
     Args:
-        chosen: rows of `choose_images`.
         targets: classes whose prompts features are steered towards.
         pairs: of a source class and a target, drawn evenly over sources.
         outsiders: other models' attackers, of which those of another feature width are left out.

@@ -62,9 +62,8 @@ class PixelModel:
         seen = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if not isinstance(self.classifier, NullDroppedClassifier):
             return self.classifier.features_and_logits(seen)
-        name = self.classifier.head_name.rpartition(".")[0]
         captured: list[Tensor] = []
-        whole_head = self.classifier.model.get_submodule(name)
+        whole_head = self.classifier.model.get_submodule(self.classifier.head_name.rpartition(".")[0])
         handle = whole_head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
         try:
             logits = self.classifier(seen)

@@ -12,36 +12,28 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from singreg.analysis.attack_images import ATTACK, RANDOM
+from singreg.analysis.attackers import MAXIMISER
+from singreg.attack_tables import largest_budget
 from singreg.data.datasets import ImageSplit
 from singreg.plots import CYCLE, drawable, panels, save, styled
+from singreg.plots.steering import draw_attacks, draw_heat_maps
 from singreg.report import Figure
 
 SHOWN = 6  # images or pairs a model
 AMPLIFIED = 20
-LINES = {  # (attack, judge, defence): colour, line, label
-    ("maximiser", "fitted", "drop_null"): ("#a7f3d0", "-", "maximiser, null space dropped"),  # broad and below others
-    ("maximiser", "fitted", ""): ("#2563eb", "-", "maximiser"),
-    ("maximiser", "auditor", ""): ("#d97706", "-", "maximiser, the auditor judges"),
-    ("single step", "fitted", ""): ("#2563eb", "--", "single gradient step"),
-    ("random direction", "fitted", ""): ("#6b7280", ":", "random direction"),
-}
-PANELS = (  # budget, figure, factor, unit
-    ("step", "success", 100.0, "target first, %"),
-    ("step", "AS", 1.0, "AS towards the target, °"),
-    ("radius", "success", 100.0, "target first, %"),
-)
 
 
 def save_attack_plots(
     figures: Mapping[str, Any], judged: pd.DataFrame, split: ImageSplit, folder: Path
 ) -> dict[str, Figure]:
     """Draw every figure of an attack into plots/ of the run's folder, by name, from report.json's figures and rows."""
-    found = {"rises": _rises(figures, folder), "attacked": _attacked(figures, judged, folder)}
+    plots = folder / "plots"
+    found = {"rises": _rises(figures, plots), "attacked": _attacked(figures, judged, folder)}
     shown = {label: each for label, each in figures["features"].items() if label not in figures["dropped"]}
     if shown:
-        found["features"] = _features(shown, folder)
+        found |= _features(shown, plots)
     if twins := [each for each in figures["twins"] if each["shown"] and each["model"] not in figures["dropped"]]:
-        found["twins"] = _twins([each for each in twins if each["encoder"] == twins[0]["encoder"]], split, folder)
+        found["twins"] = _twins([each for each in twins if each["encoder"] == twins[0]["encoder"]], split, plots)
     return found
 
 
@@ -72,13 +64,12 @@ def _rises(figures: Mapping[str, Any], folder: Path) -> Figure:
         f"rise towards the target's prompt by budget and judge, logits within {figures['tau']:g}; 95 % intervals over "
         f"{figures['pictures']} images; dots: random directions of the same length"
     )
-    return Figure(save(figure, folder / "plots" / "rises.png"), caption)
+    return Figure(save(figure, folder / "rises.png"), caption)
 
 
 def _attacked(figures: Mapping[str, Any], judged: pd.DataFrame, folder: Path) -> Figure:
     models, attacks = [model["label"] for model in figures["models"]], judged[judged["arm"] == ATTACK]
-    budgets = attacks["budget"].unique()
-    budget = [each for each in budgets if each.split()[0] == budgets[0].split()[0]][-1]
+    budget = largest_budget(figures)
     encoder = next(reversed(figures["zero_shot"]))
     at = attacks[attacks["budget"] == budget]
     height, columns = min(SHOWN, len(at[at["model"] == models[0]])), 1 + 2 * len(models)
@@ -105,39 +96,18 @@ def _show(axes: Axes, pixels: np.ndarray, title: str) -> None:
     axes.set_title(title, fontsize=8)
 
 
-def _features(shown: Mapping[str, Any], folder: Path) -> Figure:
-    figure, flat = panels(len(shown), len(PANELS), height=3.0)
-    grid = np.array(flat).reshape(len(PANELS), len(shown))
-    for column, (label, found) in enumerate(shown.items()):
-        for ax, (budget, name, factor, unit) in zip(grid[:, column], PANELS, strict=True):
-            for (attack, judge, defence), (colour, line, said) in LINES.items():
-                wanted = {
-                    "attack": attack,
-                    "crafted_on": "fitted",
-                    "judge": judge,
-                    "defence": defence,
-                    "budget": budget,
-                }
-                for curve in found["curves"]:
-                    if all(curve[key] == value for key, value in wanted.items()):
-                        values = factor * np.array(curve["figures"][name], dtype=float)
-                        low, high = factor * np.array(curve["intervals"][name], dtype=float).T
-                        width = 6.0 if defence else 1.5
-                        ax.plot(curve["grid"], values, line, color=colour, lw=width, marker="o", ms=3, label=said)
-                        ax.fill_between(curve["grid"], low, high, color=colour, alpha=0.12, linewidth=0)
-            if budget == "radius":
-                for place in (found["natural"] or {}).values():
-                    ax.axvline(place, color="#9ca3af", linewidth=0.8, linestyle="--", zorder=0)
-            styled(ax, drawable(label, 34) if ax is grid[0, column] else "")
-            ax.set_xlabel("ε / |f|" if budget == "step" else "Mahalanobis radius / natural median")
-            ax.set_ylabel(unit if column == 0 else "")
-    handles = dict(zip(*reversed(grid[0, 0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
-    caption = (
-        "the same images steered in feature space, crafted on the attacked translator; bands: 95 % over images; "
-        "upright lines: radii of natural images (median, 95th and 99th percentile)"
-    )
-    return Figure(save(figure, folder / "plots" / "features.png"), caption)
+def _features(shown: Mapping[str, Any], folder: Path) -> dict[str, Figure]:
+    maps, names = {}, (next(iter(shown.values()))["sources"], next(iter(shown.values()))["targets"])
+    for label, found in shown.items():
+        for matrix in found["matrices"]:
+            if (matrix["attack"], matrix["crafted_on"], matrix["judge"]) == (MAXIMISER, "fitted", "auditor"):
+                maps[f"{drawable(label, 30)}: AS °, step {matrix['step']:g} of |f|"] = matrix["AS"]
+    curves = "the same images steered in feature space: success and AS over the step and over natural radii"
+    pairs = "AS of the maximiser by source (down) and target (across), in feature space; the auditor reads"
+    return {
+        "features": Figure(draw_attacks(shown, folder / "features.png"), curves),
+        "feature_pairs": Figure(draw_heat_maps(maps, names, folder / "feature_pairs.png"), pairs),
+    }
 
 
 def _twins(twins: list[dict[str, Any]], split: ImageSplit, folder: Path) -> Figure:
@@ -159,4 +129,4 @@ def _twins(twins: list[dict[str, Any]], split: ImageSplit, folder: Path) -> Figu
     caption = (
         f"natural twins: two classes, alike in logits and far apart for {twins[0]['encoder']}; nobody attacked them"
     )
-    return Figure(save(figure, folder / "plots" / "twins.png"), caption)
+    return Figure(save(figure, folder / "twins.png"), caption)
