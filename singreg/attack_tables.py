@@ -123,7 +123,7 @@ def attack_sections(figures: Found, plots: Mapping[str, Figure]) -> list[Section
     sections.append(Section("Attacked images", [*plot("rises"), rise_table(figures), RISE, *plot("attacked")]))
     sections.append(Section("Who was fooled", [fooled_table(figures), WHO]))
     if figures["features"]:
-        blocks: list[Any] = [*plot("features"), feature_table(figures), IN_FEATURES, *plot("feature_pairs")]
+        blocks: list[Any] = [*plot("features"), feature_table(figures), IN_FEATURES]
         absent = {f"Not made: {n} ({why})." for f in figures["features"].values() for n, why in f["absent"].items()}
         sections.append(Section("In feature space", [*blocks, *sorted(absent)]))
     if figures["transfers"]:

@@ -62,7 +62,7 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (rows["target"] != rows["label"]).all()
     attacked = rows[rows["arm"] == "attack"]
     assert attacked["kept"].all()
-    for name in ("rises", "attacked", "features", "feature_pairs", "twins"):
+    for name in ("rises", "attacked", "features", "twins"):
         assert (tmp_path / "whole" / "plots" / f"{name}.png").is_file()
     assert "Who was fooled" in (tmp_path / "whole" / "report.html").read_text()
     events = next((tmp_path / "whole" / "tensorboard").rglob("events*"))

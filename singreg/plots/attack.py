@@ -12,15 +12,32 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from singreg.analysis.attack_images import ATTACK, RANDOM
-from singreg.analysis.attackers import MAXIMISER
+from singreg.analysis.attackers import MAXIMISER, SINGLE
+from singreg.analysis.attackers import RANDOM as RANDOM_DIRECTION
 from singreg.attack_tables import largest_budget
 from singreg.data.datasets import ImageSplit
-from singreg.plots import CYCLE, drawable, panels, save, styled
-from singreg.plots.steering import draw_attacks, draw_heat_maps
+from singreg.plots import CYCLE, GREY, drawable, panels, save, styled
 from singreg.report import Figure
 
 SHOWN = 6  # images or pairs a model
 AMPLIFIED = 20
+LINES = {  # (attack, judge, defence): colour, line, width, label
+    (MAXIMISER, "fitted", "drop_null"): (
+        "#a7f3d0",
+        "-",
+        6.0,
+        "maximiser, null space dropped",
+    ),  # below: others lie on it
+    (MAXIMISER, "fitted", ""): ("#2563eb", "-", 1.5, "maximiser"),
+    (MAXIMISER, "auditor", ""): ("#d97706", "-", 1.5, "maximiser, the auditor judges"),
+    (SINGLE, "fitted", ""): ("#2563eb", "--", 1.5, "single gradient step"),
+    (RANDOM_DIRECTION, "fitted", ""): ("#6b7280", ":", 1.5, "random direction"),
+}
+PANELS = (  # budget, figure, factor, unit
+    ("step", "success", 100.0, "target first, %"),
+    ("step", "AS", 1.0, "AS towards the target, °"),
+    ("radius", "success", 100.0, "target first, %"),
+)
 
 
 def save_attack_plots(
@@ -31,7 +48,7 @@ def save_attack_plots(
     found = {"rises": _rises(figures, plots), "attacked": _attacked(figures, judged, folder)}
     shown = {label: each for label, each in figures["features"].items() if label not in figures["dropped"]}
     if shown:
-        found |= _features(shown, plots)
+        found["features"] = _features(shown, plots)
     if twins := [each for each in figures["twins"] if each["shown"] and each["model"] not in figures["dropped"]]:
         found["twins"] = _twins([each for each in twins if each["encoder"] == twins[0]["encoder"]], split, plots)
     return found
@@ -96,18 +113,33 @@ def _show(axes: Axes, pixels: np.ndarray, title: str) -> None:
     axes.set_title(title, fontsize=8)
 
 
-def _features(shown: Mapping[str, Any], folder: Path) -> dict[str, Figure]:
-    maps, names = {}, (next(iter(shown.values()))["sources"], next(iter(shown.values()))["targets"])
-    for label, found in shown.items():
-        for matrix in found["matrices"]:
-            if (matrix["attack"], matrix["crafted_on"], matrix["judge"]) == (MAXIMISER, "fitted", "auditor"):
-                maps[f"{drawable(label, 30)}: AS °, step {matrix['step']:g} of |f|"] = matrix["AS"]
-    curves = "the same images steered in feature space: success and AS over the step and over natural radii"
-    pairs = "AS of the maximiser by source (down) and target (across), in feature space; the auditor reads"
-    return {
-        "features": Figure(draw_attacks(shown, folder / "features.png"), curves),
-        "feature_pairs": Figure(draw_heat_maps(maps, names, folder / "feature_pairs.png"), pairs),
-    }
+def _features(shown: Mapping[str, Any], folder: Path) -> Figure:
+    figure, flat = panels(len(shown), len(PANELS), height=3.0)
+    grid = np.array(flat).reshape(len(PANELS), len(shown))
+    for column, (label, found) in enumerate(shown.items()):
+        curves = {
+            (c["attack"], c["judge"], c["defence"], c["budget"]): c
+            for c in found["curves"]
+            if c["crafted_on"] == "fitted"
+        }
+        for ax, (budget, name, factor, unit) in zip(grid[:, column], PANELS, strict=True):
+            for key, (colour, line, width, said) in LINES.items():
+                if (curve := curves.get((*key, budget))) is not None:
+                    values, band = (factor * np.array(curve[kind][name], float) for kind in ("figures", "intervals"))
+                    ax.plot(curve["grid"], values, line, color=colour, lw=width, marker="o", ms=3, label=said)
+                    ax.fill_between(curve["grid"], *band.T, color=colour, alpha=0.12, linewidth=0)
+            if budget == "radius":
+                for place in (found["natural"] or {}).values():
+                    ax.axvline(place, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+            styled(ax, drawable(label, 34) if ax is grid[0, column] else "")
+            ax.set_xlabel("ε / |f|" if budget == "step" else "Mahalanobis radius / natural median")
+            ax.set_ylabel(unit if column == 0 else "")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    caption = (
+        "the same images steered in feature space, crafted on the attacked translator; bands: 95 % over images; "
+        "upright lines: radii of natural images (median, 95th and 99th percentile)"
+    )
+    return Figure(save(figure, folder / "features.png"), caption)
 
 
 def _twins(twins: list[dict[str, Any]], split: ImageSplit, folder: Path) -> Figure:
