@@ -24,21 +24,13 @@ from singreg.loop import Arm, own_random_numbers, watch
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.plots.finetune import plot_finetune
-from singreg.plots.scores import STAGES
-from singreg.report import Section, log, log_figures, track, write_report
+from singreg.plots.finetune import finetune_sections, plot_finetune
+from singreg.report import log, log_figures, track, write_report
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start
 from singreg.setup import Setup, prepare, try_one_batch
-from singreg.tables import score_table
 from singreg.task import describe_training, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
-
-READING = (
-    "Means over the same test images with 95 % bootstrap intervals. AS⁻: what removing the null space takes from the "
-    "true class (lower is better); IS: how far it moves the image's meaning (to be kept). frozen: the translator "
-    "fitted before training; loop: the one the loss saw last; auditor: fitted on images training never used."
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -161,17 +153,12 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
     plots = plot_finetune(measured, setup.splits.class_names, run.folder / "plots")
     log_figures(run.accelerator, plots)
     figures = {name: found for name, (_, found) in measured.items()}
-    results = score_table({STAGES[name]: found for name, found in figures.items()})
     write_report(
         run,
         title=f"{run.folder.name}: null-space leakage before and after fine-tuning",
         verdict=verdict(measured, comparisons, trained=config.training.epochs > 0),
         warnings=finetune_warnings(figures["before"]),
-        sections=[
-            Section("Results", [results, READING, *plots[:1]]),
-            Section("SingLoss against the control", [comparisons, "Ratios of means; intervals are paired by image."]),
-            Section("Images and classes", plots[1:]),
-        ],
+        sections=finetune_sections(figures, comparisons, plots),
         figures={
             "measurements": figures,
             "comparisons": comparisons.to_dict("records"),

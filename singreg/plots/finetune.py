@@ -1,4 +1,4 @@
-"""Plots of a fine-tuning run: the models side by side, their distributions and their classes."""
+"""A fine-tuning run's report: the models side by side, their distributions and their classes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from singreg.analysis.classes import joint_distribution
 from singreg.analysis.comparison import Measured
 from singreg.plots import bar, drawable, panels, save, styled
 from singreg.plots.scores import COLOURS, STAGES, plot_joint
-from singreg.report import Figure
+from singreg.report import Figure, Section
+from singreg.tables import score_table
 
 COMPARED_CLASSES = 40
 Found = Mapping[str, Any]
+READING = (
+    "Means over the same test images with 95 % bootstrap intervals. AS⁻: what removing the null space takes from the "
+    "true class (lower is better); IS: how far it moves the image's meaning (to be kept). frozen: the translator "
+    "fitted before training; loop: the one the loss saw last; auditor: fitted on images training never used."
+)
 
 
 def plot_finetune(measured: Mapping[str, Measured], class_names: Sequence[str], folder: Path) -> list[Figure]:
@@ -28,6 +34,18 @@ def plot_finetune(measured: Mapping[str, Measured], class_names: Sequence[str], 
         Figure(plot_joint(joints, folder / "joint.png", separate=True), "AS against IS of every test image"),
         Figure(plot_distributions(rows, folder / "distributions.png"), "AS and IS over test images"),
         Figure(plot_class_leakage(figures, class_names, folder / "classes.png"), "AS⁻ of every class"),
+    ]
+
+
+def finetune_sections(
+    figures: Mapping[str, Found], comparisons: pd.DataFrame, plots: Sequence[Figure]
+) -> list[Section]:
+    """Arrange a run's tables and plots (`plot_finetune`) as the sections of its report."""
+    results = score_table({STAGES[stage]: found for stage, found in figures.items()})
+    return [
+        Section("Results", [results, READING, *plots[:1]]),
+        Section("SingLoss against the control", [comparisons, "Ratios of means; intervals are paired by image."]),
+        Section("Images and classes", plots[1:]),
     ]
 
 
