@@ -189,7 +189,7 @@ def report(config: CompareConfig, run: Run, heads: list[dict[str, Any]], measure
     write_report(
         run,
         title=f"{run.folder.name}: {len(heads)} classifiers compared",
-        verdict=comparison_verdict(paired, differences, heads),
+        verdict=comparison_verdict(paired, heads),
         warnings=warnings,
         sections=[
             Section("The models", [models_table(heads, measured), READING, *plots]),

@@ -32,6 +32,7 @@ from singreg.analysis.study import (
 )
 from singreg.checkpoints import fingerprints
 from singreg.config import parse
+from singreg.data.corruption import KINDS
 from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.plots.study import save_study_plots
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             second = open_spaces(config.further_vlms, audited, names, accelerator, setup.passes)
             for place, work in enumerate(works):
                 if found[place] is None:
-                    arm, left = work.arm.name, time_left(works[place:], found)
+                    arm, left = work.arm.name, time_left(works, found)
                     logger.info("arm %d of %d: %s, seed %d%s", place + 1, len(works), arm, work.seed, left)
                     found[place] = make_and_measure(shared, begin, second, work)
         agreement = measure_agreement(shared)
@@ -157,14 +158,13 @@ def measure(
     options: dict[str, Any] = {"invariance": config.model.invariance, "settings": passes}
     fitting = {**options, "ridge": config.translator.ridge}
     info = replace(setup.info, head_hash=classifier.head_hash())
-    auditors, mean = fit_auditors(
-        classifier, audit, setup.embeddings["audit"], halves=config.halves, mlp=mlp, info=info, **fitting
-    )
+    auditors, mean = fit_auditors(classifier, audit, setup.embeddings["audit"], mlp=mlp, info=info, **fitting)
     judges = [Judge(setup.texts, setup.embeddings["test"], {"frozen": begin.loop.translator, **loop, **auditors})]
     for space in second:
         info, embeddings = space.info_for(classifier), space.embeddings
         found, _ = fit_auditors(classifier, audit, embeddings["audit"], halves=False, name=SECOND, info=info, **fitting)
         judges.append(Judge(space.texts[setup.splits.class_names], embeddings["test"], found))
+    known, held = known_attributes(audit), known_attributes(setup.splits.test)
     measured = measure_arm(
         classifier,
         setup.splits.test,
@@ -172,10 +172,9 @@ def measure(
         setup.embeddings["audit"],
         judges,
         mean=mean,
-        transfers=[(f"{AUDITOR} A", f"{AUDITOR} B")] if config.halves else [],
+        transfers=[(f"{AUDITOR} A", f"{AUDITOR} B")],
         ood=strange_images(setup.splits.bank, config.ood),
-        attributes=known_attributes(audit, setup.splits.test) if config.attributes else None,
-        corruptions=config.corruptions,
+        attributes=None if known is None or held is None else (known, held),
         seed=config.seed,
         **options,
     )
@@ -202,9 +201,9 @@ def report(shared: Shared, found: list[ArmRun], agreement: list[dict[str, Any]])
     log_figures(run.accelerator, plots)
     held = pd.DataFrame([{"arm": arm["arm"], **arm["validation"]} for arm in arms if arm["validation"]])
     chosen = [Section("By the validation images", [held, VALIDATION])] if shared.validation else []
-    side = {"ece": "calibration error"} | {f"corrupted/{kind}": f"top-1, {kind}" for kind in config.corruptions}
+    side = {"ece": "calibration error"} | {f"corrupted/{kind}": f"top-1, {kind}" for kind in KINDS}
     side |= {"ood_vim": "AUROC by ViM", "ood_null_energy": "AUROC by null energy"} if config.ood else {}
-    known = [Section("Known attributes", [attribute_table(arms), KNOWN])] if config.attributes else []
+    known = [Section("Known attributes", [attribute_table(arms), KNOWN])] if config.data.source == "scenes" else []
     write_report(
         run,
         title=f"{run.folder.name}: {len(arms)} arms",

@@ -43,13 +43,9 @@ class ComparedModel(ModelConfig):
 
     @property
     def known_as(self) -> str:
-        """The label, or the last part of the name: of a run's folder its own name, not "model"."""
-        if self.label is not None:
-            return self.label
-        parts = [part for part in Path(self.name.partition(":")[2] or self.name).parts if part not in ("/", ".", "..")]
-        if len(parts) > 1 and parts[-1] in ("model", "model-control"):
-            return parts[-2] if parts[-1] == "model" else f"{parts[-2]} control"
-        return parts[-1] if parts else self.name
+        """The label, or the last part of the name that is not "model"."""
+        parts = [part for part in Path(self.name.partition(":")[2] or self.name).parts if part not in ("/", "model")]
+        return self.label or (parts[-1] if parts else self.name)
 
     def resolved(self) -> ComparedModel:
         """Return it with a run's folder as the timm folder inside it.
@@ -78,17 +74,10 @@ def refuse_unknown_names(models: Sequence[ComparedModel]) -> None:
     for place, model in enumerate(models):
         try:
             name = model.resolved().name
+            if name != "demo" and ":" not in name and ("/" in name or not timm.is_model(name.partition(".")[0])):
+                problems.append(f"models[{place}].name: {name!r} is neither a folder nor a model that timm knows")
         except FileNotFoundError as error:
             problems.append(f"models[{place}].name: {error}")
-            continue
-        if name == "demo" or ":" in name:
-            continue
-        base = name.partition(".")[0]
-        known = timm.list_pretrained(f"{base}.*")
-        if "/" in name or not timm.is_model(base):
-            problems.append(f"models[{place}].name: {name!r} is neither a folder nor a model that timm knows")
-        elif model.pretrained and name != base and name not in known:
-            problems.append(f"models[{place}].name: timm has no weights {name!r}; it has {', '.join(known)}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -138,10 +127,10 @@ def open_spaces(
     for config, label in zip(vlms, space_labels(vlms), strict=True):
         vlm = open_vlm(config, accelerator)
         texts = {every: vlm.embed_classes(every, tuple(config.templates)).to(accelerator.device) for every in names}
-        embeddings = embed_splits(vlm, splits, passes)
-        preprocessing = sha256_of_json(vlm.preprocessing)
-        info = TranslatorInfo(vlm=vlm.tag, vlm_weights_hash=vlm.weights_hash, vlm_preprocessing=preprocessing)
-        spaces.append(Space(label, vlm, texts, embeddings, info))
+        info = TranslatorInfo(
+            vlm=vlm.tag, vlm_weights_hash=vlm.weights_hash, vlm_preprocessing=sha256_of_json(vlm.preprocessing)
+        )
+        spaces.append(Space(label, vlm, texts, embed_splits(vlm, splits, passes), info))
     return spaces
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor
 
-from singreg.analysis.arms import KnownAttributes
 from singreg.analysis.auditors import Images, auditor_need
 from singreg.analysis.features import PassSettings, cached_features, evenly, gathered, iterate_features
 from singreg.analysis.fitting import FittedTranslator, fit_on_split, reference_image_scores
@@ -30,7 +29,7 @@ from singreg.study_plan import StudyConfig, Work
 from singreg.task import make_sing
 from singreg.terms import placebo_texts
 from singreg.translator import LinearTranslator
-from singreg.utils import cache_folder, write_json
+from singreg.utils import write_json
 
 
 def hold_out(setup: Setup, per_class: int) -> tuple[Setup, Images | None]:
@@ -52,18 +51,8 @@ def hold_out(setup: Setup, per_class: int) -> tuple[Setup, Images | None]:
     taken = np.sort(np.concatenate([rows[:per_class] for rows in by_class]))
     kept = np.setdiff1d(np.arange(len(audit)), taken)
     splits = replace(setup.splits, audit=audit.subset(kept, "audit"))
-    held = (audit.subset(taken, "validation"), np.asarray(embeddings[taken]))
-    return replace(setup, splits=splits, embeddings={**setup.embeddings, "audit": _on_disk(embeddings, kept)}), held
-
-
-def _on_disk(table: np.ndarray, rows: np.ndarray, at_once: int = 4096) -> np.ndarray:
-    """Rows (M,) of a memory-mapped table (N, n) in a file of the cache that has no name and goes with the process."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=cache_folder()) as file:
-        found: np.ndarray = np.memmap(file, dtype=table.dtype, mode="w+", shape=(len(rows), table.shape[1]))
-    for first in range(0, len(rows), at_once):
-        found[first : first + at_once] = table[rows[first : first + at_once]]
-    return found
+    left = {**setup.embeddings, "audit": embeddings[kept]}
+    return replace(setup, splits=splits, embeddings=left), (audit.subset(taken, "validation"), embeddings[taken])
 
 
 @dataclass(frozen=True)
@@ -197,14 +186,13 @@ def strange_images(bank: ImageSplit, count: int) -> ImageSplit | None:
     return bank.subset(chosen, "ood") if len(chosen) else None
 
 
-def known_attributes(audit: ImageSplit, test: ImageSplit) -> KnownAttributes:
-    """Return every value of every attribute of built-in scenes as 0 or 1, such as "color: red"."""
-
-    def table(split: ImageSplit) -> np.ndarray:
-        if isinstance(split, SubsetSplit):
-            return table(split.parent)[split.indices]
-        assert isinstance(split, SceneSplit)
-        return np.concatenate([np.eye(len(values))[split.table.codes[name]] for name, values in ATTRIBUTES.items()], 1)
-
-    names = tuple(f"{name}: {value}" for name, values in ATTRIBUTES.items() for value in values)
-    return KnownAttributes(names, table(audit), table(test))
+def known_attributes(split: ImageSplit) -> pd.DataFrame | None:
+    """Return every value of every attribute of built-in scenes as 0 or 1, such as "color: red"; None for others."""
+    if isinstance(split, SubsetSplit):
+        table = known_attributes(split.parent)
+        return None if table is None else table.iloc[split.indices]
+    if not isinstance(split, SceneSplit):
+        return None
+    return pd.DataFrame(
+        {f"{n}: {v}": split.table.codes[n] == place for n, each in ATTRIBUTES.items() for place, v in enumerate(each)}
+    )

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from accelerate.logging import get_logger
 from safetensors.torch import save_file
 
 from singreg.analysis.study import ArmRun
 from singreg.config import FinetuneConfig, Problems, VLMConfig, overridden
-from singreg.data.corruption import KINDS
 from singreg.models.classifier import Classifier
 from singreg.runs import Run
 from singreg.utils import atomic_write, sha256_of_json, write_json, write_text
@@ -26,7 +26,7 @@ OPEN = ("loss.", "training.", "translator.", "model.tuning", "model.batch_norm")
 """What an arm may set for itself; anything else would leave the arms nothing to be compared on."""
 PLACES = ("out", "dry_run", "resume", "log_with")  # where things go and how a run is started
 WORDS = ("note", "role", "control_of", "seeds", "overrides")  # only said of an arm, or in its configuration already
-MEASURED = ("halves", "mlp_auditor", "corruptions", "ood", "attributes", "validation_per_class", "further_vlms", "seed")
+MEASURED = ("mlp_auditor", "ood", "validation_per_class", "further_vlms", "seed")
 
 
 @dataclass
@@ -72,10 +72,10 @@ class ArmConfig:
         problems.need(not self.constrain or self.aligned, "constrain: keeps an aligned head's rows; set aligned: true")
         alone = self.weights_from is None or not (self.aligned or self.train == "head")
         problems.need(alone, "weights_from: aligned and train: head stand on the starting backbone's features")
-        closed = sorted(key for key in self.overrides if not str(key).startswith(OPEN))
-        names = ", ".join(f"{name}*" if name.endswith(".") else name for name in OPEN)
-        for key in closed:
-            problems.append(f"overrides: {key}: all arms share this; an arm may set {names}")
+        for key in self.overrides:
+            problems.need(
+                key.startswith(OPEN), f"overrides: {key}: all arms share this; an arm may set {', '.join(OPEN)}"
+            )
         problems.show()
 
 
@@ -92,11 +92,8 @@ class StudyConfig(FinetuneConfig):
         validation_per_class: labelled images of every class taken from the auditor's, to choose an arm on.
         agreement_sizes: numbers of images at which two auditors on disjoint images are compared before training.
         further_vlms: at most one more vision-language model, a second judge with an auditor of its own.
-        halves: two more auditors on the disjoint halves of the audit split.
         mlp_auditor: one more, non-linear auditor; minutes an arm.
-        corruptions: blur, noise, contrast: accuracy on test images so corrupted.
         ood: that many of the bank's unlabelled images count as strange ones, for AUROCs; 0 leaves those out.
-        attributes: report the known attributes of built-in scenes.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -108,11 +105,8 @@ class StudyConfig(FinetuneConfig):
     validation_per_class: int = 0
     agreement_sizes: list[int] = field(default_factory=list)
     further_vlms: list[VLMConfig] = field(default_factory=list)
-    halves: bool = True
     mlp_auditor: bool = False
-    corruptions: list[str] = field(default_factory=lambda: list(KINDS))
     ood: int = 0
-    attributes: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,16 +117,11 @@ class StudyConfig(FinetuneConfig):
         problems.need(wanted, f"seeds: expected different whole numbers from 0, got {self.seeds}")
         for key in ("reference", "claim"):
             name = getattr(self, key)
-            problems.need(
-                name is None or name in names, f"{key}: there is no arm {name!r}; arms are {', '.join(names)}"
-            )
+            problems.need(name in (None, *names), f"{key}: there is no arm {name!r}; arms are {', '.join(names)}")
         problems.need(len(self.further_vlms) <= 1, f"further_vlms: expected at most one, got {len(self.further_vlms)}")
-        problems.keys("corruptions", dict.fromkeys(self.corruptions), KINDS)
         problems.within(0, ood=self.ood, validation_per_class=self.validation_per_class)
         problems.within(2, agreement_sizes=min(self.agreement_sizes, default=2))
         problems.need(not self.ood or self.data.unlabeled is not None, "ood: needs images in data.unlabeled")
-        scenes = self.data.source == "scenes"
-        problems.need(not self.attributes or scenes, "attributes: only built-in scenes have known ones")
         for place, arm in enumerate(self.arms):
             problems += [f"arms[{place}] ({arm.name}): {each}" for each in self._wrong_with(arm, self.arms[:place])]
         problems.show()
@@ -215,26 +204,24 @@ def plan_study(config: StudyConfig, inputs: Mapping[str, str]) -> list[Work]:
         inputs: hashes of images and models, part of what an arm is.
     """
     works: dict[tuple[str, int], Work] = {}
-    shared = {name: asdict(config)[name] for name in MEASURED}
+    settings, first = asdict(config), config.seeds[0]
     for seed in config.seeds:
         for arm in config.arms:
-            first = config.seeds[0]
-            name = arm.weights_from or ""
-            source = works.get((name, seed))
-            if source is None and (earlier := works.get((name, first))) is not None and not earlier.trained:
-                source = earlier
+            source = works.get((arm.weights_from or "", seed))
+            if source is None and (fixed := works.get((arm.weights_from or "", first))) and not fixed.trained:
+                source = fixed
             trained = arm.train != "none" or (source is not None and source.trained)
             among = config.seeds[: arm.seeds] if trained else [first]
             if seed not in among or (arm.weights_from is not None and source is None):
                 continue
             own = arm_config(config, arm, seed)
-            parts = {
-                "config": {key: value for key, value in asdict(own).items() if key not in PLACES},
-                "arm": {key: value for key, value in asdict(arm).items() if key not in WORDS},
-                "measured": shared,
-                "source": source and source.digest,
-                "inputs": dict(inputs),
-            }
+            parts = [
+                {key: value for key, value in asdict(own).items() if key not in PLACES},
+                {key: value for key, value in asdict(arm).items() if key not in WORDS},
+                {name: settings[name] for name in MEASURED},
+                source and source.digest,
+                dict(inputs),
+            ]
             folder = config.folder / "arms" / arm.name / f"seed-{seed}"
             works[arm.name, seed] = Work(arm, seed, own, source, trained, sha256_of_json(parts), folder)
     return list(works.values())
@@ -277,18 +264,16 @@ def read_back(work: Work) -> ArmRun | None:
     path = work.folder / "measurement.json"
     if not path.is_file():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = _numbers(json.loads(path.read_text(encoding="utf-8")))
     if stored.pop("digest") != work.digest:
         logger.info("arm %s, seed %d was made with another configuration and is made again", work.arm.name, work.seed)
         return None
     rows = pd.read_parquet(work.folder / "rows.parquet") if stored.pop("measured") else None
-    for name in ("figures", "intervals", "validation"):
-        stored[name] = _numbers(stored[name])
     return described(work, rows=rows, **stored)
 
 
 def _numbers(value: Any) -> Any:
-    """NaN for every null of a stored figure."""
+    """NaN for every figure that is not defined, which JSON has as null."""
     if isinstance(value, dict):
         return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -297,18 +282,14 @@ def _numbers(value: Any) -> Any:
 
 
 def time_left(works: Sequence[Work], found: Sequence[ArmRun | None]) -> str:
-    """Say about how long the last works take, by the mean time of finished arms of the same kind, or of any kind.
-
-    Args:
-        found: the finished arms, None for one that is still to be made; its end belongs to the works.
-    """
+    """Say about how long works that were not found done take, by the mean time of those of the same kind, or of any."""
     spent: dict[str, list[float]] = {}
     for run in found:
         if run is not None:
             spent.setdefault(run.train, []).append(run.seconds)
-    every = [seconds for kind in spent.values() for seconds in kind]
-    if not every:
+    if not spent:
         return ""
-    left = [work for work, run in zip(works, found[-len(works) :], strict=True) if run is None]
-    total = sum(sum(kind) / len(kind) for kind in (spent.get(work.arm.train, every) for work in left))
+    every = [seconds for kind in spent.values() for seconds in kind]
+    left = [work.arm.train for work, run in zip(works, found, strict=True) if run is None]
+    total = sum(float(np.mean(spent.get(kind, every))) for kind in left)
     return f" (about {total / 60:.0f} min left)"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch import Tensor
 from singreg.analysis import arms
 from singreg.analysis.arms import (
     Judge,
-    KnownAttributes,
     Measured,
     attribute_r2,
     harmless_rows,
@@ -58,13 +58,13 @@ def mean() -> Tensor:
 
 def measure(rank: int = 0, world: int = 1, cache_folder: str | None = None, **changes: Any) -> Measured:
     rng = np.random.default_rng(4)
-    known = KnownAttributes(("colour", "size"), rng.normal(size=(FIT, 2)), rng.normal(size=(COUNT, 2)))
+    known = [pd.DataFrame(rng.normal(size=(count, 2)), columns=["colour", "size"]) for count in (FIT, COUNT)]
     judge = Judge(toy.texts(), toy.embeddings(COUNT, seed=1), READERS)
     options: dict[str, Any] = {
         "judges": [judge, other()],
         "mean": mean(),
         "ood": STRANGE,
-        "attributes": known,
+        "attributes": tuple(known),
         "transfers": [("auditor A", "auditor B"), ("auditor A", "auditor VLM2")],
         "settings": replace(toy.QUIET, cache=cache_folder),
     }
@@ -142,7 +142,7 @@ def test_cached_features_and_processes_give_the_same_figures(tmp_path: Path) -> 
 
 def test_some_of_many_images_are_steered_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "STEERING_IMAGES", 7)
-    bare = {"ood": None, "attributes": None, "corruptions": ()}
+    bare = {"ood": None, "attributes": None}
     got, whole = measure(**bare).rows["AS25/auditor A"].to_numpy(), measured().rows["AS25/auditor A"].to_numpy()
     steered = np.flatnonzero(~np.isnan(got))
     assert steered.tolist() == [0, 5, 10, 15, 20, 25, 30]

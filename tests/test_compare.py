@@ -102,7 +102,6 @@ def test_a_model_compared_with_itself_differs_in_nothing(tmp_path: Path, monkeyp
     twins = [d for d in report["differences"] if (d["first"], d["second"]) == ("demo", "twin")]
     assert {(d["value"], d["low"], d["high"]) for d in twins} == {(0.0, 0.0, 0.0)}
     assert {d["translator"] for d in twins} == {"-", "fitted", "auditor", "mlp3"}
-    assert "In 0 of 3 pairs" in report["verdict"][2]
     nullity = {name: found["head"]["nullity"] for name, found in report["measurements"]["demo"].items()}
     assert nullity == {"demo": 246, "twin": 246, "softmax": 247}
 
@@ -113,7 +112,7 @@ def test_nothing_to_measure_is_a_report_too(tmp_path: Path) -> None:
     assert (report["differences"], report["orders"]) == ([], [])
     assert "no null space: 1000 classes" in (tmp_path / "none" / "report.html").read_text()
     one = compare(tmp_path / "one", [FULL, DEMO])
-    assert one["verdict"][0].startswith("Only demo (")
+    assert one["verdict"][0].startswith("Only demo could be measured")
     assert (tmp_path / "one" / "plots" / "comparison.png").is_file()
 
 
@@ -172,13 +171,12 @@ def test_bad_values_are_shown(
 
 
 def test_models_that_do_not_exist_are_all_named_before_any_work(tmp_path: Path, folders: Path) -> None:
-    wrong = ["resnet5000", "resnet50.nosuch_in1k", str(folders / "empty"), "some/where"]
+    wrong = ["resnet5000", str(folders / "empty"), "some/where"]
     expected = r"(.|\n)*".join(
         [
             r"models\[0\]\.name: 'resnet5000' is neither",
-            r"models\[1\]\.name: timm has no weights 'resnet50\.nosuch_in1k'; it has resnet50\.a1",
-            r"models\[2\]\.name: .*empty has no model/config",
-            r"models\[3\]\.name: 'some/where' is neither",
+            r"models\[1\]\.name: .*empty has no model/config",
+            r"models\[2\]\.name: 'some/where' is neither",
         ]
     )
     with pytest.raises(SystemExit, match=expected):
@@ -195,7 +193,6 @@ def test_models_that_do_not_exist_are_all_named_before_any_work(tmp_path: Path, 
         ("resnet50.tv_in1k", "resnet50.tv_in1k"),
         ("runs/demo/", "demo"),
         ("local-dir:runs/a/model", "a"),
-        ("local-dir:runs/a/model-control", "a control"),
         ("hf-hub:someone/net", "net"),
     ],
 )

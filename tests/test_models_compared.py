@@ -143,16 +143,15 @@ def test_what_cannot_be_compared_is_named(measured: dict[str, dict[str, pd.DataF
 def test_verdict_names_best_worst_order_and_what_was_left_out() -> None:
     heads = [head("good"), head("full", "no null space: 9 classes fill all 8 features")]
     figures = paired_figures({"clip": three(), "eva": three()})
-    first, second, third = comparison_verdict(figures, model_differences(figures), heads)
+    first, second, third = comparison_verdict(figures, heads)
     harm = figures.figures["AS_neg"][0, 1]
-    assert f"good ({harm[0]:.2f}° [" in first
-    assert f"bad ({harm[2]:.2f}° [" in first
-    assert f"{harm[2] - harm[0]:.2f}° [" in first
+    assert f"good loses least of the true class when its null space is removed (AS⁻ {harm[0]:.2f}° [" in first
+    assert f"bad most ({harm[2]:.2f}° [" in first
+    assert f"they are {harm[2] - harm[0]:.2f}° [" in first
     assert "is the same in all 4 views (lowest Kendall τ 1.00)" in second
-    assert "In 3 of 3 pairs" in third
     assert third.endswith("full.")
     turned = paired_figures({"clip": dict(reversed(three().items()))})  # the order given does not matter
-    assert comparison_verdict(turned, model_differences(turned), [])[0] == first
+    assert comparison_verdict(turned, [])[0] == first
     only = paired_figures({"clip": {"good": model(0)}})
-    assert comparison_verdict(only, [], heads)[0].startswith("Only good (")
-    assert "None of the models" in comparison_verdict(None, [], heads)[0]
+    assert comparison_verdict(only, heads)[0].startswith("Only good could be measured: AS⁻ ")
+    assert "None of the models" in comparison_verdict(None, heads)[0]

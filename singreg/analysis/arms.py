@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 from singreg.analysis.features import FeatureBatch, PassSettings, evenly, iterate_features
 from singreg.analysis.fitting import translator_agreement
@@ -20,17 +21,10 @@ from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
 from singreg.analysis.scores import STEERING_IMAGES, Rows, analyze_model
 from singreg.analysis.side_effects import calibration, network_outputs, ood_figures
 from singreg.analysis.statistics import paired_ratio
-from singreg.analysis.steering import (
-    SteeringRows,
-    in_its_own_dtype,
-    outranks,
-    own_prompt,
-    steering_targets,
-)
+from singreg.analysis.steering import SteeringRows, in_its_own_dtype, judged, own_prompt, steering_targets
 from singreg.analysis.steering_curves import FIGURES, Budgets, fit_conditional, mean_height, natural_radii, read_along
 from singreg.data.corruption import KINDS, CorruptedSplit
 from singreg.data.datasets import ImageSplit
-from singreg.functional import angle
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
 from singreg.steering import AnyTranslator, steer
@@ -46,7 +40,6 @@ SEVERITY = 3  # of corruptions
 OVERALL = ("AS", "AS_neg", "AS_pos", "AS_abs", "IS", "ratio", "kappa")
 INTERVALS = ("AS_neg", "AS_abs", "IS", "ratio", "kappa")
 
-
 Read = Callable[..., Iterator[FeatureBatch]]
 """A pass over a split: read(split, embeddings=None, cached=True)."""
 
@@ -61,23 +54,11 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class KnownAttributes:
-    """What is known of every image besides its class: k names, values of audit (F, k) and test images (N, k)."""
-
-    names: tuple[str, ...]
-    fit: np.ndarray
-    test: np.ndarray
-
-
-@dataclass(frozen=True)
 class Measured:
     """An arm's figures by name ("AS_neg/auditor"), 95 % intervals of some of them, and one row an image.
 
-    Attributes:
-        rows: those of `analyze_model`; of steering, each /NAME: steering_AS and steering_step (NaN where the angle is
-            out of reach), steering_reachable, steering_success, AS10, AS_abs10, success10, AS25, ..., area_success,
-            manifold_AS95, ..., all NaN beyond the 1024 images that are steered; nll, harmless_residual,
-            harmless_spread, correct_KIND of every corruption.
+    The rows are those of `analyze_model`, the columns of `steer_images` as "FIGURE/NAME" (NaN beyond the 1024 images
+    that are steered), nll, harmless_residual and harmless_spread, and correct_KIND of every corruption.
     """
 
     figures: dict[str, float]
@@ -95,8 +76,7 @@ def measure_arm(
     mean: Tensor,
     transfers: Sequence[tuple[str, str]] = (),
     ood: ImageSplit | None = None,
-    attributes: KnownAttributes | None = None,
-    corruptions: Sequence[str] = KINDS,
+    attributes: tuple[pd.DataFrame, pd.DataFrame] | None = None,
     invariance: Invariance = "logits",
     settings: PassSettings | None = None,
     seed: int = 0,
@@ -105,10 +85,11 @@ def measure_arm(
 
     Args:
         audit: other images, behind the probes, the Gaussian of on-manifold steering and ViM's scale.
-        judges: vision-language models with translators of this classifier; the first has "auditor" among them.
+        judges: vision-language models with translators of this classifier.
         transfers: (attacker, judge) pairs beside that: what a judge sees of an attack that could not use its own
             estimation errors (METHOD section 9e), as "ATTACKER→JUDGE".
         ood: images of no class, for the AUROCs.
+        attributes: what is known of the audit (F, k) and test images (N, k) besides their class.
 
     Shape: audit_embeddings (F, n), mean (m,) of features for the centred removal.
 
@@ -118,10 +99,9 @@ def measure_arm(
     settings, first = settings or PassSettings(), judges[0]
     readers = {name: (judge.texts, reader) for judge in judges for name, reader in judge.translators.items()}
     if len(readers) < sum(len(judge.translators) for judge in judges):
-        raise ValueError(
-            f"translators of two vision-language models share a name among {', '.join(readers)}; rename one"
-        )
+        raise ValueError(f"translators of two vision-language models share a name among {', '.join(readers)}")
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(classifier.weight.device)
+    blocks: dict[str, Any] = {"null_space": space, "classes": classifier.num_classes}
 
     def read(split: ImageSplit, embeddings: np.ndarray | None = None, cached: bool = True) -> Iterator[FeatureBatch]:
         table = np.zeros((len(split), 0), np.float32) if embeddings is None else embeddings
@@ -130,59 +110,50 @@ def measure_arm(
 
     options = {"mean": mean, "invariance": invariance, "settings": settings}
     rows, figures, intervals = _scores(classifier, test, judges, options)
-    fits = fit_blocks(
-        read(audit, audit_embeddings),
-        null_space=space,
-        classes=classifier.num_classes,
-        target_dim=audit_embeddings.shape[1],
-    )
+    fits = fit_blocks(read(audit, audit_embeddings), target_dim=audit_embeddings.shape[1], **blocks)
     information = measure_information(read(test, first.embeddings), fits)
     harmless = harmless_rows(read(test, first.embeddings), fits, first.texts)
-    value, low, high = paired_ratio(harmless["residual"], harmless["spread"], groups=rows["label"])
+    value, low, high = paired_ratio(*harmless.values(), groups=rows["label"])
     figures |= {"null_probe": information["accuracy"]["null_space"], "probe_chance": information["chance"]}
     figures |= {"unique_r2": information["unique"], "harmless_r2": 1 - value}
     intervals |= {"harmless_r2": [1 - high, 1 - low], "null_probe": information["intervals"]["accuracy null_space"]}
     if attributes is not None:
-        figures |= _attributes(read, audit, test, attributes, space, classifier.num_classes)
+        known, held = (table.to_numpy(np.float32) for table in attributes)
+        fits = fit_blocks(read(audit, known), target_dim=known.shape[1], **blocks)
+        figures |= attribute_r2(read(test, held), fits, [str(name) for name in attributes[0].columns])
     gaussian = fit_conditional(classifier, audit, audit_embeddings, space, settings=settings)
     natural = natural_radii(classifier, test, first.embeddings, gaussian, fit_images=len(audit), settings=settings)
-    budgets = Budgets.over(STEPS, (), gaussian, natural)
-    attack = partial(steer_images, null_space=space, budgets=budgets, seed=seed)
+    attack = partial(steer_images, null_space=space, budgets=Budgets.over(STEPS, (), gaussian, natural), seed=seed)
     attacks = {name: (name, name) for name in readers} | {f"{a}→{b}": (a, b) for a, b in transfers}
     steered = _steered(read(test), len(test), readers, attacks, attack)
     for name in attacks:
         figures |= steering_figures(steered, name)
-    side, side_rows = _side_effects(read, test, audit, ood, corruptions, space, mean, seed)
-    rows |= {f"harmless_{name}": harmless[name] for name in ("residual", "spread")}
-    return Measured({**figures, **side}, intervals, pd.DataFrame({**rows, **steered, **side_rows}))
+    side, side_rows = _side_effects(read, test, audit, ood, partial(network_outputs, space=space, mean=mean), seed)
+    columns = {f"harmless_{name}": values for name, values in harmless.items()}
+    return Measured({**figures, **side}, intervals, pd.DataFrame({**rows, **columns, **steered, **side_rows}))
 
 
 def _scores(
     classifier: Classifier, test: ImageSplit, judges: Sequence[Judge], options: Mapping[str, Any]
 ) -> tuple[Rows, dict[str, float], dict[str, list[float]]]:
     """`analyze_model` once a judge, as one table and one dict; all but the translators' figures are the first one's."""
-    figures: dict[str, float] = {}
+    found: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
     rows: Rows = {}
     for judge in reversed(judges):  # the first one's rows and figures win
-        table, found = analyze_model(classifier, test, judge.embeddings, judge.texts, judge.translators, **options)
+        table, figures = analyze_model(classifier, test, judge.embeddings, judge.texts, judge.translators, **options)
         rows |= {str(name): column.to_numpy() for name, column in table.items()}
-        for name, scores in found["translators"].items():
-            figures |= {f"{key}/{name}": scores["overall"][key] for key in OVERALL}
-            figures |= {f"centred_{key}/{name}": scores["centred"][key] for key in ("AS", "AS_neg", "AS_abs", "IS")}
-            figures |= {f"{key}/{name}": scores[key] for key in ("cosine", "zero_shot")}
+        found |= {key: figures[key] for key in ("top1", "null_share", "null_energy")}
+        found["nullity"], intervals["top1"] = figures["head"]["nullity"], figures["top1_interval"]
+        for name, scores in figures["translators"].items():
+            found |= {f"{key}/{name}": scores["overall"][key] for key in OVERALL}
+            found |= {f"centred_{key}/{name}": scores["centred"][key] for key in ("AS", "AS_neg", "AS_abs", "IS")}
+            found |= {f"{key}/{name}": scores[key] for key in ("cosine", "zero_shot")}
             intervals |= {f"{key}/{name}": scores["intervals"][key] for key in INTERVALS}
         linear = {name: T for name, T in judge.translators.items() if isinstance(T, LinearTranslator)}
         for (one, first), (two, second) in combinations(linear.items(), 2):
-            figures[f"agreement/{one}|{two}"] = translator_agreement(first, second, judge.texts)
-    figures |= {key: found[key] for key in ("top1", "null_share", "null_energy")} | {
-        "nullity": found["head"]["nullity"]
-    }
-    return rows, _numbers(figures), intervals | {"top1": found["top1_interval"]}
-
-
-def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float("nan") if value is None else float(value) for name, value in figures.items()}
+            found[f"agreement/{one}|{two}"] = translator_agreement(first, second, judge.texts)
+    return rows, {key: math.nan if value is None else float(value) for key, value in found.items()}, intervals
 
 
 def harmless_rows(batches: Iterable[FeatureBatch], fits: BlockFits, texts: Tensor) -> Rows:
@@ -209,15 +180,6 @@ def harmless_rows(batches: Iterable[FeatureBatch], fits: BlockFits, texts: Tenso
 def _predicted(fits: BlockFits, block: str, batch: FeatureBatch) -> Tensor:
     basis, solution = fits.basis[block], fits.solutions[block]
     return (batch.features.to(basis) @ basis) @ solution.matrix.T + solution.offset
-
-
-def _attributes(
-    read: Read, audit: ImageSplit, test: ImageSplit, known: KnownAttributes, space: NullSpace, classes: int
-) -> dict[str, float]:
-    """R² by attribute and block: the same fits as of embeddings, with the attributes in their place."""
-    values = [np.asarray(table, np.float32) for table in (known.fit, known.test)]
-    fits = fit_blocks(read(audit, values[0]), null_space=space, classes=classes, target_dim=len(known.names))
-    return attribute_r2(read(test, values[1]), fits, known.names)
 
 
 def attribute_r2(batches: Iterable[FeatureBatch], fits: BlockFits, names: Sequence[str]) -> dict[str, float]:
@@ -293,13 +255,24 @@ def steer_images(
     prompts, reader = judge[0].double(), judge[1]
     targets = steering_targets(labels, indices, len(prompts), seed=seed)
     rows = SteeringRows(indices, labels, targets, features.double(), attacker[0].double()[targets])
-    judged = replace(rows, text=prompts[targets])
-    found = _at_image_score(rows, judged, prompts, attacker[1], reader, null_space)
+    aimed = replace(rows, text=prompts[targets])
+    fixed, same = in_its_own_dtype(attacker[1]), own_prompt(aimed.text, prompts)
+    steered = steer(rows.features, rows.text, null_space=null_space, image_score=IMAGE_SCORE, translator=fixed)
+    ok = steered.reachable
+    before, _ = judged(reader, rows.features, aimed.text, prompts, same)
+    after, won = judged(reader, steered.features, aimed.text, prompts, same)
+    read_at = {
+        "AS": torch.where(ok, before - after, torch.full_like(after, torch.nan)),
+        "step": steered.step / torch.linalg.vector_norm(rows.features, dim=-1),  # NaN out of reach
+        "reachable": ok.double(),
+        "success": (won & ok).double(),
+    }
+    found = {f"steering_{name}": values.cpu().numpy() for name, values in read_at.items()}
     for budget, direction, steps in budgets.steps_along(rows, attacker[1], null_space):
         grid = budgets.grid(budget)
         if budget == "radius":
             continue
-        read = read_along(judged, direction, torch.nan_to_num(steps), reader, prompts)
+        read = read_along(aimed, direction, torch.nan_to_num(steps), reader, prompts)
         for name, height in zip(FIGURES, (values.cpu().numpy() for values in read), strict=True):
             if budget == "step":
                 found[f"area_{name}"] = mean_height(height, grid)
@@ -308,30 +281,6 @@ def steer_images(
                 marks = budgets.marks.items()
                 found |= {f"manifold_{name}{label[:2]}": height[:, grid.index(mark)] for label, mark in marks}
     return found
-
-
-def _at_image_score(
-    rows: SteeringRows,
-    judged: SteeringRows,
-    prompts: Tensor,
-    attacker: AnyTranslator,
-    judge: AnyTranslator,
-    null_space: NullSpace,
-) -> Rows:
-    f, text, translate = rows.features, judged.text, in_its_own_dtype(judge)
-    fixed = in_its_own_dtype(attacker)
-    steered = steer(f, rows.text, null_space=null_space, image_score=IMAGE_SCORE, translator=fixed)
-    ok, after = steered.reachable, translate(steered.features)
-    moved = angle(translate(f), text) - angle(after, text)
-    unit = normalize(after, dim=-1)
-    won = outranks((unit * text).sum(-1), unit @ prompts.T, own_prompt(text, prompts))
-    found = {
-        "steering_AS": torch.where(ok, moved, torch.full_like(moved, torch.nan)),
-        "steering_step": steered.step / torch.linalg.vector_norm(f, dim=-1),  # NaN out of reach
-        "steering_reachable": ok.double(),
-        "steering_success": (won & ok).double(),
-    }
-    return {name: value.cpu().numpy() for name, value in found.items()}
 
 
 def steering_figures(columns: Mapping[str, np.ndarray], name: str) -> dict[str, float]:
@@ -344,24 +293,16 @@ def steering_figures(columns: Mapping[str, np.ndarray], name: str) -> dict[str, 
 
 
 def _side_effects(
-    read: Read,
-    test: ImageSplit,
-    audit: ImageSplit,
-    ood: ImageSplit | None,
-    corruptions: Sequence[str],
-    space: NullSpace,
-    mean: Tensor,
-    seed: int,
+    read: Read, test: ImageSplit, audit: ImageSplit, ood: ImageSplit | None, outputs: Callable[..., Rows], seed: int
 ) -> tuple[dict[str, float], Rows]:
     """Calibration, OOD AUROCs and corrupted accuracy (METHOD section 8.8), with columns (N,)."""
-    outputs = partial(network_outputs, space=space, mean=mean)
     tested = outputs(read(test))
     logits, labels = torch.from_numpy(tested["logits"]), torch.from_numpy(tested["label"])
     figures = calibration(logits, labels)
     if ood is not None:
         figures |= ood_figures(tested, outputs(read(ood)), outputs(read(audit)))
     rows: Rows = {"nll": cross_entropy(logits.double(), labels, reduction="none").numpy()}
-    for kind in corruptions:
+    for kind in KINDS:
         corrupted = CorruptedSplit(test, kind, SEVERITY, seed=seed)
         rows[f"correct_{kind}"] = outputs(read(corrupted, cached=False))["correct"]
         figures[f"corrupted/{kind}"] = float(rows[f"correct_{kind}"].mean())

@@ -169,35 +169,25 @@ def lowest_tau(order: Mapping[str, Any]) -> float:
     return min((tau for place, row in enumerate(order["tau"]) for tau in row[:place]), default=1.0)
 
 
-def comparison_verdict(
-    figures: PairedFigures | None, differences: Sequence[Mapping[str, Any]], heads: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """Say in at most three sentences who leaks least and most, whether that order holds, how many pairs differ."""
+def comparison_verdict(figures: PairedFigures | None, heads: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say in at most three sentences who leaks least and most, whether that order holds, and who was left out."""
     omitted = ", ".join(head["label"] for head in heads if head["omitted"] is not None)
-    left_out = f"Nothing could be measured, for want of a null space: {omitted}." if omitted else ""
+    left_out = [f"Nothing could be measured, for want of a null space: {omitted}."] if omitted else []
     if figures is None:
-        return ["None of the models has a null space, so no score exists for any of them.", left_out]
-    space, translator = figures.views[figures.primary]
-    harm = figures.figures["AS_neg"][:, figures.primary]
-
-    def read(name: str) -> str:
-        value, low, high = interval(harm[:, figures.models.index(name)])
-        return f"{name} ({value:.2f}° [{low:.2f}, {high:.2f}])"
-
-    if len(figures.models) == 1:
-        return [f"Only {read(figures.models[0])} could be measured, in {space} by the {translator}.", left_out]
+        return ["None of the models has a null space, so no score exists for any of them.", *left_out]
+    (space, translator), harm = figures.views[figures.primary], figures.figures["AS_neg"][:, figures.primary]
     order = order_check(figures, "AS_neg")
     names = order["orders"][figures.primary]
     best, worst = (harm[:, figures.models.index(name)] for name in (names[0], names[-1]))
-    gap = "{:.2f}° [{:.2f}, {:.2f}]".format(*interval(worst - best))
-    pairs = [d for d in differences if (d["figure"], d["space"], d["translator"]) == ("AS_neg", space, translator)]
-    apart = sum(d["low"] > 0 or d["high"] < 0 for d in pairs)
-    own = f"it comes again in {order['stable'][figures.primary]:.0%} of bootstrap resamples"
+    read = ["{:.2f}° [{:.2f}, {:.2f}]".format(*interval(values)) for values in (best, worst, worst - best)]
+    if len(names) == 1:
+        return [f"Only {names[0]} could be measured: AS⁻ {read[0]} in {space} by the {translator}.", *left_out]
     holds = "is the same" if all(row == order["orders"][0] for row in order["orders"]) else "is not the same"
-    among = f"{holds} in all {len(figures.views)} views (lowest Kendall τ {lowest_tau(order):.2f})"
     return [
-        f"Of {len(names)} models on the same {figures.images} images, {read(names[0])} loses least of the true class "
-        f"when its null space is removed (AS⁻), {read(names[-1])} most, in {space} by the {translator}: {gap} apart.",
-        f"The order by AS⁻ {among if len(figures.views) > 1 else 'was read in one view only'}; {own}.",
-        f"In {apart} of {len(pairs)} pairs the 95 % interval of the AS⁻ difference leaves 0 out. {left_out}".rstrip(),
+        f"Of {len(names)} models on the same {figures.images} images, {names[0]} loses least of the true class when "
+        f"its null space is removed (AS⁻ {read[0]}), {names[-1]} most ({read[1]}), in {space} by the {translator}: "
+        f"paired, they are {read[2]} apart.",
+        f"The order by AS⁻ {holds} in all {len(figures.views)} views (lowest Kendall τ {lowest_tau(order):.2f}); it "
+        f"comes again in {order['stable'][figures.primary]:.0%} of bootstrap resamples.",
+        *left_out,
     ]
