@@ -178,12 +178,7 @@ PRESETS: dict[str, dict[str, float]] = {
 
 
 def resolve_terms(preset: str, overrides: Mapping[str, float]) -> dict[str, float]:
-    """Return a preset's terms with some weights changed or added; a weight of 0 removes its term.
-
-    Example:
-        >>> resolve_terms("leakage", {"hinge": 0.0, "steer": 2.0})
-        {'leak': 0.3, 'band': 0.3, 'class_share': 0.1, 'steer': 2.0}
-    """
+    """Return a preset's terms with some weights changed or added; a weight of 0 removes its term."""
     return {name: weight for name, weight in {**PRESETS[preset], **overrides}.items() if weight}
 
 

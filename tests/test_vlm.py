@@ -42,6 +42,7 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (open_clip.pretrained, open_clip.factory):
         monkeypatch.setattr(module, "get_pretrained_cfg", lambda name, key: tag if key == "quick" else {})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     repository = tmp_path / "cache" / "models--singreg-test--tiny"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -157,7 +158,7 @@ def test_names_without_weights_are_refused(registered: Path, folder: Path) -> No
 def test_a_tag_brings_its_activation_and_a_weight_file_the_plain_architecture(registered: Path) -> None:
     path = registered / "mine.safetensors"
     save_file(tiny_state(3)[1], path)
-    quick = open_model("tiny-test", "quick", cache_dir=registered / "cache")
+    quick = open_model("tiny-test", "quick")
     plain = open_model("tiny-test", str(path))
     for loaded, is_quick in ((quick, True), (plain, False)):
         with torch.no_grad():

@@ -36,9 +36,6 @@ class Classifier(nn.Module):
 
     Make one with `from_timm` or `from_module`; it comes in eval mode, so call `.train()` before training.
 
-    Shape:
-        images (B, 3, H, W), features (B, m), logits (B, C), weight (C, m).
-
     Example:
         >>> classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=10)
         >>> f, logits = classifier.features_and_logits(torch.randn(2, 3, 64, 64))
@@ -84,20 +81,11 @@ class Classifier(nn.Module):
             num_classes: rows of a "new" head, or of an untrained model.
             image_size: side of the input in pixels, if not the model's own.
             model_kwargs: further arguments of `timm.create_model`.
-
-        Raises:
-            ValueError: no head or several, rows the head does not have, or weights that cannot be loaded.
         """
-        fits = {
-            "keep": class_indices is None,
-            "slice": num_classes is None and (class_indices is not None or class_names is not None),
-            "new": class_indices is None and num_classes is not None,
-        }
-        if not fits.get(head_mode):
-            raise ValueError(
-                'head_mode "keep" may have num_classes, "slice" needs class_indices or class_names, "new" num_classes; '
-                f"got {head_mode!r}, {class_indices}, {class_names}, {num_classes}"
-            )
+        rows = class_indices if class_indices is not None else class_names
+        needed = {"keep": (), "slice": rows, "new": num_classes}.get(head_mode)
+        if needed is None or (head_mode == "slice" and num_classes) or (head_mode != "slice" and class_indices):
+            raise ValueError(f'head_mode is "keep", "slice" with rows or "new" with num_classes, got {head_mode!r}')
         if head_mode == "keep" and num_classes is not None:
             model_kwargs["num_classes"] = num_classes
         model = _create(name, pretrained=pretrained, **model_kwargs)
@@ -312,14 +300,10 @@ def label_names(cfg: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _rows_to_keep(
-    classifier: Classifier,
-    labels: Mapping[int, str],
-    indices: Sequence[int] | None,
-    names: Sequence[str],
-    imagenet: bool,
+    model: Classifier, labels: Mapping[int, str], indices: Sequence[int] | None, names: Sequence[str], imagenet: bool
 ) -> list[int]:
     """Rows of a head that is sliced: those given, or those whose stored label names are the classes'."""
-    tag, rows = classifier.tag, classifier.num_classes
+    tag, rows = model.tag, model.num_classes
     if indices is not None and not (imagenet and names and set(names) <= set(labels.values())):
         if imagenet and rows != IMAGENET_CLASSES:
             raise ValueError(

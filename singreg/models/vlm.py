@@ -40,31 +40,20 @@ class VisionLanguageModel(nn.Module):
 
     @classmethod
     def from_open_clip(
-        cls,
-        name: str,
-        pretrained: str | None = None,
-        *,
-        device: str | torch.device = "cpu",
-        cache_dir: str | Path | None = None,
+        cls, name: str, pretrained: str | None = None, *, device: str | torch.device = "cpu"
     ) -> VisionLanguageModel:
         """Load "ViT-L-14" with a tag or a weight file as `pretrained`, "local-dir:FOLDER", or "hf-hub:ORG/REPO".
 
         The activation is taken from the tag (the OpenAI weights need QuickGELU, which "ViT-L-14" alone does not say). A
         weight file carries no such note: name the architecture it was trained with, such as "ViT-L-14-quickgelu".
-
-        Raises:
-            ValueError: unknown architecture, no or an unknown tag, a tag that goes with another activation, or weights
-                that are damaged, of another architecture, or not to be had (no network).
-            FileNotFoundError: the folder, its configuration or its weights are missing.
         """
         quick_gelu = needs_quick_gelu(name, pretrained)
         tag = name if pretrained is None else f"{name}/{Path(pretrained).name}"
-        cache: dict[str, Any] = {"cache_dir": None if cache_dir is None else str(cache_dir)}
-        loading = {"device": device, "force_quick_gelu": quick_gelu, "weights_only": True, **cache}
+        loading: Any = {"device": device, "force_quick_gelu": quick_gelu, "weights_only": True}
         try:
             # Without require_pretrained, missing weights would only be logged and left random.
             model = open_clip.create_model(name, pretrained, require_pretrained=True, pretrained_text=False, **loading)
-            tokenizer = open_clip.get_tokenizer(name, **cache)
+            tokenizer = open_clip.get_tokenizer(name)
         except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
             raise ValueError(f"the weights of {tag} could not be loaded; open_clip says: {error}") from error
         return cls(model, tokenizer, tag=tag, variant="quickgelu" if quick_gelu else "")
