@@ -105,27 +105,16 @@ def make_sing(
 ) -> SingLoss:
     """Build a configuration's SingLoss for a copy of the starting classifier, its references from the model before.
 
-    Args:
-        fitted: the loop's translator, with the mean and the class means of the features it was fitted on.
-        images: how many images are trained on, from which the schedule of λ follows.
-        accumulation: forwards a step.
+    `fitted` is the loop's translator; λ's schedule follows from the number of training images and forwards a step.
 
     Shape:
         texts (C, n) unit rows, image_score_ref (C,) in degrees.
     """
     total, loss = Schedule(config, images).total, config.loss
-    sing = SingLoss(
-        classifier,
-        fitted.translator,
-        texts,
-        weight=loss.weight,
-        terms=resolve_terms(loss.preset, loss.terms),
-        placebo=loss.placebo,
-        warmup_steps=round(WARMUP * total),
-        ramp_steps=round(RAMP * total),
-        accumulation=accumulation,
-        invariance=config.model.invariance,
-    )
+    pace = {"warmup_steps": round(WARMUP * total), "ramp_steps": round(RAMP * total), "accumulation": accumulation}
+    options: dict[str, Any] = {"weight": loss.weight, "placebo": loss.placebo, "invariance": config.model.invariance}
+    terms = resolve_terms(loss.preset, loss.terms)
+    sing = SingLoss(classifier, fitted.translator, texts, terms=terms, **options, **pace)
     return sing.to(texts.device).calibrate(fitted.mean, fitted.class_means, image_score_ref)
 
 
@@ -167,9 +156,6 @@ class Schedule:
     """An arm's optimiser steps for a number of images; the last incomplete batch of an epoch is dropped.
 
     After the steps `refresh_at` the loop's translator is refitted; in the first `head_only` the head alone trains.
-
-    Raises:
-        ValueError: there are fewer images than one batch.
     """
 
     def __init__(self, config: FinetuneConfig, images: int) -> None:
@@ -264,11 +250,7 @@ def ramp_begins(sing: SingLoss) -> bool:
 
 
 def balance(sing: SingLoss, norms: Sequence[float], share: float) -> list[float]:
-    """Set `sing.scale` so that ‖∇ λ·SING‖ is `share` times ‖∇ CE‖ at full λ; return the norms with that scale.
-
-    Raises:
-        ValueError: a norm is 0 or not finite, so that no scale can do that.
-    """
+    """Set `sing.scale` so that ‖∇ λ·SING‖ is `share` times ‖∇ CE‖ at full λ; return the norms with that scale."""
     ce, unweighted = norms[0], norms[1] / sing.current_weight
     scale = share * ce / (sing.weight * unweighted) if unweighted > 0 else math.inf
     if not 0 < scale < math.inf:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import resource
-import signal as signals
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -83,10 +81,7 @@ class Ended:
     seconds: float
 
 
-def _work(given: list[str], log: str, limit: int | None) -> None:
-    if limit is not None:  # no file may grow beyond it: writing fails as it does on a full disk, in every library
-        signals.signal(signals.SIGXFSZ, signals.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+def _work(given: list[str], log: str) -> None:
     if hasattr(os, "sched_setaffinity"):  # one core, one thread: runs beside other work repeat all the same
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with open(log, "ab", buffering=0) as file:
@@ -120,18 +115,14 @@ def run(
     signal: int | None = None,
     after: float = 0.0,
     when: Callable[[], bool] | None = None,
-    limit: int | None = None,
 ) -> Ended:
-    """Run the recipe in a process forked from a server that has the libraries loaded.
-
-    A signal may be sent after some seconds or when something is the case; `limit`: bytes that no file may exceed.
-    """
+    """Run the recipe in a forked process; a signal may be sent after some seconds or when something is the case."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server's, which has no other way to know
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["finetune", "tests.tiny_run"])
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"")
-    process: BaseProcess = context.Process(target=_work, args=(given, str(log), limit))
+    process: BaseProcess = context.Process(target=_work, args=(given, str(log)))
     begun = time.monotonic()
     process.start()
     try:

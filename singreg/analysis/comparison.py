@@ -86,7 +86,9 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
         lines.append(f"Audit: the auditor's AS⁻ is {gap:.2f} times the loop translator's, which {gamed}.")
     fits = [(m["translators"]["auditor"]["fit_images"], m["head"]["features"]) for m in (before, after)]
     refused = next(filter(None, (no_claim(*fit) for fit in fits)), None)
-    found: dict[str, Any] = {row.name: row for row in comparisons.itertuples(index=False) if row.translator != "frozen"}
+    found: dict[str, Any] = {
+        str(row.name): row for row in comparisons.itertuples(index=False) if row.translator != "frozen"
+    }
     harm, neutral = found["AS⁻ ratio"], 1
     if math.isnan(harm.value):  # nothing to divide by: the control leaks nowhere
         harm, neutral = found["AS⁻ difference"], 0
