@@ -88,9 +88,6 @@ def test_the_public_metric_says_the_same() -> None:
     metric.update(TRANSLATORS["frozen"](f), TRANSLATORS["frozen"](removed), torch.from_numpy(split.labels))
     by = measured()[1]["translators"]["frozen"]
     assert by["overall"] == pytest.approx({name: float(value) for name, value in metric.compute().items()}, abs=1e-4)
-    for figure in ("AS", "IS"):
-        for share in (5, 50, 95):
-            assert by["quantiles"][f"{figure}_{share}"] == metric.quantile(figure, share / 100)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", TRANSLATORS)

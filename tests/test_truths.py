@@ -49,7 +49,7 @@ def findings(case: str) -> tuple[Found, Found, Found]:
     options: Any = {"texts": test.texts, "null_space": test.space, "mean": fit.features.mean(0), "draws": 4}
     chance = measure_chance(test.batches(), translators={"auditor": auditor}, **options)["auditor"]
     fits = fit_blocks(fit.batches(), null_space=fit.space, classes=CLASSES, target_dim=DIM)
-    return chance["paper"], chance["centred"], measure_information(test.batches(), fits, resamples=300)
+    return chance["paper"], chance["centred"], measure_information(test.batches(), fits)
 
 
 def decide(case: str) -> str:

@@ -50,6 +50,13 @@ def classifier(seed: int = 0, classes: int = CLASSES) -> Classifier:
     return Classifier.from_module(net, head="4", transform=to_tensor, tag="toy")
 
 
+def headed(weight: Tensor, *, tag: str = "weight") -> Classifier:
+    """A classifier that is nothing but its head."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    return Classifier.from_module(nn.Sequential(linear), "0", tag=tag)
+
+
 @torch.no_grad()
 def features(model: Classifier, split: ImageSplit) -> Tensor:
     """f (N, m) float64 of a whole split in one batch."""

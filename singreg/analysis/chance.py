@@ -18,6 +18,7 @@ from singreg.utils import all_reduce_sum, plain
 
 FIGURES = ("AS", "AS_neg", "AS_pos", "AS_abs", "IS", "kappa")
 KINDS = ("dimension", "energy", "texts")
+Spaces = list[RandomSubspace]
 
 
 def measure_chance(
@@ -37,38 +38,19 @@ def measure_chance(
     energy leaves every image, at the same angle to it, in a random direction; g is f, or f - mean where centred.
     "texts": the real removal read against the text of another class (a random cycle through all classes).
 
-    One pass over this process's batches of labelled images; exact over processes. Memory: `draws` bases (m, k) with
-    k = min(nullity, rank), and for a linear translator their products (n, k); nothing grows with the images.
+    One pass over this process's batches of labelled images; exact over processes.
 
     Args:
-        mean: feature mean of the centred removal.
+        mean: (m,) feature mean of the centred removal.
 
-    Shape: texts (C, n) unit rows, mean (m,). Angles in degrees.
+    Shape: texts (C, n) unit rows.
 
     Returns:
-        By translator images, draws, seed, features, dimensions, and for the removals "paper" and "centred" the observed
-        figures, the energy share removed, and levels by kind: mean and spread (standard deviation) over draws,
-        per_class means (None for a class without images) and energy.
-
-    Raises:
-        ValueError: no null space, fewer than 2 classes or draws, no images, or unlabelled ones.
-
-    Example:
-        >>> f, z = torch.randn(64, 4), torch.randn(64, 3)
-        >>> batch = FeatureBatch(f, f[:, :2], z, torch.arange(64) % 2, torch.arange(64))
-        >>> space, T = NullSpace.from_weight(torch.eye(4)[:2]), LinearTranslator(torch.randn(3, 4), torch.zeros(3))
-        >>> found = measure_chance(
-        ...     [batch], texts=torch.eye(3)[:2], null_space=space, translators={"T": T}, mean=f.mean(0), draws=2
-        ... )["T"]
-        >>> found["images"], sorted(found["paper"]["levels"]), found["dimensions"]
-        (64, ['dimension', 'energy', 'texts'], 2)
+        By translator the settings, and for the removals "paper" and "centred" the observed figures, the energy share
+        removed, and levels by kind: mean and spread (standard deviation) over draws, per_class means and energy.
     """
     if null_space.nullity == 0:
         raise ValueError("this head has no null space, so there is no removal whose chance level could be measured")
-    if len(texts) < 2 or draws < 2:
-        raise ValueError(
-            f"chance levels need at least 2 classes and 2 draws, got texts {tuple(texts.shape)} and {draws} draws"
-        )
     width = null_space.basis.shape[0]
     subspaces = [RandomSubspace.draw(width, null_space.nullity, seed=(seed, draw)) for draw in range(draws)]
     orders = [_cycle(len(texts), seed=(seed, draw)) for draw in range(draws)]
@@ -77,8 +59,6 @@ def measure_chance(
     whole = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
-            if len(batch.labels) and int(batch.labels.min()) < 0:
-                raise ValueError("chance levels need labelled images; an image without a label has no text of its own")
             paper = _Removal.of(batch.features, null_space, subspaces)
             for place, removal in enumerate((paper, paper.centred(mean, null_space))):
                 energy[place] += removal.energy.cpu()
@@ -101,20 +81,13 @@ def _cycle(classes: int, *, seed: int | Sequence[int]) -> Tensor:
 class _Removal:
     """One batch under one removal: g = f - origin, its null part, and its coefficients in every random basis."""
 
-    def __init__(
-        self,
-        features: Tensor,
-        origin: Tensor,
-        null: Tensor,
-        coefficients: list[Tensor],
-        subspaces: list[RandomSubspace],
-    ) -> None:
+    def __init__(self, features: Tensor, origin: Tensor, null: Tensor, inside: list[Tensor], subspaces: Spaces) -> None:
         self.features, self.origin, self.null = features, origin, null
-        self.coefficients, self.subspaces = coefficients, subspaces
+        self.coefficients, self.subspaces = inside, subspaces
         self.whole = features - origin
         self.squared = self.whole.square().sum(1)
-        inside = [c.square().sum(1) for c in self.coefficients]
-        random = [self.squared - i if s.complement else i for s, i in zip(subspaces, inside, strict=True)]
+        sums = [c.square().sum(1) for c in inside]
+        random = [self.squared - i if s.complement else i for s, i in zip(subspaces, sums, strict=True)]
         safe = self.squared.clamp_min(torch.finfo(self.squared.dtype).tiny)
         share = (self.null.square().sum(1) / safe).clamp(0, 1)
         self.matched = [matched_coefficients(share, (r / safe).clamp(0, 1)) for r in random]
@@ -123,7 +96,7 @@ class _Removal:
         self.energy = torch.stack([r.double().sum() for r in (share * self.squared, *random, *energy)])
 
     @classmethod
-    def of(cls, features: Tensor, space: NullSpace, subspaces: list[RandomSubspace]) -> _Removal:
+    def of(cls, features: Tensor, space: NullSpace, subspaces: Spaces) -> _Removal:
         """The paper's removal, g = f."""
         coefficients = [features @ subspace.basis.to(features) for subspace in subspaces]
         return cls(features, torch.zeros_like(features[0]), space.component(features), coefficients, subspaces)
@@ -138,9 +111,7 @@ class _Removal:
 class _Reader:
     """One translator's running sums: table (2 removals, 1 + 3 draws, 10 columns, C classes), float64."""
 
-    def __init__(
-        self, translator: AnyTranslator, texts: Tensor, subspaces: list[RandomSubspace], orders: list[Tensor]
-    ) -> None:
+    def __init__(self, translator: AnyTranslator, texts: Tensor, subspaces: Spaces, orders: list[Tensor]) -> None:
         self.translator, self.texts, self.subspaces, self.orders = translator, texts, subspaces, orders
         self.linear = translator if isinstance(translator, LinearTranslator) else None
         matrix = None if self.linear is None else self.linear.matrix.double()
@@ -149,7 +120,7 @@ class _Reader:
         self.table = torch.zeros(2, slots, len(COLUMNS), len(texts), dtype=torch.float64, device=texts.device)
 
     def update(self, place: int, removal: _Removal, labels: Tensor) -> None:
-        """Add a batch's ten columns for the real removal, then draw by draw for each kind of chance; labels (B,)."""
+        """Add a batch's ten columns for the real removal, then draw by draw for each kind of chance."""
         z = self.translator(removal.features)
         real = self.translator(removal.features - removal.null)
         texts, draws = self.texts.to(z), len(self.subspaces)
@@ -177,8 +148,6 @@ class _Reader:
         """Figures over all processes; removed (2, 1 + 2 draws) energy shares."""
         table = all_reduce_sum(self.table)
         images = int(table[0, 0, 0].sum())
-        if not images:
-            raise ValueError("no process had an image to measure chance levels on")
         both = {name: _scores(table[place], removed[place]) for place, name in enumerate(("paper", "centred"))}
         found: dict[str, Any] = plain({"images": images, **facts, **both})
         return found

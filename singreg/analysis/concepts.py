@@ -26,31 +26,11 @@ Order = Literal["strongest", "weakest", "rises", "falls"]
 class EquivalentPairs:
     """Translate features before and after the removal: (B, m) to z and z~, both (B, n) (paper eq. 4 and 9).
 
-    For a linear translator A Q Qᵀ is formed once, in float64, so that z~ = f (A Π_p)ᵀ + (a + A Π_n μ) costs one
-    product and has no difference of large numbers in it; A and A Π_p are stacked, so z and z~ come out of the same
-    product.
-
-    Args:
-        mean: (m,) feature mean μ for the centred removal f - Π_n (f - μ); None is the paper's f - Π_n f (METHOD 8.4).
-
-    Raises:
-        ValueError: the translator's, the head's and the mean's widths differ.
-
-    Example:
-        >>> space = NullSpace.from_weight(torch.tensor([[1.0, 0.0]]))
-        >>> pairs = EquivalentPairs(LinearTranslator(torch.eye(2), torch.ones(2)), space)
-        >>> [z.tolist() for z in pairs(torch.tensor([[2.0, 3.0]]))]
-        [[[3.0, 4.0]], [[3.0, 1.0]]]
+    For a linear translator z~ = f (A Π_p)ᵀ + (a + A Π_n μ), formed once in float64: no difference of large numbers.
+    A and A Π_p are stacked, so z and z~ come out of one product.
     """
 
     def __init__(self, translator: Translator, null_space: NullSpace, *, mean: Tensor | None = None) -> None:
-        width = null_space.basis.shape[0]
-        if translator.feature_dim != width or (mean is not None and mean.shape != (width,)):
-            given = "" if mean is None else f", and the mean is {tuple(mean.shape)}"
-            raise ValueError(
-                f"the translator takes {translator.feature_dim} features and the head {width}{given}: all must be "
-                "of one width"
-            )
         self.translator, self.null_space, self.mean = translator, null_space, mean
         self._stacked: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         if isinstance(translator, LinearTranslator):
@@ -63,8 +43,6 @@ class EquivalentPairs:
     @torch.no_grad()
     def __call__(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return z = T(f) and z~ = T(f~). Shape: (B, m), float32 or float64, to two (B, n) of the same dtype."""
-        if features.shape[-1] != self.translator.feature_dim:
-            raise ValueError(f"expected features (B, {self.translator.feature_dim}), got {tuple(features.shape)}")
         if not self._stacked:
             return self.translator(features), self.translator(self.null_space.remove(features, mean=self.mean))
         matrix, offset = self._stacked[features.dtype]
@@ -100,18 +78,16 @@ class _ConceptSums:
         columns = (before, squares[0], after, squares[1], score, squares[2], score.abs(), kappa)
         for row, values in enumerate(columns):
             self.overall[row] += values.sum(0, dtype=torch.float64)
-        everyone = bool(known.all())
         for row, values in enumerate((before, after, squares[2])):
-            self.by_class[row].index_add_(0, labels[known], values if everyone else values[known])
+            self.by_class[row].index_add_(0, labels[known], values[known])
 
     def _kappa(self, z: Tensor, equivalent: Tensor, cosines: Tensor) -> Tensor:
         """κ (B, K): cosine between the tangent at z towards z~ and that towards the text, τ·t / sin θ with τ ⊥ z."""
         travel = equivalent - z * (z * equivalent).sum(1, keepdim=True)
         sine = (1 - cosines.square()).clamp_min(0).sqrt()
         along: Tensor = unit_rows(travel) @ self.texts.T
-        kappa = torch.where(
-            sine > 0, along / torch.where(sine > 0, sine, torch.ones_like(sine)), torch.zeros_like(sine)
-        )
+        safe = torch.where(sine > 0, sine, torch.ones_like(sine))
+        kappa = torch.where(sine > 0, along / safe, torch.zeros_like(sine))
         return kappa.clamp_(-1, 1)
 
     def figures(self) -> dict[str, Any]:
@@ -119,8 +95,6 @@ class _ConceptSums:
         for name in ("overall", "by_class", "class_images", "counts", "image"):
             setattr(self, name, all_reduce_sum(getattr(self, name)))
         images = int(self.counts.sum())
-        if not images:
-            raise ValueError("there is no image to measure concepts on: the stream of features was empty")
         table = dict(zip(SUMS, (self.overall / images).cpu().numpy(), strict=True))
         overall: dict[str, np.ndarray] = {}
         for name in ("before", "after", "AS"):
@@ -158,39 +132,27 @@ def analyze_concepts(
 ) -> dict[str, Any]:
     """Measure the angle of every concept to every image before (T f) and after (T f~) the removal (METHOD section 3).
 
-    Float32 products of unit rows in chunks of about a million pairs, angles right to 1e-4 degrees, sums in float64:
-    memory does not grow with the images. Exact over processes: every image is counted once.
+    Float32 products of unit rows in chunks, right to 1e-4 degrees, sums in float64. Exact over processes.
 
     Args:
         mean: feature mean for the centred removal; None for the paper's.
 
-    Shape: texts (K, n), one row a concept in the translator's space; mean (m,). Angles in degrees.
+    Shape: texts (K, n), one row a concept in the translator's space; mean (m,).
 
     Returns:
-        concepts, class_names, images, unlabelled (in `overall` only), centred, image_score with _std (IS, the bound of
-        every |AS|), class_images (C,); overall (K,) before, after, AS with _std, AS_abs, AS_low and AS_high (normal 95
-        % interval over images), kappa; per_class (C, K) before, after, AS, AS_std, None for a class without images.
+        Of all images, overall (K,) before, after, AS with _std, AS_abs, AS_low and AS_high (normal 95 % interval) and
+        kappa; per_class (C, K) before, after, AS, AS_std (None for a class without images); the mean image score.
 
     Raises:
-        ValueError: no image, widths or labels that do not fit, or texts that are zero or not finite.
-
-    Example:
-        >>> f, label = torch.tensor([[1.0, 1.0]]), torch.tensor([0])
-        >>> space, T = NullSpace.from_weight(torch.tensor([[1.0, 0.0]])), LinearTranslator(torch.eye(2), torch.zeros(2))
-        >>> found = analyze_concepts(
-        ...     [FeatureBatch(f, f, f, label, label)], ["seen", "hidden"], torch.eye(2),
-        ...     class_names=["x"], null_space=space, translator=T,
-        ... )
-        >>> select_concepts(found)[["concept", "AS"]].round(3).values.tolist()
-        [['seen', 45.0], ['hidden', -45.0]]
+        ValueError: text embeddings that are zero or not finite.
     """
-    _check(concepts, texts, translator)
+    if not bool(texts.isfinite().all()) or not bool(texts.any(dim=1).all()):
+        bad = [concepts[i] for i in (~texts.isfinite().all(1) | ~texts.any(1)).nonzero().flatten().tolist()]
+        raise ValueError(f"text embeddings that are zero or not finite: {', '.join(map(repr, bad))}")
     pairs = EquivalentPairs(translator, null_space, mean=mean)
     sums = _ConceptSums(unit_rows(texts.detach().float()), len(class_names))
     rows = max(1, CHUNK_ELEMENTS // len(texts))
     for batch in batches:
-        if len(batch.labels) and (largest := int(batch.labels.max())) >= len(class_names):
-            raise ValueError(f"an image has label {largest}, but there are {len(class_names)} class names")
         for features, labels in zip(torch.split(batch.features, rows), torch.split(batch.labels, rows), strict=True):
             sums.add(*pairs(features), labels)
     names = {"concepts": list(concepts), "class_names": list(class_names), "centred": mean is not None}
@@ -198,46 +160,23 @@ def analyze_concepts(
     return {**names, **figures}
 
 
-def _check(concepts: Sequence[str], texts: Tensor, translator: Translator) -> None:
-    expected = (len(concepts), translator.target_dim)
-    if texts.shape != expected or not len(concepts):
-        raise ValueError(f"expected texts {expected}, a row for each of at least one concept, got {tuple(texts.shape)}")
-    if not bool(texts.isfinite().all()) or not bool(texts.any(dim=1).all()):
-        bad = [concepts[i] for i in (~texts.isfinite().all(1) | ~texts.any(1)).nonzero().flatten().tolist()]
-        raise ValueError(f"text embeddings that are zero or not finite: {', '.join(map(repr, bad))}")
-
-
 def select_concepts(
     found: Mapping[str, Any], order: Order = "strongest", count: int = 10, label: int | None = None
 ) -> pd.DataFrame:
     """Return the `count` concepts that moved most or least by mean AS, overall or for the images of one class.
 
-    Args:
-        found: what `analyze_concepts` returned.
-        order: "strongest" and "weakest" by |AS|; "rises" come closer (AS > 0), "falls" move away (AS < 0).
-
-    Returns:
-        One row a concept: concept, before, after, AS, AS_std, AS_low, AS_high in degrees, and kappa overall.
-
-    Raises:
-        ValueError: another order, or a class without images.
+    "strongest" and "weakest" are by |AS|; "rises" come closer (AS > 0), "falls" move away (AS < 0).
     """
     if label is None:
         table = pd.DataFrame(found["overall"])
     else:
-        images = found["class_images"][label] if 0 <= label < len(found["class_names"]) else 0
-        if not images:
-            raise ValueError(
-                f"class {label} of {len(found['class_names'])} has no images, so no concept was measured on it"
-            )
+        images = found["class_images"][label]
         table = pd.DataFrame({name: values[label] for name, values in found["per_class"].items()})
         half = NORMAL_95 * table["AS_std"] / images**0.5 if images > 1 else np.nan
         table = table.assign(AS_low=table["AS"] - half, AS_high=table["AS"] + half)
     table.insert(0, "concept", found["concepts"])
     score = table["AS"]
     keys = {"strongest": -score.abs(), "weakest": score.abs(), "rises": -score, "falls": score}
-    if order not in keys:
-        raise ValueError(f"order must be one of {', '.join(keys)}, got {order!r}")
     key = keys[order].sort_values(kind="stable")
     places = key[key < 0].index if order in ("rises", "falls") else key.index
     chosen: pd.DataFrame = table.loc[places[:count]].reset_index(drop=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.features import FeatureBatch, PassSettings, cached_features, gathered, iterate_features
+from singreg.analysis.features import PassSettings, cached_features, gathered, iterate_features
 from singreg.data.datasets import ImageSplit, Splits
 from singreg.functional import image_score
 from singreg.mlp import MLPSettings
@@ -27,14 +27,13 @@ from singreg.translator import (
 from singreg.utils import all_reduce_sum
 
 VALIDATION_EVERY = 5
+REFERENCE_IMAGES = 32  # of a class, behind its reference image score
 IMAGES_PER_FEATURE = 6.0
 """With fewer images a feature an auditor is not identified well, AS⁻ reads too high, and a report makes no claim."""
 AGREEMENT = 0.75
-"""Below this two translators place the classes too differently. Two disjoint halves of a real set of images agreed to
-0.64 at two images a feature, where their AS⁻ differed by 6 % and both read high, and to 0.77 to 0.85 at four to six."""
+"""Below this two translators place the classes too differently (METHOD section 8.6)."""
 ZERO_SHOT = 0.5
-"""Share of the VLM's own zero-shot accuracy that must survive translation: with less, T(f) misses the class more often
-than it names it wherever the VLM is right, and an angle to the class's prompt is an angle to noise."""
+"""Share of the VLM's own zero-shot accuracy that must survive translation for AS to mean the class."""
 Standardization = Literal["blocks", "features", "none"]
 
 
@@ -55,7 +54,6 @@ def fit_on_split(
     ridges: Sequence[float] = DEFAULT_RIDGES,
     standardize: Standardization = "blocks",
     invariance: Invariance = "logits",
-    normalize_targets: bool = False,
     info: TranslatorInfo | None = None,
     settings: PassSettings | None = None,
     description: str = "translator",
@@ -64,26 +62,25 @@ def fit_on_split(
 
     Args:
         standardize: "blocks" brings the row-space and the null block of the head to unit scale, so that neither turning
-            nor shrinking the null block moves the fit (METHOD section 8.6); "features" scales feature by feature, which
-            is as safe only for a head aligned with the axes.
+            nor shrinking the null block moves the fit (METHOD section 8.6); "features" scales feature by feature.
 
     Shape: embeddings (N, n).
-
-    Raises:
-        ValueError: another `standardize`.
     """
-    scale = standardization(classifier, standardize, invariance)
+    if standardize not in ("blocks", "features", "none"):
+        raise ValueError(f'standardize must be "blocks", "features" or "none", got {standardize!r}')
+    scale: Standardize = standardize == "features"
+    if standardize == "blocks":
+        scale = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).basis
     width, dim = classifier.feature_dim, embeddings.shape[1]
     device = classifier.weight.device
     fit, validation = (RidgeStatistics(width, dim, device=device) for _ in range(2))
     sums = torch.zeros(classifier.num_classes, width, dtype=torch.float64, device=device)
     counts = torch.zeros(classifier.num_classes, dtype=torch.float64, device=device)
     for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), description)):
-        targets = targets_of(batch, normalize_targets)
         # By position in the split, so that the draw is the same on any number of processes.
         held_out = (batch.indices % VALIDATION_EVERY == 0).to(device)
-        fit.update(batch.features[~held_out], targets[~held_out])
-        validation.update(batch.features[held_out], targets[held_out])
+        fit.update(batch.features[~held_out], batch.embeddings[~held_out])
+        validation.update(batch.features[held_out], batch.embeddings[held_out])
         known = batch.labels >= 0
         sums.index_add_(0, batch.labels[known], batch.features[known].double())
         counts += torch.bincount(batch.labels[known], minlength=len(counts))
@@ -93,24 +90,6 @@ def fit_on_split(
     translator = translator_from_statistics(fit, validation, ridges=ridges, standardize=scale, info=info)
     mean = (fit.f + validation.f) / (fit.count + validation.count)
     return FittedTranslator(translator.to(device), mean.float(), (sums / counts[:, None]).float())
-
-
-def targets_of(batch: FeatureBatch, normalize: bool) -> Tensor:
-    """Return what a translator is fitted to: a batch's embeddings (B, n), as they are or as unit rows."""
-    return torch.nn.functional.normalize(batch.embeddings, dim=-1) if normalize else batch.embeddings
-
-
-def standardization(classifier: Classifier, standardize: str, invariance: Invariance) -> Standardize:
-    """Return what `RidgeStatistics.solve` takes for a name: a basis (m, r) of the head's row space, True or False.
-
-    Raises:
-        ValueError: another name than "blocks", "features" or "none".
-    """
-    if standardize not in ("blocks", "features", "none"):
-        raise ValueError(f'standardize must be "blocks", "features" or "none", got {standardize!r}')
-    if standardize != "blocks":
-        return standardize == "features"
-    return NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).basis
 
 
 def fit_translators(
@@ -126,7 +105,6 @@ def fit_translators(
     """Fit the two translators of every measurement: "fitted" on the bank, "auditor" on the audit split (METHOD 8.6).
 
     Args:
-        embeddings: (N, n) by the split's name.
         ridge: of both; None lets each choose its own.
     """
     how: dict[str, Any] = {"ridges": DEFAULT_RIDGES if ridge is None else (ridge,), "invariance": invariance}
@@ -140,21 +118,8 @@ def fit_translators(
 def translator_agreement(first: LinearTranslator, second: LinearTranslator, texts: Tensor) -> float:
     """Return the mean cosine over classes of the directions Aᵀ(t_k - t̄) of two translators; 1 is full agreement.
 
-    The test of whether there were images enough (METHOD 8.6). What all prompts share says nothing about a class.
-
-    Shape: texts (C, n); both A (n, m).
-
-    Raises:
-        ValueError: fewer than two classes, or translators of other widths.
-
-    Example:
-        >>> T = LinearTranslator(torch.randn(4, 6), torch.zeros(4))
-        >>> round(translator_agreement(T, T, torch.eye(4)[:3]), 6)
-        1.0
+    The test of whether there were images enough (METHOD 8.6). Shape: texts (C, n); both A (n, m).
     """
-    if len(texts) < 2 or first.matrix.shape != second.matrix.shape or texts.shape[1] != first.matrix.shape[0]:
-        shapes = ", ".join(str(tuple(each.shape)) for each in (first.matrix, second.matrix, texts))
-        raise ValueError(f"expected two translators (n, m) and texts (C, n) of at least 2 classes, got {shapes}")
     contrasts = (texts - texts.mean(0)).double()
     one, other = (contrasts @ translator.matrix.to(contrasts) for translator in (first, second))
     return float(torch.nn.functional.cosine_similarity(one, other, dim=1).mean())
@@ -166,28 +131,12 @@ def fit_mlp_on_split(
     embeddings: np.ndarray,
     *,
     mlp: MLPSettings | None = None,
-    normalize_targets: bool = False,
     info: TranslatorInfo | None = None,
     settings: PassSettings,
 ) -> MLPTranslator:
-    """Fit an MLP translator on all images of a split; every fifth image decides when to stop (METHOD section 2).
-
-    The features are read once an epoch, from the folder `settings.cache`.
-
-    Shape: embeddings (N, n).
-
-    Raises:
-        ValueError: no cache folder; or see `fit_mlp_translator`.
-    """
-    return fit_mlp_translator(
-        cached_features(classifier, split, settings),
-        embeddings,
-        settings=mlp,
-        normalize_targets=normalize_targets,
-        info=info,
-        device=classifier.weight.device,
-        progress=settings.progress,
-    )
+    """Fit an MLP translator on all images of a split, read from the cache once an epoch (METHOD section 2)."""
+    options: Any = {"info": info, "device": classifier.weight.device, "progress": settings.progress}
+    return fit_mlp_translator(cached_features(classifier, split, settings), embeddings, settings=mlp, **options)
 
 
 def reference_image_scores(
@@ -196,19 +145,15 @@ def reference_image_scores(
     embeddings: np.ndarray,
     fitted: FittedTranslator,
     *,
-    per_class: int = 32,
     invariance: Invariance = "logits",
     settings: PassSettings | None = None,
 ) -> Tensor:
-    """Return IS_ref (C,) in degrees: a class's mean image score of the centred removal over its first images.
-
-    NaN for a class without labelled images in the split.
-    """
+    """Return IS_ref (C,) in degrees, a class's mean centred image score over its first images; NaN without images."""
     labels = np.asarray(split.labels)
     rank_in_class = np.zeros(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         rank_in_class[labels == label] = np.arange((labels == label).sum())
-    chosen = np.flatnonzero((labels >= 0) & (rank_in_class < per_class))
+    chosen = np.flatnonzero((labels >= 0) & (rank_in_class < REFERENCE_IMAGES))
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(classifier.weight.device)
     sums = torch.zeros(2, classifier.num_classes, dtype=torch.float64, device=classifier.weight.device)
     passes = settings or PassSettings()

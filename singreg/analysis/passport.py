@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from singreg.analysis.scores import LOOSE, describe_head
 from singreg.models.classifier import Classifier
@@ -20,25 +19,13 @@ ILL_CONDITIONED = 1e3
 Passport = Mapping[str, Any]
 
 
-def head_passport(head: Classifier | Tensor, *, tag: str | None = None) -> dict[str, Any]:
-    """Describe the null space of a classifier's head, or of a bare weight (C, m) or (C, m, 1, 1), without data.
+def head_passport(classifier: Classifier) -> dict[str, Any]:
+    """Describe the null space of a classifier's head, without data.
 
     Returns:
-        summary (see `describe_head`, for invariance of logits); softmax_nullity, dimensions in which probabilities stay
-        equal; logit_bound, largest |Δlogit| that removing the null component of a feature of norm 1 can leave in
-        float32, the bias aside; largest_row, the largest |w_c|.
-
-    Raises:
-        ValueError: a weight of another shape, or one that is not finite.
-
-    Example:
-        >>> passport = head_passport(torch.eye(4)[:3], tag="three of four")
-        >>> passport["summary"]["nullity"], passport["softmax_nullity"], round(chance_angle(passport))
-        (1, 2, 30)
-        >>> judge_passport(head_passport(torch.eye(4)))
-        'no null space: every feature direction moves a logit, nothing to measure'
+        summary (`describe_head`), softmax_nullity (dimensions in which probabilities stay), largest_row, and
+        logit_bound, the largest |Δlogit| that removing the null component of a unit feature can leave in float32.
     """
-    classifier = _as_classifier(head, tag or "weight") if isinstance(head, Tensor) else head
     weight = classifier.weight.detach()
     space = NullSpace.from_weight(weight, allow_empty=True)
     largest = float(torch.linalg.vector_norm(weight.double(), dim=1).max())
@@ -67,13 +54,7 @@ def judge_passport(passport: Passport) -> str:
 def compare_passports(passports: Sequence[Passport]) -> list[str]:
     """Warn where a null space is missing, too small, ill-conditioned, or too unlike the others' to compare scores.
 
-    Two heads are too different when their chance angles differ by more than can be seen in an image: a difference of
-    scores that large would come from the sizes of the heads alone.
-
-    Example:
-        >>> small, large = head_passport(torch.eye(4)[:2], tag="a"), head_passport(torch.eye(64)[:2], tag="b")
-        >>> compare_passports([small, large])[0].split(",")[0]
-        'b has 62 of 64 dimensions in its null space (97 %)'
+    Heads are too different when their chance angles differ by more than can be seen in an image.
     """
     warnings = [sentence for passport in passports for sentence in _alone(passport)]
     usable = sorted((p for p in passports if p["summary"]["nullity"]), key=lambda p: -chance_angle(p))
@@ -93,21 +74,11 @@ def compare_passports(passports: Sequence[Passport]) -> list[str]:
     return warnings
 
 
-def _as_classifier(weight: Tensor, tag: str) -> Classifier:
-    """A weight as a model that is nothing but its head."""
-    flat = weight.detach().flatten(1) if weight.ndim == 4 and weight.shape[2:].numel() == 1 else weight.detach()
-    if flat.ndim != 2 or not flat.numel():
-        raise ValueError(f"expected a head weight (C, m) or (C, m, 1, 1), got {tuple(weight.shape)}")
-    linear = nn.Linear(flat.shape[1], flat.shape[0], bias=False, device=flat.device, dtype=flat.dtype)
-    linear.weight = nn.Parameter(flat.clone(), requires_grad=False)
-    return Classifier.from_module(nn.Sequential(linear), "0", tag=tag)
-
-
 def _logit_bound(space: NullSpace, largest_row: float) -> float:
-    """|W f~ - W f| <= bound · |f| for f~ = f - Π_n f stored and multiplied in float32.
+    """|W f~ - W f| <= bound · |f| for f~ = f - Π_n f in float32, unit roundoff u = 2^-24.
 
-    Three errors add up, with u = 2^-24: the singular values below the rank's tolerance, σ_{r+1}; rounding f~ to
-    float32, u·|w|; and two float32 dot products of m terms, each off by at most γ·|w|·|f| with γ = m u / (1 - m u).
+    Three errors add up: singular values below the rank's tolerance, rounding f~ (u·|w|), and two dot products of m
+    terms, each off by at most γ·|w|·|f| with γ = m u / (1 - m u).
     """
     discarded = float(space.singular_values[space.rank]) if space.rank < len(space.singular_values) else 0.0
     unit, terms = torch.finfo(torch.float32).eps / 2, space.basis.shape[0]
@@ -133,7 +104,6 @@ def _alone(passport: Passport) -> list[str]:
         )
     cond = 1 / s["conditioning"] if s["conditioning"] else math.inf
     if cond > ILL_CONDITIONED:
-        warnings.append(
-            f"{s['tag']}: σ_max/σ_min is {cond:.1e}; a projection in float32 is not exact enough, use float64."
-        )
+        said = "a projection in float32 is not exact enough, use float64."
+        warnings.append(f"{s['tag']}: σ_max/σ_min is {cond:.1e}; {said}")
     return warnings

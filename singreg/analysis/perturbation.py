@@ -29,7 +29,7 @@ def measure_perturbations(
     null_space: NullSpace,
     translators: Mapping[str, AnyTranslator],
     sizes: Sequence[float] = SIZES,
-    chosen: np.ndarray | None = None,
+    chosen: np.ndarray,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Move every image by δ of norm ρ|f| in a null, a random and a row-space direction; read logits and angle.
@@ -46,34 +46,16 @@ def measure_perturbations(
     Returns:
         sizes, images, translators, margin (mean gap between the two largest logits) and curves by kind (no "null"
         without a null space): mean, low and high (5 % and 95 % of images) by size of "logit_change" and
-        "logit_change_float32" (largest |Δlogit| of an image), "flipped" (share whose top-1 changes) and "angle
-        TRANSLATOR" (T f to T(f + δ)).
-
-    Raises:
-        ValueError: sizes that are not above 0, or no images.
-
-    Example:
-        >>> f, weight = torch.randn(8, 3), torch.eye(3)[:2]
-        >>> batch = FeatureBatch(f, f[:, :2], f, torch.zeros(8, dtype=torch.int64), torch.arange(8))
-        >>> curves = measure_perturbations(
-        ...     [batch], weight=weight, null_space=NullSpace.from_weight(weight), translators={}, sizes=[0.1]
-        ... )["curves"]
-        >>> curves["null"]["mean"]["logit_change"][0] < 1e-12 < curves["principal"]["mean"]["logit_change"][0]
-        True
+        "logit_change_float32" (largest |Δlogit|), "flipped" (share whose top-1 changes), "angle TRANSLATOR".
     """
-    if not sizes or min(sizes) <= 0:
-        raise ValueError(f"relative norms of perturbations must be above 0, got {list(sizes)}")
     rows = []
     with torch.no_grad():
         for batch in batches:
-            mine = torch.ones(len(batch.indices), dtype=torch.bool)
-            if chosen is not None:
-                mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
+            mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
             features, indices = batch.features[mine.to(batch.features.device)].double(), batch.indices[mine]
             if len(indices):
-                figures = _image_figures(
-                    features, indices, weight.detach().double(), null_space, translators, sizes, seed
-                )
+                wide = weight.detach().double()
+                figures = _image_figures(features, indices, wide, null_space, translators, sizes, seed)
                 rows.append({name: value.cpu().numpy() for name, value in figures.items()})
     table = gather_rows(rows, sort_by="index")
     curves = {kind: _curve(table, f"{kind}/") for kind in KINDS if f"{kind}/flipped" in table}

@@ -1,8 +1,4 @@
-"""Unique information: can anything be read from f that cannot be read from Π_p f? (METHOD section 8.5)
-
-AS moves as much for a copy of the row space's content in the null space as for content that is nowhere else. Fits on
-other images tell them apart: of the image embedding by ridge regression, of the class by a fresh linear probe.
-"""
+"""Unique information: can anything be read from f that cannot be read from Π_p f? (METHOD section 8.5)"""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
-from singreg.analysis.fitting import VALIDATION_EVERY, targets_of
+from singreg.analysis.fitting import VALIDATION_EVERY
 from singreg.analysis.statistics import mean_interval, paired_difference, resampled_means
 from singreg.nullspace import NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
@@ -23,13 +19,9 @@ from singreg.utils import all_reduce_sum, gather_rows, plain
 
 BLOCKS = ("features", "row_space", "null_space")
 """What a fit was given: f, Π_p f or Π_n f."""
-Pair = tuple[RidgeStatistics, RidgeStatistics]  # sums to fit on, and sums that choose the penalty
 
 
-# Why not logistic regression: it needs every feature in memory or many passes over them, a stopping rule, and answers
-# in the last digits by how it was run. Linear discriminant analysis needs only the sums of a ridge regression on one-
-# hot targets. The regression itself would do, but its largest output masks classes that lie between others (three in a
-# row in one dimension: the middle one never wins), and a null space may have far fewer dimensions than classes.
+# A ridge regression on one-hot targets masks classes that lie between others; a discriminant needs the same sums.
 @dataclass(frozen=True)
 class LinearProbe:
     """Class scores g = f Bᵀ + b with B (C, k) and b (C,) in float64; a class never seen has -inf and is never named."""
@@ -54,14 +46,6 @@ def fit_probe(statistics: RidgeStatistics, ridge: float) -> LinearProbe:
 
     B = M Σ⁻¹, b_c = log π_c - μ_c·Σ⁻¹μ_c / 2, with Σ the scatter within classes over N plus ridge · (mean variance), M
     the class means (C, k), π the class shares.
-
-    Raises:
-        ValueError: fewer than two classes were seen.
-
-    Example:
-        >>> f, y = torch.tensor([[0.0], [0.2], [1.0], [1.2], [2.0], [2.2]]), torch.tensor([0, 0, 1, 1, 2, 2])
-        >>> fit_probe(RidgeStatistics(1, 3).update(f, one_hot(y, 3)), ridge=0.0).predict(f).tolist()
-        [0, 0, 1, 1, 2, 2]
     """
     counts = statistics.z
     seen = int((counts > 0).sum())
@@ -75,9 +59,8 @@ def fit_probe(statistics: RidgeStatistics, ridge: float) -> LinearProbe:
     factor, failed = torch.linalg.cholesky_ex(covariance)
     # Without a penalty a singular scatter may pass a Cholesky by rounding alone.
     singular = bool(failed) or ridge < 1e-9
-    matrix = (
-        means @ torch.linalg.pinv(covariance, hermitian=True) if singular else torch.cholesky_solve(means.T, factor).T
-    )
+    inverse = torch.linalg.pinv(covariance, hermitian=True) if singular else None
+    matrix = torch.cholesky_solve(means.T, factor).T if inverse is None else means @ inverse
     offset = (counts / statistics.count).log() - (matrix * means).sum(1) / 2
     return LinearProbe(matrix, offset, int(counts.argmax()), ridge)
 
@@ -93,60 +76,36 @@ class BlockFits:
     images: int
     labelled: int
     seen: Tensor
-    normalize_targets: bool
 
 
-def fit_blocks(
-    batches: Iterable[FeatureBatch],
-    *,
-    null_space: NullSpace,
-    classes: int,
-    target_dim: int,
-    ridges: Sequence[float] = DEFAULT_RIDGES,
-    normalize_targets: bool = False,
-) -> BlockFits:
+def fit_blocks(batches: Iterable[FeatureBatch], *, null_space: NullSpace, classes: int, target_dim: int) -> BlockFits:
     """Fit z and the class on f, Π_p f and Π_n f, in one pass over this process's batches; every fifth image chooses λ.
 
-    Only the sums for f are streamed, O(m²): those of the blocks follow from them. For f the two blocks are standardised
-    each as a whole, so a null space that was shrunk or turned gives the same fits. Exact over processes.
-
-    Raises:
-        ValueError: no null space, no images, or labelled ones of fewer than 2 classes.
+    For f each block is standardised as a whole, so a null space shrunk or turned gives the same fits.
     """
     if null_space.nullity == 0:
         raise ValueError("this head has no null space, so there is no information in it to measure")
     width, device = null_space.basis.shape[0], null_space.basis.device
-    embedding, label = (
-        (RidgeStatistics(width, size, device=device), RidgeStatistics(width, size, device=device))
-        for size in (target_dim, classes)
-    )
+    sizes = (target_dim, classes)
+    embedding, label = ([RidgeStatistics(width, size, device=device) for _ in range(2)] for size in sizes)
     for batch in batches:
         held_out = (batch.indices % VALIDATION_EVERY == 0).to(batch.features.device)
-        targets, known = targets_of(batch, normalize_targets), batch.labels >= 0
+        known = batch.labels >= 0
         for place, chosen in enumerate((~held_out, held_out)):
-            embedding[place].update(batch.features[chosen], targets[chosen])
+            embedding[place].update(batch.features[chosen], batch.embeddings[chosen])
             both = chosen & known
             label[place].update(batch.features[both], one_hot(batch.labels[both], classes))
     for statistics in (*embedding, *label):
         statistics.reduce()
     whole, labels = _merged(embedding), _merged(label)
     basis = _bases(whole, null_space)
-    return BlockFits(
-        basis=basis,
-        solutions={name: _chosen(embedding, columns, ridges) for name, columns in basis.items()},
-        probes={
-            name: fit_probe(labels.mapped(columns), _chosen(label, columns, ridges).ridge)
-            for name, columns in basis.items()
-        },
-        target_mean=whole.z / whole.count,
-        images=int(whole.count),
-        labelled=int(labels.count),
-        seen=labels.z > 0,
-        normalize_targets=normalize_targets,
-    )
+    solutions = {name: _chosen(embedding, columns) for name, columns in basis.items()}
+    probes = {name: fit_probe(labels.mapped(each), _chosen(label, each).ridge) for name, each in basis.items()}
+    mean, seen = whole.z / whole.count, labels.z > 0
+    return BlockFits(basis, solutions, probes, mean, int(whole.count), int(labels.count), seen)
 
 
-def _merged(pair: Pair) -> RidgeStatistics:
+def _merged(pair: Sequence[RidgeStatistics]) -> RidgeStatistics:
     return RidgeStatistics(*pair[0].fz.shape, device=pair[0].ff.device).merge(pair[0]).merge(pair[1])
 
 
@@ -157,38 +116,32 @@ def _bases(whole: RidgeStatistics, space: NullSpace) -> dict[str, Tensor]:
     level = [((scatter @ part) * part).sum() / max(part.shape[1], 1) for part in (row, null)]
     # A block that does not vary stays as it is: whatever its scale, ridge gives it nothing.
     least = torch.finfo(scatter.dtype).eps * torch.diagonal(whole.ff).sum()
-    scaled = [
-        part / (value / whole.count).sqrt() if bool(value > least) else part
-        for part, value in zip((row, null), level, strict=True)
-    ]
+    pairs = zip((row, null), level, strict=True)
+    scaled = [part / (value / whole.count).sqrt() if bool(value > least) else part for part, value in pairs]
     return dict(zip(BLOCKS, (torch.cat(scaled, dim=1), row, null), strict=True))
 
 
-def _chosen(pair: Pair, basis: Tensor, ridges: Sequence[float]) -> RidgeSolution:
-    """λ by held-out R², then the fit to all images."""
+def _chosen(pair: Sequence[RidgeStatistics], basis: Tensor) -> RidgeSolution:
+    """λ by the held-out R² of the pair's second, then the fit to all images."""
     fit, held_out = (statistics.mapped(basis) for statistics in pair)
-    best, _ = fit.validate(held_out, ridges=ridges)
+    best, _ = fit.validate(held_out, ridges=DEFAULT_RIDGES)
     return fit.merge(held_out).solve(best.ridge)
 
 
-def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits, *, resamples: int = 1000) -> dict[str, Any]:
+def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dict[str, Any]:
     """Measure R² and class accuracy of the fits on other images than theirs, with paired bootstrap intervals.
 
-    One pass over this process's batches, one row of figures an image. R² is against the mean of these images'
-    embeddings.
+    R² is against the mean of these images' embeddings.
 
     Returns:
         r2 and accuracy by block; unique, R²(z|f) - R²(z|Π_p f), what only the null space tells of the image embedding,
         and unique_accuracy; chance, the accuracy of always naming the class most frequent in the fit; intervals and
         ridges by name or "r2 BLOCK", "accuracy BLOCK"; images, labelled, unseen (of classes the probe never saw),
         fit_images and fit_labelled.
-
-    Raises:
-        ValueError: no images, or no labelled ones.
     """
     rows, target_sum = [], torch.zeros_like(fits.target_mean)
     for batch in batches:
-        targets = targets_of(batch, fits.normalize_targets).to(target_sum)
+        targets = batch.embeddings.to(target_sum)
         target_sum += targets.sum(0)
         spread = (targets - fits.target_mean).square().sum(1)
         figures = {"index": batch.indices, "label": batch.labels, "spread": spread}
@@ -205,8 +158,8 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits, *, res
         raise ValueError(f"none of the {len(labelled)} images has a label, so no probe for the class can be judged")
     # Σ|z - z̄|² about these images' own mean, from the sums about the fit's.
     shift = float((all_reduce_sum(target_sum) / len(labelled) - fits.target_mean).square().sum())
-    of_r2, r2_intervals = _r2(table, shift, resamples)
-    of_class, class_intervals = _accuracy(table, labelled, fits.probes["features"].majority, resamples)
+    of_r2, r2_intervals = _r2(table, shift)
+    of_class, class_intervals = _accuracy(table, labelled, fits.probes["features"].majority)
     ridges = {f"r2 {name}": solution.ridge for name, solution in fits.solutions.items()}
     ridges |= {f"accuracy {name}": probe.ridge for name, probe in fits.probes.items()}
     counts = {"images": len(labelled), "labelled": labelled.sum(), "unseen": (labelled & ~table["seen"]).sum()}
@@ -216,10 +169,10 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits, *, res
     return found
 
 
-def _r2(table: dict[str, np.ndarray], shift: float, resamples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _r2(table: dict[str, np.ndarray], shift: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """R² of every block and what only the null space tells, with intervals."""
     residuals = np.stack([table[f"r2 {name}"] for name in BLOCKS] + [table["spread"]], axis=1)
-    drawn = resampled_means(residuals, groups=table["label"], resamples=resamples)
+    drawn = resampled_means(residuals, groups=table["label"])
     means = np.concatenate([residuals.mean(0)[None], drawn])
     r2 = 1 - means[:, :3] / (means[:, 3:] - shift)
     values = {f"r2 {name}": r2[:, place] for place, name in enumerate(BLOCKS)} | {"unique": r2[:, 0] - r2[:, 1]}
@@ -228,7 +181,7 @@ def _r2(table: dict[str, np.ndarray], shift: float, resamples: int) -> tuple[dic
 
 
 def _accuracy(
-    table: dict[str, np.ndarray], labelled: np.ndarray, majority: int, resamples: int
+    table: dict[str, np.ndarray], labelled: np.ndarray, majority: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Accuracy of every block's probe and of always naming the majority, with intervals."""
     classes = table["label"][labelled]
@@ -236,8 +189,8 @@ def _accuracy(
     hits["chance"] = (classes == majority).astype(np.float64)
     intervals: dict[str, Any] = {}
     for name, hit in hits.items():
-        _, *intervals[name] = mean_interval(hit, groups=classes, resamples=resamples)
+        _, *intervals[name] = mean_interval(hit, groups=classes)
     pair = hits["accuracy features"], hits["accuracy row_space"]
-    gain, *intervals["unique_accuracy"] = paired_difference(*pair, groups=classes, resamples=resamples)
+    gain, *intervals["unique_accuracy"] = paired_difference(*pair, groups=classes)
     accuracy = {name: hits[f"accuracy {name}"].mean() for name in BLOCKS}
     return {"accuracy": accuracy, "unique_accuracy": gain, "chance": hits["chance"].mean()}, intervals

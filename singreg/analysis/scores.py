@@ -14,7 +14,7 @@ from singreg.analysis.features import FeatureBatch, PassSettings, evenly, gather
 from singreg.analysis.statistics import mean_interval, ratio_interval, resampled_means
 from singreg.analysis.steering import measure_steering
 from singreg.data.datasets import ImageSplit
-from singreg.metrics import COLUMNS, HISTOGRAM_BINS, score_columns, summarize_columns
+from singreg.metrics import COLUMNS, score_columns, summarize_columns
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace, null_share
 from singreg.translator import Translator
@@ -41,38 +41,20 @@ def analyze_model(
     settings: PassSettings | None = None,
     steering_image_score: float = 40.0,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Measure one classifier on the images of a split, once through, with all translators at the same time.
-
-    Exact over processes: every image is counted once. Angles in degrees.
+    """Measure one classifier on the images of a split in one pass, with all translators. Exact over processes.
 
     Args:
-        mean: feature mean for the centred removal (METHOD section 8.4).
+        mean: (m,) feature mean for the centred removal (METHOD section 8.4).
         steering_image_score: image score at which features are steered to another class (paper table 1).
 
-    Shape: embeddings (N, n), texts (C, n) unit rows, mean (m,).
+    Shape: embeddings (N, n), texts (C, n) unit rows.
 
     Returns:
-        One row an image ("index", "label", "correct", "vlm_correct", "null_share", "null_energy", "energy", "image";
-        "AS/NAME", "IS/NAME", "kappa/NAME" of each translator, also with "centred " before them), and a dict of figures:
-        images, top1, null_share (mean |Π_n f| / |f|), logit_change_float64 and _float32 (largest |Δlogit| between f and
-        f~), vlm_zero_shot, head (`describe_head`), translators and steering by name.
+        One row an image ("AS/NAME", "IS/NAME", "kappa/NAME" of each translator, also with "centred " before them), and
+        a dict of figures by translator, of the head and of the model.
 
     Raises:
         ValueError: the split has no or unlabelled images, or the head has no null space.
-
-    Example:
-        >>> from torchvision.transforms.functional import to_tensor
-        >>> from singreg.data.datasets import SceneSplit
-        >>> from singreg.data.scenes import sample_scenes
-        >>> from singreg.translator import LinearTranslator
-        >>> split, settings = SceneSplit("test", sample_scenes(20, seed=0)), PassSettings(progress=False)
-        >>> net = torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(48, 10))
-        >>> classifier = Classifier.from_module(net, "2", transform=to_tensor)
-        >>> texts, z = torch.eye(10, 16), np.eye(20, 16, dtype=np.float32)
-        >>> T = {"T": LinearTranslator(torch.randn(16, 48), torch.zeros(16))}
-        >>> rows, found = analyze_model(classifier, split, z, texts, T, mean=torch.zeros(48), settings=settings)
-        >>> len(rows), found["head"]["nullity"], found["logit_change_float64"] < 1e-12
-        (20, 38, True)
     """
     unlabelled = int((np.asarray(split.labels) < 0).sum())
     if not len(split) or unlabelled:
@@ -82,9 +64,7 @@ def analyze_model(
         )
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
     sums = {name: torch.zeros(4 + texts.shape[1], dtype=torch.float64, device=texts.device) for name in translators}
-    columns: list[Rows] = []
-    kept: list[Rows] = []
-    steered = evenly(len(split), STEERING_IMAGES)
+    columns, kept, steered = [], [], evenly(len(split), STEERING_IMAGES)
     change = torch.zeros(2, dtype=torch.float64, device=texts.device)
     for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), "measuring")):
         null = space.component(batch.features)
@@ -96,7 +76,9 @@ def analyze_model(
             figures |= {f"{figure}/{name}": value for figure, value in scores.items()}
             sums[name] += more
         columns.append({name: value.cpu().numpy() for name, value in figures.items()})
-        kept.append(_steered(batch, steered))
+        mine = torch.from_numpy(np.isin(batch.indices.numpy(), steered))
+        parts = {"features": batch.features, "labels": batch.labels, "indices": batch.indices}
+        kept.append({name: values[mine.to(values.device)].cpu().numpy() for name, values in parts.items()})
     rows = gather_rows(columns, sort_by="index")
     rows["image"] = np.array([split.identifier(int(i)) for i in rows["index"]])
     accuracy, *interval = mean_interval(rows["correct"], groups=rows["label"])
@@ -149,10 +131,7 @@ def _image_figures(batch: FeatureBatch, null: Tensor, texts: Tensor) -> dict[str
 
 
 def _logit_change(classifier: Classifier, features: Tensor, space: NullSpace) -> Tensor:
-    """Largest |Δlogit| between f and f~, (2,): in float64, and in the classifier's own float32 arithmetic.
-
-    The softmax null lets all logits of an image move together, which no probability sees: that much is taken out.
-    """
+    """Largest |Δlogit| between f and f~, (2,): in float64, and in the classifier's own float32 arithmetic."""
     exact = features.double()
     equivalent = space.remove(exact)
     wide = (exact - equivalent) @ classifier.weight.detach().double().T
@@ -200,7 +179,6 @@ def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Ten
         "centred": summarize_columns(by_class[CENTRED].sum(1)),
         "intervals": _intervals({kind: table.numpy() for kind, table in tables.items()}, rows["label"]),
         "per_class": summarize_columns(by_class[""]),
-        "quantiles": {f"{key}_{q}": _quantile(rows[f"{key}/{name}"], q) for key in ("AS", "IS") for q in (5, 50, 95)},
         "cosine": cosine / count,
         "r2": 1 - residual / spread if spread > 0 else np.nan,
         "zero_shot": hits / count,
@@ -217,13 +195,6 @@ def _columns(attribute: np.ndarray, image: np.ndarray, kappa: np.ndarray) -> Ten
     return torch.stack([torch.ones_like(a), a, a**2, (-a).clamp_min(0), a.clamp_min(0), a.abs(), i, i**2, k, k**2])
 
 
-def _quantile(values: np.ndarray, percent: int) -> float:
-    """The middle of the quantile's bin of `SemanticLeakage`, a quarter of a degree wide."""
-    scale = HISTOGRAM_BINS / 360
-    found = np.quantile(values, percent / 100, method="inverted_cdf")
-    return float((np.floor((found + 180) * scale) + 0.5) / scale - 180)
-
-
 def _intervals(tables: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, list[float]]:
     """95 % bootstrap intervals of each overall figure, of both removals, images clustered in classes."""
     places = [COLUMNS.index(name) for name in INTERVALS]
@@ -236,13 +207,6 @@ def _intervals(tables: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str
         pair = [names.index(f"{kind}{figure}") for figure in ("IS", "AS_abs")]
         intervals[f"{kind}ratio"] = list(ratio_interval(table[:, pair].mean(0), drawn[:, pair])[1:])
     return intervals
-
-
-def _steered(batch: FeatureBatch, chosen: np.ndarray) -> Rows:
-    """What steering needs of those images of a batch that are among the chosen indices."""
-    mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
-    columns = {"features": batch.features, "labels": batch.labels, "indices": batch.indices}
-    return {name: values[mine.to(values.device)].cpu().numpy() for name, values in columns.items()}
 
 
 def _steering(
