@@ -43,7 +43,7 @@ Found = dict[str, Any]
 
 @dataclass
 class AnalyzeConfig(RunConfig):
-    """A run of recipes/analyze.py; every field is a key of the YAML and a flag of the command line.
+    """Analyse a classifier.
 
     Args:
         concepts: banks (colours, textures, materials, scenes, parts, imagenet), text files, or concepts in words.
@@ -106,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def batches(setup: Setup, description: str, split: str = "test") -> Iterator[FeatureBatch]:
     """Pass once over a split, from the feature cache."""
-    images, embeddings = getattr(setup.splits, split), setup.embeddings[split]
-    return iterate_features(setup.classifier, images, embeddings, setup.passes, description)
+    where = getattr(setup.splits, split), setup.embeddings[split]
+    return iterate_features(setup.classifier, *where, setup.passes, description)
 
 
 def fit(run: Run, config: AnalyzeConfig, setup: Setup) -> tuple[dict[str, Any], Tensor]:
@@ -132,18 +132,17 @@ def measure(
     with run.timed("model"):
         options: Any = {"mean": mean, "invariance": config.model.invariance, "settings": setup.passes}
         rows, measurement = analyze_model(classifier, test, setup.embeddings["test"], texts, translators, **options)
+    options = {"null_space": space, "seed": config.seed}
     with run.timed("chance"):
-        options = {"texts": texts, "mean": mean, "draws": config.chance_draws, "seed": config.seed}
-        passed = batches(setup, "chance levels")
-        chance = measure_chance(passed, null_space=space, translators=linear, **options)
+        more: Any = {"texts": texts, "mean": mean, "draws": config.chance_draws, **options}
+        chance = measure_chance(batches(setup, "chance levels"), translators=linear, **more)
     with run.timed("information"):
         sizes: Any = {"classes": len(setup.splits.class_names), "target_dim": texts.shape[1]}
         fits = fit_blocks(batches(setup, "information", "bank"), null_space=space, **sizes)
         information = measure_information(batches(setup, "information"), fits)
     with run.timed("perturbations"):
-        options = {"weight": classifier.weight, "null_space": space, "translators": translators, "seed": config.seed}
-        chosen = evenly(len(test), perturbation.IMAGES)
-        moved = perturbation.measure_perturbations(batches(setup, "perturbing"), chosen=chosen, **options)
+        more = {"weight": classifier.weight, "chosen": evenly(len(test), perturbation.IMAGES), **options}
+        moved = perturbation.measure_perturbations(batches(setup, "perturbing"), translators=translators, **more)
     joint = {name: joint_distribution(rows, translator=name) for name in translators}
     agreement = translator_agreement(linear["fitted"], linear["auditor"], texts)
     found = {"passport": head_passport(classifier), "measurement": measurement, "agreement": agreement}

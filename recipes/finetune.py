@@ -24,7 +24,7 @@ from singreg.loop import Arm, own_random_numbers, watch
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.plots.finetune import finetune_sections, plot_finetune
+from singreg.plots.scores import finetune_sections, plot_finetune
 from singreg.report import log, log_figures, track, write_report
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from singreg.analysis.concepts import select_concepts
+from singreg.analysis.concepts import Order, select_concepts
 from singreg.analysis.fitting import AGREEMENT, IMAGES_PER_FEATURE, ZERO_SHOT
 from singreg.analysis.passport import VISIBLE, chance_angle, judge_passport
 from singreg.analysis.probes import BLOCKS
@@ -28,7 +28,7 @@ MANY_FLOORED = 0.1
 Found = Mapping[str, Any]
 
 
-def _table(rows: Sequence[Any], columns: list[str] | None = None) -> pd.DataFrame:
+def _table(rows: Any, columns: list[str] | None = None) -> pd.DataFrame:
     table: pd.DataFrame = pd.DataFrame(rows, columns=columns)
     return table
 
@@ -53,9 +53,8 @@ def score_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
 def translator_table(measured: Found) -> pd.DataFrame:
     """Return how good every translator of a measurement is."""
     columns = ["fit_images", "ridge", "cosine", "r2", "zero_shot"]
-    table: pd.DataFrame = pd.DataFrame(measured["translators"]).T[columns].rename_axis("translator").reset_index()
-    table["the VLM's own"] = measured["vlm_zero_shot"]
-    return table
+    table = _table(measured["translators"]).T[columns].rename_axis("translator").reset_index()
+    return table.assign(**{"the VLM's own": measured["vlm_zero_shot"]})
 
 
 def chance_table(chance: Mapping[str, Found]) -> pd.DataFrame:
@@ -63,8 +62,8 @@ def chance_table(chance: Mapping[str, Found]) -> pd.DataFrame:
     rows = []
     for name, found in chance.items():
         scores = found["paper"]
-        observed = {title: number(scores["observed"][key], digits) for key, (title, digits) in CHANCE.items()}
-        rows.append([name, KIND_TITLES["observed"], *observed.values(), percent(scores["energy"])])
+        observed = [number(scores["observed"][key], digits) for key, (_, digits) in CHANCE.items()]
+        rows.append([name, KIND_TITLES["observed"], *observed, percent(scores["energy"])])
         for kind, level in scores["levels"].items():
             pairs = [(level["mean"][key], level["spread"][key], digits) for key, (_, digits) in CHANCE.items()]
             cells = [f"{number(mean, digits)} ± {number(spread, digits)}" for mean, spread, digits in pairs]
@@ -75,17 +74,11 @@ def chance_table(chance: Mapping[str, Found]) -> pd.DataFrame:
 
 def information_table(found: Found) -> pd.DataFrame:
     """Return held-out R² and class accuracy of every block, and what only the null space tells."""
-    bounds = found["intervals"]
-
-    def row(title: str, r2: float, accuracy: float, of_r2: str, of_accuracy: str) -> list[str]:
-        return [title, _with(r2, bounds[of_r2], 3), _with(accuracy, bounds[of_accuracy], 1, 100)]
-
-    rows = [
-        row(BLOCK_TITLES[name], found["r2"][name], found["accuracy"][name], f"r2 {name}", f"accuracy {name}")
-        for name in BLOCKS
-    ]
-    only = found["unique"], found["unique_accuracy"], "unique", "unique_accuracy"
-    rows.append(row("only in the null space: f less Π_p f", *only))
+    pairs = {BLOCK_TITLES[k]: (f"r2 {k}", found["r2"][k], f"accuracy {k}", found["accuracy"][k]) for k in BLOCKS}
+    only = ("unique", found["unique"], "unique_accuracy", found["unique_accuracy"])
+    bounds, rows = found["intervals"], []
+    for title, (of_r2, r2, of_class, accuracy) in (pairs | {"only in the null space: f less Π_p f": only}).items():
+        rows.append([title, _with(r2, bounds[of_r2], 3), _with(accuracy, bounds[of_class], 1, 100)])
     rows.append(["always the most frequent class", "0", number(100 * found["chance"], 1)])
     return _table(rows, ["fitted on", "R² of the image embedding", "class probe, %"])
 
@@ -100,20 +93,17 @@ def class_table(found: Found) -> pd.DataFrame:
     return _table(rows)
 
 
-def concept_table(found: Found, count: int = 12) -> pd.DataFrame:
-    """Return the concepts that moved most (`analyze_concepts`), angles in degrees with the 95 % interval of AS."""
-    columns = ["concept", "before", "after", "AS", "AS_low", "AS_high", "kappa"]
-    table: pd.DataFrame = select_concepts(found, "strongest", count)[columns]
-    return table
-
-
 def passport_table(passports: Sequence[Found]) -> pd.DataFrame:
     """Return heads side by side (`head_passport`)."""
     columns = ["tag", "classes", "features", "rank", "nullity", "conditioning"]
-    table: pd.DataFrame = pd.DataFrame([passport["summary"] for passport in passports])[columns]
-    table["chance angle °"] = [number(chance_angle(passport), 1) for passport in passports]
-    table["verdict"] = [judge_passport(passport) for passport in passports]
-    return table
+    angles = [number(chance_angle(passport), 1) for passport in passports]
+    table = _table([passport["summary"] for passport in passports])[columns].assign(**{"chance angle °": angles})
+    return table.assign(verdict=[judge_passport(passport) for passport in passports])
+
+
+def _names(concepts: Found, order: Order) -> str:
+    table = select_concepts(concepts, order, 3)[["concept", "AS"]]
+    return ", ".join(f"{name} ({score:+.1f}°)" for name, score in table.itertuples(index=False)) or "none"
 
 
 def analysis_verdict(found: Found) -> list[str]:
@@ -123,11 +113,7 @@ def analysis_verdict(found: Found) -> list[str]:
     (low, high), level = by["intervals"]["AS_neg"], chance["levels"]["energy"]["mean"]["AS_neg"]
     against = "more than" if low > level else "less than" if high < level else "no different from"
     leaky = ", ".join(f"{score['name']} ({score['means']['AS_neg']:.1f}°)" for score in found["classes"]["classes"][:3])
-    concepts = {order: select_concepts(found["concepts"], order, 3)[["concept", "AS"]] for order in ("falls", "rises")}
-    lost, gained = (
-        ", ".join(f"{name} ({score:+.1f}°)" for name, score in table.itertuples(index=False)) or "none"
-        for table in concepts.values()
-    )
+    lost, gained = (_names(found["concepts"], order) for order in ("falls", "rises"))
     return [
         f"The null space of {head['tag']} has {head['nullity']} of {head['features']} dimensions and "
         f"{measured['null_share']:.0%} of the feature norm. Removing it leaves every logit and moves an image's "
@@ -181,15 +167,16 @@ def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
     classes = [f"Rank correlation with accuracy over classes: {said}."] if said else []
     if empty := found["classes"]["empty"]:
         classes.append(f"{len(empty)} classes have no image: {', '.join(empty)}.")
-    validation: list[Any] = [figures["perturbations"], passport_table([passport]), translator_table(measured)]
+    moved = ["concept", "before", "after", "AS", "AS_low", "AS_high", "kappa"]
+    concepts = select_concepts(found["concepts"], "strongest", 12)[moved]
     return [
         Section("The whole model", [score_table({passport["summary"]["tag"]: measured}), scores, figures["joint"]]),
         Section("Beside chance", [chance_table(found["chance"]), figures["chance"]]),
         Section("Unique information", [information_table(found["information"]), figures["information"]]),
         Section("Classes", [class_table(found["classes"]), *classes, figures["classes"], figures["accuracy"]]),
-        Section("Concepts", [concept_table(found["concepts"]), *found["omissions"], figures["concepts"]]),
+        Section("Concepts", [concepts, *found["omissions"], figures["concepts"]]),
         Section("Images", [figures["images"]]),
-        Section("Validation", validation),
+        Section("Validation", [figures["perturbations"], passport_table([passport]), translator_table(measured)]),
     ]
 
 
@@ -198,10 +185,8 @@ def steering_verdict(found: Found) -> list[str]:
     read = {(p["attacker"], p["judge"]): p["overall"] for p in found["pairs"]}
     own, audited, score = read["fitted", "fitted"], read["fitted", "auditor"], found["image_score"]
     step, radius, manifold = (the_curve(found["curves"], budget=b, attacker="fitted", judge="auditor") for b in BUDGETS)
-    removal, mark = (
-        found["measurement"]["translators"]["fitted"]["overall"]["IS"],
-        natural_marks(found["natural"])["95 %"],
-    )
+    mark = natural_marks(found["natural"])["95 %"]
+    removal = found["measurement"]["translators"]["fitted"]["overall"]["IS"]
     first = f"No image can be steered to an image score of {score:g}°; use a smaller one."
     if own["AS_abs"] is not None:
         first = (
@@ -255,13 +240,8 @@ def steering_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
         for pairs in found["pairs"]
     ]
     areas = [
-        {
-            **{name: curve[name] for name in ("budget", "attacker", "judge")},
-            **{
-                f"mean {title}": interval(*curve["area"][name])
-                for name, title in (("AS", "AS °"), ("success", "success"))
-            },
-        }
+        {name: curve[name] for name in ("budget", "attacker", "judge")}
+        | {f"mean {t}": interval(*curve["area"][name]) for name, t in (("AS", "AS °"), ("success", "success"))}
         for curve in found["curves"]
     ]
     reading = (

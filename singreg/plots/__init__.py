@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -82,7 +83,7 @@ def _glyphs(font: str) -> frozenset[int]:
     return frozenset(get_font(font).get_charmap())
 
 
-def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequence[str], size: float = 8) -> None:
+def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> None:
     """Write a name beside each point, on the side where it lies on no other label; call it when the limits are set."""
     figure = axes.figure
     assert isinstance(figure, Figure)
@@ -90,26 +91,18 @@ def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequ
     figure.draw_without_rendering()
     points = axes.transData.transform(np.column_stack([x, y]))
     taken = [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in points]
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "va": "center"}
     for place, name in enumerate(names):
         found: list[tuple[int, int, Bbox, Annotation]] = []
         for dx, dy, side in PLACES:
-            text = axes.annotate(
-                drawable(name),
-                (x[place], y[place]),
-                (dx, dy),
-                textcoords="offset points",
-                fontsize=size,
-                ha=side,
-                va="center",
-            )
+            text = axes.annotate(drawable(name), (x[place], y[place]), (dx, dy), ha=side, **style)
             box = text.get_window_extent()
             inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
             hits = sum(box.overlaps(other) for k, other in enumerate(taken) if k != place) + (not inside)
             found.append((hits, len(found), box, text))
             if not hits:
                 break
-        best = min(found, key=lambda each: each[:2])
+        best, *others = sorted(found, key=lambda each: each[:2])
         taken.append(best[2])
-        for each in found:
-            if each is not best:
-                each[3].remove()
+        for _, _, _, text in others:
+            text.remove()

@@ -15,29 +15,31 @@ from matplotlib.patches import Ellipse
 
 from singreg import report
 from singreg.analysis.chance import FIGURES, KINDS
+from singreg.analysis.classes import joint_distribution
+from singreg.analysis.comparison import Measured
 from singreg.analysis.concepts import select_concepts
 from singreg.analysis.probes import BLOCKS
 from singreg.data.datasets import ImageSplit
 from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, bar, drawable, label_points, panels, save, styled
-from singreg.tables import BLOCK_TITLES, KIND_TITLES
+from singreg.tables import BLOCK_TITLES, KIND_TITLES, score_table
 
+# How the models of a fine-tuning run are called wherever people read them.
 STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "SingLoss"}
-"""How the models of a fine-tuning run are called wherever people read them."""
 COLOURS = {"before": GREY, "control": ORANGE, "sing": BLUE}
 TITLES = {"AS": "AS °", "AS_neg": "AS⁻ °", "AS_pos": "AS⁺ °", "AS_abs": "|AS| °", "IS": "IS °", "kappa": "κ"}
 PERTURBATIONS = {"null": (BLUE, "null space"), "random": (GREY, "random"), "principal": ("#dc2626", "row space")}
-CLASSES_SHOWN = 24
+CLASSES_SHOWN, CLASSES_NAMED, CLASSES_COMPARED, CONCEPTS_SHOWN, NEAREST = 24, 6, 40, 12, 3
 NAME_LENGTH = 28  # characters beside an axis
 Found = Mapping[str, Any]
+READING = (
+    "Means over the same test images with 95 % bootstrap intervals. AS⁻: what removing the null space takes from the "
+    "true class (lower is better); IS: how far it moves the image's meaning (to be kept). frozen: the translator "
+    "fitted before training; loop: the one the loss saw last; auditor: fitted on images training never used."
+)
 
 
 def plot_joint(joints: Mapping[str, Found], path: Path, *, separate: bool = False) -> Path:
-    """Draw AS against IS of every image with the 1 and 2 sigma ellipses (paper figure 4).
-
-    Args:
-        joints: what `joint_distribution` returned, by a translator's or stage's name.
-        separate: one panel a name with common limits; otherwise all in one panel.
-    """
+    """Draw AS against IS of every image with the 1 and 2 sigma ellipses, in one panel or in one a name (figure 4)."""
     count = len(joints) if separate else 1
     figure, drawn = panels(count, width=4.2 if separate else 6.4, height=4.6 if separate else 5.2)
     handles = []
@@ -72,11 +74,9 @@ def plot_joint(joints: Mapping[str, Found], path: Path, *, separate: bool = Fals
     return save(figure, path)
 
 
-def plot_classes(found: Found, path: Path, *, shown: int = CLASSES_SHOWN) -> Path:
-    """Draw AS and IS of every class as violins with the mean marked, the leakiest on top (`analyze_classes`).
-
-    Of more than `shown` classes the leakiest and the least leaky halves are drawn.
-    """
+def plot_classes(found: Found, path: Path) -> Path:
+    """Draw AS and IS of every class as violins, the leakiest on top; of many classes the two ends."""
+    shown = CLASSES_SHOWN
     scores, gap = list(found["classes"]), shown - shown // 2
     cut = len(scores) > shown
     if cut:
@@ -112,9 +112,9 @@ def _violins(axes: Axes, scores: Sequence[Found], key: str) -> None:
     axes.set_ylim(len(scores) - 0.4, -0.6)
 
 
-def plot_class_accuracy(found: Found, path: Path, *, named: int = 6) -> Path:
+def plot_class_accuracy(found: Found, path: Path) -> Path:
     """Draw AS⁻ of every class against its accuracy; the leakiest classes are named."""
-    figure, (axes,) = panels(width=7.4, height=4.2)
+    (figure, (axes,)), named = panels(width=7.4, height=4.2), CLASSES_NAMED
     leak = [score["means"]["AS_neg"] for score in found["classes"]]
     accuracy = [100 * score["means"]["accuracy"] for score in found["classes"]]
     axes.scatter(leak, accuracy, s=30, color=[RED if place < named else GREY for place in range(len(leak))])
@@ -131,13 +131,9 @@ def plot_class_accuracy(found: Found, path: Path, *, named: int = 6) -> Path:
     return save(figure, path)
 
 
-def plot_concepts(found: Found, path: Path, *, count: int = 12, label: int | None = None) -> Path:
-    """Draw an arrow from the angle before to that after for the concepts that moved most and least (paper figure 5).
-
-    Overall, or for the class `label`. Red: the concept moves away when the null component goes; blue: it comes closer.
-    """
-    moved = select_concepts(found, "strongest", count, label)
-    still = select_concepts(found, "weakest", count, label)
+def plot_concepts(found: Found, path: Path) -> Path:
+    """Draw an arrow from the angle before to that after for the concepts that moved most and least (paper figure 5)."""
+    moved, still = (select_concepts(found, order, CONCEPTS_SHOWN) for order in ("strongest", "weakest"))
     still = still[~still["concept"].isin(moved["concept"])]
     tables = {"strongest": moved, **({"weakest": still} if len(still) else {})}
     longest = max(map(len, tables.values()))
@@ -150,10 +146,8 @@ def plot_concepts(found: Found, path: Path, *, count: int = 12, label: int | Non
         axes.set_ylim(longest - 0.4, -0.6)
         axes.set_xlabel("angle to the concept °")
         styled(axes, f"{title}: ○ before, ► after the removal")
-    images = found["images"] if label is None else found["class_images"][label]
-    where = "all images" if label is None else f"class {drawable(found['class_names'][label])}"
     key = "red: the concept moves away (AS < 0), blue: it comes closer (AS > 0)"
-    figure.suptitle(f"{len(found['concepts'])} concepts, {where} ({images}); {key}", fontsize=9)
+    figure.suptitle(f"{len(found['concepts'])} concepts, all images ({found['images']}); {key}", fontsize=9)
     return save(figure, path)
 
 
@@ -177,29 +171,12 @@ def _signed(value: float) -> str:
 
 
 def plot_images(
-    worst: Sequence[Found],
-    shifts: Sequence[Found],
-    split: ImageSplit,
-    gallery: ImageSplit,
-    path: Path,
-    *,
-    nearest: int = 3,
+    worst: Sequence[Found], shifts: Sequence[Found], split: ImageSplit, gallery: ImageSplit, path: Path
 ) -> Path:
-    """Draw each worst image with its figures and the gallery's nearest to T(f), to T(f~) and to the steered T(f).
-
-    Args:
-        worst: of `analyze_images`.
-        shifts: of the same images in the same order, from `nearest_images`.
-
-    Raises:
-        ValueError: images and shifts do not go together.
-    """
-    if [image["index"] for image in worst] != [shift["index"] for shift in shifts]:
-        raise ValueError(f"{len(worst)} images need the nearest ones of the same images in the same order")
+    """Draw each worst image with its figures and the gallery's nearest to T(f), to T(f~) and to the steered T(f)."""
     sides = {"before": "nearest to T(f)", "after": "nearest to T(f~), null component removed"}
-    if shifts[0]["steered"] is not None:
-        sides["steered"] = "nearest to the steered T(f)"
-    across = min(nearest, len(shifts[0]["before"]))
+    sides["steered"] = "nearest to the steered T(f)"
+    across = min(NEAREST, len(shifts[0]["before"]))
     widths = [1.0, 1.45, *[0.06, *[1.0] * across] * len(sides)]
     width, height = 1.35 * sum(widths) + 0.3, 1.72 * len(worst) + 0.75
     figure = Figure(figsize=(width, height))
@@ -239,7 +216,7 @@ def _why(image: Found, moved: int = 3) -> str:
     return "\n".join(lines)
 
 
-def plot_chance(found: Found, path: Path, *, translator: str = "auditor") -> Path:
+def plot_chance(found: Found, path: Path) -> Path:
     """Draw every score (filled) beside its chance levels (bars: ± 1 sd over draws), one panel a score."""
     figure, drawn = panels(3, 2, width=3.2, height=3.7)
     kinds, removals = ("observed", *KINDS), {"paper": (BLUE, "the paper's removal"), "centred": (ORANGE, "centred")}
@@ -259,7 +236,7 @@ def plot_chance(found: Found, path: Path, *, translator: str = "auditor") -> Pat
         styled(axes, TITLES[name])
     figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     size = f"null space of {found['dimensions']} of {found['features']} dimensions"
-    note = f"scores (filled) beside chance (± 1 sd over {found['draws']} draws), by the {translator}"
+    note = f"scores (filled) beside chance (± 1 sd over {found['draws']} draws), by the auditor"
     figure.suptitle(f"{note}: {found['images']} images; {size}", fontsize=9)
     return save(figure, path)
 
@@ -328,9 +305,74 @@ def plot_analysis(found: Found, split: ImageSplit, gallery: ImageSplit, folder: 
         "concepts": (plot_concepts, found["concepts"], "angle of each concept to the images before and after"),
         "perturbations": (plot_perturbations, found["perturbation"], "perturbations of equal norm"),
     }
-    drawn = {
-        name: report.Figure(draw(data, folder / f"{name}.png"), said) for name, (draw, data, said) in drawings.items()
-    }
+    drawn = {}
+    for name, (draw, data, said) in drawings.items():
+        drawn[name] = report.Figure(draw(data, folder / f"{name}.png"), said)
     sheet = plot_images(found["images"]["worst"], found["shifts"], split, gallery, folder / "images.png")
     said = "the worst images, and the gallery's nearest to their translated features before, after and steered"
     return {**drawn, "images": report.Figure(sheet, said)}
+
+
+def plot_finetune(measured: Mapping[str, Measured], class_names: Sequence[str], folder: Path) -> list[report.Figure]:
+    """Draw every figure of recipes/finetune.py below a folder, the summary first."""
+    figures = {stage: found for stage, (_, found) in measured.items()}
+    joints = {stage: joint_distribution(table) for stage, (table, _) in measured.items()}
+    return [
+        report.Figure(plot_summary(figures, folder / "summary.png"), "the models side by side"),
+        report.Figure(plot_joint(joints, folder / "joint.png", separate=True), "AS against IS of every test image"),
+        report.Figure(plot_class_leakage(figures, class_names, folder / "classes.png"), "AS⁻ of every class"),
+    ]
+
+
+def finetune_sections(
+    figures: Mapping[str, Found], comparisons: pd.DataFrame, plots: Sequence[report.Figure]
+) -> list[report.Section]:
+    """Arrange a run's tables and plots (`plot_finetune`) as the sections of its report."""
+    results = score_table({STAGES[stage]: found for stage, found in figures.items()})
+    return [
+        report.Section("Results", [results, READING, *plots[:1]]),
+        report.Section(
+            "SingLoss against the control", [comparisons, "Ratios of means; intervals are paired by image."]
+        ),
+        report.Section("Images and classes", plots[1:]),
+    ]
+
+
+def plot_summary(measurements: Mapping[str, Found], path: Path) -> Path:
+    """Draw AS⁻, |AS|, IS and top-1 of every stage with 95 % intervals, by the auditor and the frozen translator."""
+    figure, (*scores, right) = panels(4, width=3.2)
+    titles = {"AS_neg": "AS⁻ (leakage)", "AS_abs": "|AS|", "IS": "IS (variety)"}
+    for axes, (key, title) in zip(scores, titles.items(), strict=True):
+        for x, (stage, measured) in enumerate(measurements.items()):
+            for place, (name, alpha) in enumerate((("auditor", 1.0), ("frozen", 0.4))):
+                by = measured["translators"][name]
+                bar(axes, x - 0.2 + 0.4 * place, 0.38, by["overall"][key], by["intervals"][key], COLOURS[stage], alpha)
+        styled(axes, title).set_ylabel("degrees")
+    for x, (stage, measured) in enumerate(measurements.items()):
+        bar(right, x, 0.6, 100 * measured["top1"], [100 * v for v in measured["top1_interval"]], COLOURS[stage])
+    styled(right, "top-1").set_ylabel("%")
+    for axes in (*scores, right):
+        axes.set_xticks(range(len(measurements)), [STAGES[name].split(" ")[0] for name in measurements])
+    images = next(iter(measurements.values()))["images"]
+    note = f"{images} test images, 95 % intervals; full colour: auditor, pale: frozen translator"
+    figure.suptitle(note, fontsize=9)
+    return save(figure, path)
+
+
+def plot_class_leakage(measurements: Mapping[str, Found], class_names: Sequence[str], path: Path) -> Path:
+    """Draw AS⁻ of every class in each stage by the auditor, leakiest first; at most 40 classes."""
+    per_class = {stage: measured["translators"]["auditor"]["per_class"] for stage, measured in measurements.items()}
+    table = pd.DataFrame({stage: found["AS_neg"] for stage, found in per_class.items()}, dtype=float)
+    ordered = table.sort_values(str(table.columns[0]), ascending=False, kind="stable").dropna(how="all")
+    shown = ordered[:CLASSES_COMPARED]
+    figure, (axes,) = panels(width=7.0, height=max(2.5, 0.24 * len(shown) + 1.2))
+    places = range(len(shown))
+    axes.hlines(places, shown.min(axis=1), shown.max(axis=1), color="#d1d5db", linewidth=2, zorder=1)
+    for stage in shown:
+        axes.scatter(shown[stage], places, s=28, color=COLOURS[str(stage)], label=STAGES[str(stage)], zorder=2)
+    axes.set_yticks(places, [drawable(class_names[label]) for label in shown.index], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("AS⁻ °")
+    part = "" if len(shown) == len(table) else f" ({len(shown)} of {len(table)} classes)"
+    styled(axes, f"leakage by class{part}, by the auditor").legend(fontsize=8)
+    return save(figure, path)
