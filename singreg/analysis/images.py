@@ -37,11 +37,7 @@ def analyze_images(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Find the `count` worst images of a split and, for each, the concepts whose angle rose and fell most.
 
-    Worst is the most negative AS of the true class. Concepts are measured on the worst only, in float64. Exact over
-    processes.
-
-    Args:
-        batches: from `iterate_features` over `split`.
+    Worst is the most negative AS of the true class. Exact over processes.
 
     Shape: texts (C, n) class prompts, concept_texts (K, n).
 
@@ -71,19 +67,12 @@ def analyze_images(
     images, unlabelled = (int(value) for value in all_reduce_sum(counts))
     kept = _worst(gather_rows([] if worst is None else [worst]), count)
     moves = _moves(torch.from_numpy(kept["features"]).to(texts.device), pairs, concepts, concept_texts)
-    found = [
-        {
-            "index": int(index),
-            "image": split.identifier(int(index)),
-            "label": int(kept["label"][place]),
-            "class_name": class_names[int(kept["label"][place])],
-            "predicted": class_names[int(kept["predicted"][place])],
-            "attribute_score": float(kept["AS"][place]),
-            "image_score": float(kept["IS"][place]),
-            **moves[place],
-        }
-        for place, index in enumerate(kept["index"])
-    ]
+    found = []
+    for place, index in enumerate(kept["index"].tolist()):
+        label, predicted = int(kept["label"][place]), int(kept["predicted"][place])
+        named = {"label": label, "class_name": class_names[label], "predicted": class_names[predicted]}
+        scores = {"attribute_score": float(kept["AS"][place]), "image_score": float(kept["IS"][place])}
+        found.append({"index": index, "image": split.identifier(index), **named, **scores, **moves[place]})
     facts = {"by": "AS", "centred": False, "images": images, "unlabelled": unlabelled}
     return {**facts, "worst": found}, kept["features"]
 
@@ -133,9 +122,6 @@ def nearest_images(
 
     Shape: features and steered (Q, m), embeddings (G, n) of the gallery.
 
-    Returns:
-        Of every image index, image (its name) and before, after, steered: index, image and angle, nearest first.
-
     Raises:
         ValueError: the gallery has fewer than k other images.
     """
@@ -156,10 +142,7 @@ def _nearest(
     own = max((int((gallery.digests == row).all(-1).sum()) for row in exclude), default=0)
     if not 1 <= k <= len(gallery) - own:
         without = f", {own} of them the image itself" if own else ""
-        raise ValueError(
-            f"{k} nearest images were asked of the gallery {gallery.name!r}, which has {len(gallery)}{without}: "
-            "ask for fewer (at least 1), or give a larger gallery"
-        )
+        raise ValueError(f"{k} images were asked of a gallery which has {len(gallery)}{without}: ask for fewer")
     unit = unit_rows(queries.double().cpu())
     best = torch.full((len(unit), 0), torch.inf, dtype=torch.float64)
     places = torch.zeros(len(unit), 0, dtype=torch.int64)

@@ -34,19 +34,15 @@ def measure_perturbations(
 ) -> dict[str, Any]:
     """Move every image by δ of norm ρ|f| in a null, a random and a row-space direction; read logits and angle.
 
-    Each image has one Gaussian vector of its own, fixed by seed and index: "random" is its direction, "null" and
-    "principal" those of its two parts. Logits are those of f + δ and of f, both computed, so the null's change is what
-    rounding leaves. With the softmax's null space, changes are about their mean over classes. Exact over processes.
+    Each image has one Gaussian vector, fixed by seed and index: "random" is its direction, "null" and "principal" those
+    of its two parts. With the softmax's null space, changes are about their mean over classes. Exact over processes.
 
     Args:
-        chosen: indices of the images used; `evenly(len(split), IMAGES)` are enough.
-
-    Shape: weight (C, m), chosen (n,). Angles in degrees.
+        chosen: (n,) indices of the images used; `evenly(len(split), IMAGES)` are enough.
 
     Returns:
-        sizes, images, translators, margin (mean gap between the two largest logits) and curves by kind (no "null"
-        without a null space): mean, low and high (5 % and 95 % of images) by size of "logit_change" and
-        "logit_change_float32" (largest |Δlogit|), "flipped" (share whose top-1 changes), "angle TRANSLATOR".
+        margin (mean gap between the two largest logits) and curves by kind: mean, low and high (5 % and 95 % of images)
+        by size of the largest |Δlogit| in float64 and float32, the share flipped and the angle of T f to T(f + δ).
     """
     rows = []
     with torch.no_grad():

@@ -58,10 +58,8 @@ def analyze_model(
     """
     unlabelled = int((np.asarray(split.labels) < 0).sum())
     if not len(split) or unlabelled:
-        raise ValueError(
-            f"split {split.name!r} must hold labelled images to be measured on; it has {len(split)} images, "
-            f"{unlabelled} of them unlabelled"
-        )
+        counts = f"it has {len(split)} images, {unlabelled} of them unlabelled"
+        raise ValueError(f"split {split.name!r} must hold labelled images to be measured on; {counts}")
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
     sums = {name: torch.zeros(4 + texts.shape[1], dtype=torch.float64, device=texts.device) for name in translators}
     columns, kept, steered = [], [], evenly(len(split), STEERING_IMAGES)
@@ -83,6 +81,10 @@ def analyze_model(
     rows["image"] = np.array([split.identifier(int(i)) for i in rows["index"]])
     accuracy, *interval = mean_interval(rows["correct"], groups=rows["label"])
     change = all_reduce_max(change)
+    # Table-1 steering for each translator as its own attacker and judge, on images from all over the split.
+    sample = gather_rows(kept, sort_by="indices")
+    images = [torch.from_numpy(sample[name]).to(texts.device) for name in ("features", "labels", "indices")]
+    attack: Any = {"texts": texts, "null_space": space, "image_score": steering_image_score}
     found = {
         "images": len(rows["index"]),
         "top1": accuracy,
@@ -94,7 +96,7 @@ def analyze_model(
         "vlm_zero_shot": rows["vlm_correct"].mean(),
         "head": describe_head(classifier, space),
         "translators": {n: _translator_figures(t, rows, n, sums[n], len(texts)) for n, t in translators.items()},
-        "steering": _steering(kept, texts, space, translators, steering_image_score),
+        "steering": {name: measure_steering(*images, attacker=each, **attack) for name, each in translators.items()},
     }
     return pd.DataFrame(rows), plain(found)
 
@@ -207,13 +209,3 @@ def _intervals(tables: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str
         pair = [names.index(f"{kind}{figure}") for figure in ("IS", "AS_abs")]
         intervals[f"{kind}ratio"] = list(ratio_interval(table[:, pair].mean(0), drawn[:, pair])[1:])
     return intervals
-
-
-def _steering(
-    kept: list[Rows], texts: Tensor, space: NullSpace, translators: Mapping[str, Translator], degrees: float
-) -> dict[str, Any]:
-    """Table-1 steering for each translator as its own attacker and judge, on images from all over the split."""
-    rows = gather_rows(kept, sort_by="indices")
-    images = [torch.from_numpy(rows[name]).to(texts.device) for name in ("features", "labels", "indices")]
-    options: Any = {"texts": texts, "null_space": space, "image_score": degrees}
-    return {name: measure_steering(*images, attacker=each, **options) for name, each in translators.items()}
