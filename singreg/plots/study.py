@@ -13,12 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from singreg.analysis.models_compared import PRIMARY, lowest_tau
-from singreg.analysis.study import AUDITOR, Summary, by_name
+from singreg.analysis.study import AUDITOR, Summary, pareto_front
 from singreg.plots import BLUE, GREY, ORANGE, RED, drawable, label_points, panels, save, styled
 from singreg.report import Figure
 
 COLOURS = {"reference": ORANGE, "method": BLUE, "baseline": GREY, "placebo": RED}
-"""By role; the reference has a colour of its own."""
 PANELS = (
     ("top-1, %", "top1", 100.0),
     ("AS⁻ °", f"AS_neg/{AUDITOR}", 1.0),
@@ -46,112 +45,84 @@ def save_study_plots(
         agreement: see `agreement_curve`; no figure without it.
     """
     shown = [arm for arm in arms if arm["omitted"] is None]
+    inks = [COLOURS["reference" if arm["arm"] == reference else arm["role"]] for arm in shown]
+    every = "Every arm by the auditor. Thin: 95 % over classes and images; thick: ± one standard deviation over seeds."
+    front = "Top-1 against the auditor's AS⁻; dashed: no arm is better in both (right and low is good)."
+    cost = "What harder steering costs in image score: named are the reference and what no arm beats in both."
+    need = "How many images an auditor needs. Solid: this study's; dashed: no claim below it."
     found = [
-        Figure(
-            save_arms(shown, reference, folder / "study.png"),
-            "Every arm by the auditor. Thin: 95 % interval over classes and images; thick: ± one standard deviation "
-            "over seeds; dotted: the reference.",
-        ),
-        Figure(
-            save_pareto(shown, reference, folder / "pareto.png"),
-            "Top-1 against the auditor's AS⁻; dashed: no arm is better in both (right and low is good).",
-        ),
-        Figure(
-            save_tradeoff(shown, reference, folder / "tradeoff.png"),
-            "What harder steering costs in image score; dashed: 3 × the step, half the |AS|; dotted: 80 % of the IS. "
-            "Arms far from the others are named.",
-        ),
+        Figure(save_arms(shown, inks, folder / "study.png"), every),
+        Figure(save_pareto(shown, inks, folder / "pareto.png"), front),
+        Figure(save_tradeoff(shown, inks, reference, folder / "tradeoff.png"), cost),
     ]
-    if agreement:
-        caption = "How many images an auditor needs. Solid: this study's; dashed: no claim below it."
-        found.append(Figure(save_auditor_need(agreement, facts, folder / "auditor.png"), caption))
-    return found
+    auditor = [Figure(save_auditor_need(agreement, facts, folder / "auditor.png"), need)] if agreement else []
+    return found + auditor
 
 
-def _ink(arm: Summary, reference: str) -> str:
-    return COLOURS["reference" if arm["arm"] == reference else arm["role"]]
+def _values(arms: Sequence[Summary], key: str, of: str = "mean") -> np.ndarray:
+    """A figure of every arm (A,), or its intervals (A, 2); NaN where there is none."""
+    nothing = [math.nan] * 2 if of == "intervals" else math.nan
+    return np.array([arm[of].get(key, nothing) for arm in arms])
 
 
-def save_arms(arms: Sequence[Summary], reference: str, path: Path) -> Path:
+def save_arms(arms: Sequence[Summary], inks: list[str], path: Path) -> Path:
     """Draw a panel a figure and a line an arm: mean, interval over images, spread over seeds."""
     figure, axes = panels(len(PANELS), width=2.3, height=max(3.0, 0.3 * len(arms) + 1.2))
+    places = np.arange(len(arms))
     for panel, (title, key, scale) in zip(axes, PANELS, strict=True):
-        for place, arm in enumerate(arms):
-            value, spread = scale * arm["mean"].get(key, math.nan), scale * arm["spread"].get(key, math.nan)
-            ends, ink = scale * np.array(arm["intervals"].get(key, [math.nan] * 2)), _ink(arm, reference)
-            panel.plot(ends, [place, place], color=ink, linewidth=1)
-            panel.plot([value - spread, value + spread], [place, place], color=ink, linewidth=4, alpha=0.4)
-            panel.plot(value, place, "o", color=ink, markersize=5)
-        panel.axvline(
-            scale * by_name(arms, reference)["mean"].get(key, math.nan), color=ORANGE, linewidth=0.8, linestyle=":"
-        )
-        names = [drawable(arm["arm"], 28) for arm in arms] if panel is axes[0] else [""] * len(arms)
-        panel.set_yticks(range(len(arms)), names, fontsize=8)
+        value, spread, ends = (scale * _values(arms, key, of) for of in ("mean", "spread", "intervals"))
+        panel.hlines(places, ends[:, 0], ends[:, 1], colors=inks, linewidth=1)
+        panel.hlines(places, value - spread, value + spread, colors=inks, linewidth=4, alpha=0.4)
+        panel.scatter(value, places, c=inks, s=25, zorder=3)
+        panel.set_yticks(places, [drawable(arm["arm"], 28) if panel is axes[0] else "" for arm in arms], fontsize=8)
         panel.set_ylim(len(arms) - 0.5, -0.5)
         styled(panel, title)
     return save(figure, path)
 
 
-def save_pareto(arms: Sequence[Summary], reference: str, path: Path) -> Path:
+def save_pareto(arms: Sequence[Summary], inks: list[str], path: Path) -> Path:
     """Draw top-1 (%) against auditor AS⁻ with the front as a line; the names stand in a column, evenly spread."""
     figure, (axes,) = panels(1, width=9.0, height=max(4.5, 0.26 * len(arms) + 1.5))
-    x = np.array([100 * arm["mean"]["top1"] for arm in arms])
-    y = np.array([arm["mean"][f"AS_neg/{AUDITOR}"] for arm in arms])
-    for arm, top1, harm in zip(arms, x, y, strict=True):
-        ink = _ink(arm, reference)
-        across, along = (np.array(arm["intervals"].get(key, [math.nan] * 2)) for key in ("top1", f"AS_neg/{AUDITOR}"))
-        axes.plot(100 * across, [harm, harm], color=ink, linewidth=0.7, alpha=0.35)
-        axes.plot([top1, top1], along, color=ink, linewidth=0.7, alpha=0.35)
-        axes.plot(top1, harm, "o", color=ink, markersize=6, zorder=3)
+    x, y = 100 * _values(arms, "top1"), _values(arms, f"AS_neg/{AUDITOR}")
+    across, along = (_values(arms, key, "intervals").T for key in ("top1", f"AS_neg/{AUDITOR}"))
+    axes.hlines(y, 100 * across[0], 100 * across[1], colors=inks, linewidth=0.7, alpha=0.35)
+    axes.vlines(x, along[0], along[1], colors=inks, linewidth=0.7, alpha=0.35)
+    axes.scatter(x, y, c=inks, s=36, zorder=3)
     front = np.array(sorted((top1, harm) for arm, top1, harm in zip(arms, x, y, strict=True) if arm["front"]))
-    axes.plot(front[:, 0], front[:, 1], color="black", linewidth=1, linestyle="--", zorder=2)
+    axes.plot(*front.T, color="black", linewidth=1, linestyle="--", zorder=2)
     axes.set(xlabel="top-1 %", ylabel="AS⁻ ° by the auditor")
     styled(axes, "leakage against accuracy")
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     edge = right + 0.02 * (right - left)
     heights = bottom + (top - bottom) * (np.arange(len(arms)) + 0.5) / len(arms)
     for height, place in zip(heights, np.lexsort((x, y)), strict=True):  # in the order of the points' heights
-        ink = _ink(arms[place], reference)
-        axes.plot([x[place], edge], [y[place], height], color=ink, linewidth=0.5, alpha=0.5, zorder=1)
-        axes.text(edge, height, f" {drawable(arms[place]['arm'], 28)}", fontsize=8, va="center", color=ink)
+        axes.plot([x[place], edge], [y[place], height], color=inks[place], linewidth=0.5, alpha=0.5, zorder=1)
+        name = f" {drawable(arms[place]['arm'], 28)}"
+        axes.text(edge, height, name, fontsize=8, va="center", color=inks[place])
     axes.set_xticks([tick for tick in axes.get_xticks() if left <= tick <= right])
     axes.set(xlim=(left, edge + 0.32 * (right - left)), ylim=(bottom, top))
     return save(figure, path)
 
 
-def save_tradeoff(arms: Sequence[Summary], reference: str, path: Path) -> Path:
+def save_tradeoff(arms: Sequence[Summary], inks: list[str], reference: str, path: Path) -> Path:
     """Draw the step to the fixed image score, and |AS| at a 25 % step, against IS.
 
     A null component that natural images already have moves the meaning by IS; no attacker needs a longer step than it.
     """
-    arms = [arm for arm in arms if math.isfinite(arm["mean"].get(f"steering_step/{AUDITOR}", math.nan))]
     figure, axes = panels(2, width=5.4, height=4.6)
-    plain = by_name(arms, reference)["mean"]
-    for panel, key, title, factor in (
-        (axes[0], f"steering_step/{AUDITOR}", "step to IS 40°, share of |f| (high is hard)", 3.0),
-        (axes[1], f"AS_abs25/{AUDITOR}", "|AS| ° towards the target at a 25 % step (low is hard)", 0.5),
+    for panel, key, title, sign in (
+        (axes[0], f"steering_step/{AUDITOR}", "step to IS 40°, share of |f| (high is hard)", -1),
+        (axes[1], f"AS_abs25/{AUDITOR}", "|AS| ° towards the target at a 25 % step (low is hard)", 1),
     ):
-        points = [(arm["mean"][f"IS/{AUDITOR}"], arm["mean"][key]) for arm in arms]
-        for arm, (kept, hard) in zip(arms, points, strict=True):
-            panel.plot(kept, hard, "o", color=_ink(arm, reference), markersize=6)
-        panel.axhline(factor * plain.get(key, math.nan), color="black", linewidth=0.8, linestyle="--")
-        panel.axvline(0.8 * plain.get(f"IS/{AUDITOR}", math.nan), color="black", linewidth=0.8, linestyle=":")
+        kept, hard = _values(arms, f"IS/{AUDITOR}"), _values(arms, key)
+        panel.scatter(kept, hard, c=inks, s=36)
         panel.set(xlabel="IS °, the variety that is kept (high is good)")
         panel.margins(0.18, 0.12)
         styled(panel, title)
-        places = _far_apart(np.array(points), [arm["arm"] == reference for arm in arms].index(True))
-        names = [arm["arm"] if place in places else "" for place, arm in enumerate(arms)]
-        label_points(panel, [kept for kept, _ in points], [hard for _, hard in points], names)
+        front = pareto_front({arm["arm"]: (x, sign * y) for arm, x, y in zip(arms, kept, hard, strict=True)})
+        names = [arm["arm"] if arm["arm"] in {*front, reference} else "" for arm in arms]
+        label_points(panel, kept.tolist(), hard.tolist(), names)
     return save(figure, path)
-
-
-def _far_apart(points: np.ndarray, first: int, count: int = 7) -> list[int]:
-    """Places of points (P, 2) far enough from each other for names: the first, then always the farthest from those."""
-    scaled, chosen = points / np.maximum(points.std(0), 1e-12), [first]
-    while len(chosen) < min(count, len(points)):
-        distance = np.linalg.norm(scaled[:, None] - scaled[chosen][None], axis=-1).min(1)
-        chosen.append(int(distance.argmax()))
-    return chosen
 
 
 def save_auditor_need(agreement: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> Path:
@@ -210,11 +181,10 @@ def _draw_space(
 ) -> None:
     largest = max(found["translators"][PRIMARY]["overall"]["AS_neg"] for found in models.values())
     for name, found in models.items():
-        scores = found["translators"][PRIMARY]
+        scores, ink = found["translators"][PRIMARY], colours[name]
         x, y, harm = (scores["overall"][key] for key in ("AS_abs", "IS", "AS_neg"))
-        across, along = (scores["intervals"][key] for key in ("AS_abs", "IS"))
-        axes.plot(across, [y, y], color=colours[name], linewidth=1)
-        axes.plot([x, x], along, color=colours[name], linewidth=1)
-        axes.scatter(x, y, s=30 + 170 * harm / max(largest, 1e-9), color=colours[name], alpha=0.75, zorder=3)
+        axes.plot(scores["intervals"]["AS_abs"], [y, y], color=ink, linewidth=1)
+        axes.plot([x, x], scores["intervals"]["IS"], color=ink, linewidth=1)
+        axes.scatter(x, y, s=30 + 170 * harm / max(largest, 1e-9), color=ink, alpha=0.75, zorder=3)
     axes.set(xlabel="mean |AS| °", ylabel="mean IS °", xlim=(0, None), ylim=(0, None))
     styled(axes, f"{drawable(space)}, by the {PRIMARY}")
