@@ -65,16 +65,8 @@ class SteeringWorld:
 
     def batches(self, size: int = 4, rank: int = 0, world: int = 1) -> list[FeatureBatch]:
         """The images of one of `world` processes."""
-        return [
-            FeatureBatch(
-                self.features[rows],
-                self.features[rows] @ self.weight.T,
-                torch.zeros(len(rows), N),
-                self.labels[rows],
-                rows,
-            )
-            for rows in torch.arange(rank, COUNT, world).split(size)
-        ]
+        f, z, mine = self.features, torch.zeros(COUNT, N), torch.arange(rank, COUNT, world).split(size)
+        return [FeatureBatch(f[rows], f[rows] @ self.weight.T, z[rows], self.labels[rows], rows) for rows in mine]
 
     def curves(self, batches: list[FeatureBatch] | None = None, **changes: Any) -> list[dict[str, Any]]:
         options = {"texts": self.texts, "null_space": self.space, "attackers": self.translators, **changes}

@@ -15,19 +15,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 import singreg.analysis.steering as steering
-from singreg.analysis.attackers import (
-    MAXIMISER,
-    RANDOM,
-    SINGLE,
-    Attack,
-    Outsider,
-    best_reading,
-    climb,
-    near_null_name,
-    reach_basis,
-    usual_attacks,
-)
-from singreg.analysis.robustness import measure_robustness
+from singreg.analysis import attackers
+from singreg.analysis.attackers import MAXIMISER, RANDOM, SINGLE, Attack, Outsider, best_reading, near_null_name
+from singreg.analysis.robustness import measure_robustness, points_of
 from singreg.analysis.steering_curves import Budgets, at, the_curve
 from singreg.maximiser import Directions, Maximiser
 from singreg.models.classifier import Classifier
@@ -45,10 +35,8 @@ STEPS = (0.0, 0.1, 0.3, 0.6)
 LABELS = toy.ToySplit(COUNT).labels
 PAIRS = [(i, k) for i in range(COUNT) for k in range(toy.CLASSES) if k != LABELS[i]]
 LOGITS, LENGTH = "logits stay within what the attack promises", "every displacement is within its budget"
-MANY, LIMIT = (
-    "many steps reach at least what one step does",
-    "success goes to 100 % of what is reachable as the budget grows",
-)
+MANY = "many steps reach at least what one step does"
+LIMIT = "success goes to 100 % of what is reachable as the budget grows"
 FAR_BELOW, DROPPED = "a random direction is far below the gradient", "success is exactly 0 with the null space dropped"
 Found = dict[str, Any]
 
@@ -195,7 +183,7 @@ def test_what_holds_of_every_sound_attack() -> None:
 def attacks(model: Classifier | None = None, **options: Any) -> list[Attack]:
     weight = (model or classifier()).weight.detach()
     made = {"near_ratios": (), "tolerances": (0.1,), **options}
-    return usual_attacks(translators(), weight, NullSpace.from_weight(weight), Budgets.over(STEPS), **made)[0]
+    return attackers.usual_attacks(translators(), weight, NullSpace.from_weight(weight), Budgets.over(STEPS), **made)[0]
 
 
 def broken(attack: Attack, fault: str) -> Attack:
@@ -229,7 +217,7 @@ def test_a_broken_maximiser_is_found(fault: str, rules: set[str]) -> None:
 def test_other_broken_attacks_are_found_by_their_rules() -> None:
     kind = [broken(a, "wrong sign") if a.name == SINGLE else a for a in attacks()]
     assert failed(measure(attacks=kind)) == {FAR_BELOW}
-    everywhere = climb(
+    everywhere = attackers.climb(
         MAXIMISER, "one", translators()["one"], Directions(basis=torch.eye(toy.WIDTH).double()), Budgets.over(STEPS)
     )
     assert failed(measure(attacks=[everywhere])) >= {LOGITS, DROPPED}  # it forgets the null space
@@ -318,9 +306,8 @@ def test_chunks_and_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_points_are_those_of_the_curves_and_figures_are_strict_json() -> None:
-    inputs = (classifier(), toy.ToySplit(COUNT), toy.embeddings(COUNT), toy.texts(), translators())
-    options: dict[str, Any] = {"budgets": Budgets.over(STEPS), "attacks": attacks(), "settings": toy.QUIET}
-    points, found = measure_robustness(*inputs, **options)
+    found = usual()
+    points = points_of(found["curves"])
     assert json.loads(json.dumps(found, allow_nan=False))["curves"] == found["curves"]
     assert len(points) == len(found["curves"]) * len(STEPS)
     chosen = points.query("attack == @MAXIMISER and crafted_on == 'one' and judge == 'two' and defence == ''")
@@ -369,7 +356,7 @@ def test_the_maximiser_reaches_the_best_reading() -> None:
     null, t = NullSpace.from_weight(seeded(4, 20, 24)), LinearTranslator(seeded(5, 6, 24).float(), seeded(6, 6).float())
     f, text = seeded(7, 10, 24), normalize(seeded(8, 10, 6), dim=-1)
     step = Maximiser(Directions(null), t)
-    u, basis = step.unbounded(f, text), reach_basis(t, null)
+    u, basis = step.unbounded(f, text), attackers.reach_basis(t, null)
     assert u is not None
     assert basis is not None
     assert step.reach is not None

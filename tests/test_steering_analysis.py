@@ -15,13 +15,7 @@ from torch.nn.functional import cosine_similarity
 import singreg.analysis.steering as steering
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.steering import measure_steering, plan_pairs, steer_pairs, steering_targets
-from singreg.analysis.steering_curves import (
-    Budgets,
-    at,
-    fit_conditional,
-    natural_radii,
-    the_curve,
-)
+from singreg.analysis.steering_curves import Budgets, at, fit_conditional, natural_radii, the_curve
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator, ConditionalGaussian, bisect_step
 from singreg.translator import LinearTranslator
@@ -304,32 +298,18 @@ def test_bad_plans_name_everything_wrong() -> None:
         plan_pairs(labels, ["ant", "bee", "cat"], texts, [0, 1, 2], ["an image of a bee"], texts[1:2])
 
 
-def one_pair(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`measure_steering`, and `steer_pairs` of two classes: both must choose the other one as target."""
-    world = SteeringWorld.make()
-    labels, texts, weight = world.labels % 2, world.texts[:2], world.weight[:2]
-    options: dict[str, Any] = {"null_space": NullSpace.from_weight(weight), "image_score": 30.0}
-    attacker, judge = world.translators["one"], world.translators["two"]
-    single = measure_steering(
-        world.features,
-        labels,
-        torch.arange(COUNT),
-        texts=texts,
-        attacker=attacker,
-        judge=judge,
-        **{**options, **changes},
-    )
-    plan = plan_pairs(labels.numpy(), NAMES[:2], texts, [0, 1], NAMES[:2], texts)
-    indices, z = torch.arange(COUNT), torch.zeros(COUNT, N)
-    batch = FeatureBatch(world.features, world.features @ weight.T, z, labels, indices)
-    judges: dict[str, Any] = {"attackers": {"one": attacker}, "judges": {"two": judge}}
-    (found,) = steer_pairs([batch], plan, texts=texts, weight=weight, **judges, **{**options, **changes})
-    return single, found["overall"]
-
-
 @pytest.mark.parametrize("image_score", [30.0, 80.0])
 def test_measure_steering_reads_what_the_table_of_pairs_does(image_score: float) -> None:
-    single, pair = one_pair(image_score=image_score)
+    """Two classes leave one target each, so both must choose the same one."""
+    world, indices = SteeringWorld.make(), torch.arange(COUNT)
+    f, labels, texts, weight = world.features, world.labels % 2, world.texts[:2], world.weight[:2]
+    common: dict[str, Any] = {"texts": texts, "null_space": NullSpace.from_weight(weight), "image_score": image_score}
+    attacker, judge = world.translators["one"], world.translators["two"]
+    single = measure_steering(f, labels, indices, attacker=attacker, judge=judge, **common)
+    plan = plan_pairs(labels.numpy(), NAMES[:2], texts, [0, 1], NAMES[:2], texts)
+    batch = FeatureBatch(f, f @ weight.T, torch.zeros(COUNT, N), labels, indices)
+    (found,) = steer_pairs([batch], plan, weight=weight, attackers={"one": attacker}, judges={"two": judge}, **common)
+    pair = found["overall"]
     assert single["attribute_score"] == pytest.approx(pair["AS"], abs=1e-3)
     assert single["attribute_score_std"] == pytest.approx(pair["AS_std"], abs=1e-3)
     assert single["step"] == pytest.approx(pair["step"], rel=1e-4)
