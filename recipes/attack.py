@@ -20,26 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from singreg.analysis import attack_judges as judging
 from singreg.analysis import attack_summary as summary
 from singreg.analysis.attack import Budget
-from singreg.analysis.attack_features import attack_features, describe_attacked, zero_shot
-from singreg.analysis.attack_images import (
-    ATTACK,
-    AttackSettings,
-    PixelModel,
-    attack_images,
-    choose_images,
-    save_attacked,
-)
-from singreg.analysis.attack_judges import (
-    corrupted_right,
-    encoder_judge,
-    judge_images,
-    natural_twins,
-    still_right,
-    translator_judge,
-    twins_problem,
-)
+from singreg.analysis.attack_images import ATTACK, AttackSettings, PixelModel, attack_images, choose_images, save_batch
 from singreg.analysis.attackers import Outsider
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fit_translators
@@ -249,7 +233,7 @@ def attack_model(
         how |= {"outsiders": {} if model.drop_null else outsiders(config, before, accelerator.device)}
         how |= {"pairs": config.feature_pairs, "tau": config.tau, "seed": config.seed}
         scene = (images.splits, embeddings, images.texts, translators, chosen, images.targets)
-        features = attack_features(classifier, *scene, **how)
+        features = summary.attack_features(classifier, *scene, **how)
     settings = AttackSettings(config.budgets, config.tau, config.steps, config.restarts, config.seed)
     batches = list(enumerate(range(0, len(chosen), config.batch_size)))
     mine = batches[accelerator.process_index :: accelerator.num_processes]
@@ -260,14 +244,14 @@ def attack_model(
         x = torch.stack([pixels.image(test, index) for index in places])
         target = images.texts[some["target"].tolist()]
         moved, climbs = attack_images(pixels, translators["fitted"], x, target, settings, number=number)
-        rows = save_attacked(moved, x, some, run.folder, at)
+        rows = save_batch(moved, x, some, run.folder, at)
         labels = torch.from_numpy(np.asarray(own.test.labels)[places])
-        right = still_right(pixels, x, labels.to(x.device), ROBUST, seed=config.seed + number)
-        right |= corrupted_right(pixels, test.subset(places), labels, batch_size=BATCH_SIZE)
+        right = judging.still_right(pixels, x, labels.to(x.device), ROBUST, seed=config.seed + number)
+        right |= judging.corrupted_right(pixels, test.subset(places), labels, batch_size=BATCH_SIZE)
         found.append((number, rows, climbs, pd.DataFrame({name: kept.cpu().numpy() for name, kept in right.items()})))
     found = sorted(gather_object(found), key=lambda batch: batch[0])
     rows, climbs, right = (pd.concat([batch[part] for batch in found], ignore_index=True) for part in (1, 2, 3))
-    facts, logits = describe_attacked(classifier, own.test, embeddings["test"], translators, images.passes)
+    facts, logits = summary.describe_attacked(classifier, own.test, embeddings["test"], translators, images.passes)
     null, shares = {"nullity": 0} if model.drop_null else {}, right.mean().to_dict()
     robust = {"adversarial": {size: shares[size] for size in (f"{size:g}" for size in ROBUST)}}
     robust |= {"corrupted": {kind: shares[kind] for kind in KINDS}}
@@ -302,15 +286,16 @@ def judge(
 ) -> tuple[pd.DataFrame, list[dict[str, Any]], list[str]]:
     """Judge every saved image by its own model and all judges, and on the other models of the same input size."""
     names, device = images.splits.class_names, run.accelerator.device
-    encoders = {space.label: encoder_judge(space.vlm, space.texts[names]) for space in images.spaces}
+    encoders = {space.label: judging.encoder_judge(space.vlm, space.texts[names]) for space in images.spaces}
     judged, transfers, undone = [], list[dict[str, Any]](), list[str]()
     for model in config.models:
         label, found = model.known_as, attacked[model.known_as]
         pixels = PixelModel.of(open_attacked(config, model, images.splits, run.accelerator)[1])
         fitted, auditor = (
-            translator_judge(pixels, translator_of(found, name, device), images.texts) for name in ("fitted", "auditor")
+            judging.translator_judge(pixels, translator_of(found, name, device), images.texts)
+            for name in ("fitted", "auditor")
         )
-        read = partial(judge_images, folder=run.folder, model=pixels, budgets=config.budgets, tau=config.tau)
+        read = partial(judging.judge_images, folder=run.folder, model=pixels, budgets=config.budgets, tau=config.tau)
         own = read(found.rows, judges={"fitted": fitted, "auditor": auditor, **encoders})
         judged.append(own)
         for other, theirs in attacked.items():
@@ -334,15 +319,15 @@ def report(
     """Check the attack, compare the models, look for natural twins and write the run's report."""
     spaces, test = images.spaces, images.splits.test
     names, labels = images.splits.class_names, torch.from_numpy(test.labels[images.twins])
-    right = {s.label: zero_shot(s.embeddings["test"], s.texts[names], images.chosen) for s in spaces}
+    right = {s.label: summary.zero_shot(s.embeddings["test"], s.texts[names], images.chosen) for s in spaces}
     encoders = [label for label, share in right.items() if share >= KNOWS]
     twins = []
-    if (problem := twins_problem(labels)) is not None:
+    if (problem := judging.twins_problem(labels)) is not None:
         warnings = [*warnings, f"no natural twins were sought: {problem}"]
     for label, space in itertools.product(attacked, spaces if problem is None else []):
         if space.label in encoders:
             z, logits = take_rows(space.embeddings["test"], images.twins), attacked[label].tensors["logits"].cpu()
-            found = natural_twins(logits, z, labels, places=images.twins)
+            found = judging.natural_twins(logits, z, labels, places=images.twins)
             twins.append({"model": label, "encoder": space.label, **found})
     climbs = [climb for found in attacked.values() for climb in found.figures["climbs"]]
     figures: dict[str, Any] = {

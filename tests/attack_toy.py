@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from singreg.analysis.attack import Budget
-from singreg.analysis.attack_images import AttackSettings, PixelModel, attack_images, save_attacked
+from singreg.analysis.attack_images import AttackSettings, PixelModel, attack_images, save_batch
 from singreg.analysis.attack_judges import judge_images, translator_judge
 from singreg.models.classifier import Classifier
 from singreg.translator import LinearTranslator
@@ -71,7 +71,7 @@ def judged(folder: Path, settings: AttackSettings = SETTINGS) -> tuple[pd.DataFr
     """The toy through the whole chain: attack, PNG, judges."""
     model, translator, texts, x, chosen = parts()
     found, climbs = attacked(settings)
-    rows = save_attacked(found, x, chosen, folder, Path("attacked")).assign(model="toy")
+    rows = save_batch(found, x, chosen, folder, Path("attacked")).assign(model="toy")
     judges = dict.fromkeys(("fitted", "auditor"), translator_judge(model, translator, texts))
     return judge_images(rows, folder, model, judges, settings.budgets, tau=TAU), climbs
 

@@ -191,7 +191,7 @@ def demo_attack(model: images.PixelModel, folder: Path) -> tuple[pd.DataFrame, p
     x = torch.stack([model.image(split, index) for index in chosen["image"]])
     settings = images.AttackSettings([toy.SMALL], tau=0.5, steps=8)
     found, _ = images.attack_images(model, translator, x, texts[chosen["target"].tolist()], settings, number=1)
-    rows = images.save_attacked(found, x, chosen, folder, Path("a")).assign(model="demo")
+    rows = images.save_batch(found, x, chosen, folder, Path("a")).assign(model="demo")
     readers = dict.fromkeys(("fitted", "auditor"), judges.translator_judge(model, translator, texts))
     return rows[rows["arm"] == images.ATTACK], judges.judge_images(
         rows, folder, model, readers, settings.budgets, tau=0.5

@@ -67,12 +67,7 @@ Judged = Callable[[Tensor], Reading]
 
 @dataclass(frozen=True)
 class Budget:
-    """How far an image may be moved: L-infinity in 255ths, or L2 in pixel values of [0, 1] over the whole image.
-
-    Example:
-        >>> Budget("linf", 4).label, Budget("l2", 0.5).label
-        ('linf 4/255', 'l2 0.5')
-    """
+    """How far an image may be moved: L-infinity in 255ths, or L2 in pixel values of [0, 1] over the whole image."""
 
     norm: Literal["linf", "l2"]
     size: float
@@ -119,15 +114,7 @@ def _unit_mean(direction: Tensor) -> Tensor:
 
 
 def on_grid(x: Tensor, moved: Tensor, budget: Budget) -> Tensor:
-    """Round x + moved to 8-bit values in [0, 1], still within the budget: shrunk where rounding outgrew it.
-
-    Shape: (B, 3, H, W); x lies on the grid itself.
-
-    Example:
-        >>> x = torch.full((1, 3, 2, 2), 100 / 255)
-        >>> (255 * on_grid(x, torch.full_like(x, 0.013), Budget("linf", 3)))[0, 0, 0].round().tolist()
-        [103.0, 103.0]
-    """
+    """Round x + moved (B, 3, H, W) to 8-bit values in [0, 1], still within the budget; x lies on the grid itself."""
     levels = (LEVELS * moved).round()
     if budget.norm == "linf":
         most = float(np.floor(budget.size + 1e-6))

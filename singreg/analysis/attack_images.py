@@ -93,7 +93,7 @@ def load_images(paths: Sequence[Path]) -> Tensor:
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
 
 
-def save_attacked(
+def save_batch(
     found: Mapping[tuple[str, str], Tensor], originals: Tensor, chosen: pd.DataFrame, folder: Path, at: Path
 ) -> pd.DataFrame:
     """Write attacked images by (budget, arm), and the originals, below `folder / at`.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,14 +28,8 @@ NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
 CHUNK = 512  # rows of the table of distances made at once
 
 
-@dataclass(frozen=True)
-class Judge:
-    """What reads images from their files.
-
-    Attributes:
-        read: from paths to embeddings (B, n).
-        texts: (C, n) unit rows of the class prompts in its space.
-    """
+class Judge(NamedTuple):
+    """What reads image files to embeddings (B, n), and the class prompts (C, n) in its space as unit rows."""
 
     read: Callable[[Sequence[Path]], Tensor]
     texts: Tensor
@@ -67,6 +60,7 @@ def translator_judge(model: PixelModel, translator: Translator, texts: Tensor) -
     return Judge(read, texts.cpu())
 
 
+@torch.no_grad()
 def judge_images(
     attacked: pd.DataFrame,
     folder: Path,
@@ -80,46 +74,35 @@ def judge_images(
     """Read every attacked image and its original again from the PNG files; nothing the attack reported is believed.
 
     Args:
-        attacked: rows of `save_attacked`.
+        attacked: rows of `save_batch`.
 
     Returns:
         The rows with kept (within the budget, every logit within τ, the decision stays), logit_change, decision,
         decision_before, linf (255ths), l2; and by judge: rise, the angle gained towards the target, shift, the angle
         between the two readings (degrees), first and first_before, whether the target outranks all class prompts.
     """
-    known = {budget.label: budget for budget in budgets}
-    chunks = (attacked.iloc[start : start + batch_size] for start in range(0, len(attacked), batch_size))
-    found = [_judge_chunk(chunk, folder, model, judges, known, tau) for chunk in chunks]
-    return pd.concat(found, ignore_index=True)
-
-
-@torch.no_grad()
-def _judge_chunk(
-    chunk: pd.DataFrame,
-    folder: Path,
-    model: PixelModel,
-    judges: Mapping[str, Judge],
-    budgets: Mapping[str, Budget],
-    tau: float,
-) -> pd.DataFrame:
-    before, after = ([folder / path for path in chunk[name]] for name in ("original", "file"))
-    x, y = load_images(before), load_images(after)
-    old, new = (model(images.to(model.mean.device))[1].float().cpu() for images in (x, y))
-    steps = (LEVELS * (y - x)).round() / LEVELS
-    lengths = {"linf": Budget("linf", 0).lengths(steps), "l2": Budget("l2", 0).lengths(steps)}
-    own = [budgets[label] for label in chunk["budget"]]
-    within = [float(lengths[budget.norm][row]) <= budget.radius * (1 + 1e-6) + 1e-9 for row, budget in enumerate(own)]
-    change = (new - old).abs().amax(1)
-    kept = torch.tensor(within) & (change <= tau) & (old.argmax(1) == new.argmax(1))
-    columns = {"kept": kept, "logit_change": change, "decision": new.argmax(1), "decision_before": old.argmax(1)}
-    columns |= {"linf": LEVELS * lengths["linf"], "l2": lengths["l2"]}
-    targets = torch.tensor(chunk["target"].to_numpy())
-    for name, judge in judges.items():
-        z, moved, texts = judge.read(before).double(), judge.read(after).double(), judge.texts.double()
-        first, first_before = ((normalize(rows, dim=-1) @ texts.T).argmax(1) == targets for rows in (moved, z))
-        columns[f"rise {name}"] = angle(z, texts[targets]) - angle(moved, texts[targets])
-        columns |= {f"shift {name}": angle(z, moved), f"first {name}": first, f"first_before {name}": first_before}
-    found: pd.DataFrame = chunk.assign(**{name: values.numpy() for name, values in columns.items()})
+    known, frames = {budget.label: budget for budget in budgets}, []
+    for start in range(0, len(attacked), batch_size):
+        chunk = attacked.iloc[start : start + batch_size]
+        before, after = ([folder / path for path in chunk[name]] for name in ("original", "file"))
+        x, y = load_images(before), load_images(after)
+        old, new = (model(images.to(model.mean.device))[1].float().cpu() for images in (x, y))
+        moved, change = (LEVELS * (y - x)).round() / LEVELS, (new - old).abs().amax(1)
+        lengths = {"linf": Budget("linf", 0).lengths(moved), "l2": Budget("l2", 0).lengths(moved)}
+        own = [known[label] for label in chunk["budget"]]
+        within = [float(lengths[b.norm][row]) <= b.radius * (1 + 1e-6) + 1e-9 for row, b in enumerate(own)]
+        kept = torch.tensor(within) & (change <= tau) & (old.argmax(1) == new.argmax(1))
+        columns = {"kept": kept, "logit_change": change, "decision": new.argmax(1), "decision_before": old.argmax(1)}
+        columns |= {"linf": LEVELS * lengths["linf"], "l2": lengths["l2"]}
+        targets = torch.tensor(chunk["target"].to_numpy())
+        for name, judge in judges.items():
+            was, now, texts = judge.read(before).double(), judge.read(after).double(), judge.texts.double()
+            columns[f"rise {name}"] = angle(was, texts[targets]) - angle(now, texts[targets])
+            columns[f"shift {name}"] = angle(was, now)
+            for figure, z in (("first", now), ("first_before", was)):
+                columns[f"{figure} {name}"] = (normalize(z, dim=-1) @ texts.T).argmax(1) == targets
+        frames.append(chunk.assign(**{name: values.numpy() for name, values in columns.items()}))
+    found: pd.DataFrame = pd.concat(frames, ignore_index=True)
     return found
 
 
@@ -213,12 +196,7 @@ def share_interval(count: int, total: int) -> list[float]:
 
 @torch.no_grad()
 def natural_twins(
-    logits: Tensor,
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    places: Sequence[int] | np.ndarray | None = None,
-    shown: int = 8,
+    logits: Tensor, embeddings: Tensor, labels: Tensor, *, places: np.ndarray | None = None, shown: int = 8
 ) -> dict[str, Any]:
     """Find pairs of images of two classes that are close in logits and far apart in meaning; nobody attacked them.
 
@@ -231,11 +209,9 @@ def natural_twins(
 
     Returns:
         pictures; pairs of two classes; close (logits), far (degrees); rate of twins among the pairs and its 95 %
-        bootstrap interval over images; touched, the share of images with a twin; shown (first, second,
-        logit_distance, angle).
+        bootstrap interval over images; touched, the share of images with a twin; shown.
 
-    Shape:
-        logits (N, C), embeddings (N, n), labels (N,). Memory grows with N².
+    Shape: logits (N, C), embeddings (N, n), labels (N,). Memory grows with N².
 
     Raises:
         ValueError: rows that do not fit, fewer than two classes, or no two images of one class.
@@ -267,8 +243,8 @@ def natural_twins(
     for i, j in zip(left[order].tolist(), right[order].tolist(), strict=True):
         if len(listed) < shown and not used & {i, j}:
             used |= {i, j}
-            logit_distance, apart = float(distance[i, j]), float(angle[i, j])
-            listed.append({"first": called[i], "second": called[j], "logit_distance": logit_distance, "angle": apart})
+            apart = {"logit_distance": float(distance[i, j]), "angle": float(angle[i, j])}
+            listed.append({"first": called[i], "second": called[j], **apart})
     return {
         "pictures": len(labels),
         "pairs": int(pairs.sum()),
