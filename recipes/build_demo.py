@@ -27,7 +27,7 @@ from singreg.data.scenes import ATTRIBUTES, SHAPES, SceneTable, render_scene, sa
 from singreg.utils import atomic_write, progress, sha256_of_file, write_json
 
 PIXELS, CONTEXT, RATE = 64, 24, 3e-3
-DEFAULTS = {"seed": 0, "vlm-scenes": 32000, "vlm-epochs": 8}
+DEFAULTS: dict[str, float] = {"seed": 0, "vlm-scenes": 32000, "vlm-epochs": 8}
 DEFAULTS |= {"classifier-scenes": 5000, "classifier-epochs": 6, "background-bias": 0.6}
 NORMALIZE = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 VISION = {"timm_model_name": "test_byobnet", "timm_pool": "avg", "timm_proj": "linear", "timm_proj_bias": True}

@@ -190,9 +190,11 @@ def known_attributes(split: ImageSplit) -> pd.DataFrame | None:
     """Return every value of every attribute of built-in scenes as 0 or 1, such as "color: red"; None for others."""
     if isinstance(split, SubsetSplit):
         table = known_attributes(split.parent)
-        return None if table is None else table.iloc[split.indices]
+        chosen: pd.DataFrame | None = None if table is None else table.iloc[split.indices]
+        return chosen
     if not isinstance(split, SceneSplit):
         return None
-    return pd.DataFrame(
+    every: pd.DataFrame = pd.DataFrame(
         {f"{n}: {v}": split.table.codes[n] == place for n, each in ATTRIBUTES.items() for place, v in enumerate(each)}
     )
+    return every

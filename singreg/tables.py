@@ -53,8 +53,9 @@ def score_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
 def translator_table(measured: Found) -> pd.DataFrame:
     """Return how good every translator of a measurement is."""
     columns = ["fit_images", "ridge", "cosine", "r2", "zero_shot"]
-    table = _table(measured["translators"]).T[columns].rename_axis("translator").reset_index()
-    return table.assign(**{"the VLM's own": measured["vlm_zero_shot"]})
+    table: pd.DataFrame = _table(measured["translators"]).T[columns].rename_axis("translator").reset_index()
+    table["the VLM's own"] = measured["vlm_zero_shot"]
+    return table
 
 
 def chance_table(chance: Mapping[str, Found]) -> pd.DataFrame:
@@ -97,8 +98,11 @@ def passport_table(passports: Sequence[Found]) -> pd.DataFrame:
     """Return heads side by side (`head_passport`)."""
     columns = ["tag", "classes", "features", "rank", "nullity", "conditioning"]
     angles = [number(chance_angle(passport), 1) for passport in passports]
-    table = _table([passport["summary"] for passport in passports])[columns].assign(**{"chance angle °": angles})
-    return table.assign(verdict=[judge_passport(passport) for passport in passports])
+    table: pd.DataFrame = _table([passport["summary"] for passport in passports])[columns].assign(
+        **{"chance angle °": angles}
+    )
+    table["verdict"] = [judge_passport(passport) for passport in passports]
+    return table
 
 
 def _names(concepts: Found, order: Order) -> str:

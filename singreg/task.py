@@ -111,10 +111,10 @@ def make_sing(
         texts (C, n) unit rows, image_score_ref (C,) in degrees.
     """
     total, loss = Schedule(config, images).total, config.loss
-    pace = {"warmup_steps": round(WARMUP * total), "ramp_steps": round(RAMP * total), "accumulation": accumulation}
     options: dict[str, Any] = {"weight": loss.weight, "placebo": loss.placebo, "invariance": config.model.invariance}
+    options |= {"warmup_steps": round(WARMUP * total), "ramp_steps": round(RAMP * total), "accumulation": accumulation}
     terms = resolve_terms(loss.preset, loss.terms)
-    sing = SingLoss(classifier, fitted.translator, texts, terms=terms, **options, **pace)
+    sing = SingLoss(classifier, fitted.translator, texts, terms=terms, **options)
     return sing.to(texts.device).calibrate(fitted.mean, fitted.class_means, image_score_ref)
 
 

@@ -33,8 +33,8 @@ def resampled_means(
     starts = np.cumsum(sizes) - sizes
     for row in range(resamples):
         drawn = rng.integers(0, len(sizes), len(sizes))
-        size = np.repeat(sizes[drawn], sizes[drawn])
-        places = np.repeat(starts[drawn], sizes[drawn]) + (rng.random(len(size)) * size).astype(np.int64)
+        within = np.repeat(sizes[drawn], sizes[drawn])
+        places = np.repeat(starts[drawn], sizes[drawn]) + (rng.random(len(within)) * within).astype(np.int64)
         weights = np.bincount(order[places], minlength=count)
         means[row] = weights @ columns / weights.sum()
     return means
