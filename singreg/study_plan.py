@@ -74,7 +74,7 @@ class ArmConfig:
         problems.need(alone, "weights_from: aligned and train: head stand on the starting backbone's features")
         for key in self.overrides:
             problems.need(
-                key.startswith(OPEN), f"overrides: {key}: all arms share this; an arm may set {', '.join(OPEN)}"
+                str(key).startswith(OPEN), f"overrides: {key}: all arms share this; an arm may set {', '.join(OPEN)}"
             )
         problems.show()
 
