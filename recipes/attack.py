@@ -257,7 +257,7 @@ def attack_model(
     robust |= {"corrupted": {kind: shares[kind] for kind in KINDS}}
     figures = {
         "model": {"label": label, "source": model.name, **facts, **null, "top1": shares["clean"]},
-        "robustness": {"model": label, "pictures": len(right), "clean": shares["clean"], **robust},
+        "robustness": {"model": label, "images": len(right), "clean": shares["clean"], **robust},
         "climbs": summary.summarize_climbs(climbs.assign(model=label)),
         "features": features,
     }
@@ -333,7 +333,7 @@ def report(
     figures: dict[str, Any] = {
         "models": [found.figures["model"] for found in attacked.values()],
         "tau": config.tau,
-        "pictures": len(images.chosen),
+        "images": len(images.chosen),
         "zero_shot": right,
         "encoders": encoders,
         "summaries": summary.summarize_attack(judged, encoders, seed=config.seed),

@@ -96,7 +96,7 @@ def largest_budget(figures: Found) -> str:
 
 def attack_warnings(figures: Found, left_out: Sequence[str], further: Sequence[str] = ()) -> list[str]:
     """List reasons not to believe an attack's figures, and `further` ones."""
-    models, images = figures["models"], figures["pictures"]
+    models, images = figures["models"], figures["images"]
     weak = [model["label"] for model in models if model["classes"] > MOST_HELD]
     alike = "" if len(weak) == len(models) else "; do not compare it with the others, slice the heads alike"
     warnings = {
@@ -137,7 +137,7 @@ def attack_sections(figures: Found, plots: Mapping[str, Figure]) -> list[Section
         sections.append(Section("Models compared", [pd.DataFrame(differences), "Carried over:", carried]))
     if figures["twins"]:
         rows = [{**t, "rate": _share([t["rate"], *t["rate_interval"]], 2)} for t in figures["twins"]]
-        table = pd.DataFrame(rows).drop(columns=["shown", "rate_interval", "pictures"])
+        table = pd.DataFrame(rows).drop(columns=["shown", "rate_interval", "images"])
         sections.append(Section("Natural twins", [table, TWINS, *plot("twins")]))
     robust = [
         {"model": r["model"], "clean": r["clean"], **r["adversarial"], **r["corrupted"]} for r in figures["robustness"]

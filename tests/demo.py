@@ -43,5 +43,5 @@ def rendered(table: SceneTable) -> list[Image.Image]:
 def embedded(table: SceneTable) -> Tensor:
     """Embeddings of all scenes by the packaged model, (N, 64) float64."""
     vlm = demo_vlm()
-    images = torch.stack([vlm.transform(picture) for picture in rendered(table)])
+    images = torch.stack([vlm.transform(image) for image in rendered(table)])
     return torch.cat([vlm.embed_images(chunk) for chunk in images.split(200)]).double()

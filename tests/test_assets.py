@@ -62,10 +62,10 @@ def accuracy(bias: float) -> float:
     model = timm.create_model(f"local-dir:{ASSETS / 'demo_classifier'}", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config, is_training=False)
-    pictures = rendered(table)
+    images = rendered(table)
     with torch.no_grad():
-        logits = model(torch.stack([transform(picture) for picture in pictures]))
-        ours = demo_classifier()(torch.stack([demo_classifier().transform(picture) for picture in pictures[:50]]))
+        logits = model(torch.stack([transform(image) for image in images]))
+        ours = demo_classifier()(torch.stack([demo_classifier().transform(image) for image in images[:50]]))
     torch.testing.assert_close(ours, logits[:50])
     return float((logits.argmax(1).numpy() == table.codes["shape"]).mean())
 

@@ -53,7 +53,7 @@ def test_all_checks_hold_of_the_real_attack(tmp_path: Path) -> None:
     )
     assert found["rise"]["fitted"][0] > 1
     assert found["kept"] == 1
-    assert [c["pictures"] for c in summary.summarize_climbs(climbs)] == [4] * 4
+    assert [c["images"] for c in summary.summarize_climbs(climbs)] == [4] * 4
 
 
 def dead(*_: Any, **__: Any) -> None:

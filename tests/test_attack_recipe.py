@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_with_the_next_model(tmp_path: Path) -> None:
 
 
 def test_weaker_attacks_and_failed_checks_are_said() -> None:
-    figures: dict[str, Any] = {"pictures": 128, "zero_shot": {"A": 0.3}, "encoders": [], "features": {}}
+    figures: dict[str, Any] = {"images": 128, "zero_shot": {"A": 0.3}, "encoders": [], "features": {}}
     figures["models"] = [{"label": "small", "classes": 64}, {"label": "large", "classes": 65}]
     weak, witness = attack_warnings(figures, [])
     assert weak.startswith("Warning: large: above 64 classes")

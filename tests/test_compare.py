@@ -207,7 +207,7 @@ def test_spaces_have_names_of_their_own() -> None:
         ("demo", None),
         ("ViT-L-14", "openai"),
         ("local-dir:/a/lite", None),
-        ("ViT-L-14", "/w/own.st"),
+        ("ViT-L-14", "weights/own.st"),
     ]
     labels = space_labels([VLMConfig(name, weights) for name, weights in vlms])
     assert labels == ["demo", "demo (2)", "ViT-L-14 openai", "lite", "ViT-L-14 own.st"]

@@ -208,7 +208,7 @@ def natural_twins(
         shown: how many pairs are listed, closest first, no image twice.
 
     Returns:
-        pictures; pairs of two classes; close (logits), far (degrees); rate of twins among the pairs and its 95 %
+        images; pairs of two classes; close (logits), far (degrees); rate of twins among the pairs and its 95 %
         bootstrap interval over images; touched, the share of images with a twin; shown.
 
     Shape: logits (N, C), embeddings (N, n), labels (N,). Memory grows with N².
@@ -246,7 +246,7 @@ def natural_twins(
             apart = {"logit_distance": float(distance[i, j]), "angle": float(angle[i, j])}
             listed.append({"first": called[i], "second": called[j], **apart})
     return {
-        "pictures": len(labels),
+        "images": len(labels),
         "pairs": int(pairs.sum()),
         "close": close,
         "far": far,

@@ -47,7 +47,7 @@ def summarize_attack(judged: pd.DataFrame, encoders: Sequence[str], *, seed: int
                 "model": model,
                 "budget": budget,
                 "arm": arm,
-                "pictures": count,
+                "images": count,
                 "kept": float(rows["kept"].mean()),
                 "flipped": float((rows["decision"] != rows["decision_before"]).mean()),
                 "logit_change": float(rows["logit_change"].max()),
@@ -96,7 +96,7 @@ def transfers_of(own: pd.DataFrame, carried: pd.DataFrame, crafted_on: str) -> l
 def summarize_climbs(climbs: pd.DataFrame) -> list[dict[str, Any]]:
     """Average how far the passes of each model, budget and kind got by themselves (degrees)."""
     groups = climbs.groupby(["model", "budget", "kind"], sort=False)
-    means = groups[["one_step", "began", "alone"]].mean().assign(pictures=groups.size())
+    means = groups[["one_step", "began", "alone"]].mean().assign(images=groups.size())
     found: list[dict[str, Any]] = means.reset_index().to_dict("records")
     return found
 

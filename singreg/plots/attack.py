@@ -79,7 +79,7 @@ def _rises(figures: Mapping[str, Any], folder: Path) -> Figure:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     caption = (
         f"rise towards the target's prompt by budget and judge, logits within {figures['tau']:g}; 95 % intervals over "
-        f"{figures['pictures']} images; dots: random directions of the same length"
+        f"{figures['images']} images; dots: random directions of the same length"
     )
     return Figure(save(figure, folder / "rises.png"), caption)
 

@@ -3,10 +3,10 @@
 python tests/benchmarks/analysis_speed.py
 python tests/benchmarks/analysis_speed.py --model local-dir:FOLDER --data FOLDER --classes imagenet16 --pixels 128
 
-Bare means the same pictures through the same loader and the same model, and nothing kept. Both read every picture of the audit
+Bare means the same images through the same loader and the same model, and nothing kept. Both read every image of the audit
 and the test part once. The auditor's targets and the class texts are random unit vectors: no vision-language model runs, and it
 would not on a second run either, since its embeddings are cached. Aim: at least 95 % of the bare speed on a real classifier; the
-packaged one is so small (milliseconds a batch) that what does not grow with the pictures weighs more there.
+packaged one is so small (milliseconds a batch) that what does not grow with the images weighs more there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from singreg.setup import build_classifier
 
 
 def bare(classifier: Classifier, parts: list[ImageSplit], batch: int) -> None:
-    """Forward passes over all pictures."""
+    """Forward passes over all images."""
     with torch.no_grad():
         for part in parts:
             for images, _, _ in make_loader(part, classifier.transform, batch):
@@ -40,7 +40,7 @@ def unit(count: int, dim: int) -> torch.Tensor:
 
 
 def spread(part: ImageSplit, count: int) -> ImageSplit:
-    """At most `count` pictures, from all over the part: a folder keeps the classes together."""
+    """At most `count` images, from all over the part: a folder keeps the classes together."""
     return part.subset(np.linspace(0, len(part) - 1, min(count, len(part))).astype(int))
 
 
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--data", default="scenes", help="scenes, or a folder with train/ and validation/")
     parser.add_argument("--classes", help="of the folder: a named set; default all")
     parser.add_argument("--pixels", type=int, help="side of the model's input; default its own")
-    parser.add_argument("--audit", type=int, default=1600, help="pictures for the auditor, in all")
-    parser.add_argument("--test", type=int, default=1000, help="pictures measured, in all")
+    parser.add_argument("--audit", type=int, default=1600, help="images for the auditor, in all")
+    parser.add_argument("--test", type=int, default=1000, help="images measured, in all")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--dim", type=int, default=512, help="width of the vision-language model's space")
     parser.add_argument("--pairs", type=int, default=5)
@@ -75,7 +75,7 @@ def main() -> None:
         )
 
     times = pairs(lambda: bare(classifier, [audit, test], options.batch), whole, options.pairs)
-    size = f"{len(audit)} + {len(test)} pictures, batch {options.batch}, {classifier.feature_dim} features"
+    size = f"{len(audit)} + {len(test)} images, batch {options.batch}, {classifier.feature_dim} features"
     print(f"analysis of {classifier.tag}, {size}; {machine()}")
     print(ratio_line("speed of the analysis / bare forward passes, clock", times.wall))
     print(ratio_line("speed of the analysis / bare forward passes, processor seconds", times.work))

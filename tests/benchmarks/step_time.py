@@ -61,7 +61,7 @@ def arm(options: argparse.Namespace, with_loss: bool) -> Arm:
 
 
 def streamed(model: FinetuneTask, options: argparse.Namespace) -> LoopTranslator:
-    """A streamed translator whose sums hold enough pictures to be solved."""
+    """A streamed translator whose sums hold enough images to be solved."""
     assert model.sing is not None
     config = LoopTranslatorConfig(ridge=0.1, stream_every=options.stream_every)
     bank = SceneSplit("bank", sample_scenes(options.batch, seed=0))
