@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from singreg import tables
-from singreg.analysis import perturbation
+from singreg.analysis import levels, perturbation
 from singreg.analysis.chance import measure_chance
-from singreg.analysis.classes import analyze_classes, joint_distribution
-from singreg.analysis.concepts import EquivalentPairs, analyze_concepts
-from singreg.analysis.features import FeatureBatch, evenly, iterate_features
+from singreg.analysis.features import FeatureBatch, cached_features, evenly, iterate_features
 from singreg.analysis.fitting import fit_mlp_on_split, fit_translators, translator_agreement
-from singreg.analysis.images import analyze_images, nearest_images
 from singreg.analysis.passport import head_passport
 from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.analysis.scores import analyze_model
@@ -37,7 +34,6 @@ from singreg.steering import steer
 from singreg.utils import cache_folder
 
 STEERED_TO = 40.0  # image score in degrees of the steered features shown, the paper's
-LINEAR = ("fitted", "auditor")
 Found = dict[str, Any]
 
 
@@ -96,11 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.open()
     with run.guarded():
         space = NullSpace.from_weight(setup.classifier.weight, invariance=config.model.invariance).to(words.device)
-        translators, mean = fit(run, config, setup)
+        with run.timed("translators"):
+            translators, mean = fit(config, setup)
         rows, found = measure(run, config, setup, space, translators, mean)
-        found |= describe(run, config, setup, space, translators["auditor"], bank.concepts, words)
-        found["omissions"] = bank.omissions
-        report(run, setup, translators, rows, found)
+        with run.timed("concepts"):
+            reader: Any = {"null_space": space, "translator": translators["auditor"]}
+            named: Any = {"class_names": setup.splits.class_names, **reader}
+            found["concepts"] = levels.analyze_concepts(batches(setup, "concepts"), bank.concepts, words, **named)
+        with run.timed("images"):
+            found |= show_images(config, setup, rows, bank.concepts, words, reader)
+        if accelerator.is_main_process:
+            report(run, setup, translators, rows, {**found, "omissions": bank.omissions})
     accelerator.end_training()
 
 
@@ -110,32 +112,30 @@ def batches(setup: Setup, description: str, split: str = "test") -> Iterator[Fea
     return iterate_features(setup.classifier, *where, setup.passes, description)
 
 
-def fit(run: Run, config: AnalyzeConfig, setup: Setup) -> tuple[dict[str, Any], Tensor]:
+def fit(config: AnalyzeConfig, setup: Setup) -> tuple[dict[str, Any], Tensor]:
     """Fit the fitted translator, the auditor and the non-linear ones; return them and the auditor's mean feature."""
-    with run.timed("translators"):
-        common: Any = {"info": setup.info, "settings": setup.passes}
-        options: Any = {"ridge": config.translator.ridge, "invariance": config.model.invariance}
-        fitted = fit_translators(setup.classifier, setup.splits, setup.embeddings, **options, **common)
-        translators: dict[str, Any] = {name: each.translator for name, each in fitted.items()}
-        for kind in config.mlp:
-            mlp, bank = MLPSettings(kind=kind, seed=config.seed), (setup.splits.bank, setup.embeddings["bank"])
-            translators[kind] = fit_mlp_on_split(setup.classifier, *bank, mlp=mlp, **common)
+    common: Any = {"info": setup.info, "settings": setup.passes}
+    options: Any = {"ridge": config.translator.ridge, "invariance": config.model.invariance}
+    fitted = fit_translators(setup.classifier, setup.splits, setup.embeddings, **options, **common)
+    translators: dict[str, Any] = {name: each.translator for name, each in fitted.items()}
+    for kind in config.mlp:
+        mlp, bank = MLPSettings(kind=kind, seed=config.seed), (setup.splits.bank, setup.embeddings["bank"])
+        translators[kind] = fit_mlp_on_split(setup.classifier, *bank, mlp=mlp, **common)
     return translators, fitted["auditor"].mean
 
 
 def measure(
     run: Run, config: AnalyzeConfig, setup: Setup, space: NullSpace, translators: dict[str, Any], mean: Tensor
 ) -> tuple[pd.DataFrame, Found]:
-    """Measure the model level: all scores, their chance levels, unique information and perturbations."""
+    """Measure the model level: all scores, their chance levels, unique information and perturbations; and classes."""
     classifier, test, texts = setup.classifier, setup.splits.test, setup.texts
-    linear = {name: translators[name] for name in LINEAR}
     with run.timed("model"):
         options: Any = {"mean": mean, "invariance": config.model.invariance, "settings": setup.passes}
         rows, measurement = analyze_model(classifier, test, setup.embeddings["test"], texts, translators, **options)
     options = {"null_space": space, "seed": config.seed}
     with run.timed("chance"):
         more: Any = {"texts": texts, "mean": mean, "draws": config.chance_draws, **options}
-        chance = measure_chance(batches(setup, "chance levels"), translators=linear, **more)
+        level = measure_chance(batches(setup, "chance levels"), translator=translators["auditor"], **more)
     with run.timed("information"):
         sizes: Any = {"classes": len(setup.splits.class_names), "target_dim": texts.shape[1]}
         fits = fit_blocks(batches(setup, "information", "bank"), null_space=space, **sizes)
@@ -143,39 +143,36 @@ def measure(
     with run.timed("perturbations"):
         more = {"weight": classifier.weight, "chosen": evenly(len(test), perturbation.IMAGES), **options}
         moved = perturbation.measure_perturbations(batches(setup, "perturbing"), translators=translators, **more)
-    joint = {name: joint_distribution(rows, translator=name) for name in translators}
-    agreement = translator_agreement(linear["fitted"], linear["auditor"], texts)
-    found = {"passport": head_passport(classifier), "measurement": measurement, "agreement": agreement}
-    found |= {"joint": joint, "chance": chance, "information": information, "perturbation": moved}
-    return rows, found | {"classes": analyze_classes(rows, setup.splits.class_names)}
+    return rows, {
+        "passport": head_passport(classifier),
+        "measurement": measurement,
+        "agreement": translator_agreement(translators["fitted"], translators["auditor"], texts),
+        "joint": {name: levels.joint_distribution(rows, translator=name) for name in translators},
+        "chance": {"auditor": level},
+        "information": information,
+        "perturbation": moved,
+        "classes": levels.analyze_classes(rows, setup.splits.class_names),
+    }
 
 
-def describe(
-    run: Run,
-    config: AnalyzeConfig,
-    setup: Setup,
-    space: NullSpace,
-    auditor: Any,
-    concepts: Sequence[str],
-    words: Tensor,
+def show_images(
+    config: AnalyzeConfig, setup: Setup, rows: pd.DataFrame, concepts: Sequence[str], words: Tensor, reader: Any
 ) -> Found:
-    """Measure concepts and images by the auditor, with the nearest images before, after and steered."""
-    splits, texts = setup.splits, setup.texts
-    reader: Any = {"null_space": space, "translator": auditor, "class_names": splits.class_names}
-    with run.timed("concepts"):
-        of_concepts = analyze_concepts(batches(setup, "concepts"), concepts, words, **reader)
-    with run.timed("images"):
-        named: Any = (splits.test, texts, concepts, words)
-        images, worst = analyze_images(batches(setup, "worst images"), *named, count=config.worst, **reader)
-        features = torch.from_numpy(worst).to(texts.device)
-        indices, labels = (torch.tensor([image[key] for image in images["worst"]]) for key in ("index", "label"))
-        prompts = texts[steering_targets(labels.to(texts.device), indices, len(texts), seed=config.seed)]
-        attack: Any = {"translator": auditor, "image_score": STEERED_TO}
-        steered = steer(features, prompts, null_space=space, **attack).features
-        options: Any = {"pairs": EquivalentPairs(auditor, space), "k": config.neighbours, "steered": steered}
-        gallery = (splits.bank, setup.embeddings["bank"])
-        shifts = nearest_images(features, indices.tolist(), splits.test, *gallery, **options)
-    return {"concepts": of_concepts, "images": images, "shifts": shifts}
+    """Describe the worst images by the auditor, and find the gallery's nearest before, after and steered."""
+    worst, texts = levels.worst_images(rows, config.worst), setup.texts
+    index, labels = (torch.tensor(worst[name].to_numpy()) for name in ("index", "label"))
+    stored = cached_features(setup.classifier, setup.splits.test, setup.passes)
+    features = torch.from_numpy(stored[index.numpy()]).to(texts.device)
+    images = levels.describe_images(
+        setup.classifier, features, worst, setup.splits.class_names, concepts, words, **reader
+    )
+    prompts = texts[steering_targets(labels.to(texts.device), index, len(texts), seed=config.seed)]
+    moved = {"before": features, "after": reader["null_space"].remove(features)}
+    moved["steered"] = steer(features, prompts, image_score=STEERED_TO, **reader).features
+    gallery = (setup.splits.bank, setup.embeddings["bank"], config.neighbours)
+    near = {side: levels.nearest_images(reader["translator"](each.double()), *gallery) for side, each in moved.items()}
+    shifts = [{side: found[place] for side, found in near.items()} for place in range(len(images))]
+    return {"images": {"worst": images}, "shifts": shifts}
 
 
 def report(run: Run, setup: Setup, translators: dict[str, Any], rows: pd.DataFrame, found: Found) -> None:
@@ -183,11 +180,9 @@ def report(run: Run, setup: Setup, translators: dict[str, Any], rows: pd.DataFra
     track(run.accelerator, "analyze", run.config)
     for name, by in found["measurement"]["translators"].items():
         log(run.accelerator, {f"scores/{key}/{name}": value for key, value in by["overall"].items()}, 0)
-    if not run.accelerator.is_main_process:
-        return
-    for name in LINEAR:
+    for name in ("fitted", "auditor"):
         translators[name].save(run.folder / f"translator-{name}.safetensors")
-    figures = plot_analysis(found, setup.splits.test, setup.splits.bank, run.folder / "plots")
+    figures = plot_analysis(rows, found, setup.splits.test, setup.splits.bank, run.folder / "plots")
     log_figures(run.accelerator, list(figures.values()))
     write_report(
         run,

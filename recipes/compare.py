@@ -5,23 +5,17 @@ accelerate launch recipes/compare.py --config configs/compare_demo.yaml
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pandas as pd
-from accelerate.logging import get_logger
 
+from singreg.analysis import models_compared as between
 from singreg.analysis.chance import measure_chance
 from singreg.analysis.features import PassSettings, iterate_features
 from singreg.analysis.fitting import fit_mlp_on_split, fit_translators, translator_agreement
-from singreg.analysis.models_compared import (
-    FIGURES,
-    comparison_verdict,
-    model_differences,
-    order_check,
-    paired_figures,
-)
+from singreg.analysis.models_compared import FIGURES
 from singreg.analysis.passport import compare_passports
 from singreg.analysis.scores import analyze_model
 from singreg.config import Problems, RunConfig, TranslatorConfig, VLMConfig, parse
@@ -34,33 +28,22 @@ from singreg.report import Section, log, log_figures, number, percent, track, wr
 from singreg.runs import Run, explained, start
 from singreg.setup import BATCH_SIZE, labels_for_head
 from singreg.spaces import ComparedModel, Space, look_at_heads, open_model, open_spaces, refuse_unknown_names
-from singreg.tables import analysis_warnings, passport_table, score_table
+from singreg.tables import READING, analysis_warnings, passport_table, score_table
 from singreg.translator import Translator
 from singreg.utils import cache_folder
 
-logger = get_logger(__name__)
 CHANCE_DRAWS = 4  # random subspaces behind a model's chance level
 TITLES = {"top1": "top-1 (points)", "AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °", "ratio": "IS / |AS|"}
 ORDER = (
     "τ: Kendall's rank correlation, 1 for the same order. Alike in resamples: share of the bootstrap resamples in "
     "which this view and the first order all models alike; own order again: share in which the view repeats its own."
 )
-READING = (
-    "Means over the same held-out test images for all models, with 95 % bootstrap intervals. AS⁻: what removing the "
-    "null space takes from the true class (leakage, lower is better). IS: how far it moves the image's meaning. At "
-    "chance: the same when as much energy is taken away in a random direction; compare models with other heads by "
-    "their distance from it. fitted: a translator from the bank; auditor: an independent one from other images."
+CHANCE = (
+    "At chance: when as much energy is taken away in a random direction; compare models with other heads by their "
+    "distance from it."
 )
-
-
-@dataclass(frozen=True)
-class Read:
-    """One model in one space: rows and figures of `analyze_model`, chance level, agreement of its two translators."""
-
-    rows: pd.DataFrame
-    figures: dict[str, Any]
-    chance: dict[str, Any]
-    agreement: float
+Read = dict[str, Any]
+"""One model in one space: rows and figures of `analyze_model`, chance level, agreement of its two translators."""
 
 
 @dataclass
@@ -106,23 +89,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vlms, embedded = [config.vlm, *config.further_vlms], (splits.bank, splits.audit, splits.test)
         spaces = open_spaces(vlms, embedded, names, accelerator, passes)
         if config.dry_run:
-            dry_run(config, heads, splits, spaces)
+            print("\n".join(f"{head['label']}: {head['omitted'] or 'has a null space'}" for head in heads))
+            print(f"images: {', '.join(f'{split.name} {len(split)}' for split in splits)}")
+            print(f"spaces: {', '.join(space.label for space in spaces)}")
+            print("dry run: nothing was measured, no run folder was made")
             return
         run.open()
-    measured: dict[str, dict[str, Read]] = {space.label: {} for space in spaces}
+    measured: dict[tuple[str, str], Read] = {}
     with run.guarded():
         for model, head in zip(config.models, heads, strict=True):
             if head["omitted"] is not None:
-                logger.info("%s is left out: %s", head["label"], head["omitted"])
                 continue
             with run.timed(head["label"]):  # one model at a time, so that memory does not grow with their number
                 classifier = open_model(model, splits, config)
                 labelled = labels_for_head(splits, classifier, model)
                 classifier = classifier.to(accelerator.device).eval()
                 for space in spaces:
-                    logger.info("measuring %s in %s", head["label"], space.label)
                     read = measure(config, model, classifier, labelled, space, passes)
-                    measured[space.label][head["label"]] = read
+                    measured[space.label, head["label"]] = read
         if accelerator.is_main_process:
             report(config, run, heads, measured)
     accelerator.end_training()
@@ -140,68 +124,57 @@ def measure(
     info, texts = space.info_for(classifier), space.texts[splits.class_names]
     options: dict[str, Any] = {"invariance": model.invariance, "settings": passes}
     fitted = fit_translators(classifier, splits, space.embeddings, ridge=config.translator.ridge, info=info, **options)
-    linear, auditor = fitted["fitted"].translator, fitted["auditor"]
+    auditor, mean = fitted["auditor"].translator, fitted["auditor"].mean
     translators: dict[str, Translator] = {name: found.translator for name, found in fitted.items()}
     for kind in config.mlp:
         mlp, bank = MLPSettings(kind=kind, seed=config.seed), (splits.bank, space.embeddings["bank"])
         translators[kind] = fit_mlp_on_split(classifier, *bank, mlp=mlp, info=info, settings=passes)
     test = splits.test, space.embeddings["test"]
-    rows, figures = analyze_model(classifier, *test, texts, translators, mean=auditor.mean, **options)
-    chance = measure_chance(
-        iterate_features(classifier, *test, passes, "chance levels"),
-        texts=texts,
-        null_space=NullSpace.from_weight(classifier.weight, invariance=model.invariance).to(texts.device),
-        translators={"auditor": auditor.translator},
-        mean=auditor.mean,
-        draws=CHANCE_DRAWS,
-        seed=config.seed,
-    )["auditor"]
-    return Read(rows, figures, chance, translator_agreement(linear, auditor.translator, texts))
+    rows, figures = analyze_model(classifier, *test, texts, translators, mean=mean, **options)
+    null_space = NullSpace.from_weight(classifier.weight, invariance=model.invariance).to(texts.device)
+    random: Any = {"null_space": null_space, "mean": mean, "draws": CHANCE_DRAWS, "seed": config.seed}
+    batches = iterate_features(classifier, *test, passes, "chance levels")
+    chance = measure_chance(batches, texts=texts, translator=auditor, **random)
+    agreement = translator_agreement(fitted["fitted"].translator, auditor, texts)
+    return {"rows": rows, "measurements": figures, "chance": chance, "agreement": agreement}
 
 
-def report(config: CompareConfig, run: Run, heads: list[dict[str, Any]], measured: dict[str, dict[str, Read]]) -> None:
+def report(config: CompareConfig, run: Run, heads: list[Read], measured: Mapping[tuple[str, str], Read]) -> None:
     """Compare the models and write the run's report."""
 
     def each(name: str) -> dict[str, dict[str, Any]]:
-        return {
-            space: {label: getattr(read, name) for label, read in found.items()} for space, found in measured.items()
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for (space, label), read in measured.items():
+            found.setdefault(space, {})[label] = read[name]
+        return found
 
-    rows, figures = each("rows"), each("figures")
-    any_measured = any(rows.values())
-    paired = paired_figures(rows, seed=config.seed) if any_measured else None
-    differences = model_differences(paired) if paired else []
-    orders = [order_check(paired, figure) for figure in FIGURES] if paired and len(paired.models) > 1 else []
+    rows, figures = each("rows"), each("measurements")
+    paired = between.paired_figures(rows, seed=config.seed) if rows else None
+    differences = between.model_differences(paired) if paired else []
+    orders = [between.order_check(paired, figure) for figure in FIGURES] if paired and len(paired.models) > 1 else []
+    plots = [save_comparison_plot(figures, orders, run.folder / "plots" / "comparison.png")] if paired else []
+    warnings = compare_passports([head["passport"] for head in heads if head["omitted"] is None])
     track(run.accelerator, "compare", config)
-    passports = [head["passport"] for head in heads if head["omitted"] is None]
-    warnings = compare_passports(passports)
-    for space, found in measured.items():
-        for label, read in found.items():
-            warnings += [f"{label} in {space}: {said}" for said in analysis_warnings(read.figures, read.agreement)]
-            for name, scores in read.figures["translators"].items():
-                values = {f"{space}/{name}/{key}/{label}": scores["overall"][key] for key in FIGURES}
-                log(run.accelerator, values, 0)
-    plots = [save_comparison_plot(figures, orders, run.folder / "plots" / "comparison.png")] if any_measured else []
+    for (space, label), read in measured.items():
+        warnings += [f"{label} in {space}: {s}" for s in analysis_warnings(read["measurements"], read["agreement"])]
+        for name, scores in read["measurements"]["translators"].items():
+            log(run.accelerator, {f"{space}/{name}/{key}/{label}": scores["overall"][key] for key in FIGURES}, 0)
     log_figures(run.accelerator, plots)
-    every = [
-        read.rows.assign(model=f"{label} in {space}") for space, m in measured.items() for label, read in m.items()
-    ]
+    every = [read["rows"].assign(model=f"{label} in {space}") for (space, label), read in measured.items()]
     write_report(
         run,
         title=f"{run.folder.name}: {len(heads)} classifiers compared",
-        verdict=comparison_verdict(paired, heads),
+        verdict=between.comparison_verdict(paired, heads),
         warnings=warnings,
         sections=[
-            Section("The models", [models_table(heads, measured), READING, *plots]),
+            Section("The models", [models_table(heads, measured), READING, CHANCE, *plots]),
             Section("Differences", [differences_table(differences), "Model minus the other, paired by image."]),
-            Section("Does the order by AS⁻ hold?", [order_table(orders), ORDER]),
+            Section("Does the order by AS⁻ hold?", [*map(order_table, orders[:1]), ORDER]),
             Section("Heads", [passport_table([head["passport"] for head in heads if head["passport"]])]),
         ],
         figures={
             "heads": heads,
-            "measurements": figures,
-            "chance": each("chance"),
-            "agreement": each("agreement"),
+            **{name: each(name) for name in ("measurements", "chance", "agreement")},
             "differences": differences,
             "orders": orders,
         },
@@ -209,65 +182,44 @@ def report(config: CompareConfig, run: Run, heads: list[dict[str, Any]], measure
     )
 
 
-def models_table(heads: list[dict[str, Any]], measured: dict[str, dict[str, Read]]) -> pd.DataFrame:
-    """Every model in every space by every translator; those without a null space as a row that says so."""
+def models_table(heads: list[Read], measured: Mapping[tuple[str, str], Read]) -> pd.DataFrame:
+    """Every model in every space by every translator, then those without a null space."""
     tables = []
-    for space, models in measured.items():
-        for head in heads:
-            table = pd.DataFrame([{"model": head["label"], "translator": head["omitted"]}])
-            if (read := models.get(head["label"])) is not None:
-                table = score_table({head["label"]: read.figures})
-                level = read.chance["paper"]["levels"]["energy"]["mean"]["AS_neg"]
-                table["AS⁻ at chance °"] = [number(level) if name == "auditor" else "–" for name in table["translator"]]
-            table.insert(1, "space", space)
-            tables.append(table)
-    found: pd.DataFrame = pd.concat(tables).fillna("")
+    for (space, label), read in measured.items():
+        table = score_table({label: read["measurements"]})
+        level = number(read["chance"]["paper"]["levels"]["energy"]["mean"]["AS_neg"])
+        table["AS⁻ at chance °"] = [level if name == "auditor" else "–" for name in table["translator"]]
+        tables.append(table.assign(space=space))
+    omitted = [{"model": head["label"], "translator": head["omitted"]} for head in heads if head["omitted"]]
+    found: pd.DataFrame = pd.concat([*tables, pd.DataFrame(omitted)]).fillna("")
     return found
 
 
 def differences_table(differences: list[dict[str, Any]]) -> pd.DataFrame:
     """Second minus first for every two models by the auditor, a row a pair and space."""
-    spaces = dict.fromkeys(d["space"] for d in differences if d["space"] != "-")
-    table: dict[tuple[str, ...], dict[str, str]] = {}
-    for d in differences:
-        if d["translator"] in ("auditor", "-"):
-            for space in spaces if d["space"] == "-" else [d["space"]]:
-                row = table.setdefault((d["second"], d["first"], space), {})
-                row[TITLES[d["figure"]]] = "{value:+.2f} [{low:+.2f}, {high:+.2f}]".format(**d)
-    names = ("model", "minus", "space")
-    shown: pd.DataFrame = pd.DataFrame([{**dict(zip(names, key, strict=True)), **row} for key, row in table.items()])
-    return shown
+    rows = [
+        {"model": d["second"], "minus": d["first"], "space": d["space"], "figure": TITLES[d["figure"]]}
+        | {"shown": "{value:+.2f} [{low:+.2f}, {high:+.2f}]".format(**d)}
+        for d in differences
+        if d["translator"] in ("auditor", "-")
+    ]
+    table = pd.DataFrame(rows, columns=["model", "minus", "space", "figure", "shown"])
+    wide = table.pivot(index=["model", "minus", "space"], columns="figure", values="shown")
+    found: pd.DataFrame = wide.fillna("").reset_index()
+    return found
 
 
-def order_table(orders: list[dict[str, Any]]) -> pd.DataFrame:
-    """The order by AS⁻ in each view, τ against the first view, and how often resamples repeat it."""
-    order = orders[0] if orders else {"views": [], "orders": [], "tau": [[]], "same": [[]], "stable": []}
-    shown: pd.DataFrame = pd.DataFrame(
-        {
-            "view": order["views"],
-            "order, best first": [" › ".join(names) for names in order["orders"]],
-            "τ with the first view": [number(tau) for tau in order["tau"][0]],
-            "alike in resamples": [percent(share, 0) for share in order["same"][0]],
-            "own order again": [percent(share, 0) for share in order["stable"]],
-        }
-    )
-    return shown
-
-
-def dry_run(config: CompareConfig, heads: list[dict[str, Any]], splits: Splits, spaces: Sequence[Space]) -> None:
-    """Run one batch through every model and print what would be measured; nothing is written but the embeddings."""
-    some = splits.test.subset(range(min(BATCH_SIZE, len(splits.test))))
-    embeddings = spaces[0].embeddings["test"][: len(some)]
-    for model, head in zip(config.models, heads, strict=True):
-        if head["omitted"] is not None:
-            print(f"{head['label']}: left out, {head['omitted']}")
-            continue
-        classifier = open_model(model, splits, config)
-        batch = next(iterate_features(classifier, some, embeddings, PassSettings(progress=False), "dry run"))
-        print(f"{head['label']}: features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}")
-    print(f"images: {', '.join(f'{split.name} {len(split)}' for split in splits)}")
-    print(f"spaces: {', '.join(space.label for space in spaces)}; views: {len(spaces) * (2 + len(config.mlp))}")
-    print("dry run: nothing was measured, no run folder was made")
+def order_table(order: dict[str, Any]) -> pd.DataFrame:
+    """The order in each view, τ against the first view, and how often resamples repeat it."""
+    columns = {
+        "view": order["views"],
+        "order, best first": [" › ".join(names) for names in order["orders"]],
+        "τ with the first view": [number(tau) for tau in order["tau"][0]],
+        "alike in resamples": [percent(share, 0) for share in order["same"][0]],
+        "own order again": [percent(share, 0) for share in order["stable"]],
+    }
+    table: pd.DataFrame = pd.DataFrame(columns)
+    return table
 
 
 if __name__ == "__main__":

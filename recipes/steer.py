@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 
 from singreg import tables
@@ -64,9 +63,6 @@ class SteerConfig(RunConfig):
         problems.need(bool(self.targets or self.prompts), 'targets: expected class names, "all", or one of prompts')
         for prompt in self.prompts:
             problems.need(any(map(str.isalnum, prompt)), f"prompts: no text in {prompt!r}")
-        for name in ("prompts", "mlp"):
-            given = getattr(self, name)
-            problems.need(len(set(given)) == len(given), f"{name}: something is listed twice in {given}")
         problems.show()
 
 
@@ -110,10 +106,10 @@ def choose_pairs(config: SteerConfig, setup: Setup) -> PairPlan:
 
 def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
     """Fit the translators, measure the classifier, steer its features and report."""
-    classifier, texts, passes = setup.classifier, setup.texts, setup.passes
+    classifier, texts, passes, invariance = setup.classifier, setup.texts, setup.passes, config.model.invariance
     test, bank = ((getattr(setup.splits, name), setup.embeddings[name]) for name in ("test", "bank"))
-    both: dict[str, Any] = {"invariance": config.model.invariance, "settings": passes}
-    space = NullSpace.from_weight(classifier.weight, invariance=config.model.invariance).to(texts.device)
+    both: dict[str, Any] = {"invariance": invariance, "settings": passes}
+    space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
     with run.timed("translators"):
         ridge = config.translator.ridge
         fitted = fit_translators(classifier, setup.splits, setup.embeddings, ridge=ridge, info=setup.info, **both)
@@ -136,24 +132,20 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
     with run.timed("curves"):  # judged by the linear translators alone: a judge is called at every point
         batches = iterate_features(classifier, *test, passes, "steering at equal effort")
         curves = effort.steer_curves(batches, plan, budgets, judges=linear, **steering)
+    if not run.accelerator.is_main_process:
+        return
     found = {"measurement": measurement, "image_score": config.image_score, "sources": plan.sources}
     found |= {"targets": plan.targets, "pairs": pairs, "curves": curves, "natural": natural}
-    if run.accelerator.is_main_process:
-        report(config, setup, run, rows, found)
-
-
-def report(config: SteerConfig, setup: Setup, run: Run, rows: pd.DataFrame, found: dict[str, Any]) -> None:
-    """Draw the plots, log to the trackers and write the report."""
     plots = plot_steering(found, run.folder / "plots")
     track(run.accelerator, "steer", config)
-    for curve in found["curves"]:
+    for curve in curves:
         name = f"{curve['budget']} (x 1000)/success/{curve['attacker']} attacks, {curve['judge']} judges"
         for place, success in zip(curve["grid"], curve["figures"]["success"], strict=True):
             log(run.accelerator, {name: success}, round(1000 * place))
     log_figures(run.accelerator, list(plots.values()))
     write_report(
         run,
-        title=f"{run.folder.name}: steering {setup.classifier.tag} through its null space",
+        title=f"{run.folder.name}: steering {classifier.tag} through its null space",
         verdict=tables.steering_verdict(found),
         warnings=tables.steering_warnings(found),
         sections=tables.steering_sections(found, plots),

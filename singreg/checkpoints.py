@@ -32,23 +32,16 @@ BROKEN = (OSError, ValueError, TypeError, KeyError, SafetensorError, zipfile.Bad
 
 @dataclass(frozen=True)
 class Position:
-    """Where an arm stands: optimiser steps done, the epoch, micro-batches of it already used.
-
-    due: what follows this step (the translator's refresh, the curves) is still to be done.
-    """
+    """Where an arm stands: optimiser steps done, the epoch, micro-batches of it already used."""
 
     step: int = 0
     epoch: int = 0
     batches: int = 0
-    due: bool = False
+    due: bool = False  # what follows this step (the translator's refresh, the curves) is still to be done
 
 
 class Checkpoints:
-    """The last checkpoints of one arm, each a folder that accelerate fills under another name and that is then renamed.
-
-    Args:
-        accelerator: holds the prepared task, optimiser and schedule.
-    """
+    """The last checkpoints of one arm, each a folder that is filled under another name and then renamed."""
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
@@ -94,8 +87,8 @@ class Checkpoints:
         if processes != now:
             said = "%s was written by %d process(es), this run has %d: it goes on, but not to the same bits"
             logger.warning(said, folder, processes, now)
-            if rank >= processes:
-                seed_process(seed, rank, position.step)
+        if rank >= processes:
+            seed_process(seed, rank, position.step)
         return position, load_file(folder / "tensors.safetensors")
 
     def _newest(self) -> tuple[Path, Position, int] | None:
@@ -110,10 +103,7 @@ class Checkpoints:
 
 
 def _whole(folder: Path) -> tuple[Position, int]:
-    """Position and number of processes of a checkpoint whose every file can be read, before anything of it is loaded.
-
-    A load that fails half-way would leave its weights behind, and accelerate passes over random states it cannot read.
-    """
+    """Position and number of processes of a checkpoint whose every file can be read, before anything is loaded."""
     stored = json.loads((folder / "position.json").read_text(encoding="utf-8"))
     for name, size in stored.pop("files").items():
         path = folder / name
@@ -124,8 +114,7 @@ def _whole(folder: Path) -> tuple[Position, int]:
                 pass
         elif zipfile.ZipFile(path).testzip() is not None:  # what torch.save writes, with check sums
             raise ValueError(f"{path} is not what was written")
-    processes = int(stored.pop("processes"))
-    return Position(**stored), processes
+    return Position(**{key: value for key, value in stored.items() if key != "processes"}), int(stored["processes"])
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +163,7 @@ def stage(run: Run, name: str, compute: Callable[[], Stage]) -> Stage:
 
 def fingerprints(setup: Setup) -> dict[str, str]:
     """Return hashes of all that a run starts from beside its configuration, by what they are called in messages."""
-    images = {f"{name} images": getattr(setup.splits, name).fingerprint for name in ("train", "bank", "audit", "test")}
+    images = {f"{split.name} images": split.fingerprint for split in setup.splits}
     return {
         **images,
         "starting classifier": hash_of_state(setup.classifier.model),
@@ -192,10 +181,7 @@ def refuse_other_inputs(run: Run, inputs: Mapping[str, str]) -> None:
         other = [name for name in {**stored, **inputs} if stored.get(name) != inputs.get(name)]
         said = [f"other {name} (then {stored.get(name, '')[:8]}, now {inputs.get(name, '')[:8]})" for name in other]
         if said:
-            raise OtherRunError(
-                f"{path}: the run was begun with {', '.join(said)}, so this would not be the same run; resume where "
-                "they are as they were, or use another --out"
-            )
+            raise OtherRunError(f"{path}: the run was begun with {', '.join(said)}; use another --out")
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process and not path.is_file():
         write_json(path, inputs)

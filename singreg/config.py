@@ -14,7 +14,6 @@ from singreg.parsing import overridden as overridden
 from singreg.parsing import parse as parse
 from singreg.terms import HEAD_TERMS, PRESETS, TERMS, Placebo
 
-PER_CLASS = ("train", "audit", "test")
 SCENES: dict[str, float] = {"train": 2000, "audit": 1600, "test": 1000, "bank": 0, "bias": 0.6, "seed": 0}
 
 
@@ -80,13 +79,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        problems.keys("per_class", self.per_class, PER_CLASS)
+        problems.keys("per_class", self.per_class, ("train", "audit", "test"))
         problems.keys("scenes", self.scenes, tuple(SCENES))
-        for name, count in self.per_class.items():
-            problems.within(0 if name == "audit" else 1, **{f"per_class.{name}": count})
-        for name, value in self.scenes.items():
-            least = 1 if name in ("train", "test") else 0
-            problems.within(least, 1 if name == "bias" else math.inf, **{f"scenes.{name}": value})
+        counts = {f"{section}.{k}": v for section in ("per_class", "scenes") for k, v in getattr(self, section).items()}
+        for name, count in counts.items():
+            problems.within(
+                int(name.endswith(("train", "test"))), 1 if name == "scenes.bias" else math.inf, **{name: count}
+            )
         problems.within(0, 1, unlabeled_to_audit=self.unlabeled_to_audit)
         problems.within(1, image_size=self.image_size)
         problems.within(0, workers=self.workers)
@@ -205,19 +204,17 @@ class LossConfig:
     def __post_init__(self) -> None:
         problems = Problems()
         problems.within(0, weight=self.weight, balance=self.balance)
-        problems.need(
-            self.preset in PRESETS, f"preset: no preset {self.preset!r}; known are {', '.join(sorted(PRESETS))}"
-        )
-        problems.keys("terms", self.terms, tuple(sorted(TERMS)))
+        known = ", ".join(sorted(PRESETS))
+        problems.need(self.preset in PRESETS, f"preset: no preset {self.preset!r}; known are {known}")
+        problems.keys("terms", self.terms, sorted(TERMS))
         problems.within(0, **{f"terms.{name}": weight for name, weight in self.terms.items()})
+        problems.need(bool(self.used_terms), "terms: no term of the preset is left; give one a weight above 0")
         problems.show()
-        left = [name for name, weight in {**PRESETS[self.preset], **self.terms}.items() if weight]
-        if not left:
-            raise ValueError(f"terms: no term of the preset {self.preset!r} is left; give one a weight above 0")
 
-    def moves_the_head_alone(self) -> bool:
-        """Return True where no term has a gradient on features, so that balancing has nothing to measure there."""
-        return all(name in HEAD_TERMS for name, weight in {**PRESETS[self.preset], **self.terms}.items() if weight)
+    @property
+    def used_terms(self) -> list[str]:
+        """The terms with a weight."""
+        return [name for name, weight in {**PRESETS.get(self.preset, {}), **self.terms}.items() if weight]
 
 
 @dataclass
@@ -301,5 +298,5 @@ class FinetuneConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         backbone = self.model.tuning != "head" and self.training.epochs > 0
-        if backbone and self.loss.balance and self.loss.moves_the_head_alone():
+        if backbone and self.loss.balance and all(name in HEAD_TERMS for name in self.loss.used_terms):
             raise ValueError("loss.balance: the terms move the head alone; set it to 0 or add another term")

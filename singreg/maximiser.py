@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from singreg.functional import unit_rows
-from singreg.nullspace import NullSpace
-from singreg.steering import AnyTranslator, check_fixed
+from singreg.nullspace import NullSpace, helmert_contrasts
 from singreg.translator import LinearTranslator
 
 STEPS, RESTARTS = 60, 2  # gradient steps from every start, and random starts where one could help
@@ -19,9 +18,6 @@ FIRST_STEP, GROW, SHRINK, LAST_STEP = 0.5, 1.5, 0.4, 1e-12  # of the budget: the
 HALVINGS, NEWTON = 44, 5
 SCALES = (-20.0, 20.0)  # log2 of p beside 1 / (|z| + σ_1 ε): where the best scale is looked for
 SEEN = 1e-10  # of the translator's own size: a direction that it sees less than this is one it does not see
-FAINT = 1e-6  # of the largest singular value: the displacement that a fainter direction needs rounds away in the logits
-ROUNDED = 1e-16  # of |z|²: a rest so small is the rounding of one that is not there
-FAR = 1e4  # lengths of z, that stand for infinity: further on the direction of a reading hardly changes
 INSIDE = 1 - 1e-9  # of a tolerance, so that adding to a feature and reading logits again does not round over it
 TINY = torch.finfo(torch.float64).tiny
 
@@ -43,41 +39,18 @@ class NearNull:
     @classmethod
     def below(cls, weight: Tensor, null_space: NullSpace, *, ratio: float, tolerance: float) -> NearNull:
         """Take the directions with σ <= ratio · σ_1 in the row space of W (C, m), which `null_space` was made from."""
-        directions, sigma = null_space.singular_directions()
-        basis = directions[:, sigma <= ratio * sigma[:1]]
-        effect = weight.detach().to(basis) @ basis
+        exact, inside = weight.detach().double(), null_space.basis
         if null_space.invariance == "softmax":
-            effect = effect - effect.mean(0, keepdim=True)
-        return cls(basis, effect, tolerance)
+            exact = helmert_contrasts(exact)
+        _, sigma, right = torch.linalg.svd(exact @ inside, full_matrices=False)
+        basis = inside @ right[sigma <= ratio * sigma[:1]].T
+        effect = weight.detach().double() @ basis
+        return cls(basis, effect - effect.mean(0) * (null_space.invariance == "softmax"), tolerance)
 
     def retract(self, coordinates: Tensor) -> Tensor:
         """Scale coordinates b (..., k) until |effect b|_∞ <= τ; those within stay."""
         moved = (coordinates @ self.effect.T).abs().amax(-1, keepdim=True)
         return coordinates * (self.tolerance * INSIDE / moved.clamp_min(TINY)).clamp_max(1)
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Where an attacker may go, and which length is bounded: either `null_space` or `basis`.
-
-    Attributes:
-        null_space: any null displacement d, |d| <= ε.
-        basis: or d = basis u, |u| <= ε, for a basis (m, k) such as the colouring of a `ConditionalGaussian`.
-        near: nearly null directions beside the null space.
-    """
-
-    null_space: NullSpace | None = None
-    basis: Tensor | None = None
-    near: NearNull | None = None
-
-    def inside(self, d: Tensor) -> Tensor:
-        """The exactly null part of d (R, m)."""
-        assert self.null_space is not None
-        return self.null_space.component(d) if self.null_space.nullity else torch.zeros_like(d)
-
-    def near_basis(self, like: Tensor) -> Tensor:
-        """The nearly null basis (m, k'); k' may be 0."""
-        return like.new_zeros(like.shape[-1], 0) if self.near is None else self.near.basis.to(like)
 
 
 class Maximised(NamedTuple):
@@ -89,15 +62,26 @@ class Maximised(NamedTuple):
 
 
 class Maximiser:
-    """argmax of cos(T(f + d), t) over the directions, |d| <= ε, in float64; never below the single gradient step.
+    """argmax of cos(T(f + d), t) over null d, |d| <= ε, for a linear T in float64; never below the gradient step.
 
-    One SVD of a `LinearTranslator` serves all features and budgets; any other translator is differentiated by autograd.
+    One SVD serves all features and budgets: T(f + d) = z + U S a + G b, with coordinates a in the singular basis of
+    A Π_n, and b nearly null.
+
+    Args:
+        near: nearly null directions beside the null space.
     """
 
-    def __init__(self, directions: Directions, translator: AnyTranslator) -> None:
-        check_fixed(translator)
-        self.directions, self.translator = directions, translator
-        self.reach = _AffineReach(translator, directions) if isinstance(translator, LinearTranslator) else None
+    def __init__(self, translator: LinearTranslator, null_space: NullSpace, near: NearNull | None = None) -> None:
+        self.matrix, self.offset, self.near = translator.matrix.double(), translator.offset.double(), near
+        left, singular, right = torch.linalg.svd(null_space.component(self.matrix), full_matrices=False)
+        kept = int((singular > SEEN * torch.linalg.vector_norm(self.matrix)).sum())
+        left, self.singular, lift = left[:, :kept], singular[:kept], null_space.component(right[:kept]).T
+        beside = self.matrix.new_zeros(len(lift), 0) if near is None else near.basis
+        self.lift = torch.cat([lift, beside], dim=1)
+        # a QR may turn a column round; the first ones must stay what the singular values belong to
+        moved = self.matrix @ beside
+        self.left = torch.cat([left, torch.linalg.qr(torch.cat([left, moved], dim=1)).Q[:, kept:]], dim=1)
+        self.dense = self.left.T @ moved
 
     @torch.no_grad()
     def maximise(
@@ -112,97 +96,75 @@ class Maximiser:
         """
         exact = features.to(torch.float64)
         limit = torch.as_tensor(budget, dtype=torch.float64).to(exact.device).expand(len(exact))
-        problem = self._problem(exact, text)
-        nothing = _at(problem, limit, limit.new_zeros(len(limit), problem.size))
-        best = _better(_at(problem, limit, limit[:, None] * unit_rows(nothing[2])), nothing)
-        if isinstance(problem, _AffineProblem):
-            best = _better(best, _at(problem, limit, problem.closed_form(limit)))
+        problem = _Problem(self, exact, normalize(text.to(exact), dim=-1).expand(len(exact), -1), limit)
+        nothing = problem.at(exact.new_zeros(len(exact), self.lift.shape[1]))
+        best = _better(problem.at(limit[:, None] * unit_rows(nothing[2])), nothing)
+        best = _better(best, problem.at(problem.closed_form()))
         if start is not None:
-            best = _better(best, _at(problem, limit, start.to(limit)))
-        best = _climb(problem, limit, best)
-        # An affine map has no other maximum once every cosine is positive: a convex cone.
-        alone = self.reach is not None and self.directions.near is None and bool((best[1] > 0).all())
+            best = _better(best, problem.at(start))
+        best = problem.climb(best)
+        # There is no other maximum once every cosine is positive: a convex cone.
+        alone = self.near is None and bool((best[1] > 0).all())
         for turn in range(0 if alone else RESTARTS):
             # one direction for all rows: what is found for an image must not hang on which others are in its chunk
-            drawn = torch.randn(problem.size, generator=torch.Generator().manual_seed(turn), dtype=torch.float64)
-            ahead = unit_rows(problem.retract(drawn.to(limit).expand(len(limit), -1)))
-            best = _better(best, _climb(problem, limit, _at(problem, limit, limit[:, None] * ahead)))
-        return Maximised(problem.to_features(best[0]), best[0], best[1])
-
-    @torch.no_grad()
-    def unbounded(self, features: Tensor, text: Tensor) -> Tensor | None:
-        """Return coordinates (R, k) of the largest cosine at any length, `FAR` on the way where it lies at infinity.
-
-        None for a translator that is not affine.
-        """
-        problem = self._problem(features.to(torch.float64), text)
-        return problem.unbounded() if isinstance(problem, _AffineProblem) else None
-
-    def _problem(self, features: Tensor, text: Tensor) -> Problem:
-        unit = normalize(text.to(features), dim=-1).expand(len(features), -1)
-        if self.reach is not None:
-            return _AffineProblem(self.reach, features, unit)
-        return _FreeProblem(self.translator, self.directions, features, unit)
+            generator = torch.Generator().manual_seed(turn)
+            drawn = torch.randn(self.lift.shape[1], generator=generator, dtype=torch.float64).to(exact)
+            ahead = unit_rows(problem.retract(drawn.expand(len(exact), -1)))
+            best = _better(best, problem.climb(problem.at(limit[:, None] * ahead)))
+        return Maximised(best[0] @ self.lift.T, best[0], best[1])
 
 
-class _AffineReach:
-    """T(f + d) = z + U S a + G b: coordinates a in the singular basis of A over the directions, b nearly null."""
-
-    def __init__(self, translator: LinearTranslator, directions: Directions) -> None:
-        self.matrix, self.offset, self.directions = translator.matrix.double(), translator.offset.double(), directions
-        size, basis = torch.linalg.vector_norm(self.matrix), directions.basis
-        if basis is not None:
-            size = size * torch.linalg.matrix_norm(basis.to(self.matrix), 2)
-        seen = directions.inside(self.matrix) if basis is None else self.matrix @ basis.to(self.matrix)
-        left, singular, right = torch.linalg.svd(seen, full_matrices=False)
-        kept = int((singular > SEEN * size).sum())
-        left, self.singular, right = left[:, :kept], singular[:kept], right[:kept].T
-        self.lift = right if basis is None else basis.to(right) @ right
-        self.near = directions.near_basis(self.matrix)
-        beside = self.matrix @ self.near
-        # a QR may turn a column round; the first ones must stay what the singular values belong to
-        self.left = torch.cat([left, torch.linalg.qr(torch.cat([left, beside], dim=1)).Q[:, kept:]], dim=1)
-        self.dense = self.left.T @ beside
-
-    def to_features(self, u: Tensor) -> Tensor:
-        thin = len(self.singular)
-        moved = u[:, :thin] @ self.lift.T
-        if self.directions.null_space is not None:
-            moved = self.directions.inside(moved)  # without what the SVD's rounding left in the row space
-        displacement: Tensor = moved + u[:, thin:] @ self.near.T
-        return displacement
+Found = tuple[Tensor, Tensor, Tensor]  # coordinates (R, k), their cosine (R,) and its gradient (R, k)
 
 
-class _AffineProblem:
-    """cos(z + U S a + G b, t) of R rows and its gradient in u = (a, b), (R, r + k'), without touching features."""
+class _Problem:
+    """cos(z + U S a + G b, t) of R rows in u = (a, b), (R, r + k'), |u| <= limit, without touching features."""
 
-    def __init__(self, reach: _AffineReach, features: Tensor, text: Tensor) -> None:
-        self.reach, self.thin, self.to_features = reach, len(reach.singular), reach.to_features
-        self.size = self.thin + reach.dense.shape[1]
-        z = features @ reach.matrix.T + reach.offset
-        self.start, self.target = z @ reach.left, text @ reach.left
+    def __init__(self, of: Maximiser, features: Tensor, text: Tensor, limit: Tensor) -> None:
+        self.of, self.thin, self.limit = of, len(of.singular), limit
+        z = features @ of.matrix.T + of.offset
+        self.start, self.target = z @ of.left, text @ of.left
         self.rest = (z.square().sum(1) - self.start.square().sum(1)).clamp_min(0)
         self.along = (z * text).sum(1) - (self.start * self.target).sum(1)
 
-    def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        reach, thin = self.reach, self.thin
-        y = self.start + u[:, thin:] @ reach.dense.T
-        y[:, :thin] += reach.singular * u[:, :thin]
+    def retract(self, u: Tensor) -> Tensor:
+        near = self.of.near
+        return u if near is None else torch.cat([u[:, : self.thin], near.retract(u[:, self.thin :])], dim=1)
+
+    def at(self, u: Tensor) -> Found:
+        """Coordinates retracted to what is allowed, with value and gradient."""
+        singular, dense, u = self.of.singular, self.of.dense, self.retract(u)
+        u = (self.limit / torch.linalg.vector_norm(u, dim=1).clamp_min(TINY)).clamp_max(1)[:, None] * u
+        y = self.start + u[:, self.thin :] @ dense.T
+        y[:, : self.thin] += singular * u[:, : self.thin]
         length = (y.square().sum(1) + self.rest).clamp_min(TINY).sqrt()
         cosine = ((y * self.target).sum(1) + self.along) / length
         slope = (self.target - (cosine / length)[:, None] * y) / length[:, None]
-        return cosine, torch.cat([reach.singular * slope[:, :thin], slope @ reach.dense], dim=1)
+        return u, cosine, torch.cat([singular * slope[:, : self.thin], slope @ dense], dim=1)
 
-    def retract(self, u: Tensor) -> Tensor:
-        near = self.reach.directions.near
-        return u if near is None else torch.cat([u[:, : self.thin], near.retract(u[:, self.thin :])], dim=1)
+    def climb(self, found: Found) -> Found:
+        """Projected gradient steps, each row's length growing while it helps; the end is never below the start."""
+        step = FIRST_STEP * self.limit
+        for _ in range(STEPS):
+            if not bool((step > LAST_STEP * self.limit).any()):
+                break
+            u, cosine, gradient = found
+            # at the edge of the ball without the part that leads out of it: the retraction would only undo that
+            length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
+            outward = (gradient * u).sum(1, keepdim=True) / length.clamp_min(TINY)
+            edge = (length >= INSIDE * self.limit[:, None]) & (outward > 0)
+            ahead = torch.where(edge, gradient - outward * u / length.clamp_min(TINY), gradient)
+            tried = self.at(u + step[:, None] * unit_rows(ahead))
+            found = _better(found, tried)
+            step = torch.where(tried[1] > cosine, GROW * step, SHRINK * step).minimum(2 * self.limit)
+        return found
 
-    def closed_form(self, budget: Tensor) -> Tensor:
+    def closed_form(self) -> Tensor:
         """The global maximum over a, b = 0, wherever the best cosine is positive; elsewhere a good start only."""
         # sin²θ* = min over p >= 0 and |c| <= pε of |p z + S c - t|², with c = p a, is jointly convex. The inner minimum
         # is ridge regression, c = S (t - p z) / (S² + μ) with μ from |c| = pε; p by bisection of the derivative.
-        thin, singular = self.thin, self.reach.singular
-        found = self.start.new_zeros(len(self.start), self.size)
+        thin, singular, budget = self.thin, self.of.singular, self.limit
+        found = self.start.new_zeros(len(self.start), self.of.lift.shape[1])
         if not thin:
             return found
         # what the nearly null directions alone reach is at rest while b = 0
@@ -223,20 +185,6 @@ class _AffineProblem:
         found[:, :thin] = c / p[:, None]
         return found
 
-    def unbounded(self) -> Tensor:
-        singular, thin = self.reach.singular, self.thin
-        seen = singular > FAINT * singular[:1]
-        start, target = self.start[:, :thin][:, seen], self.target[:, :thin][:, seen]
-        length = (self.start.square().sum(1) + self.rest).sqrt()
-        rest = (length.square() - start.square().sum(1)).clamp_min(0)
-        along = self.along + (self.start * self.target).sum(1) - (start * target).sum(1)
-        far = FAR * length / torch.linalg.vector_norm(target, dim=1).clamp_min(TINY)
-        there = (along > 0) & (rest > ROUNDED * length.square())
-        scale = torch.where(there, rest / along.clamp_min(TINY), far).minimum(far)
-        found = length.new_zeros(len(length), self.size)
-        found[:, :thin][:, seen] = (scale[:, None] * target - start) / singular[seen]
-        return found
-
 
 def _within(wanted: Tensor, square: Tensor, radius: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
     """c = wanted / (S² + μ), |c| <= radius, of the least μ >= 0, by Newton steps on 1/|c|, which is nearly straight."""
@@ -250,70 +198,6 @@ def _within(wanted: Tensor, square: Tensor, radius: Tensor, multiplier: Tensor) 
         slope = (c.square() / below).sum(1).clamp_min(TINY)
         multiplier = (multiplier + (norm / radius.clamp_min(TINY) - 1) * norm.square() / slope).clamp_min(0)
     return wanted / (square + multiplier[:, None]), multiplier
-
-
-class _FreeProblem:
-    """cos(T(f + d), t) for any translator, by autograd; coordinates are d itself, or u with d = basis u."""
-
-    def __init__(self, translator: AnyTranslator, directions: Directions, features: Tensor, text: Tensor) -> None:
-        self.translator, self.directions, self.features, self.text = translator, directions, features, text
-        self.near = directions.near_basis(features)
-        self.size = features.shape[1] if directions.basis is None else directions.basis.shape[1]
-
-    def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = u.detach().requires_grad_()
-            cosine = cosine_similarity(self.translator(self.features + self._spread(leaf)), self.text, dim=-1)
-            (gradient,) = torch.autograd.grad(cosine.sum(), leaf)
-        if self.directions.basis is None:
-            gradient = self.directions.inside(gradient) + (gradient @ self.near) @ self.near.T
-        return cosine.detach(), gradient
-
-    def retract(self, u: Tensor) -> Tensor:
-        if self.directions.basis is not None:
-            return u
-        near, inside = self.directions.near, self.directions.inside(u)
-        return inside if near is None else inside + near.retract(u @ self.near) @ self.near.T
-
-    def to_features(self, u: Tensor) -> Tensor:
-        return self._spread(self.retract(u))
-
-    def _spread(self, u: Tensor) -> Tensor:
-        return u if self.directions.basis is None else u @ self.directions.basis.to(u).T
-
-
-Problem = _AffineProblem | _FreeProblem
-Found = tuple[Tensor, Tensor, Tensor]  # coordinates (R, k), their cosine (R,) and its gradient (R, k)
-
-
-def _at(problem: Problem, limit: Tensor, u: Tensor) -> Found:
-    """Coordinates retracted to what is allowed, with value and gradient."""
-    u = problem.retract(u)
-    scale = limit / torch.linalg.vector_norm(u, dim=1).clamp_min(TINY)
-    u = scale.clamp_max(1)[:, None] * u
-    return u, *problem.value_and_gradient(u)
-
-
-def _climb(problem: Problem, limit: Tensor, found: Found) -> Found:
-    """Projected gradient steps, each row's length growing while it helps; the end is never below the start."""
-    step = FIRST_STEP * limit
-    for _ in range(STEPS):
-        if not bool((step > LAST_STEP * limit).any()):
-            break
-        u, cosine, gradient = found
-        tried = _at(problem, limit, u + step[:, None] * unit_rows(_tangent(u, gradient, limit)))
-        higher = tried[1] > cosine
-        found = _better(found, tried)
-        step = torch.where(higher, GROW * step, SHRINK * step).minimum(2 * limit)
-    return found
-
-
-def _tangent(u: Tensor, gradient: Tensor, limit: Tensor) -> Tensor:
-    """The gradient without its part out of the ball where u is at its edge: the retraction would only undo that."""
-    length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
-    outward = (gradient * u).sum(1, keepdim=True) / length.clamp_min(TINY)
-    edge = (length >= INSIDE * limit[:, None]) & (outward > 0)
-    return torch.where(edge, gradient - outward * u / length.clamp_min(TINY), gradient)
 
 
 def _better(a: Found, b: Found) -> Found:

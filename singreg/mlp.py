@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -25,8 +24,6 @@ Array = np.ndarray | Tensor
 @dataclass(frozen=True)
 class MLPSettings:
     """The network and how it is trained; stored with the translator.
-
-    Learning rate, weight decay (AdamW) and blocks are the paper's, which names no width, dropout or batch size.
 
     Attributes:
         kind: mlp3 (three linear layers), mlp4 (four), or residual (an entry layer, two residual blocks, an exit block).
@@ -69,20 +66,14 @@ class MLPNetwork(nn.Module):
         x = self.enter(x)
         for block in self.inner:
             x = x + block(x) if self.residual else block(x)
-        y: Tensor = self.leave(x)
-        return y
+        return cast(Tensor, self.leave(x))
 
 
 def train_mlp(
-    features: Array, targets: Array, settings: MLPSettings, normalize: bool, device: torch.device, progress: bool
+    features: Array, targets: Array, settings: MLPSettings, device: torch.device, progress: bool
 ) -> tuple[dict[str, Tensor], int, float | None]:
-    """Minimise the mean squared error on rows f (N, m) and z (N, n); see `translator.fit_mlp_translator`.
-
-    Returns:
-        What `translator.MLPTranslator` takes as its state, the rows fitted on, and R² on the held-out rows (None where
-        those do not vary).
-    """
-    rows = _Rows(features, targets, normalize, device)
+    """Return the state of an `MLPTranslator`, the rows fitted on, and R² on the held-out rows (None if constant)."""
+    rows = _Rows(features, targets, device)
     with torch.random.fork_rng(devices=[rows.device] if rows.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         network, error = _train(rows, settings, progress)
@@ -127,18 +118,18 @@ def _error(network: MLPNetwork, rows: _Rows) -> float:
     return total / (len(rows.held_out) * rows.arrays[1].shape[1])
 
 
-def _pieces(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    yield from np.split(rows, range(size, len(rows), size))
+def _pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return np.split(rows, range(size, len(rows), size))
 
 
 class _Rows:
     """Rows of two arrays, which may be memory-mapped, read in pieces; and the scales of those fitted on."""
 
-    def __init__(self, features: Array, targets: Array, normalize: bool, device: torch.device) -> None:
+    def __init__(self, features: Array, targets: Array, device: torch.device) -> None:
         if features.ndim != 2 or targets.ndim != 2 or len(features) != len(targets):
             got = f"{tuple(features.shape)} and {tuple(targets.shape)}"
             raise ValueError(f"expected features (N, m) and targets (N, n), got {got}")
-        self.arrays, self.normalize, self.device = (features, targets), normalize, device
+        self.arrays, self.device = (features, targets), device
         numbers = np.arange(len(features))
         self.held_out = numbers[numbers % HELD_OUT_EVERY == 0]
         self.fitted = numbers[numbers % HELD_OUT_EVERY != 0]
@@ -176,11 +167,9 @@ class _Rows:
 
     def _read(self, which: int, rows: np.ndarray) -> Tensor:
         array = self.arrays[which]
-        read = (
-            torch.from_numpy(np.array(array[rows])) if isinstance(array, np.ndarray) else array[torch.from_numpy(rows)]
-        )
+        read = torch.from_numpy(np.array(array[rows])) if isinstance(array, np.ndarray) else array[rows]
         values = read.detach().float().cpu()
         if not torch.isfinite(values).all():
             bad = rows[~torch.isfinite(values).all(1).numpy()][:5].tolist()
             raise ValueError(f"{('features', 'targets')[which]} hold NaN or infinity in rows {bad}")
-        return F.normalize(values, dim=-1) if which and self.normalize else values
+        return values

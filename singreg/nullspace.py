@@ -16,17 +16,15 @@ Invariance = Literal["logits", "softmax"]
 """What removing the null component keeps: the logits, or only the probabilities (one null dimension more)."""
 
 LEAF = 64  # rows made orthonormal at once; anything from 32 to 128 costs the same
-LARGEST_CONDITION = 1e5  # a bound on |W|_F |W⁻¹|_F; two passes are exact up to about 1e7
-LARGEST_DEPARTURE = 1e-12  # |Q Qᵀ - I|_F after one pass; a second pass brings any other to rounding
+LARGEST_DEPARTURE = 1e-12  # |Q Qᵀ - I|_F of rows taken as orthonormal
 LARGEST_RATIO = {torch.float32: 30.0, torch.float64: 1e6}  # of a Cholesky factor's diagonal, a lower bound of cond(W)
 
 
 def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """Factor W = L Q into a lower triangle L (C, C) and orthonormal rows Q (C, m); None unless safely of full rank.
 
-    Halving makes nearly all the work matrix products, an order of magnitude faster than an SVD at 1000 x 2048. The
-    error grows with the square of the condition number, so that is bounded and |Q Qᵀ - I| is measured, both on random
-    vectors: the chance to miss either by a factor of t is about 1/t². The singular values of W are those of L.
+    Halving makes nearly all the work matrix products, several times faster than an SVD at 1000 x 2048. The error grows
+    with the square of the condition number, so |Q Qᵀ - I| is measured, on random vectors.
 
     Args:
         rows: W (C, m), float64 with C <= m; it is overwritten, and Q is the same memory.
@@ -34,16 +32,11 @@ def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     factor = rows.new_zeros(len(rows), len(rows))
     if not len(rows) or not _orthonormalize_(rows, factor):
         return None
+    diagonal = torch.diagonal(factor)
     probes = torch.randn(2, len(rows), dtype=rows.dtype, generator=torch.Generator().manual_seed(0)).to(rows.device)
-    solved = torch.linalg.solve_triangular(factor, probes.T, upper=False)
-    if not torch.linalg.vector_norm(factor) * torch.linalg.vector_norm(solved, dim=0).max() <= LARGEST_CONDITION:
-        return None
-    if _departure(rows, probes) <= LARGEST_DEPARTURE:
-        return rows, factor
-    second = torch.zeros_like(factor)
-    if not _orthonormalize_(rows, second) or not _departure(rows, probes) <= LARGEST_DEPARTURE:
-        return None
-    return rows, factor @ second
+    departure = torch.linalg.vector_norm((probes @ rows) @ rows.T - probes, dim=1).max()
+    safe = departure <= LARGEST_DEPARTURE and diagonal.max() <= LARGEST_RATIO[rows.dtype] * diagonal.min()
+    return (rows, factor) if safe else None
 
 
 def _orthonormalize_(rows: Tensor, factor: Tensor) -> bool:
@@ -64,11 +57,6 @@ def _orthonormalize_(rows: Tensor, factor: Tensor) -> bool:
     factor[half:, :half] = overlap
     rest.addmm_(overlap, first, alpha=-1)
     return _orthonormalize_(rest, factor[half:, half:])
-
-
-def _departure(rows: Tensor, probes: Tensor) -> float:
-    """An estimate of |Q Qᵀ - I|_F on random vectors (k, C): one is right within a factor of three nearly always."""
-    return float(torch.linalg.vector_norm((probes @ rows) @ rows.T - probes, dim=1).max())
 
 
 def helmert_contrasts(weight: Tensor) -> Tensor:
@@ -125,12 +113,10 @@ class NullSpace(nn.Module):
         Raises:
             ValueError: W is not (C, m), not finite, or has no null space and `allow_empty` is False.
         """
-        rows = _rows_of(weight.detach().to(torch.float64, copy=True), invariance)
+        rows = _rows_of(weight.detach().to(torch.float64), invariance)
         classes, width = weight.shape
-        if len(rows) < width:
-            if found := orthonormal_rows(rows):  # nobody needs an SVD to count this rank
-                return cls(found[0].T, found[1], invariance=invariance)
-            rows = _rows_of(weight.detach().to(torch.float64), invariance)  # they were worked on in place
+        if len(rows) < width and (found := orthonormal_rows(rows.clone())):  # nobody needs an SVD to count this rank
+            return cls(found[0].T, found[1], invariance=invariance)
         rows = torch.linalg.qr(rows).R if classes > width else rows  # the long side once
         left, sigma, _ = torch.linalg.svd(rows.T, full_matrices=False)
         rank = int((sigma > max(classes, width) * torch.finfo(torch.float64).eps * sigma[:1]).sum())
@@ -145,13 +131,6 @@ class NullSpace(nn.Module):
     def singular_values(self) -> Tensor:
         """σ of the head, largest first; computed when asked: that costs more than the basis, and few need it."""
         return self._factor if self._factor.ndim == 1 else torch.linalg.svdvals(self._factor)
-
-    def singular_directions(self) -> tuple[Tensor, Tensor]:
-        """Return the head's right singular vectors (m, r) and their σ (r,), largest first."""
-        if self._factor.ndim == 1:
-            return self.basis, self._factor[: self.rank]
-        _, sigma, right = torch.linalg.svd(self._factor)
-        return self.basis @ right.T, sigma
 
     @property
     def rank(self) -> int:
@@ -207,9 +186,7 @@ class _RowSpaceProjection(torch.autograd.Function):
         with torch.autocast(weight.device.type, enabled=False):  # for those who call backward inside one
             gradient_coefficients = _least_squares(weight, gradient, factor)
             projected = gradient_coefficients @ weight
-            to_weight = None
-            if ctx.needs_input_grad[0]:
-                to_weight = gradient_coefficients.T @ null + coefficients.T @ (gradient - projected)
+            to_weight = gradient_coefficients.T @ null + coefficients.T @ (gradient - projected)
         return to_weight, projected, None
 
 
@@ -224,8 +201,7 @@ def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invari
     """Return Π_p f = Wᵀ (W Wᵀ)⁻¹ W f, differentiable in W and in f, without an m x m matrix (METHOD section 6).
 
     Exact for a well-conditioned head by one Cholesky factor, in at least float32 even inside autocast; for any other by
-    float64. The singular directions of a rank-deficient head that are rounding noise, along which the projector has no
-    derivative, carry no gradient.
+    float64. Singular directions of a rank-deficient head that are rounding noise carry no gradient.
 
     Shape: weight (C, m), features (..., m); returns (..., m).
 
@@ -238,24 +214,15 @@ def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invari
         raise ValueError(f"features {tuple(features.shape)} do not fit the head weight {tuple(weight.shape)}")
     dtype = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):  # in bfloat16 an "equivalent" feature moves the logits
-        rows = _rows_of(weight.to(dtype), invariance)
-        flat = features.to(dtype).reshape(-1, features.shape[-1])
-        factor = _cholesky(rows)
-        projected: Tensor = (
-            _ill_conditioned(rows, flat) if factor is None else _RowSpaceProjection.apply(rows, flat, factor)
-        )
-        return projected.reshape(features.shape)
-
-
-@torch.no_grad()
-def _cholesky(rows: Tensor) -> Tensor | None:
-    """The factor of W Wᵀ; None where W is not of full rank, or not well conditioned in its own precision."""
-    if rows.shape[0] >= rows.shape[1]:
-        return None
-    factor, failed = torch.linalg.cholesky_ex(rows @ rows.T)
-    diagonal = torch.diagonal(factor)
-    usable = not bool(failed) and bool(diagonal.max() <= LARGEST_RATIO[rows.dtype] * diagonal.min())
-    return factor if usable else None
+        rows, flat = _rows_of(weight.to(dtype), invariance), features.to(dtype).reshape(-1, features.shape[-1])
+        if len(rows) < rows.shape[1]:
+            with torch.no_grad():
+                factor, failed = torch.linalg.cholesky_ex(rows @ rows.T)
+                diagonal = torch.diagonal(factor)
+            if not bool(failed) and bool(diagonal.max() <= LARGEST_RATIO[dtype] * diagonal.min()):
+                projected: Tensor = _RowSpaceProjection.apply(rows, flat, factor)
+                return projected.reshape(features.shape)
+        return _ill_conditioned(rows, flat).reshape(features.shape)
 
 
 def _ill_conditioned(rows: Tensor, flat: Tensor) -> Tensor:
@@ -287,12 +254,7 @@ def null_share(features: Tensor, null: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomSubspace:
-    """A uniformly random subspace of feature space, by a basis of the thinner of it and its complement.
-
-    Attributes:
-        basis: B (m, k) orthonormal, k = min(d, m - d).
-        complement: whether B spans the complement, so that P g = g - B Bᵀ g; else P g = B Bᵀ g.
-    """
+    """A random subspace of feature space: basis B (m, k) spans it, or its complement, whichever is thinner."""
 
     basis: Tensor
     complement: bool

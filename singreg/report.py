@@ -39,12 +39,7 @@ class Section:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Write a figure, or a dash where there is none; what rounds to nothing has no sign.
-
-    Example:
-        >>> number(-0.001), number(float("nan")), number(float("inf"))
-        ('0.00', '–', '∞')
-    """
+    """Write a figure, or a dash where there is none; what rounds to nothing has no sign."""
     if value is None or math.isnan(value):
         return "–"
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("inf", "∞")
@@ -56,12 +51,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def interval(value: float | None, low: float | None, high: float | None, digits: int = 2) -> str:
-    """Write a figure with its 95 % interval.
-
-    Example:
-        >>> interval(1.234, 1.1, 1.3)
-        '1.23 [1.10, 1.30]'
-    """
+    """Write a figure with its 95 % interval: 1.23 [1.10, 1.30]."""
     return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
@@ -82,39 +72,29 @@ def write_report(
     if not run.accelerator.is_main_process:
         return
     settings = {**asdict(run.config), "command": " ".join([f"recipes/{run.recipe}.py", *sys.argv[1:]])}
-    machine = describe_machine(run.accelerator)
+    machine, stages = describe_machine(run.accelerator), run.seconds
     if rows is not None:
         with atomic_write(run.folder / "scores.parquet") as temporary:
             rows.to_parquet(temporary, index=False)
-    facts = {"settings": settings, "machine": machine, "seconds": run.seconds}
-    made = Section("How this was made", [_facts(settings, machine, run.seconds)])
+    facts = {"command": settings["command"], "machine": ", ".join(f"{k} {v}" for k, v in machine.items())}
+    facts["seconds"] = ", ".join(f"{stage} {value:.0f}" for stage, value in stages.items())
+    made = Section("How this was made", [pd.DataFrame(facts.items(), columns=["", "value"])])
     page = (title, verdict, warnings, [*sections, made])
     write_text(run.folder / "report.md", _markdown(run.folder, *page))
     write_text(run.folder / "report.html", _html(*page))
-    report = {"kind": run.recipe, "format": FORMAT, "verdict": verdict, "warnings": warnings, **facts, **figures}
+    report = {"kind": run.recipe, "format": FORMAT, "verdict": verdict, "warnings": warnings, "settings": settings}
+    report |= {"machine": machine, "seconds": stages, **figures}
     write_json(run.folder / "report.json", report)  # last: a run with a report.json is whole
     print("\n".join([*warnings, *verdict]))  # the verdict is what the last lines on the screen say
     print(f"report       {run.folder / 'report.html'}")
     print(f"tensorboard  tensorboard --logdir {run.folder / 'tensorboard'}", flush=True)
 
 
-def _facts(settings: Mapping[str, Any], machine: Mapping[str, Any], seconds: Mapping[str, float]) -> pd.DataFrame:
-    rows = [("command", settings["command"]), ("machine", ", ".join(f"{k} {v}" for k, v in machine.items()))]
-    rows.append(("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())))
-    table: pd.DataFrame = pd.DataFrame({"": [name for name, _ in rows], "value": [value for _, value in rows]})
-    return table
-
-
-def _cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Every cell as text: floats with three digits, nothing as a dash."""
-
-    def cell(value: Any) -> str:
-        if isinstance(value, (float, np.floating)):
-            return number(float(value), 3)
-        return "–" if value is None else str(value).encode("utf-8", "backslashreplace").decode()
-
-    text: pd.DataFrame = table.map(cell)
-    return text
+def _cell(value: Any) -> str:
+    """A table's cell as text: floats with three digits, nothing as a dash."""
+    if isinstance(value, (float, np.floating)):
+        return number(float(value), 3)
+    return "–" if value is None else str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _markdown(
@@ -128,13 +108,12 @@ def _markdown(
             return f"![{text(value.caption)}]({value.path.relative_to(folder).as_posix()})"
         if isinstance(value, str):
             return text(value)
-        table = _cells(value).map(text)
-        table.columns = [text(str(name)) for name in table.columns]
+        table = value.map(lambda cell: text(_cell(cell))).rename(columns=lambda name: text(str(name)))
         return str(table.to_markdown(index=False, disable_numparse=True))
 
     parts = [f"# {text(title)}", *map(text, verdict), *[f"**{text(warning)}**" for warning in warnings]]
     for section in sections:
-        parts += [f"## {text(section.title)}", *[block(each) for each in section.blocks]]
+        parts += [f"## {text(section.title)}", *map(block, section.blocks)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -145,22 +124,17 @@ def _html(title: str, verdict: Sequence[str], warnings: Sequence[str], sections:
             return {"kind": "figure", "data": data, "caption": value.caption}
         if isinstance(value, str):
             return {"kind": "text", "text": value}
-        return {"kind": "table", "html": _cells(value).to_html(index=False, border=0, justify="left")}
+        return {"kind": "table", "html": value.map(_cell).to_html(index=False, border=0, justify="left")}
 
     loader = PackageLoader("singreg", "templates")
     template = Environment(loader=loader, autoescape=select_autoescape(["html", "j2"])).get_template("report.html.j2")
-    blocks = [{"title": section.title, "blocks": [block(each) for each in section.blocks]} for section in sections]
+    blocks = [{"title": section.title, "blocks": list(map(block, section.blocks))} for section in sections]
     page = template.render(title=title, verdict=verdict, warnings=warnings, sections=blocks)
     return page.encode("utf-8", "backslashreplace").decode()
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Flatten nested settings to what trackers take; TensorBoard drops or refuses the rest (None, lists, nested).
-
-    Example:
-        >>> flatten({"loss": {"weight": 0.1, "terms": None}, "templates": ["a", "b"]})
-        {'loss.weight': 0.1, 'loss.terms': 'none', 'templates': 'a, b'}
-    """
+    """Flatten nested settings to what trackers take; TensorBoard drops or refuses the rest (None, lists, nested)."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -188,11 +162,7 @@ def track(accelerator: Accelerator, name: str, config: Any) -> None:
 
 
 def log(accelerator: Accelerator, figures: Mapping[str, Any], step: int) -> None:
-    """Log numbers on every tracker; anything with one element is a number, anything else is refused.
-
-    Raises:
-        TypeError: a figure that is not one real number; names it.
-    """
+    """Log numbers on every tracker; anything with one element is a number, anything else is refused by name."""
     values = {name: plain(value) for name, value in figures.items()}
     wrong = [name for name, value in values.items() if not isinstance(value, (bool, int, float, type(None)))]
     if wrong:

@@ -19,7 +19,6 @@ FeatureScale = Callable[[Tensor], Tensor]
 
 DEFAULT_RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 5))
 DEAD = 1e-11  # of the raw second moment of a feature or of all: what rounding leaves of a constant feature or block
-LEAF = 128  # columns of Σ f fᵀ that are multiplied whole
 ROWS = 512  # images at a time, in float64: what a processor's cache holds
 
 
@@ -41,7 +40,7 @@ class RidgeStatistics:
     8.6), and folds the scale back into A.
 
     Attributes:
-        fz, f, z, zz, count: Σ f zᵀ (m, n), Σ f (m,), Σ z (n,), Σ |z|² and N.
+        ff, fz, f, z, zz, count: Σ f fᵀ (m, m), Σ f zᵀ (m, n), Σ f (m,), Σ z (n,), Σ |z|² and N.
 
     Example:
         >>> f = torch.randn(100, 4, dtype=torch.float64); A = torch.randn(3, 4, dtype=torch.float64)
@@ -53,16 +52,7 @@ class RidgeStatistics:
     def __init__(self, feature_dim: int, target_dim: int, *, device: torch.device | str = "cpu") -> None:
         shapes = ((feature_dim, feature_dim), (feature_dim, target_dim), (feature_dim,), (target_dim,), (), ())
         sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
-        self._ff, self.fz, self.f, self.z, self.zz, self.count = sums
-        self._lower_only = False  # True while what is above the diagonal of _ff is behind
-
-    @property
-    def ff(self) -> Tensor:
-        """Σ f fᵀ (m, m): only what is below the diagonal is summed, and mirrored when somebody looks."""
-        if self._lower_only:
-            self._ff.copy_(self._ff.tril() + self._ff.tril(-1).T)
-            self._lower_only = False
-        return self._ff
+        self.ff, self.fz, self.f, self.z, self.zz, self.count = sums
 
     def update(self, features: Tensor, targets: Tensor) -> RidgeStatistics:
         """Add a batch, features (B, m) and targets (B, n).
@@ -77,40 +67,36 @@ class RidgeStatistics:
         if not all(bool(torch.isfinite(x.detach().sum(dtype=torch.float64))) for x in (features, targets)):
             raise ValueError("features or targets hold NaN or infinity; one such row would spoil the whole fit")
         for rows in zip(torch.split(features.detach(), ROWS), torch.split(targets.detach(), ROWS), strict=True):
-            f, z = (x.to(self._ff) for x in rows)
-            _add_gram(self._ff, f)
+            f, z = (x.to(self.ff) for x in rows)
+            self.ff.addmm_(f.T, f)
             self.fz.addmm_(f.T, z)
             self.f += f.sum(0)
             self.z += z.sum(0)
             self.zz += (z * z).sum()
-        self._lower_only = True
         self.count += len(features)
         return self
 
     def merge(self, other: RidgeStatistics) -> RidgeStatistics:
         """Add another's sums (same shapes) to this one; exact, in any order."""
-        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
+        for mine, theirs in zip(self.state_dict().values(), other.state_dict().values(), strict=True):
             mine += theirs.to(mine)
-        self._lower_only |= other._lower_only
         return self
 
     def decay(self, factor: float) -> RidgeStatistics:
         """Multiply every sum, the count too, by a factor in (0, 1]: forgetting that leaves all means as they are."""
-        for mine in self._sums():
+        for mine in self.state_dict().values():
             mine *= factor
         return self
 
     def reduce(self) -> RidgeStatistics:
-        """Sum over all processes, in place; every process must call it. Without a process group nothing happens."""
-        if is_distributed():
-            for mine in self._sums():
-                torch.distributed.all_reduce(mine)
-            self._lower_only = True  # on some process it was
+        """Sum over all processes, in place; every process must call it."""
+        for mine in self.state_dict().values() if is_distributed() else ():
+            torch.distributed.all_reduce(mine)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the sums by name."""
-        return dict(zip(("ff", "fz", "f", "z", "zz", "count"), (self.ff, *self._sums()[1:]), strict=True))
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over stored sums of the same shapes, bit by bit."""
@@ -121,7 +107,7 @@ class RidgeStatistics:
         """Return the statistics of (f B, z) for a map B (m, k), exactly: no image is read again."""
         basis = basis.to(self.ff)
         found = RidgeStatistics(basis.shape[1], self.fz.shape[1], device=self.ff.device)
-        found._ff, found.fz, found.f = basis.T @ self.ff @ basis, basis.T @ self.fz, basis.T @ self.f
+        found.ff, found.fz, found.f = basis.T @ self.ff @ basis, basis.T @ self.fz, basis.T @ self.f
         found.z, found.zz, found.count = self.z.clone(), self.zz.clone(), self.count.clone()
         return found
 
@@ -166,27 +152,12 @@ class RidgeStatistics:
         best = max(scores, key=lambda ridge: scores[ridge])
         return path.solve(best), scores
 
-    def _sums(self) -> tuple[Tensor, ...]:
-        return self._ff, self.fz, self.f, self.z, self.zz, self.count  # the first may be right below its diagonal only
-
     def _scaled(self, standardize: Standardize) -> tuple[Tensor, Tensor, FeatureScale]:
         """(L S_ff L (m, m), L S_fz (m, n), L): the centred scatter in the scale that the penalty acts in."""
         s_ff, s_fz, _ = self.centred()
         scale = _feature_scale(s_ff, self.ff, self.count, standardize)
         scaled = scale(scale(s_ff).T)
         return (scaled + scaled.T) / 2, scale(s_fz), scale
-
-
-def _add_gram(whole: Tensor, f: Tensor) -> None:
-    """Add f fᵀ of rows (B, m) on and below the diagonal: halving leaves little above it, and the products large."""
-    width = f.shape[1]
-    if width <= LEAF:
-        whole.addmm_(f.T, f)
-        return
-    half = width // 2
-    whole[half:, :half].addmm_(f[:, half:].T, f[:, :half])
-    _add_gram(whole[:half, :half], f[:, :half])
-    _add_gram(whole[half:, half:], f[:, half:])
 
 
 @dataclass(frozen=True)
@@ -207,8 +178,7 @@ class RidgePath:
 
     def residuals(self, held_out: RidgeStatistics, ridges: Sequence[float]) -> list[float]:
         """Return 1 - R² on held-out statistics, Σ|T(f) - z|² / Σ|z - z̄|², of every ridge's solution."""
-        # In the eigenbasis a solution is D L with D diagonal, so what it makes of the held-out sums is a quadratic form
-        # in D's diagonal: the work is that of one solution.
+        # In the eigenbasis a solution is D L with D diagonal: the sums are a quadratic form in D's diagonal.
         _, _, s_zz = held_out.centred()
         own = self.vectors.T @ held_out.ff @ self.vectors * (self.loadings @ self.loadings.T)
         cross = (self.loadings * (self.vectors.T @ held_out.fz)).sum(1)
@@ -225,20 +195,17 @@ class RidgePath:
     def _inverse(self, ridge: float) -> Tensor:
         shifted = self.eigenvalues + ridge * self.eigenvalues.mean()
         floor = len(shifted) * torch.finfo(shifted.dtype).eps * shifted.max()
-        return torch.where(shifted > floor, 1 / shifted.clamp_min(floor), torch.zeros_like(shifted))
+        return torch.where(shifted > floor, 1 / shifted.clamp_min(floor), 0)
 
 
 def _feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, standardize: Standardize) -> FeatureScale:
     """L with L f of unit scale, from S (m, m) and Σ f fᵀ (m, m); a constant feature or block is mapped to 0."""
-    if not isinstance(standardize, bool | Tensor):
-        raise ValueError(f"standardize: expected False, True or a row-space basis (m, r), got {standardize!r}")
     if isinstance(standardize, Tensor):
         return _by_block(scatter, raw, count, standardize)
     variance = torch.diagonal(scatter) / count
     alive = variance > DEAD * torch.diagonal(raw) / count
     inverse = variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt() if standardize else torch.ones_like(variance)
-    inverse = torch.where(alive, inverse, torch.zeros_like(inverse))
-    return lambda columns: inverse[:, None] * columns
+    return lambda columns: torch.where(alive, inverse, 0)[:, None] * columns
 
 
 def _by_block(scatter: Tensor, raw: Tensor, count: Tensor, basis: Tensor) -> FeatureScale:

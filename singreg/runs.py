@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import platform
-import re
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -33,7 +30,6 @@ from singreg.config import RunConfig
 from singreg.parsing import dump
 from singreg.utils import sweep, write_text
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEATED = 5.0
@@ -48,16 +44,14 @@ def start(config: RunConfig) -> Accelerator:
     gpu = torch.cuda.is_available() or torch.xpu.is_available()
     if not torch.cuda.is_available():
         # The launcher pins CPU runs to one thread a process; share the cores among the local processes instead.
-        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     accelerator = Accelerator(
         # Unasked, accelerate takes several processes without a GPU for as many runs of one process each. Apple's GPU
         # has no float64, which null spaces and ridge solves need.
         cpu=not gpu and ("LOCAL_RANK" in os.environ or torch.backends.mps.is_available()),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=None if config.dry_run else config.log_with,
-        project_config=ProjectConfiguration(
-            project_dir=str(config.folder), logging_dir=str(config.folder / "tensorboard")
-        ),
+        project_config=ProjectConfiguration(str(config.folder), str(config.folder / "tensorboard")),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),  # SingLoss keeps its buffers equal by itself
             # One process may embed a million images while the others wait; NCCL would give up after 10 minutes.
@@ -77,22 +71,17 @@ def start(config: RunConfig) -> Accelerator:
 
 
 def _refuse_what_needs_other_weights() -> None:
-    asked = [name for name, key in SHARDING.items() if os.environ.get(key, "").lower() in ("1", "true", "yes")]
-    if asked:
+    for name, key in SHARDING.items():
+        if os.environ.get(key, "").lower() in ("1", "true", "yes"):
+            raise SystemExit(f"error: {name} shards the weights, but the null space is that of the whole head; use DDP")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise SystemExit(
-            f"error: accelerate was started with {' and '.join(asked)}, which shards the weights; the null space is "
-            "that of the whole head, so launch with copies of the model (--multi_gpu)"
-        )
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if backend != "no":
-        raise SystemExit(
-            f"error: accelerate was started with the dynamo backend {backend!r}, which would compile the head too; "
-            "leave it out and set model.compile: true, which compiles what comes before the head"
+            "error: accelerate's dynamo backend would compile the head too; set model.compile: true instead"
         )
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may run on, fewer than the machine has inside a container."""
+def _usable_cores() -> int:
+    """How many cores this process may run on, fewer than the machine has inside a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -101,7 +90,7 @@ def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {
         "processor": platform.machine(),
-        "cores": usable_cores(),
+        "cores": _usable_cores(),
         "memory_gib": round(pages / 2**30, 1),
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
@@ -139,14 +128,10 @@ class Run:
         if not resolved.is_file():
             return self
         if not self.config.resume:
-            raise FileExistsError(
-                f"{self.folder} already holds a run; use --resume true to go on with it, or another --out"
-            )
+            raise FileExistsError(f"{self.folder} already holds a run; go on with --resume true or use another --out")
         if resolved.read_text(encoding="utf-8") != self._resolved():
-            raise ValueError(
-                f"{resolved} differs from the configuration given; resume with --config {resolved} --resume true, or "
-                "use another --out"
-            )
+            how = f"resume with --config {resolved} --resume true, or use another --out"
+            raise ValueError(f"{resolved} differs from the configuration given; {how}")
         return self
 
     def open(self) -> Run:
@@ -165,19 +150,17 @@ class Run:
     @property
     def command(self) -> str:
         """The command that goes on with this run."""
-        config = self.folder / "config.yaml"
-        return f"accelerate launch recipes/{self.recipe}.py --config {config} --resume true"
+        return f"accelerate launch recipes/{self.recipe}.py --config {self.folder / 'config.yaml'} --resume true"
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Note how many seconds a stage took."""
         begun = time.monotonic()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - begun
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Say how to go on when the run is interrupted or fails; the error passes on, a full disk as a sentence."""
+        """Say how to go on when the run is interrupted or fails; the error passes on."""
         with _signals_handled():
             try:
                 yield
@@ -188,17 +171,7 @@ class Run:
                 if (main or isinstance(error, Exception)) and (self.folder / "config.yaml").is_file():
                     print(f"\nstopped; all finished work is kept in {self.folder}", file=sys.stderr)
                     print(f"go on with: {self.command}", file=sys.stderr)
-                if _of_the_disk(error):
-                    raise SystemExit(f"error: {error} (while writing in {self.folder})") from error
                 raise
-
-
-def _of_the_disk(error: BaseException) -> bool:
-    """A full disk, a quota, a folder that cannot be written; safetensors and torch raise errors of their own."""
-    if isinstance(error, OSError):
-        return error.errno in DISK
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return "PytorchStreamWriter failed" in str(error) or (found is not None and int(found[1]) in DISK)
 
 
 class _Stop:
@@ -209,12 +182,6 @@ class _Stop:
     since = 0.0
 
 
-def _end(number: int) -> None:
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
-
-
 def _handle(number: int, _: FrameType | None) -> None:
     now = time.monotonic()
     if _Stop.number is not None and now - _Stop.since < REPEATED:
@@ -222,17 +189,13 @@ def _handle(number: int, _: FrameType | None) -> None:
     waits = _Stop.waited_for and _Stop.number is None
     _Stop.number, _Stop.since = number, now
     if not waits:
-        _end(number)
-    name = signal.Signals(number).name
-    print(f"\n{name}: stopping after this step; once more after {REPEATED:.0f} s stops at once", file=sys.stderr)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+    print(f"\nstopping after this step; once more after {REPEATED:.0f} s stops at once", file=sys.stderr)
 
 
 @contextmanager
 def _signals_handled() -> Iterator[None]:
-    """Handle SIGTERM, which schedulers send before they kill, and SIGINT; outside the main thread nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Handle SIGTERM, which schedulers send before they kill, and SIGINT."""
     before = {number: signal.signal(number, _handle) for number in SIGNALS}
     try:
         yield
@@ -267,4 +230,5 @@ class StopRequest:
 
     def end(self) -> None:
         """End this process as the signal wants it: exit status 128 + its number, Ctrl-C as KeyboardInterrupt."""
-        _end(_Stop.number or signal.SIGTERM)
+        number = _Stop.number or signal.SIGTERM
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

@@ -17,7 +17,7 @@ from singreg.analysis.features import PassSettings, iterate_features
 from singreg.config import ModelConfig, RunConfig, VLMConfig
 from singreg.data.datasets import ImageSplit, Splits, load_splits
 from singreg.data.embeddings import cached_embeddings
-from singreg.models.classifier import Classifier
+from singreg.models.classifier import Classifier, label_names
 from singreg.models.vlm import VisionLanguageModel
 from singreg.nullspace import NullSpace
 from singreg.translator import TranslatorInfo
@@ -53,21 +53,16 @@ def prepare(
 
     Args:
         before_embedding: called when splits and classifier are there and the long work is not begun.
-
-    Raises:
-        ValueError: an empty audit split, a head without a null space, classes or images that are not there.
     """
     splits = load_splits(config.data)
     if not len(splits.audit):
-        raise ValueError(
-            "the audit split is empty, so no auditor can be fitted; give data.per_class.audit or unlabeled"
-        )
+        raise ValueError("the audit split is empty: no auditor can be fitted; give data.per_class.audit or unlabeled")
     classifier = build_classifier(model, splits, image_size=config.data.image_size)
     labelled = labels_for_head(splits, classifier, model)
     vlm = open_vlm(config.vlm, accelerator)
     passes = PassSettings(BATCH_SIZE, config.data.workers, progress=accelerator.is_local_main_process)
     if config.dry_run and accelerator.is_main_process:
-        print(f"{describe_head(classifier, model)}\n{describe_splits(labelled)}", flush=True)
+        _describe(classifier, model, labelled)
     if before_embedding is not None:
         before_embedding(labelled, classifier)
     return Setup(
@@ -81,6 +76,18 @@ def prepare(
     )
 
 
+def describe_pair(classifier: Classifier, vlm: VisionLanguageModel) -> TranslatorInfo:
+    """Return what a translator between two models is fitted on, for its file."""
+    return TranslatorInfo(
+        classifier=classifier.tag,
+        head_hash=classifier.head_hash(),
+        classifier_preprocessing=sha256_of_json(classifier.preprocessing),
+        vlm=vlm.tag,
+        vlm_weights_hash=vlm.weights_hash,
+        vlm_preprocessing=sha256_of_json(vlm.preprocessing),
+    )
+
+
 def model_name(name: str, kind: str) -> str:
     """Return the packaged folder of a kind (classifier, vlm) for "demo", any other name as it is."""
     return f"local-dir:{ASSETS / f'demo_{kind}'}" if name == "demo" else name
@@ -89,11 +96,7 @@ def model_name(name: str, kind: str) -> str:
 def build_classifier(
     model: ModelConfig, splits: Splits, *, image_size: int | None = None, allow_empty: bool = False
 ) -> Classifier:
-    """Build the classifier with its head kept, sliced to the splits' classes, or new.
-
-    Raises:
-        ValueError: classes whose rows in the head are not known; a head without a null space, unless `allow_empty`.
-    """
+    """Build the classifier with its head kept, sliced to the splits' classes, or new."""
     sliced = model.head == "slice"
     classifier = Classifier.from_timm(
         model_name(model.name, "classifier"),
@@ -107,56 +110,36 @@ def build_classifier(
     )
     NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=allow_empty)  # or say so now
     if model.gradient_checkpointing:
-        _checkpoint_gradients(classifier, model)
+        if model.batch_norm == "train":
+            raise ValueError(
+                "model.gradient_checkpointing would update batch-norm statistics twice; set batch_norm: eval"
+            )
+        try:
+            classifier.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f"model.gradient_checkpointing: timm's {model.name} cannot ({error})") from error
     if model.compile and not hasattr(classifier.model, "forward_features"):
         raise ValueError(f"model.compile: timm's {model.name} has no forward_features to compile; set it to false")
     return classifier.to(memory_format=torch.channels_last)
 
 
-def _checkpoint_gradients(classifier: Classifier, model: ModelConfig) -> None:
-    switch: Any = getattr(classifier.model, "set_grad_checkpointing", None)
-    try:
-        assert switch is not None, "it has no such switch"
-        switch(True)
-    except AssertionError as error:  # what timm's models without it raise
-        raise ValueError(
-            f"model.gradient_checkpointing: timm's {model.name} cannot ({error}); set it to false"
-        ) from error
-    if model.batch_norm == "train":
-        raise ValueError(
-            "model.gradient_checkpointing runs every layer twice, which would update batch-norm statistics twice; set "
-            "model.batch_norm to eval"
-        )
-
-
 def labels_for_head(splits: Splits, classifier: Classifier, model: ModelConfig) -> Splits:
-    """With a kept head, give labels and names among all its rows; rows without names count in the data's order.
-
-    Raises:
-        ValueError: it is not known what the head's rows mean, or they have the data's classes in another order.
-    """
+    """With a kept head, give labels and names among all its rows; rows without names count in the data's order."""
     if model.head != "keep":
         return splits
-    stored: Any = getattr(classifier.model, "pretrained_cfg", {}).get("label_names")  # type: ignore[union-attr, operator]
-    own = tuple(stored[row] for row in sorted(stored, key=int)) if isinstance(stored, dict) else tuple(stored or ())
+    tag, rows = classifier.tag, classifier.num_classes
+    own = tuple(name for _, name in sorted(label_names(getattr(classifier.model, "pretrained_cfg", {})).items()))
     if own != splits.class_names and sorted(own) == sorted(splits.class_names):
-        raise ValueError(
-            f"the head of {classifier.tag} has the data's classes in another order ({', '.join(own[:4])}, ...), so its "
-            "rows would be taken for other classes; use model.head: slice, which goes by name"
-        )
-    if classifier.num_classes == len(splits.class_names):
-        if not own and splits.class_indices != tuple(range(classifier.num_classes)):
-            logger.warning(
-                "model.head: keep: no class names are stored with %s, so its %d rows are taken in the data's order",
-                classifier.tag,
-                classifier.num_classes,
-            )
+        raise ValueError(f"the head of {tag} has the data's classes in another order; use model.head: slice")
+    if rows == len(splits.class_names):
+        if not own and splits.class_indices != tuple(range(rows)):
+            logger.warning("no class names are stored with %s: its %d rows are taken in the data's order", tag, rows)
         return splits
     among = splits.among_imagenet()
-    if len(among.class_names) != classifier.num_classes:
+    if len(among.class_names) != rows:
         raise ValueError(
-            f"model.head: keep needs to know what the {classifier.num_classes} rows of {classifier.tag} mean: they are "
-            f"neither the data's {len(splits.class_names)} classes nor ImageNet-1k's; use model.head: slice or new"
+            f"model.head: keep needs to know what the {rows} rows of {tag} mean: they are neither the data's "
+            f"{len(splits.class_names)} classes nor ImageNet-1k's; use model.head: slice or new"
         )
     return among
 
@@ -174,21 +157,6 @@ def embed_splits(vlm: VisionLanguageModel, splits: Sequence[ImageSplit], passes:
     return {split.name: cached_embeddings(vlm, split, **settings) for split in splits}
 
 
-def describe_pair(
-    classifier: Classifier, vlm: VisionLanguageModel, *, normalized_targets: bool = False
-) -> TranslatorInfo:
-    """Return what a translator between two models is fitted on, for its file."""
-    return TranslatorInfo(
-        classifier=classifier.tag,
-        head_hash=classifier.head_hash(),
-        classifier_preprocessing=sha256_of_json(classifier.preprocessing),
-        vlm=vlm.tag,
-        vlm_weights_hash=vlm.weights_hash,
-        vlm_preprocessing=sha256_of_json(vlm.preprocessing),
-        normalized_targets=normalized_targets,
-    )
-
-
 def try_one_batch(setup: Setup) -> None:
     """Run one batch of test images through the classifier and print its shapes: a dry run's last step."""
     count = min(BATCH_SIZE, len(setup.splits.test))
@@ -201,18 +169,10 @@ def try_one_batch(setup: Setup) -> None:
         print("dry run: nothing was measured, no run folder was made")
 
 
-def describe_head(classifier: Classifier, model: ModelConfig) -> str:
-    """Return rank and nullity of a head in words, for a dry run."""
+def _describe(classifier: Classifier, model: ModelConfig, splits: Splits) -> None:
+    """Print rank and nullity of the head and the number of images in each split, for a dry run."""
     space = NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=True)
     share = space.nullity / classifier.feature_dim
-    return f"head: rank {space.rank}, nullity {space.nullity} ({share:.1%} of the dimensions)"
-
-
-def describe_splits(splits: Splits) -> str:
-    """Return the number of images in each split and what is about to be done to them, for a dry run."""
-    counts = {split.name: len(split) for split in (splits.train, splits.bank, splits.audit, splits.test)}
-    embedded = counts["bank"] + counts["audit"] + counts["test"]
-    return (
-        f"images: {', '.join(f'{name} {count}' for name, count in counts.items())}\n"
-        f"embedding the {embedded} images of bank, audit and test once; {cache_folder()} keeps them"
-    )
+    print(f"head: rank {space.rank}, nullity {space.nullity} ({share:.1%} of the dimensions)")
+    print(f"images: {', '.join(f'{split.name} {len(split)}' for split in splits)}")
+    print(f"embedding those of bank, audit and test once; {cache_folder()} keeps them", flush=True)

@@ -20,9 +20,8 @@ from singreg.data.datasets import ImageSplit, Splits
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
 from singreg.models.vlm import VisionLanguageModel
-from singreg.setup import build_classifier, embed_splits, labels_for_head, open_vlm
+from singreg.setup import build_classifier, describe_pair, embed_splits, labels_for_head, open_vlm
 from singreg.translator import TranslatorInfo
-from singreg.utils import sha256_of_json
 
 
 @dataclass
@@ -48,11 +47,7 @@ class ComparedModel(ModelConfig):
         return self.label or (parts[-1] if parts else self.name)
 
     def resolved(self) -> ComparedModel:
-        """Return it with a run's folder as the timm folder inside it.
-
-        Raises:
-            FileNotFoundError: a folder without a model in it.
-        """
+        """Return it with a run's folder as the timm folder inside it."""
         folder = Path(self.name).expanduser()
         if ":" in self.name or not folder.is_dir():
             return self
@@ -65,11 +60,7 @@ class ComparedModel(ModelConfig):
 
 
 def refuse_unknown_names(models: Sequence[ComparedModel]) -> None:
-    """Look at all names before anything is downloaded: plain ones must be timm's, folders must hold a model.
-
-    Raises:
-        ValueError: names every model that is not there.
-    """
+    """Refuse, before anything is downloaded, plain names that are not timm's and folders without a model."""
     problems = []
     for place, model in enumerate(models):
         try:
@@ -93,26 +84,18 @@ def open_model(model: ComparedModel, splits: Splits, config: RunConfig) -> Class
 class Space:
     """One vision-language model's reading of the images.
 
-    Attributes:
-        texts: (C, n) unit rows of the class prompts by class names, since heads may have other classes.
-        embeddings: (N, n) by the split's name (bank, audit, test).
-        info: its half of what translators are fitted on.
+    `texts` are unit rows (C, n) of the class prompts by class names, since heads may have other classes; `embeddings`
+    are (N, n) by the split's name (bank, audit, test).
     """
 
     label: str
     vlm: VisionLanguageModel
     texts: dict[tuple[str, ...], Tensor]
     embeddings: dict[str, np.ndarray]
-    info: TranslatorInfo
 
     def info_for(self, classifier: Classifier) -> TranslatorInfo:
-        """Return both halves of what a translator is fitted on."""
-        return replace(
-            self.info,
-            classifier=classifier.tag,
-            head_hash=classifier.head_hash(),
-            classifier_preprocessing=sha256_of_json(classifier.preprocessing),
-        )
+        """Return what a translator from the classifier into this space is fitted on."""
+        return describe_pair(classifier, self.vlm)
 
 
 def open_spaces(
@@ -127,20 +110,12 @@ def open_spaces(
     for config, label in zip(vlms, space_labels(vlms), strict=True):
         vlm = open_vlm(config, accelerator)
         texts = {every: vlm.embed_classes(every, tuple(config.templates)).to(accelerator.device) for every in names}
-        info = TranslatorInfo(
-            vlm=vlm.tag, vlm_weights_hash=vlm.weights_hash, vlm_preprocessing=sha256_of_json(vlm.preprocessing)
-        )
-        spaces.append(Space(label, vlm, texts, embed_splits(vlm, splits, passes), info))
+        spaces.append(Space(label, vlm, texts, embed_splits(vlm, splits, passes)))
     return spaces
 
 
 def space_labels(vlms: Sequence[VLMConfig]) -> list[str]:
-    """Name every space: model and tag, or the folder's name; the same one twice gets a number.
-
-    Example:
-        >>> space_labels([VLMConfig("demo"), VLMConfig("demo"), VLMConfig("ViT-L-14", "openai")])
-        ['demo', 'demo (2)', 'ViT-L-14 openai']
-    """
+    """Name every space: model and tag, or the folder's name; the same one twice gets a number."""
     labels: list[str] = []
     for vlm in vlms:
         name = Path(vlm.name).name if vlm.name.startswith("local-dir:") else vlm.name
@@ -153,14 +128,11 @@ def space_labels(vlms: Sequence[VLMConfig]) -> list[str]:
 def look_at_heads(
     models: Sequence[ComparedModel], splits: Splits, config: RunConfig
 ) -> tuple[list[dict[str, Any]], list[tuple[str, ...]]]:
-    """Look at every head before any long work.
+    """Look at every head before any long work; models that cannot be built are named, all of them at once.
 
     Returns:
         Of every model label, source, passport (None without a linear head) and why it is omitted, or None; and the
         class names (C,) that prompts are needed for.
-
-    Raises:
-        ValueError: models that cannot be built, all of them at once.
     """
     heads, names, problems = [], [], []
     for place, model in enumerate(models):

@@ -63,7 +63,9 @@ def steer(
 
 def similarity_gradient(features: Tensor, text: Tensor, translator: AnyTranslator) -> Tensor:
     """Return ∇_f cos(T f, t), (B, m), before any projection: Aᵀ(t̂ - s ẑ)/|z|, or by autograd (eq. 11)."""
-    check_fixed(translator)
+    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # in training mode no fixed function
+    if isinstance(translator, nn.Module) and any(isinstance(m, random) and m.training for m in translator.modules()):
+        raise ValueError(f"{type(translator).__name__} is in training mode, so no fixed function; call .eval() first")
     gradient: Tensor
     if not isinstance(translator, LinearTranslator):
         with torch.enable_grad():
@@ -88,26 +90,16 @@ def unit_in_null(direction: Tensor, gradient: Tensor) -> Tensor:
     return torch.where(negligible, torch.zeros_like(direction), scaled)
 
 
-def check_fixed(translator: AnyTranslator) -> None:
-    """Raise a ValueError where dropout or batch norm in training mode make the translator no fixed function."""
-    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-    if isinstance(translator, nn.Module) and any(isinstance(m, random) and m.training for m in translator.modules()):
-        raise ValueError(f"{type(translator).__name__} is in training mode, so no fixed function; call .eval() first")
-
-
 def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:
     """Return the smallest ε > 0 with angle(z, z + ε u) = θ, in closed form; NaN where θ >= angle(z, u) is out of reach.
 
-    Solves ε²(β² - γαk) + 2αβ(1-k)ε + α²(1-k) = 0 with α = |z|², β = z·u, γ = |u|², k = cos²θ (METHOD section 4), in
-    float64.
-
-    Shape: translated features z and directions u = A d̂ (..., n); returns (...) in the dtype of z.
+    Shape: translated features z and directions u = A d̂ (..., n); returns (...) in the dtype of z, found in float64.
     """
     dtype, z, u = z.dtype, z.to(torch.float64), u.to(torch.float64)
     theta = math.radians(degrees)
     alpha, beta, gamma = (z * z).sum(-1), (z * u).sum(-1), (u * u).sum(-1)
-    # In the plane of z and u: tan θ = ε p / (|z| + ε q), q = u·ẑ, p = |u - q ẑ|. The quadratic's wanted root is
-    # ε = |z| sin θ / (p cos θ - q sin θ), which has no cancellation and no sign to choose.
+    # In the plane of z and u: tan θ = ε p / (|z| + ε q), q = u·ẑ, p = |u - q ẑ|. The wanted root of METHOD section 4's
+    # quadratic is ε = |z| sin θ / (p cos θ - q sin θ), which has no cancellation and no sign to choose.
     along = beta / alpha.sqrt()
     across = (gamma - along * along).clamp_min(0).sqrt()
     denominator = across * math.cos(theta) - along * math.sin(theta)
@@ -120,8 +112,7 @@ def step_for_image_score(z: Tensor, u: Tensor, degrees: float) -> Tensor:
 def bisect_step(translator: AnyTranslator, features: Tensor, direction: Tensor, degrees: float) -> Tensor:
     """Return the first ε > 0 found with angle(T f, T(f + ε d̂)) = θ for any translator; NaN where it is out of reach.
 
-    Doubles ε until the angle is passed, then halves the bracket down to the dtype's resolution, all rows at once. For a
-    linear translator the angle grows with ε, so this is `step_for_image_score`'s root.
+    Doubles ε until the angle is passed, then halves the bracket down to the dtype's resolution, all rows at once.
 
     Shape: features, direction (B, m); returns (B,) in units of the features.
     """
@@ -153,7 +144,7 @@ class ConditionalGaussian:
         mean: (m,) of the features.
         whitening: (d, m) maps f - mean to w, standard normal under it, so the Mahalanobis radius is |w|.
         colouring: (m, d) maps back into the null space.
-        floor: variances below floor · (mean variance) count as that.
+        floor: variances below this share of their mean count as that.
         floored: how many of the d did.
     """
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,10 +48,7 @@ class TranslatorInfo:
 
 
 class Translator(nn.Module):
-    """A fixed map T from features (..., m) to (..., n) that lets gradients through to the features.
-
-    All it holds are buffers, so nobody trains it by accident. `info` says what it was fitted on.
-    """
+    """A fixed map T from features (..., m) to (..., n) that lets gradients through; all it holds are buffers."""
 
     FORMAT = ""
     info: TranslatorInfo
@@ -171,13 +169,9 @@ def fit_translator(
     Over several processes each passes its own batches and all get the same translator.
 
     Args:
+        batches: features (B, m) and embeddings (B, n).
         standardize: see `RidgeStatistics`; a basis (m, r) of the head's row space makes the fit blind to a rotation or
             a rescaling of the null block (METHOD section 8.6).
-
-    Shape: each batch (B, m) and (B, n).
-
-    Raises:
-        ValueError: the stream is empty, or its shapes change.
 
     Example:
         >>> f = torch.randn(200, 4); A = torch.randn(3, 4)
@@ -211,9 +205,13 @@ def translator_from_statistics(
     """Choose λ by R² on `validation`, then solve on both parts together."""
     chosen, scores = fit.validate(validation, ridges=ridges, standardize=standardize)
     whole = RidgeStatistics(*fit.fz.shape, device=fit.ff.device).merge(fit).merge(validation)
-    blocks, r2 = isinstance(standardize, Tensor), scores[chosen.ridge]
-    scaled = blocks or bool(standardize)
-    info = replace(info or TranslatorInfo(), standardized=scaled, by_block=blocks, validation_r2=r2)
+    blocks = isinstance(standardize, Tensor)
+    found: dict[str, Any] = {
+        "standardized": blocks or bool(standardize),
+        "by_block": blocks,
+        "validation_r2": scores[chosen.ridge],
+    }
+    info = replace(info or TranslatorInfo(), **found)
     return LinearTranslator.from_solution(whole.solve(chosen.ridge, standardize=standardize), info)
 
 
@@ -222,23 +220,18 @@ def fit_mlp_translator(
     targets: Array,
     *,
     settings: MLPSettings | None = None,
-    normalize_targets: bool = False,
     info: TranslatorInfo | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> MLPTranslator:
     """Fit a non-linear T by mean squared error on rows f (N, m) and z (N, n); every fifth decides when to stop.
 
-    Memory does not grow with N when the arrays are memory-mapped. The same seed gives the same weights on a CPU. In a
-    process group every process passes the same arrays; the first one's weights go to all.
-
-    Raises:
-        ValueError: shapes that differ, too few rows, values that are not finite, or a training that diverges.
+    Memory does not grow with N when the arrays are memory-mapped. In a process group every process passes the same
+    arrays; the first one's weights go to all.
     """
     settings = settings or MLPSettings()
-    state, images, r2 = train_mlp(features, targets, settings, normalize_targets, torch.device(device), progress)
-    info = replace(info or TranslatorInfo(), kind=settings.kind, images=images, ridge=0.0, validation_r2=r2)
-    info = replace(info, standardized=True, normalized_targets=normalize_targets)
+    state, images, r2 = train_mlp(features, targets, settings, torch.device(device), progress)
+    info = replace(info or TranslatorInfo(), kind=settings.kind, images=images, validation_r2=r2, standardized=True)
     return MLPTranslator(settings, state, info).to(device)
 
 
@@ -250,7 +243,6 @@ def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None)
         expected: what it must have been fitted on; its non-empty text fields but the kind are compared.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: not a translator; damaged; or fitted on something else, with every difference named.
 
     Example:

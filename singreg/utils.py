@@ -9,8 +9,7 @@ import os
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 15.0
@@ -35,13 +35,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it is flushed to disk and renamed onto `path`.
 
     An exception (full disk, Ctrl-C) removes the temporary file and leaves what was there before untouched.
-
-    Example:
-        >>> target = Path(tempfile.mkdtemp()) / "a.txt"
-        >>> with atomic_write(target) as temporary:
-        ...     _ = temporary.write_text("whole")
-        >>> target.read_text()
-        'whole'
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,14 +65,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented, strict JSON, whole or not at all; NaN and infinity become null.
-
-    Example:
-        >>> target = Path(tempfile.mkdtemp()) / "a.json"
-        >>> write_json(target, {"AS": np.float32(0.5), "IS": float("nan")})
-        >>> json.loads(target.read_text())
-        {'AS': 0.5, 'IS': None}
-    """
+    """Write a value as indented, strict JSON, whole or not at all; NaN and infinity become null."""
     write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
@@ -100,19 +86,13 @@ def plain(value: Any) -> Any:
 
 def sha256_of_file(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes as hexadecimal."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def sha256_of_tensor(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's shape and float32 values, whatever its device and memory layout."""
-    values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    digest = hashlib.sha256(str(tuple(values.shape)).encode())
-    digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+    values = tensor.detach().to(device="cpu", dtype=torch.float32)
+    return hashlib.sha256(str(tuple(values.shape)).encode() + values.numpy().tobytes()).hexdigest()
 
 
 def sha256_of_json(value: Any) -> str:
@@ -123,39 +103,12 @@ def sha256_of_json(value: Any) -> str:
 def progress(
     items: Iterable[Item], description: str, *, total: int | None = None, done: int = 0, enabled: bool = True
 ) -> Iterator[Item]:
-    """Yield the items and show how far it is: a bar on a terminal, a line every quarter of a minute elsewhere.
-
-    Args:
-        total: number of items where `items` has no length.
-        done: how many of `total` were finished before.
-        enabled: False on all processes but the main one.
-
-    Example:
-        >>> list(progress(range(3), "counting", enabled=False))
-        [0, 1, 2]
-    """
-    if not enabled:
-        yield from items
-    elif sys.stderr.isatty():
-        from accelerate.utils import tqdm  # here, so that the pure modules do not import accelerate
-
-        yield from tqdm(items, desc=description, total=total, initial=done, leave=False)
-    else:
-        yield from _lines(items, description, total, done)
-
-
-def _lines(items: Iterable[Item], description: str, total: int | None, done: int) -> Iterator[Item]:
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    start = shown = time.monotonic()
-    for count, item in enumerate(items, start=done + 1):
-        yield item
-        now = time.monotonic()
-        if now - shown >= SECONDS_BETWEEN_LINES:
-            shown = now
-            left = f", {(now - start) * (total - count) / (count - done):.0f} s left" if total else ""
-            share = f"{count}/{total} ({count / total:.0%})" if total else str(count)
-            print(f"{description}: {share}, {now - start:.0f} s{left}", file=sys.stderr, flush=True)
+    """Yield the items with a progress bar that begins at `done`; where there is no terminal it is drawn seldom."""
+    terminal = sys.stderr.isatty()
+    every = 0.1 if terminal else SECONDS_BETWEEN_LINES  # a log shows nothing of what takes less
+    options = {"initial": done, "disable": not enabled, "mininterval": every, "maxinterval": max(10, every)}
+    options["delay"] = 0 if terminal else every
+    yield from tqdm(items, description, total, leave=False, **options)
 
 
 def is_distributed() -> bool:
@@ -193,21 +146,17 @@ def together(work: Callable[[], Item], what: str, *, first_only: bool = False) -
 
 
 @torch.no_grad()
-def all_reduce_sum(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Sum a tensor over processes, detached. Every process must call it. Shape: any, kept."""
     value = value.detach().clone()
     if is_distributed():
-        dist.all_reduce(value)
+        dist.all_reduce(value, op=op)
     return value
 
 
-@torch.no_grad()
 def all_reduce_max(value: Tensor) -> Tensor:
     """Take the largest of a tensor over processes, element by element, detached. Shape: any, kept."""
-    value = value.detach().clone()
-    if is_distributed():
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value
+    return all_reduce_sum(value, dist.ReduceOp.MAX)
 
 
 @torch.no_grad()
@@ -232,45 +181,21 @@ def seed_process(seed: int, rank: int, step: int = 0) -> None:
 
 
 def gather_rows(batches: Sequence[Mapping[str, np.ndarray]], *, sort_by: str | None = None) -> dict[str, np.ndarray]:
-    """Concatenate named numeric columns over batches and processes; the same on every process, each row once.
-
-    Columns travel as tensors, one at a time, so a process holds the rows and the copies of one column.
-
-    Args:
-        batches: columns (B, ...) by name, all of the same names; empty on a process without images.
-        sort_by: the column whose order the rows get.
-
-    Raises:
-        ValueError: no process has a row.
-    """
+    """Concatenate named numeric columns (B, ...) over batches and processes, in the order of the column `sort_by`."""
     mine = {name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else {})}
     if is_distributed():
         mine = _gathered(mine)
     if not mine:
         raise ValueError("no process has any row to gather")
-    if sort_by is None:
-        return mine
-    order = np.argsort(mine[sort_by], kind="stable")
+    order = slice(None) if sort_by is None else np.argsort(mine[sort_by], kind="stable")
     return {name: values[order] for name, values in mine.items()}
 
 
 def _gathered(mine: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    layouts: list[Any] = [None] * dist.get_world_size()
-    count = len(next(iter(mine.values()))) if mine else 0
-    dist.all_gather_object(layouts, (count, {name: (v.dtype.str, v.shape[1:]) for name, v in mine.items()}))
-    counts = [layout[0] for layout in layouts]
-    columns: dict[str, Any] = next((layout[1] for layout in layouts if layout[1]), {})
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, list(mine))
     rows = {}
-    for name, (dtype, shape) in columns.items():
-        own = mine.get(name, np.zeros((0, *shape), dtype=np.dtype(dtype)))
-        # As bytes: every dtype is then sent bit for bit, on every backend.
-        size = int(np.dtype(dtype).itemsize * math.prod(shape))
-        sent = torch.zeros(max(counts) * size, dtype=torch.uint8)
-        sent[: own.nbytes] = torch.from_numpy(np.ascontiguousarray(own).reshape(-1).view(np.uint8).copy())
-        sent = sent.to(device)
-        parts = [torch.empty_like(sent) for _ in counts]
-        dist.all_gather(parts, sent)
-        whole = [part[: n * size].cpu().numpy().view(np.dtype(dtype)) for part, n in zip(parts, counts, strict=True)]
-        rows[name] = np.concatenate(whole).reshape(-1, *shape)
+    for name in next(filter(None, found), []):  # one at a time, so that a process holds the copies of one column
+        dist.all_gather_object(found, mine.get(name))
+        rows[name] = np.concatenate([part for part in found if part is not None])
     return rows

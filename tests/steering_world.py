@@ -70,6 +70,7 @@ class SteeringWorld:
 
     def curves(self, batches: list[FeatureBatch] | None = None, **changes: Any) -> list[dict[str, Any]]:
         options = {"texts": self.texts, "null_space": self.space, "attackers": self.translators, **changes}
+        options = {"judges": options["attackers"], **options}
         return steer_curves(self.batches() if batches is None else batches, self.plan, self.budgets, **options)
 
     def pairs(self, batches: list[FeatureBatch] | None = None, **changes: Any) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The slow formulas and the fast path agree to 1e-4 degrees: scores of every image, and steering at 40°.
 
-On the features of the packaged classifier, and of small random timm models with a linear and a 1x1-convolution head.
+On small random timm models with a linear and a 1x1-convolution head.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fit_on_split
 from singreg.analysis.scores import CENTRED, analyze_model
 from singreg.analysis.steering import steering_targets
-from singreg.data.datasets import SceneSplit
-from singreg.data.scenes import SHAPES, sample_scenes
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.steering import steer
 from singreg.translator import LinearTranslator
 from tests import toy
-from tests.demo import demo_classifier, demo_vlm, embedded
 from tests.reference import formulas
 
 HEADS = {"test_resnet": nn.Linear, "resnetv2_18": nn.Conv2d}
@@ -42,22 +39,16 @@ class Measured:
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        if name == "packaged":
-            self.model, split = demo_classifier(), SceneSplit("test", sample_scenes(150, seed=2))
-            fitted_on, self.texts = SceneSplit("audit", sample_scenes(300, seed=1)), demo_vlm().embed_classes(SHAPES)
-            z, fit_z = (embedded(each.table).float().numpy() for each in (split, fitted_on))
-        else:
-            self.model = Classifier.from_timm(name, pretrained=False, num_classes=toy.CLASSES)
-            self.model._transform = large_and_varied
-            split = fitted_on = toy.ToySplit(IMAGES)  # type: ignore[assignment]
-            z = fit_z = (1 + np.random.default_rng(0).normal(size=(IMAGES, toy.DIM))).astype(np.float32)
-            self.texts = toy.texts()
+        self.model = Classifier.from_timm(name, pretrained=False, num_classes=toy.CLASSES)
+        self.model._transform = large_and_varied
+        split, self.texts = toy.ToySplit(IMAGES), toy.texts()
+        z = (1 + np.random.default_rng(0).normal(size=(IMAGES, toy.DIM))).astype(np.float32)
         settings = PassSettings(batch_size=37, progress=False)
         images = torch.stack([self.model.transform(split.image(index)) for index in range(len(split))])
         with torch.no_grad():
             self.model.eval()
             self.features, self.labels = self.model.features(images).double(), torch.from_numpy(split.labels)
-        fitted = fit_on_split(self.model, fitted_on, fit_z, ridges=[1.0], settings=settings)
+        fitted = fit_on_split(self.model, split, z, ridges=[1.0], settings=settings)
         # One that reads all directions alike, so that steering reaches the wanted angle.
         g, width = torch.Generator().manual_seed(1), z.shape[1]
         matrix = torch.randn(width, self.model.feature_dim, generator=g) / self.features.norm(dim=1).mean().float()
@@ -74,12 +65,12 @@ class Measured:
 measured = cache(Measured)
 
 
-@pytest.mark.parametrize("name", [*HEADS, "packaged"])
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("reader", ["fitted", "drawn"])
 @pytest.mark.parametrize("kind", ["", CENTRED])
 def test_scores_of_every_image_are_the_slow_formulas(name: str, reader: str, kind: str) -> None:
     m = measured(name)
-    assert isinstance(m.model.head, HEADS.get(name, nn.Module))
+    assert isinstance(m.model.head, HEADS[name])
     null = formulas.null_projector(m.model.head.weight.flatten(1))  # type: ignore[operator, union-attr]
     origin = m.mean.double() if kind else torch.zeros_like(m.mean.double())
     z, text = m.translate(reader, m.features), m.texts.double()[m.labels]

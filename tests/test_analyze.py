@@ -27,7 +27,7 @@ TINY = {
     "neighbours": "2",
     "chance_draws": "2",
 }
-PLOTS = ("joint", "classes", "accuracy", "concepts", "images", "chance", "information", "perturbations")
+PLOTS = ("joint", "classes", "concepts", "images", "perturbations")
 Found = dict[str, Any]
 
 
@@ -78,14 +78,6 @@ def test_a_second_analysis_reads_the_features_of_the_first(
     found = analyze(tmp_path / "again")
     for name in ("measurement", "chance", "information", "perturbation", "concepts", "images", "shifts"):
         assert found[name] == whole[1][name], name
-
-
-def test_a_dry_run_tells_what_it_would_do_and_leaves_no_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    analyze(tmp_path / "dry", "--dry_run", "true")
-    assert "nothing was measured" in capsys.readouterr().out
-    assert not (tmp_path / "dry").exists()
 
 
 def in_process(rank: int, world: int, folder: str, cache: str) -> Found:

@@ -113,16 +113,6 @@ def test_a_broken_file_is_named_and_the_one_before_is_used(
     assert whole == "step-00000001"
 
 
-def test_a_changed_byte_in_what_torch_wrote_is_seen(trained: Trained, tmp_path: Path) -> None:
-    trained.save(1)
-    trained.save(2)
-    file = tmp_path / "step-00000002" / "optimizer.bin"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    assert trained.load() == Position(1, 0, 1)
-
-
 def test_broken_checkpoints_are_set_aside_and_do_not_crowd_out_new_ones(trained: Trained, tmp_path: Path) -> None:
     """They sort last by name: counted among the last two, they would have every new one deleted once written."""
     for number in (100, 200):

@@ -136,15 +136,6 @@ def test_slice_takes_the_rows_in_order(tmp_path: Path, name: str) -> None:
     assert named.head_hash() == sliced.head_hash() != whole.head_hash()
 
 
-def test_new_is_fresh_rows_on_the_same_features(stored: str) -> None:
-    fresh = Classifier.from_timm(stored, head_mode="new", num_classes=4, class_names=list("abcd"))
-    whole = Classifier.from_timm(stored)
-    assert (fresh.weight.shape, fresh.class_names) == ((4, 96), ("a", "b", "c", "d"))
-    assert not torch.isclose(fresh.weight[0], whole.weight[0]).any()
-    with torch.no_grad():
-        assert torch.equal(fresh.features(images()), whole.features(images()))
-
-
 def test_label_names_follow_the_rows_of_the_head(tmp_path: Path, stored: str) -> None:
     """As many rows as before in another order, or as many new ones: the old names would be wrong."""
     Classifier.from_timm(stored, head_mode="slice", class_indices=[6, 5, 4, 3, 2, 1, 0]).save(tmp_path / "turned")
@@ -189,41 +180,10 @@ def test_wrong_arguments(stored: str, arguments: dict[str, Any], words: str) -> 
         Classifier.from_timm(stored, **arguments)
 
 
-def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no model could be loaded from local-dir:.*nowhere"):
-        Classifier.from_timm(f"local-dir:{tmp_path}/nowhere")
-    weights = Path(write_model(tmp_path / "model").removeprefix("local-dir:")) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no model could be loaded"):
-        Classifier.from_timm(f"local-dir:{tmp_path}/model")
-
-
 def ramp(width: int = 90, height: int = 70) -> Image.Image:
     """Brighter to the right, so that its mirror image is another."""
     row = np.linspace(0, 255, width).astype(np.uint8)
     return Image.fromarray(np.repeat(np.tile(row, (height, 1))[..., None], 3, axis=2))
-
-
-def test_the_transform_is_the_models_own_at_the_size_asked_for(stored: str) -> None:
-    for size, classifier in ((32, Classifier.from_timm(stored)), (48, Classifier.from_timm(stored, image_size=48))):
-        flat = classifier.transform(Image.new("RGB", (90, 70), (255, 0, 51)))
-        config = classifier.preprocessing
-        expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor(config["mean"])) / torch.tensor(config["std"])
-        torch.testing.assert_close(flat, expected[:, None, None].expand(3, size, size))
-        assert config["input_size"] == [3, size, size]
-        assert json.loads(json.dumps(config)) == config
-
-
-def test_augmentations(stored: str) -> None:
-    classifier = Classifier.from_timm(stored)
-    plain = classifier.transform(ramp())
-    torch.manual_seed(0)
-    assert torch.equal(classifier.train_transform("none")(ramp()), plain)
-    flips = [flip for _ in range(20) if not torch.equal(flip := classifier.train_transform("flip")(ramp()), plain)]
-    assert all(torch.allclose(flip, plain.flip(-1), atol=1e-5) for flip in flips)
-    assert 4 <= len(flips) <= 16
-    timms = [classifier.train_transform("timm")(ramp()) for _ in range(4)]
-    assert all(drawn.shape == plain.shape and not torch.equal(drawn, plain) for drawn in timms)
 
 
 def test_a_plain_module_has_the_transform_it_is_given() -> None:

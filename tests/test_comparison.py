@@ -132,18 +132,18 @@ def test_an_arm_without_any_leakage_is_told_in_degrees() -> None:
     assert "not distinguishable: 0.00° [0.00, 0.00]" in sentences(measured)[-2]
 
 
-def test_a_good_instrument_gives_no_warning_and_each_fault_its_own() -> None:
-    def warned(**before: Any) -> list[str]:
-        return finetune_warnings(arm("before", **before)[1])
-
-    assert warned() == []
-    (few,) = warned(fit_images=ENOUGH - 1)
-    assert f"fitted on {ENOUGH - 1} images for {FEATURES} features" in few
-    (poor,) = warned(zero_shot=0.4)
-    assert "name 40% of the classes" in poor
-    (blind,) = warned(vlm_zero_shot=0.4, zero_shot=0.35)
-    assert "itself names only 40%" in blind
-    assert len(warned(fit_images=1, zero_shot=0.1, vlm_zero_shot=0.3)) == 3
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"fit_images": ENOUGH - 1}, f"fitted on {ENOUGH - 1} images for {FEATURES} features"),
+        ({"zero_shot": 0.4}, "name 40% of the classes"),
+        ({"vlm_zero_shot": 0.4, "zero_shot": 0.35}, "itself names only 40%"),
+    ],
+)
+def test_a_good_instrument_gives_no_warning_and_each_fault_its_own(fault: dict[str, Any], words: str) -> None:
+    assert finetune_warnings(arm("before")[1]) == []
+    (said,) = finetune_warnings(arm("before", **fault)[1])
+    assert words in said
 
 
 def test_an_auditor_of_too_few_images_supports_no_claim() -> None:

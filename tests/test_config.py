@@ -54,12 +54,6 @@ def test_dump_reads_back_as_the_same_run(tmp_path: Path) -> None:
     assert parse(Listed, ["--config", written(tmp_path, dump(models))]) == models
 
 
-def test_a_later_list_replaces_an_earlier_one(tmp_path: Path) -> None:
-    file = written(tmp_path, "models: [{name: a, head: keep}, {name: b}]\n")
-    found = parse(Listed, ["--config", file, "--models", "[{name: c}]"])
-    assert found.models == [ModelConfig(name="c")]
-
-
 def test_all_mistakes_are_shown_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(
         tmp_path,
@@ -81,7 +75,6 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path, capsys: pytest.CaptureFi
         (["--loss.terms", "{leak: 0, hinge: 0, band: 0, class_share: 0, capacity: 0}"], "loss.terms"),
         (["--vlm.templates", "[an image]"], "vlm.templates"),
         (["--vlm.templates", "[]"], "vlm.templates"),
-        (["--data.streaming", "true"], "data.streaming"),
         (["--data.unlabeled", "x"], "data.source"),
         (["--data.per_class", "{train: 0}"], "data.per_class.train"),
         (["--data.unlabeled_to_audit", "2"], "data.unlabeled_to_audit"),

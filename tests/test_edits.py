@@ -24,7 +24,6 @@ from singreg.models.edits import (
     prompt_directions,
     release_rows,
 )
-from singreg.models.heads import HeadError, find_head
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.translator import LinearTranslator
@@ -136,15 +135,6 @@ def test_a_head_that_is_aligned_already_stays(rank: int, prompts: int) -> None:
     assert (aligned.rank, aligned.rank_before, aligned.free_rows) == (rank, rank, rank - prompts)
 
 
-@pytest.mark.parametrize(("prompts", "rank"), [(2, 4), (6, 6)])
-def test_the_rank_grows_only_where_prompts_need_it(prompts: int, rank: int) -> None:
-    weight, d = normal(8, 4, seed=1) @ normal(4, M, seed=2), directions(prompts)
-    aligned = align(weight, d)
-    assert (aligned.rank_before, aligned.rank, aligned.free_rows) == (4, rank, rank - prompts)
-    assert NullSpace.from_weight(aligned.weight).rank == rank
-    assert left_out(aligned.weight, d) <= 1e-8
-
-
 def test_a_head_whose_rows_sum_to_zero_still_holds_every_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its fit has rank C - 1, so one of C directions would be left out; lifting it moves all logits alike."""
     weight, d = normal(5, M, seed=1), directions(5)
@@ -157,16 +147,6 @@ def test_a_head_whose_rows_sum_to_zero_still_holds_every_prompt(monkeypatch: pyt
     added = (lifted.weight - bare.weight) @ features().T
     torch.testing.assert_close(added, added.mean(0).expand_as(added), atol=1e-9, rtol=0)
     assert added.abs().max() > 1e-6
-
-
-def test_an_ensemble_gives_its_leading_directions() -> None:
-    ensemble, texts = [translator(seed) for seed in (2, 20, 40)], normal(2, N, seed=4)
-    stack = torch.cat([nn.functional.normalize(texts @ T.matrix) for T in ensemble])
-    slow, d = torch.linalg.svd(stack).Vh[:2], prompt_directions(ensemble, texts)
-    torch.testing.assert_close(d.T @ d, slow.T @ slow)
-    louder = LinearTranslator(100 * ensemble[0].matrix, ensemble[0].offset)  # the length of a matrix does not weigh
-    torch.testing.assert_close(prompt_directions([louder, *ensemble[1:]], texts).abs(), d.abs())
-    assert len(prompt_directions(ensemble[0], texts[[0, 1, 0]])) == 2  # a prompt given twice is one direction
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -243,21 +223,6 @@ def test_training_keeps_the_row_space_and_releasing_keeps_the_logits(kind: str, 
     assert classifier.weight.shape == shape
     assert classifier.head.weight is parameter  # an optimiser that holds it goes on
     assert type(classifier.head) in (nn.Linear, nn.Conv2d)
-
-
-def test_a_constrained_classifier_is_copied_and_its_state_read_back() -> None:
-    classifier, x = constrained()[0], images(4).double()
-    assert find_head(classifier.model, "head") == ("head", classifier.head)
-    assert (classifier.num_classes, classifier.feature_dim) == (CLASSES, WIDTH)
-    assert torch.equal(classifier.logits(classifier.features(x)), classifier(x))
-    twin, other = copy.deepcopy(classifier), constrained()[0]
-    with torch.no_grad():
-        trained_weight(twin).add_(1.0)
-    assert not torch.equal(twin(x), classifier(x))  # nothing is shared
-    other.load_state_dict(twin.state_dict())
-    assert torch.equal(twin(x), other(x))
-    with pytest.raises(HeadError, match="constrained already; call release_rows"):
-        constrain_to_rows(classifier, classifier.weight)
 
 
 def timm_model(seed: int = 0, **arguments: Any) -> Classifier:
@@ -350,18 +315,3 @@ def test_between_them_every_float_is_the_weighted_mean(alpha: float) -> None:
     assert torch.equal(interpolate_weights(after, before, 1 - alpha).weight, mixed.weight)
     assert not mixed.training
     assert all(torch.equal(value, states[1][name]) for name, value in after.model.state_dict().items())
-
-
-def test_averages_of_other_shapes_or_classes_are_refused() -> None:
-    before = timm_model()
-    names = [timm_model(head_mode="new", num_classes=2, class_names=list(pair)) for pair in ("ab", "ba")]
-    for pair_, words in (
-        ((before, timm_model(num_classes=5)), r"fc\.bias, fc\.weight differ \(2 differences\)"),
-        ((before, drop_null(before)), r"fc\.0\.weight"),
-        (names, "their classes differ"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            interpolate_weights(*pair_, 0.5)
-    for alpha in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
-            interpolate_weights(before, before, alpha)

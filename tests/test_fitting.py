@@ -35,18 +35,28 @@ from tests.reference import formulas
 COUNT, UNLABELLED = 83, (3, 4)
 
 
-def fitted(count: int = COUNT, *, batch_size: int = 4, standardize: Any = "none", **options: Any) -> FittedTranslator:
+def fitted(count: int = COUNT, *, batch_size: int = 4, **options: Any) -> FittedTranslator:
     split, settings = toy.ToySplit(count, unlabelled=UNLABELLED), replace(toy.QUIET, batch_size=batch_size)
     z = toy.embeddings(count)
-    return fit_on_split(toy.classifier(), split, z, standardize=standardize, settings=settings, **options)
+    return fit_on_split(toy.classifier(), split, z, settings=settings, **options)
 
 
 def as_arrays() -> tuple[np.ndarray, np.ndarray]:
     return toy.features(toy.classifier(), toy.ToySplit(COUNT)).numpy(), toy.embeddings(COUNT).astype(np.float64)
 
 
-def scikit(f: np.ndarray, z: np.ndarray, ridge: float) -> Ridge:
-    return Ridge(alpha=ridge * ((f - f.mean(0)) ** 2).sum() / f.shape[1]).fit(f, z)
+def block_scale(f: np.ndarray) -> np.ndarray:
+    """The map (m, m) that divides row-space and null block each by the root of its energy-weighted variance."""
+    null, scatter = formulas.null_projector(toy.classifier().weight).numpy(), np.cov(f.T, bias=True)
+    blocks = [(p, p @ scatter @ p) for p in (np.eye(len(null)) - null, null)]
+    return np.asarray(sum(p / np.sqrt(np.trace(s @ s) / np.trace(s)) for p, s in blocks))
+
+
+def scikit(f: np.ndarray, z: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression on features scaled by block, as (A, a) for the features as they are."""
+    scaled = f @ block_scale(f)
+    found = Ridge(alpha=ridge * ((scaled - scaled.mean(0)) ** 2).sum() / f.shape[1]).fit(scaled, z)
+    return found.coef_ @ block_scale(f), found.intercept_
 
 
 def test_the_fit_is_scikit_learns_with_the_held_out_ridge() -> None:
@@ -55,27 +65,15 @@ def test_the_fit_is_scikit_learns_with_the_held_out_ridge() -> None:
     held_out = np.arange(COUNT) % VALIDATION_EVERY == 0
     scores = {}
     for ridge in DEFAULT_RIDGES:
-        error = scikit(f[~held_out], z[~held_out], ridge).predict(f[held_out]) - z[held_out]
+        matrix, offset = scikit(f[~held_out], z[~held_out], ridge)
+        error = f[held_out] @ matrix.T + offset - z[held_out]
         scores[ridge] = 1 - (error**2).sum() / ((z[held_out] - z[held_out].mean(0)) ** 2).sum()
     best = max(scores, key=scores.__getitem__)
     assert (got.info.ridge, got.info.images, got.info.vlm) == (best, COUNT, "toys")
     assert got.info.validation_r2 == pytest.approx(scores[best], abs=1e-6)
     assert scores[best] > 0.5  # there was something to fit
-    oracle, (slow, offset) = scikit(f, z, best), formulas.ridge(f, z, best)
-    for matrix, a in ((oracle.coef_, oracle.intercept_), (slow, offset)):
-        np.testing.assert_allclose(got.matrix.numpy(), matrix, atol=1e-5)
-        np.testing.assert_allclose(got.offset.numpy(), a, atol=1e-5)
-
-
-def test_a_standardised_fit_is_the_plain_one_on_standardised_features() -> None:
-    f, z = as_arrays()
-    got = fitted(standardize="features", ridges=(0.3,)).translator
-    assert got.info.standardized
-    scale = f.std(0)
-    slow, offset = formulas.ridge(f / scale, z, 0.3)
-    np.testing.assert_allclose(got.matrix.numpy(), slow / scale, atol=1e-5)
-    np.testing.assert_allclose(got.offset.numpy(), offset, atol=1e-5)
-    assert np.abs(fitted(ridges=(0.3,)).translator.matrix.numpy() - slow / scale).max() > 1e-3
+    for found, expected in zip((got.matrix, got.offset), scikit(f, z, best), strict=True):
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
 def test_means_are_plain_means_and_a_class_without_images_has_none() -> None:
@@ -94,18 +92,16 @@ def test_batch_size_does_not_matter_and_bad_input_is_refused() -> None:
     torch.testing.assert_close(one, all_, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         fit_on_split(toy.classifier(), toy.ToySplit(4), toy.embeddings(4), settings=toy.QUIET)
-    with pytest.raises(ValueError, match="'block'"):
-        fitted(standardize="block")
 
 
 def fit_in_process(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor, TranslatorInfo]:
-    got = fitted(standardize="blocks")
+    got = fitted()
     return got.translator.matrix, got.mean, got.class_means, got.translator.info
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_fit_what_one_fits(world: int) -> None:
-    expected = fitted(standardize="blocks")
+    expected = fitted()
     for matrix, mean, class_means, info in run_processes(world, fit_in_process):
         torch.testing.assert_close(matrix, expected.translator.matrix, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(mean, expected.mean)

@@ -18,7 +18,6 @@ from tests.fakes import (
     batch_norm_head,
     check_contract,
     images,
-    logits_of,
     net,
     on_meta,
     used,
@@ -125,16 +124,6 @@ def test_logits_in_another_dtype_or_copied_are_the_heads(fill: float) -> None:
         assert Classifier.from_module(wide, head="1").feature_dim == 3000
 
 
-def test_a_folded_head_is_sliced_and_trains_as_a_whole() -> None:
-    classifier = Classifier.from_module(Net(batch_norm_head()), head="head")
-    expected = logits_of(classifier)[:, [4, 1, 0, 2, 3]]
-    classifier.slice_head([4, 1, 0, 2, 3])
-    torch.testing.assert_close(logits_of(classifier), expected)
-    parameters, statistics = moved_by_a_step(classifier.tune("head").train(), classifier.model)
-    assert parameters == {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
-    assert not statistics
-
-
 def moved_by_a_step(classifier: nn.Module, model: nn.Module) -> tuple[set[str], set[str]]:
     """Parameters and batch-norm statistics that one AdamW step moves; the decay moves every trained parameter."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -178,13 +167,6 @@ def test_batch_norm_train_moves_statistics_of_trained_parts_only(mode: Any, begi
     assert statistics == names
     assert bool(statistics) == (mode != "head")
     assert not any(module.training for module in nn.ModuleList([classifier]).eval().modules())
-
-
-def test_frozen_parts_have_no_dropout_and_no_random_depth() -> None:
-    classifier, x = used("test_vit", drop_path_rate=0.5, proj_drop_rate=0.5), images()
-    with torch.no_grad():
-        assert torch.equal(classifier.tune("head").train().features(x), classifier.features(x))
-        assert not torch.equal(classifier.tune("all").train().features(x), classifier.features(x))  # the control
 
 
 @pytest.mark.parametrize(

@@ -77,14 +77,6 @@ def test_augmentation_leaves_the_global_generators_alone(split: TableSplit) -> N
     assert (torch.rand(1), np.random.rand(), random.random()) == expected
 
 
-def test_the_clean_view_is_of_the_same_image(split: TableSplit) -> None:
-    for view, clean, labels, indices in make_loader(split, noisy, 4, clean_transform=ToTensor(), shuffle=True):
-        assert (view.shape[1:], clean.shape[1:]) == ((3, 4, 4), (3, 7, 9))
-        for image, label, index in zip(clean, labels, indices, strict=True):
-            assert torch.equal(image, ToTensor()(split.image(int(index))))
-            assert label == split.labels[index]
-
-
 def test_prepared_by_accelerate_it_moves_on_by_itself(split: TableSplit) -> None:
     from accelerate import Accelerator
 

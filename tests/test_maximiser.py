@@ -1,4 +1,4 @@
-"""The maximiser: against brute force, a general climb and the single step; budgets, logits, tolerances, networks."""
+"""The maximiser: against brute force, a general climb and the single step; budgets, logits, tolerances."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from singreg import maximiser
-from singreg.maximiser import Directions, Maximised, Maximiser, NearNull
+from singreg.maximiser import Maximised, Maximiser, NearNull
 from singreg.nullspace import NullSpace
-from singreg.steering import ConditionalGaussian, similarity_gradient, unit_in_null
+from singreg.steering import similarity_gradient, unit_in_null
 from singreg.translator import LinearTranslator
 
 C, M, N, ROWS = 5, 12, 8, 30
@@ -36,9 +36,6 @@ class World:
             self.weight = u @ torch.diag(sigma) @ vh
         self.space = NullSpace.from_weight(self.weight, invariance=invariance)
 
-    def linear(self) -> LinearTranslator:
-        return LinearTranslator(self.matrix, self.offset)
-
     def translate(self, f: Tensor) -> Tensor:
         return f @ self.matrix.T + self.offset
 
@@ -48,25 +45,27 @@ class World:
     def near(self, tolerance: float, ratio: float = 0.05) -> NearNull:
         return NearNull.below(self.weight, self.space, ratio=ratio, tolerance=tolerance)
 
-    def run(
-        self, budget: float | Tensor, directions: Directions | None = None, translator: Any = None, **limits: int
-    ) -> Maximised:
+    def run(self, budget: float | Tensor, near: NearNull | None = None, **limits: int) -> Maximised:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in limits.items():
                 patch.setattr(maximiser, name.upper(), value)
-            climber = Maximiser(directions or Directions(self.space), translator or self.linear())
+            climber = Maximiser(LinearTranslator(self.matrix, self.offset), self.space, near)
             return climber.maximise(self.features, self.text, budget)
 
-    def single(self, budget: float, translator: Any = None) -> Tensor:
+    def single(self, budget: float) -> Tensor:
         """The cosine that the paper's one gradient step of the whole budget reaches."""
-        gradient = similarity_gradient(self.features, self.text, translator or self.translate)
-        d = budget * unit_in_null(self.space.component(gradient), gradient)
-        return cosine_similarity((translator or self.translate)(self.features + d), self.text, dim=-1).detach()
+        gradient = similarity_gradient(self.features, self.text, self.translate)
+        return self.cosine(budget * unit_in_null(self.space.component(gradient), gradient))
 
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(M, 24), nn.GELU(), nn.Linear(24, N)).double().eval()
+    def climb(self, budget: float, steps: int = 3000) -> Tensor:
+        """The cosine that thousands of small gradient steps reach, each brought back to the budget."""
+        d = torch.zeros_like(self.features)
+        for _ in range(steps):
+            leaf = d.requires_grad_()
+            (gradient,) = torch.autograd.grad(self.cosine(leaf).sum(), leaf)
+            d = d.detach() + 0.05 * budget * normalize(self.space.component(gradient), dim=1)
+            d = d * (budget / d.norm(dim=1, keepdim=True)).clamp_max(1)
+        return self.cosine(d)
 
 
 @pytest.mark.parametrize("budget", [0.3, 2.0, 8.0])
@@ -97,14 +96,13 @@ def test_never_below_the_single_step_and_logits_stay(budget: float) -> None:
 
 @pytest.mark.parametrize("budget", [0.5, 3.0])
 def test_the_closed_form_is_where_a_general_climb_ends(budget: float) -> None:
-    """Behind a plain function hundreds of gradient steps must end at the cosine of the closed form alone."""
     w = World()
-    exact, climbed = w.run(budget, steps=1, restarts=0), w.run(budget, None, w.translate, steps=800, restarts=1)
+    exact, climbed = w.run(budget, steps=1, restarts=0), w.climb(budget)
     positive = exact.similarity > 0
     assert positive.sum() > 15
-    torch.testing.assert_close(exact.similarity[positive], climbed.similarity[positive], atol=1e-10, rtol=0)
-    torch.testing.assert_close(w.run(budget, steps=200).similarity, climbed.similarity, atol=1e-6, rtol=0)
-    assert (climbed.displacement @ w.weight.T).abs().max() < 1e-10
+    assert (exact.similarity[positive] >= climbed[positive] - 1e-12).all()
+    torch.testing.assert_close(exact.similarity[positive], climbed[positive], atol=2e-3, rtol=0)
+    torch.testing.assert_close(w.run(budget, steps=200).similarity[positive], exact.similarity[positive])
 
 
 def test_a_larger_budget_is_never_worse_and_none_gives_nothing() -> None:
@@ -115,11 +113,6 @@ def test_a_larger_budget_is_never_worse_and_none_gives_nothing() -> None:
         found = w.run(budget).similarity
         assert (found >= last - 1e-9).all()
         last = found
-    unbounded = Maximiser(Directions(w.space), w.linear())
-    reach, u = unbounded.reach, unbounded.unbounded(w.features, w.text)
-    assert reach is not None
-    assert u is not None
-    assert (w.cosine(reach.to_features(u)) >= last - 1e-4).all()
     per_row = torch.linspace(0, 3, ROWS).double()
     torch.testing.assert_close(w.run(per_row).similarity[7], w.run(float(per_row[7])).similarity[7])
     w.features, w.text, both = w.features[4:5].float(), w.text[4], w.run(1.5)  # one row, and one text for all
@@ -134,52 +127,14 @@ def test_a_target_within_reach_is_reached() -> None:
     assert w.run(0.2).similarity.mean() < 0.99
 
 
-@pytest.mark.parametrize("kind", ["blind translator", "full head", "full head, network"])
+@pytest.mark.parametrize("kind", ["blind translator", "full head"])
 def test_where_there_is_nothing_to_climb_nothing_moves(kind: str) -> None:
     w = World()
     if kind == "blind translator":
         w.matrix = w.matrix - w.space.component(w.matrix)
     else:
         w.space = NullSpace.from_weight(torch.eye(M), allow_empty=True)
-    assert w.run(3.0, translator=network() if "network" in kind else None).displacement.abs().max() < 1e-9
-
-
-def test_a_network_is_climbed_better_with_steps_and_restarts() -> None:
-    w, net = World(), network()
-    few, many = w.run(3.0, None, net, steps=2, restarts=0), w.run(3.0, None, net, steps=80, restarts=0)
-    several, again = (w.run(3.0, None, net, steps=80, restarts=4) for _ in range(2))
-    assert (few.similarity >= w.single(3.0, net) - 1e-12).all()
-    assert (many.similarity >= few.similarity).all()
-    assert many.similarity.mean() > few.similarity.mean() + 0.01
-    assert (several.similarity >= many.similarity).all()
-    z = net(w.features + several.displacement)
-    torch.testing.assert_close(cosine_similarity(z, w.text, dim=-1), several.similarity)
-    assert (several.displacement @ w.weight.T).abs().max() < 1e-10
-    assert (several.displacement.norm(dim=1) <= 3 + 1e-12).all()
-    assert torch.equal(several.displacement, again.displacement)  # seeded
-
-
-def test_a_basis_and_the_null_space_it_spans_are_one() -> None:
-    w = World()
-    basis = Directions(basis=w.space.null_basis())
-    torch.testing.assert_close(w.run(1.0).similarity, w.run(1.0, basis).similarity, atol=1e-9, rtol=0)
-    space, spanned = (w.run(1.0, kind, network(), steps=300).similarity for kind in (None, basis))
-    torch.testing.assert_close(space, spanned, atol=1e-5, rtol=0)
-
-
-def test_a_natural_radius_is_a_ball_in_the_colouring_of_the_conditional_gaussian() -> None:
-    w = World()
-    root = torch.randn(M, M, generator=torch.Generator().manual_seed(3)).double()
-    gaussian = ConditionalGaussian.from_moments(w.features.mean(0), root @ root.T / M, w.space)
-    w.features = w.features - gaussian.whiten(w.features) @ gaussian.colouring.T
-    assert gaussian.radius(w.features).max() < 1e-9  # the middle of the distribution, the same logits
-    found = w.run(1.7, Directions(basis=gaussian.colouring))
-    length = found.coordinates.norm(dim=1)
-    torch.testing.assert_close(gaussian.radius(w.features + found.displacement), length, atol=1e-8, rtol=0)
-    assert length.max() <= 1.7 + 1e-9
-    direction = normalize(gaussian.on_manifold(found.displacement + 0.1), dim=1)
-    step = gaussian.step_for_radius(w.features, direction, torch.tensor([1.7]))
-    assert (found.similarity >= w.cosine(step * direction) - 1e-12).all()
+    assert w.run(3.0).displacement.abs().max() < 1e-9
 
 
 def test_nearly_null_directions_are_those_below_the_share() -> None:
@@ -191,13 +146,11 @@ def test_nearly_null_directions_are_those_below_the_share() -> None:
     assert w.space.component(basis.T).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("free", [False, True])
-def test_nearly_null_directions_gain_and_keep_logits_within_the_tolerance(free: bool) -> None:
+def test_nearly_null_directions_gain_and_keep_logits_within_the_tolerance() -> None:
     w = World(small=(0.03, 0.004))
-    translator = w.translate if free else None
-    strict, gained = w.run(2.0, translator=translator).similarity, []
+    strict, gained = w.run(2.0).similarity, []
     for tolerance in (1e-3, 1e-2, 0.1):
-        found = w.run(2.0, Directions(w.space, near=w.near(tolerance)), translator)
+        found = w.run(2.0, w.near(tolerance))
         assert 0.5 * tolerance < (found.displacement @ w.weight.T).abs().max() <= tolerance
         assert (found.displacement.norm(dim=1) <= 2 * (1 + 1e-9)).all()
         torch.testing.assert_close(w.cosine(found.displacement), found.similarity, atol=1e-9, rtol=0)
@@ -209,5 +162,5 @@ def test_nearly_null_directions_gain_and_keep_logits_within_the_tolerance(free: 
 
 def test_softmax_invariance_measures_logits_up_to_a_shift() -> None:
     w = World(small=(0.03,), invariance="softmax")
-    moved = w.run(2.0, Directions(w.space, near=w.near(0.05, 0.2))).displacement @ w.weight.T
+    moved = w.run(2.0, w.near(0.05, 0.2)).displacement @ w.weight.T
     assert (moved - moved.mean(1, keepdim=True)).abs().max() <= 0.05

@@ -1,4 +1,4 @@
-"""Passports: numpy's numbers, the bound against measured rounding, heads of every kind, what may not be compared."""
+"""Passports: numpy's numbers, heads of every kind, what may not be compared."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ def test_numbers_are_numpys() -> None:
     assert summary["null_dimensions"] == 23 / 30
     assert summary["conditioning"] == pytest.approx(sigma[6] / sigma[0], rel=1e-9)
     assert passport["softmax_nullity"] == 30 - np.linalg.matrix_rank(exact - exact.mean(0), tol=1e-10)
-    assert passport["largest_row"] == pytest.approx(np.linalg.norm(exact, axis=1).max())
     assert chance_angle(passport) == pytest.approx(math.degrees(math.acos(math.sqrt(7 / 30))))
     assert judge_passport(passport) == "has a null space"
 
@@ -42,25 +41,10 @@ def test_the_chance_angle_is_what_a_random_removal_does_to_a_feature() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_scale_changes_nothing_but_the_bound(scale: float) -> None:
+def test_scale_changes_nothing(scale: float) -> None:
     first, second = head_passport(headed(draw(5, 12))), head_passport(headed(scale * draw(5, 12)))
     assert second["summary"]["rank"] == first["summary"]["rank"]
     assert second["summary"]["conditioning"] == pytest.approx(first["summary"]["conditioning"], rel=1e-5)
-    assert second["logit_bound"] == pytest.approx(scale * first["logit_bound"], rel=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(50, 300), (10, 2048)])
-def test_the_bound_holds_for_measured_rounding_and_is_not_idle(shape: tuple[int, int]) -> None:
-    weight = draw(*shape)
-    f = draw(400, shape[1], seed=3).relu()  # as after a ReLU: a sum of one sign, where rounding adds up
-    equivalent = NullSpace.from_weight(weight).remove(f)
-
-    def change(other: Tensor) -> float:
-        return float(((f @ weight.T - other @ weight.T).abs().amax(dim=1) / f.norm(dim=1)).max())
-
-    bound = head_passport(headed(weight))["logit_bound"]
-    assert 0 < change(equivalent) < bound < 1e4 * change(equivalent)
-    assert change(equivalent.to(torch.float8_e5m2).float()) > bound  # the control: coarser rounding is not within it
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (40, 12)])

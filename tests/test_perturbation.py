@@ -9,21 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from singreg.analysis.features import evenly
-from singreg.analysis.passport import head_passport
-from singreg.analysis.perturbation import KINDS, measure_perturbations
+from singreg.analysis.perturbation import KINDS, SIZES, measure_perturbations
 from singreg.nullspace import NullSpace
 from tests.processes import run_processes
 from tests.reference import formulas
-from tests.toy import World, headed
-
-SIZES = [0.1, 1.0]
+from tests.toy import World
 
 
 def measure(w: World, *, size: int = 4, share: np.ndarray | None = None, **options: Any) -> dict[str, Any]:
     settings = {
         "null_space": options.pop("null_space", None) or w.space,
-        "sizes": SIZES,
         "chosen": np.arange(len(w.labels)),
         **options,
     }
@@ -71,22 +66,14 @@ def test_every_figure_is_that_of_plain_loops() -> None:
 def test_the_null_moves_meaning_and_no_logit_the_row_space_moves_logits() -> None:
     null, random, principal = (measure(World.make(200))["curves"][kind]["mean"] for kind in KINDS)
     assert max(null["logit_change"]) < 1e-12
-    assert null["flipped"] == [0, 0]
-    assert null["angle T"][1] > 5
-    assert null["logit_change"][1] < random["logit_change"][1] < principal["logit_change"][1]
+    assert max(null["flipped"]) == 0
+    assert null["angle T"][4] > 5
+    assert null["logit_change"][4] < random["logit_change"][4] < principal["logit_change"][4]
     # A random direction has √(r/m) of its length in the row space.
-    ratio = random["logit_change"][1] / principal["logit_change"][1]
+    ratio = random["logit_change"][4] / principal["logit_change"][4]
     assert ratio == pytest.approx((4 / 12) ** 0.5, rel=0.1)
-    assert principal["logit_change"][1] == pytest.approx(10 * principal["logit_change"][0])
-    assert principal["flipped"][1] > principal["flipped"][0]
-
-
-def test_what_float32_leaves_is_within_the_passports_bound() -> None:
-    w = World.make(100)
-    bound, largest = head_passport(headed(w.weight))["logit_bound"], float(w.features.norm(dim=1).max())
-    changes = measure(w)["curves"]["null"]["high"]["logit_change_float32"]
-    for size, change in zip(SIZES, changes, strict=True):
-        assert 0 < change <= bound * largest * (1 + size)
+    assert principal["logit_change"][4] == pytest.approx(10 * principal["logit_change"][2])
+    assert principal["flipped"][4] > principal["flipped"][2]
 
 
 def test_a_head_without_a_null_space_has_no_null_curve() -> None:
@@ -104,15 +91,6 @@ def test_softmax_invariance_reads_changes_about_their_mean() -> None:
     changes = [max(measure(w, null_space=s)["curves"]["null"]["mean"]["logit_change"]) for s in (space, plain)]
     assert changes[0] < 1e-12
     assert changes[1] > 0.1
-
-
-def test_only_the_chosen_images_are_used_and_the_seed_decides() -> None:
-    w = World.make(31)
-    few, spread = measure(w, chosen=np.arange(7)), measure(w, chosen=evenly(31, 7))
-    assert few == measure(replace(w, features=w.features[:7], labels=w.labels[:7]))
-    assert few["images"] == spread["images"] == 7
-    assert spread != few
-    assert measure(w, seed=1) == measure(w, seed=1) != measure(w, seed=2)
 
 
 def in_process(rank: int, world: int) -> dict[str, Any]:

@@ -15,15 +15,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from singreg import plots
-from singreg.analysis.chance import measure_chance
-from singreg.analysis.classes import analyze_classes, joint_distribution
-from singreg.analysis.concepts import EquivalentPairs, analyze_concepts
-from singreg.analysis.images import analyze_images, nearest_images
+from singreg.analysis.levels import analyze_classes, analyze_concepts, describe_images, nearest_images, worst_images
 from singreg.analysis.perturbation import measure_perturbations
-from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.plots import scores
 from tests import toy
-from tests.planted import CLASSES, DIM, plant
 from tests.test_scores import measure
 from tests.toy import World
 
@@ -64,14 +59,6 @@ def assert_readable(figure: Figure) -> None:
         assert not first.overlaps(second), (one.get_text(), other.get_text())
 
 
-def rows_of(count: int = 200, classes: int = 5) -> pd.DataFrame:
-    rng = np.random.default_rng(0)
-    labels = np.arange(count) % classes
-    rows: dict[str, Any] = {"label": labels, "correct": (rng.random(count) > labels / 9).astype(float)}
-    rows |= {"AS/auditor": rng.normal(-1, 3, count) - labels, "IS/auditor": rng.uniform(10, 30, count)}
-    return pd.DataFrame(rows).assign(**{"kappa/auditor": 0.1})
-
-
 def test_the_plots_of_a_fine_tuning_run(drawn: list[Figure], tmp_path: Path) -> None:
     measured = dict.fromkeys(scores.STAGES, measure())
     figures = scores.plot_finetune(measured, AWKWARD, tmp_path)
@@ -82,44 +69,37 @@ def test_the_plots_of_a_fine_tuning_run(drawn: list[Figure], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("classes", [1, 5, 60])
-def test_the_plots_of_classes_at_any_number(classes: int, drawn: list[Figure], tmp_path: Path) -> None:
-    names = [AWKWARD[label % 5] + str(label) for label in range(classes)]
-    found = analyze_classes(rows_of(600, classes), names, resamples=20)
-    scores.plot_classes(found, tmp_path / "classes.png")
-    scores.plot_class_accuracy(found, tmp_path / "accuracy.png")
-    scores.plot_joint({"auditor": joint_distribution(rows_of())}, tmp_path / "joint.png")
-    for figure in drawn:
-        assert_readable(figure)
-    labels = [text.get_text() for text in drawn[0].axes[0].get_yticklabels()]
-    assert len(labels) == min(classes, scores.CLASSES_SHOWN)
+def test_the_plot_of_classes_at_any_number(classes: int, drawn: list[Figure], tmp_path: Path) -> None:
+    names, rng = [AWKWARD[label % 5] + str(label) for label in range(classes)], np.random.default_rng(0)
+    labels = np.arange(600) % classes
+    rows = pd.DataFrame({"label": labels, "correct": 1.0, "kappa/auditor": 0.1})
+    rows = rows.assign(**{"AS/auditor": rng.normal(-1, 3, 600) - labels, "IS/auditor": rng.uniform(10, 30, 600)})
+    scores.plot_classes(rows, analyze_classes(rows, names), tmp_path / "classes.png")
+    assert_readable(drawn[0])
+    shown = [text.get_text() for text in drawn[0].axes[0].get_yticklabels()]
+    assert len(shown) == min(classes, scores.CLASSES_SHOWN)
 
 
-def test_the_plots_of_chance_information_and_perturbations(drawn: list[Figure], tmp_path: Path) -> None:
-    part = plant("leakage", count=200)
-    w, T = World.make(unlabelled=False), {"auditor": World.make().translator}
-    options: Any = {"texts": w.texts, "mean": w.mean, "draws": 2}
-    chance = measure_chance(w.batches(), null_space=w.space, translators=T, **options)
-    fits = fit_blocks(part.batches(), null_space=part.space, classes=CLASSES, target_dim=DIM)
-    moved = measure_perturbations(w.batches(), weight=w.weight, null_space=w.space, translators=T, chosen=np.arange(31))
-    scores.plot_chance(chance["auditor"], tmp_path / "chance.png")
-    scores.plot_information(measure_information(part.batches(), fits), tmp_path / "information.png")
-    scores.plot_perturbations(moved, tmp_path / "perturbations.png")
-    for figure in drawn:
-        assert_readable(figure)
-
-
-def test_the_plots_of_concepts_and_images(drawn: list[Figure], tmp_path: Path) -> None:
+@pytest.mark.parametrize("neighbours", [1, 5])
+def test_the_plots_of_perturbations_concepts_and_images(neighbours: int, drawn: list[Figure], tmp_path: Path) -> None:
     split, model = toy.ToySplit(31), toy.classifier()
     f, concepts = toy.features(model, split).float(), [f"{name} {place}" for place in range(4) for name in AWKWARD]
     w = World(f, torch.from_numpy(split.labels), model.weight, toy.translator(), toy.texts(), torch.randn(20, 7), f[0])
-    reader: Any = {"null_space": w.space, "translator": w.translator, "class_names": AWKWARD}
-    found = analyze_concepts(w.batches(), concepts, w.concept_texts, **reader)
+    chosen: Any = {"translators": {"auditor": w.translator}, "chosen": np.arange(31)}
+    moved = measure_perturbations(w.batches(), weight=w.weight, null_space=w.space, **chosen)
+    scores.plot_perturbations(moved, tmp_path / "perturbations.png")
+    reader: Any = {"null_space": w.space, "translator": w.translator}
+    found = analyze_concepts(w.batches(), concepts, w.concept_texts, class_names=AWKWARD, **reader)
     scores.plot_concepts(found, tmp_path / "concepts.png")
-    images, features = analyze_images(w.batches(), split, w.texts, concepts, w.concept_texts, count=2, **reader)
-    indices, queries = [image["index"] for image in images["worst"]], torch.from_numpy(features)
-    options: Any = {"pairs": EquivalentPairs(w.translator, w.space), "k": 2, "steered": queries}
-    shifts = nearest_images(queries, indices, split, split, toy.embeddings(31), **options)
-    scores.plot_images(images["worst"], shifts, split, split, tmp_path / "images.png")
+    rows = pd.DataFrame(
+        {"index": range(31), "image": "x", "label": split.labels, "AS/auditor": -1.0, "IS/auditor": 9.0}
+    )
+    worst = worst_images(rows, 2)
+    images = describe_images(model, f[:2], worst, AWKWARD, concepts, w.concept_texts, **reader)
+    near = nearest_images(w.translator(f[:2]), split, toy.embeddings(31), neighbours)
+    shifts = [dict.fromkeys(scores.SIDES, each) for each in near]
+    scores.plot_images(images, shifts, split, split, tmp_path / "images.png")
+    assert sum(bool(axes.images) for axes in drawn[-1].axes) == 2 * (1 + 3 * neighbours)
     for figure in drawn:
         assert_readable(figure)
 

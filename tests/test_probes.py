@@ -108,20 +108,7 @@ def test_accuracies_and_chance_are_plain_shares_of_the_labelled() -> None:
     assert found["chance"] == pytest.approx(float((test.labels[held] == majority).double().mean()))
     gain = found["accuracy"]["features"] - found["accuracy"]["row_space"]
     assert found["unique_accuracy"] == pytest.approx(gain)
-    assert (found["labelled"], found["fit_labelled"], found["unseen"]) == (int(held.sum()), int(known.sum()), 0)
     assert found["chance"] < 0.3 < found["accuracy"]["null_space"]
-
-
-def test_a_class_between_others_is_named_by_the_probe_and_masked_in_a_regression() -> None:
-    """Why the probe is a discriminant: with fewer dimensions than classes, least squares never names the middle one."""
-    labels = torch.arange(300) % 3
-    noise = torch.randn(300, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    f = labels[:, None].double() + 0.1 * noise
-    statistics = RidgeStatistics(1, 3).update(f, one_hot(labels, 3))
-    regression = statistics.solve(1e-6)
-    masked = (f @ regression.matrix.T + regression.offset).argmax(1)
-    assert float((masked == labels).double().mean()) < 0.7
-    assert float((fit_probe(statistics, 1e-6).predict(f) == labels).double().mean()) > 0.99
 
 
 @pytest.mark.parametrize("factor", [0.01, 100.0])
@@ -135,12 +122,12 @@ def test_shrinking_or_turning_the_null_space_changes_nothing(factor: float) -> N
     assert second["accuracy"] == pytest.approx(first["accuracy"], abs=1e-12)
 
 
-def test_classes_never_seen_are_counted_and_never_named() -> None:
+def test_classes_never_seen_are_never_named() -> None:
     fit, test = parts(unlabelled=False)
     fit = replace(fit, labels=torch.where(fit.labels == 2, -1, fit.labels))
     found = measured(fit, test)
-    assert found["unseen"] == int((test.labels == 2).sum()) > 0
-    assert found["accuracy"]["row_space"] <= 1 - found["unseen"] / found["labelled"]
+    unseen = float((test.labels == 2).double().mean())
+    assert 0 < found["accuracy"]["row_space"] <= 1 - unseen < 1
     known = fit.labels >= 0
     statistics = RidgeStatistics(WIDTH, CLASSES).update(fit.features[known], one_hot(fit.labels[known], CLASSES))
     assert 2 not in fit_probe(statistics, 0.1).predict(test.features)

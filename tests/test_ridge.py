@@ -55,27 +55,20 @@ def test_float32_batches_are_summed_in_float64() -> None:
     assert (gram - f.double().T @ f.double()).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("width", [3, 256, 300, 515])
-def test_sums_in_any_batches_and_order_are_those_of_all_rows(width: int) -> None:
-    """Only the lower half of the Gram matrix is summed; it is mirrored when looked at, in between too."""
-    generator = torch.Generator().manual_seed(width)
-    f, z = (torch.randn(1300, n, generator=generator, dtype=torch.float64) for n in (width, 2))
-    sums, other = RidgeStatistics(width, 2), statistics(f[1200:], z[1200:])
-    for start, stop in ((600, 1200), (0, 600)):
-        sums.update(f[start:stop], z[start:stop])
-        rows = f[min(start, 600) : 1200]
-        torch.testing.assert_close(sums.ff, rows.T @ rows, atol=1e-9, rtol=0)
-    sums.merge(other).decay(0.5).decay(0.5).merge(RidgeStatistics(width, 2))
-    kept = RidgeStatistics(width, 2)
+def test_sums_in_any_batches_and_order_are_those_of_all_rows() -> None:
+    generator = torch.Generator().manual_seed(5)
+    f, z = (torch.randn(1300, n, generator=generator, dtype=torch.float64) for n in (30, 2))
+    sums = statistics(f[600:1200], z[600:1200]).update(f[:600], z[:600])
+    sums.merge(statistics(f[1200:], z[1200:])).decay(0.5).decay(0.5).merge(RidgeStatistics(30, 2))
+    kept = RidgeStatistics(30, 2)
     kept.load_state_dict(sums.state_dict())
     whole = statistics(f / 2, z / 2)
     for name, value in whole.state_dict().items():
         assert torch.equal(kept.state_dict()[name], sums.state_dict()[name])
         if name in ("ff", "fz", "zz"):
             torch.testing.assert_close(sums.state_dict()[name], value, atol=1e-8, rtol=1e-9)
-    torch.testing.assert_close(sums.ff, (f / 2).T @ (f / 2), atol=1e-9, rtol=0)
     assert float(sums.count) == 325
-    basis = f[:width, :2]
+    basis = f[:30, :2]
     mapped, direct = sums.mapped(basis).solve(0.1), statistics(f @ basis, z).solve(0.1)
     torch.testing.assert_close(mapped.matrix, direct.matrix)
 
@@ -142,8 +135,6 @@ def test_bad_input_is_refused() -> None:
         RidgeStatistics(4, 2).update(torch.ones(1, 4), torch.ones(1, 2)).solve(1.0)
     with pytest.raises(ValueError, match=">= 0"):
         statistics(*data()).solve(-1.0)
-    with pytest.raises(ValueError, match="row-space basis"):
-        statistics(*data()).solve(1.0, standardize="blocks")  # type: ignore[arg-type]
 
 
 def test_sums_that_fade_weigh_old_images_less_and_keep_the_means() -> None:

@@ -69,16 +69,16 @@ def test_every_score_is_that_of_the_slow_loops(name: str, centred: bool) -> None
     by, labels = found["translators"][name], rows["label"].to_numpy()
     overall = {**means, "ratio": image.mean() / np.abs(attribute).mean(), "count": COUNT}
     assert by["centred" if centred else "overall"] == pytest.approx(overall, abs=1e-4)
+    if centred:
+        return
     for figure, values in (("AS", attribute), ("AS_neg", parts["AS_neg"]), ("IS", image)):
-        interval = mean_interval(values, groups=labels)[1:]
-        assert by["intervals"][f"{kind}{figure}"] == pytest.approx(interval, abs=1e-3)
+        assert by["intervals"][figure] == pytest.approx(mean_interval(values, groups=labels)[1:], abs=1e-3)
     ratio = paired_ratio(image, np.abs(attribute), groups=labels)[1:]
-    assert by["intervals"][f"{kind}ratio"] == pytest.approx(ratio, abs=1e-3)
-    if not centred:
-        for label in range(toy.CLASSES):
-            mine = parts["AS_neg"][labels == label]
-            assert by["per_class"]["AS_neg"][label] == pytest.approx(mine.mean(), abs=1e-4)
-            assert by["per_class"]["count"][label] == len(mine)
+    assert by["intervals"]["ratio"] == pytest.approx(ratio, abs=1e-3)
+    for label in range(toy.CLASSES):
+        mine = parts["AS_neg"][labels == label]
+        assert by["per_class"]["AS_neg"][label] == pytest.approx(mine.mean(), abs=1e-4)
+        assert by["per_class"]["count"][label] == len(mine)
 
 
 def test_the_public_metric_says_the_same() -> None:
@@ -178,8 +178,6 @@ def test_what_cannot_be_measured_is_refused() -> None:
         run(toy.ToySplit(0), toy.classifier(), toy.embeddings(1)[:0])
     with pytest.raises(ValueError, match="1 of them unlabelled"):
         run(toy.ToySplit(9, unlabelled=(5,)), toy.classifier(), toy.embeddings(9))
-    with pytest.raises(ValueError, match="9 images but 8 embeddings"):
-        run(toy.ToySplit(9), toy.classifier(), toy.embeddings(8))
     with pytest.raises(ValueError, match="no null space"):
         run(toy.ToySplit(9), toy.classifier(classes=30), toy.embeddings(9))
     net = nn.Sequential(nn.Flatten(), nn.Linear(108, toy.CLASSES))

@@ -12,7 +12,7 @@ import torch
 from singreg.config import ModelConfig
 from singreg.data.datasets import ImageSplit, Splits
 from singreg.models.classifier import Classifier
-from singreg.setup import build_classifier, labels_for_head, model_name
+from singreg.setup import build_classifier, labels_for_head
 
 NAMES, INDICES = ("goldfish", "Persian cat", "lion"), (1, 283, 291)
 
@@ -102,12 +102,6 @@ def test_a_head_without_a_null_space_is_refused() -> None:
         build_classifier(model, many(256))
     softmax = ModelConfig(name="test_efficientnet", pretrained=False, head="new", invariance="softmax")
     assert build_classifier(softmax, many(256)).num_classes == 256
-
-
-def test_packaged_models_are_folders() -> None:
-    for kind in ("vlm", "classifier"):
-        assert Path(model_name("demo", kind).removeprefix("local-dir:")).is_dir()
-    assert model_name("resnet50.tv_in1k", "classifier") == "resnet50.tv_in1k"
 
 
 def test_gradient_checkpointing_saves_memory_and_changes_nothing() -> None:

@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 
-from singreg.analysis import statistics
 from singreg.analysis.statistics import mean_interval, paired_difference, paired_ratio, resampled_means
 
 
@@ -22,9 +21,7 @@ def values(count: int = 57) -> np.ndarray:
     return np.random.default_rng(0).gamma(2.0, 3.0, (count, 3))
 
 
-@pytest.mark.parametrize("together", [1, 200, 2**16])
-def test_means_are_those_of_the_plain_loop(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "DRAWN_TOGETHER", together)
+def test_means_are_those_of_the_plain_loop() -> None:
     found = resampled_means(values(), resamples=40, seed=3)
     np.testing.assert_allclose(found, slow_means(values(), 40, 3), rtol=1e-12)
     assert not np.array_equal(resampled_means(values(), resamples=40, seed=4), found)

@@ -70,8 +70,6 @@ def largest_inside(gaussian: ConditionalGaussian, f: Tensor, d: Tensor, radius: 
 def slow_curve(world: SteeringWorld, attacker: str, judge: str, budget: str) -> np.ndarray:
     """(3, G) by plain loops: for each image the mean over its targets, then the mean over images."""
     gaussian, natural = world.budgets.gaussian, world.budgets.natural
-    assert gaussian is not None
-    assert natural is not None
     by_image: dict[int, list[list[list[float]]]] = {}
     for i, _, _, f, text in steerings(world):
         d = world.space.component(gradient(world.translators[attacker], f, text))
@@ -111,17 +109,10 @@ def test_curves_begin_at_nothing_and_hold_the_natural_percentiles() -> None:
     world = SteeringWorld.make()
     step, radius = (the_curve(world.curves(), budget=b, attacker="one", judge="one") for b in ("step", "radius"))
     assert step["figures"]["AS"][0] == 0
-    assert step["outside"] == [0.0] * len(STEPS)
     assert set(world.budgets.marks.values()) | set(RADII) == set(radius["grid"])
     assert radius["grid"] == sorted(radius["grid"])
-    # Half of all images are outside the median by definition; a wider radius leaves out fewer, and none in the end.
-    assert radius["outside"] == sorted(radius["outside"], reverse=True)
-    assert radius["outside"][0] > 0
-    assert radius["outside"][-1] == 0
     assert at(radius, 1.0, "AS") == radius["figures"]["AS"][radius["grid"].index(1.0)]
-    with pytest.raises(ValueError, match=r"1\.05 is not on the grid of radius: 0\.9, "):
-        at(radius, 1.05, "AS")
-    with pytest.raises(ValueError, match="expected one curve"):
+    with pytest.raises(ValueError, match="too many values"):
         the_curve(world.curves(), budget="step")
 
 
@@ -154,7 +145,7 @@ def test_table_of_pairs_is_that_of_plain_loops(image_score: float) -> None:
             assert {name: cell[name] for name in wanted} == pytest.approx(
                 {n: v.mean() for n, v in wanted.items()}, abs=1e-4
             )
-            assert cell["AS_abs_std"] == pytest.approx(values[reached, 1].std(), abs=1e-3)
+        assert found["overall"]["AS_abs_std"] == pytest.approx(np.nanstd(everything[:, 1]), abs=1e-3)
         assert found["overall"]["pairs"] == len(table) == 8  # 3 x 3 without cat to cat
         assert found["overall"]["images"] == len({i for i, *_ in steerings(world)})
         low, high = found["intervals"]["AS_abs"]
@@ -168,9 +159,9 @@ def test_table_of_pairs_is_that_of_plain_loops(image_score: float) -> None:
 def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     world = SteeringWorld.make()
     curves, pairs = world.curves(), world.pairs()
-    monkeypatch.setattr(steering, "CHUNK_ELEMENTS", 3 * (M + N + C))  # three rows: an image's targets are torn apart
-    rows = list(world.plan.select(world.batches(COUNT)[0]).rows(world.plan, C))
-    assert [len(r.features) for r in rows[:-1]] == [3] * (len(rows) - 1)
+    monkeypatch.setattr(steering, "CHUNK_ELEMENTS", 2 * len(world.plan.targets) * (M + N + C))
+    rows = list(world.plan.rows(world.batches(COUNT)[0], C))
+    assert [len(r.image.unique()) for r in rows[:-1]] == [2] * (len(rows) - 1)
     for a, b in zip(curves, world.curves(world.batches(5)), strict=True):
         for name in a["figures"]:
             np.testing.assert_allclose(a["figures"][name], b["figures"][name], atol=1e-5)
@@ -187,7 +178,6 @@ def test_processes_count_every_image_once(stride: int) -> None:
         for a, b in zip(curves, found_curves, strict=True):
             np.testing.assert_allclose(a["figures"]["AS"], b["figures"]["AS"], atol=1e-5)
             np.testing.assert_allclose(a["area"]["success"], b["area"]["success"], atol=1e-6)
-            np.testing.assert_allclose(a["outside"], b["outside"], atol=1e-7)
         for a, b in zip(pairs, found_pairs, strict=True):
             assert a["overall"] == pytest.approx(b["overall"], rel=1e-9)
             assert a["matrices"]["images"] == b["matrices"]["images"]
@@ -208,18 +198,6 @@ def test_any_callable_may_attack_and_judge() -> None:
     assert a["matrices"]["step"][0] == pytest.approx(b["matrices"]["step"][0], rel=1e-6)
 
 
-def test_a_float32_network_attacks_float64_features() -> None:
-    torch.manual_seed(0)
-    world = SteeringWorld.make()
-    network = torch.nn.Sequential(torch.nn.Linear(M, 16), torch.nn.Tanh(), torch.nn.Linear(16, N)).eval()
-    (found,) = world.pairs(attackers={"network": network}, image_score=10.0)
-    assert found["overall"]["reachable"] > 0.5
-    assert found["calibration_error"] < 1e-3
-    curves = world.curves(attackers={"network": network}, judges=world.translators)
-    assert {c["judge"] for c in curves} == {"one", "two"}
-    assert curves[0]["figures"]["AS"][0] == 0
-
-
 def test_what_the_translator_does_not_see_cannot_be_steered() -> None:
     """Planted truth: without A's null part nothing moves and nothing is reachable; the control moves."""
     world = SteeringWorld.make()
@@ -231,7 +209,8 @@ def test_what_the_translator_does_not_see_cannot_be_steered() -> None:
     assert (found["overall"]["reachable"], found["overall"]["AS"], found["overall"]["success"]) == (0, None, 0)
     assert found["intervals"]["AS"] == [None, None]
     assert found["calibration_error"] is None
-    control = world.curves()[0]
+    control, transfer = world.curves()[0], world.pairs()[1]["overall"]
+    assert transfer["AS"] < world.pairs()[0]["overall"]["AS"] - 1  # another judge sees less than the attacker's own
     assert control["figures"]["AS"][-1] > 10
     assert control["figures"]["success"][-1] > control["figures"]["success"][0]
 
@@ -265,13 +244,6 @@ def test_natural_radii_are_of_images_that_did_not_make_the_gaussian() -> None:
     assert found["median"] == pytest.approx(float(wanted.radius(g).quantile(0.5)), rel=1e-6)
     assert (found["images"], found["fit_images"], found["dimensions"]) == (40, 120, space.nullity)
     assert found["p99"] > found["p95"] > found["median"]
-    assert Budgets.over(STEPS).grid("radius") == ()
-
-
-@pytest.mark.parametrize("steps", [[0.1, 0.1], [-0.1, 0.5]])
-def test_steps_that_make_no_curve_are_refused(steps: list[float]) -> None:
-    with pytest.raises(ValueError, match="two different steps, each 0 or more"):
-        Budgets.over(steps)
 
 
 def test_pairs_are_drawn_evenly_over_sources_and_images_limited() -> None:
@@ -304,34 +276,23 @@ def test_measure_steering_reads_what_the_table_of_pairs_does(image_score: float)
     world, indices = SteeringWorld.make(), torch.arange(COUNT)
     f, labels, texts, weight = world.features, world.labels % 2, world.texts[:2], world.weight[:2]
     common: dict[str, Any] = {"texts": texts, "null_space": NullSpace.from_weight(weight), "image_score": image_score}
-    attacker, judge = world.translators["one"], world.translators["two"]
-    single = measure_steering(f, labels, indices, attacker=attacker, judge=judge, **common)
+    single = measure_steering(f, labels, indices, attacker=world.translators["one"], **common)
     plan = plan_pairs(labels.numpy(), NAMES[:2], texts, [0, 1], NAMES[:2], texts)
     batch = FeatureBatch(f, f @ weight.T, torch.zeros(COUNT, N), labels, indices)
-    (found,) = steer_pairs([batch], plan, weight=weight, attackers={"one": attacker}, judges={"two": judge}, **common)
+    (found,) = steer_pairs([batch], plan, weight=weight, attackers={"one": world.translators["one"]}, **common)
     pair = found["overall"]
-    assert single["attribute_score"] == pytest.approx(pair["AS"], abs=1e-3)
-    assert single["attribute_score_std"] == pytest.approx(pair["AS_std"], abs=1e-3)
-    assert single["step"] == pytest.approx(pair["step"], rel=1e-4)
+    assert single["attribute_score"] == pytest.approx(pair["AS"], abs=1e-9)
+    assert single["attribute_score_std"] == pytest.approx(pair["AS_std"], abs=1e-9)
+    assert single["step"] == pytest.approx(pair["step"])
     assert (single["reachable"], single["success"]) == pytest.approx((pair["reachable"], pair["success"]))
     assert (single["images"], single["image_score"]) == (COUNT, image_score)
-
-
-def test_another_judge_sees_less_than_the_attackers_own() -> None:
-    model, split = toy.classifier(), toy.ToySplit(37)
-    f, labels, indices = toy.features(model, split).float(), torch.from_numpy(split.labels), torch.arange(37)
-    options: dict[str, Any] = {"texts": toy.texts(), "null_space": NullSpace.from_weight(model.weight)}
-    options |= {"attacker": toy.translator(), "image_score": 30.0}
-    own, other = (measure_steering(f, labels, indices, judge=judge, **options) for judge in (None, toy.translator(9)))
-    assert own["attribute_score"] > abs(other["attribute_score"]) + 10
-    assert own["step"] == other["step"]  # the attack is the same
-    kept = (torch.eye(toy.WIDTH).double() - null_projector(model.weight)).float()
-    options["attacker"] = LinearTranslator(toy.translator().matrix @ kept, torch.zeros(toy.DIM))
-    blind = measure_steering(f, labels, indices, **options)
-    assert (blind["reachable"], blind["success"], blind["images"]) == (0.0, 0.0, 37)
-    assert all(math.isnan(blind[name]) for name in ("attribute_score", "attribute_score_std", "step"))
+    kept = torch.eye(M) - null_projector(weight).float()
+    blind = LinearTranslator(world.translators["one"].matrix @ kept, torch.zeros(N))
+    nothing = measure_steering(f, labels, indices, attacker=blind, **common)
+    assert (nothing["reachable"], nothing["success"]) == (0.0, 0.0)
+    assert all(math.isnan(nothing[name]) for name in ("attribute_score", "attribute_score_std", "step"))
     with pytest.raises(ValueError, match=r"at least 2 classes.*\(1, 7\)"):
-        measure_steering(f, 0 * labels, indices, **{**options, "texts": toy.texts(1)})
+        measure_steering(f, labels, indices, attacker=blind, **{**common, "texts": texts[:1]})
 
 
 def test_targets_are_other_classes_fixed_by_image_and_seed() -> None:

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,7 @@ from accelerate.state import AcceleratorState
 import study as recipe
 from singreg.data.splits import Splits
 from singreg.setup import Setup
-from singreg.study_arms import hold_out
-from singreg.study_plan import ArmConfig, StudyConfig, Work, plan_study, time_left
+from singreg.study import ArmConfig, StudyConfig, Work, hold_out, plan_study
 from tests import toy
 
 SETTINGS: dict[str, Any] = {
@@ -27,13 +25,12 @@ SETTINGS: dict[str, Any] = {
     "training": {"epochs": 1, "batch_size": 16, "checkpoint_every": 1},
     "translator": {"refreshes": 0, "ridge": 1.0},
     "validation_per_class": 2,
-    "agreement_sizes": [6, 12, 10000],
     "seeds": [0, 1],
     "arms": [
         {"name": "plain", "train": "head", "role": "baseline", "overrides": {"loss.weight": 0}},
         {"name": "sing", "overrides": {"training.learning_rate": 0.001}},
         {"name": "mixed", "weights_from": "sing", "train": "none", "interpolation": 0.5, "seeds": 1},
-        {"name": "aligned", "train": "head", "aligned": True, "constrain": True, "seeds": 1},
+        {"name": "aligned", "train": "head", "aligned": True, "seeds": 1},
         {"name": "dropped", "train": "none", "drop_null": True},
     ],
 }
@@ -53,24 +50,21 @@ def study(out: Path, *more: str, **changes: Any) -> None:
 def report_of(folder: Path) -> dict[str, Any]:
     """report.json without what may differ between two runs of the same configuration."""
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    for arm in report["arms"]:
-        arm.pop("seconds")
     return {name: value for name, value in report.items() if name not in ("seconds", "settings", "machine")}
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf by its path."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    return {path: value} if pairs is None else {k: v for n, each in pairs for k, v in flat(each, f"{path}/{n}").items()}
 
 
 def same(found: Any, wanted: Any) -> None:
     """Equal in every word and count; numbers but for rounding, which follows where memory happens to lie."""
-    if isinstance(found, dict):
-        assert found.keys() == wanted.keys()
-        for key in found:
-            same(found[key], wanted[key])
-    elif isinstance(found, list):
-        for one, other in zip(found, wanted, strict=True):
-            same(one, other)
-    elif isinstance(found, float):
-        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-3)
-    else:
-        assert found == wanted
+    one, other = flat(found), flat(wanted)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert value == (pytest.approx(other[key], rel=1e-3, abs=1e-3) if isinstance(value, float) else other[key]), key
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +80,18 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     original = recipe.make_and_measure
 
-    def noted(shared: Any, begin: Any, second: Any, work: Work) -> Any:
+    def noted(study: Any, work: Work) -> Any:
         found.append(f"{work.arm.name} {work.seed}")
-        return original(shared, begin, second, work)
+        return original(study, work)
 
     monkeypatch.setattr(recipe, "make_and_measure", noted)
     return found
 
 
 def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None:
-    names = ("config.yaml", "report.md", "report.html", "agreement.json", "scores.parquet")
+    names = ("config.yaml", "report.md", "report.html", "scores.parquet")
     assert all((whole / name).is_file() for name in names)
-    assert {path.stem for path in (whole / "plots").iterdir()} == {"study", "pareto", "tradeoff", "auditor"}
+    assert {path.stem for path in (whole / "plots").iterdir()} == {"pareto"}
     for run in RUNS:
         arm, seed = run.split()
         files = {path.name for path in (whole / "arms" / arm / f"seed-{seed}").iterdir()}
@@ -106,23 +100,16 @@ def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None
     assert not (whole / "features").exists()
     report = report_of(whole)
     arms = {arm["arm"]: arm for arm in report["arms"]}
-    assert {name: len(arm["seeds"]) for name, arm in arms.items()} == {
-        "plain": 2,
-        "sing": 2,
-        "mixed": 1,
-        "aligned": 1,
-        "dropped": 1,
-    }
+    seeds = {"plain": 2, "sing": 2, "mixed": 1, "aligned": 1, "dropped": 1}
+    assert {name: len(arm["seeds"]) for name, arm in arms.items()} == seeds
     assert arms["dropped"]["omitted"].startswith("no null space")
-    assert arms["dropped"]["extra"]["logit_change"] < 1e-3
     assert arms["dropped"]["validation"] == {}
     assert {"AS_neg", "IS", "step", "top1", "harmless_r2"} <= set(arms["sing"]["paired"])
     assert "null_space_r2/color: red" in arms["sing"]["mean"]
     assert arms["sing"]["validation"]["images"] == 20
     # The aligned head's null space is clean for the very translator it was aligned with.
     assert arms["aligned"]["mean"]["AS_neg/frozen"] < 0.5 * arms["plain"]["mean"]["AS_neg/frozen"]
-    assert [point["images"] for point in report["agreement"]] == [6, 12]
-    assert report["verdict"][0].startswith("No claim: the auditor was fitted on 40 images")
+    assert report["verdict"][0].startswith("No claim: the auditor has 40 images")
 
 
 @pytest.mark.parametrize("kept", [5, pytest.param(1, marks=pytest.mark.slow)])
@@ -154,12 +141,12 @@ def test_a_changed_arm_is_made_again_with_what_depends_on_it(
     arms[1]["overrides"] = {"training.learning_rate": 0.002}
     wanted: list[str] = []
 
-    def stop(works: list[Work], found: list[Any]) -> str:
-        wanted.extend(f"{work.arm.name} {work.seed}" for work in works if recipe.read_back(work) is None)
-        raise KeyboardInterrupt
+    def skip(_: Any, work: Work) -> None:
+        wanted.append(f"{work.arm.name} {work.seed}")
 
-    monkeypatch.setattr(recipe, "time_left", stop)
-    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(recipe, "make_and_measure", skip)
+    monkeypatch.setattr(recipe, "report", lambda *_: None)
+    with caplog.at_level(logging.INFO):
         study(tmp_path / "tiny", "--resume", "true", arms=arms)
     assert wanted == ["sing 0", "mixed 0", "sing 1"]
     assert "arm sing, seed 0 was made with another configuration and is made again" in caplog.text
@@ -167,52 +154,40 @@ def test_a_changed_arm_is_made_again_with_what_depends_on_it(
 
 WRONG = [
     ({"name": "plain", "train": "nothing"}, "train"),
-    ({"name": "plain", "alligned": True}, "alligned"),
     ({"name": "../up"}, "arms[0].name: expected a name that does for a folder"),
     ({"name": "plain", "interpolation": 2}, "arms[0].interpolation: expected a number from 0 to 1"),
-    ({"name": "plain", "constrain": True}, "arms[0].constrain: keeps an aligned head's rows"),
     ({"name": "plain", "overrides": {"data.seed": 3}}, "overrides: data.seed: all arms share this"),
     ({"name": "plain", "weights_from": "later"}, "arms[0] (plain): weights_from: expected an earlier arm"),
     ({"name": "plain", "overrides": {"loss.wieght": 1}}, "loss.wieght: no such key; did you mean loss.weight?"),
     ({"name": "plain", "overrides": {"training.epochs": "many"}}, "training.epochs: expected int, got 'many'"),
-    ({"name": "plain", "overrides": {"loss.terms": {"leek": 1}}}, "loss.terms.leek: no such key"),
     ({"name": "plain", "train": "head", "overrides": {"loss.balance": 0.1}}, "loss.balance: is for fine-tuning"),
     ({"name": "plain", "drop_null": True}, "drop_null: the reference must be measured"),
-    ({"name": "plain", "control_of": "b", "role": "placebo"}, "control_of: there is no arm 'b'"),
+    ({"name": "plain", "control_of": "b"}, "arms[0] (plain): control_of: there is no arm 'b'"),
+    ({"name": "plain", "aligned": True}, "arms[0] (plain): aligned: empties the logits' null space"),
 ]
 
 
 @pytest.mark.parametrize(("arm", "words"), WRONG)
-def test_what_is_wrong_with_an_arm_is_said(
+def test_all_that_is_wrong_with_a_study_is_said_at_once(
     arm: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        study(tmp_path / "tiny", arms=[arm])
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "tiny").exists()
-
-
-def test_all_that_is_wrong_with_a_study_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arms = [{"name": "a"}, {"name": "a", "aligned": True}]
     model = {**SETTINGS["model"], "invariance": "softmax"}
-    with pytest.raises(SystemExit):
-        study(tmp_path / "tiny", arms=arms, model=model, seeds=[0, 0], claim="b", ood=5)
+    with pytest.raises(SystemExit) as stop:
+        study(tmp_path / "tiny", arms=[arm, arm], model=model, seeds=[0, 0], claim="c", ood=5)
+    assert stop.value.code == 2
     said = capsys.readouterr().err
-    for words in (
-        "arms: listed twice: a",
-        "seeds: expected different whole numbers from 0, got [0, 0]",
-        "reference: there is no arm 'plain'; arms are a, a",
-        "claim: there is no arm 'b'",
-        "ood: needs images in data.unlabeled",
-        "arms[1] (a): aligned: empties the logits' null space",
-    ):
-        assert words in said, words
+    assert words in said
+    if words.startswith("arms[0] ("):
+        assert "arms: listed twice: plain" in said
+        assert "seeds: expected different whole numbers from 0, got [0, 0]" in said
+        assert "claim: there is no arm 'c'; arms are plain, plain" in said
+        assert "ood: needs images in data.unlabeled" in said
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_a_dry_run_lists_the_arms_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study(tmp_path / "tiny", "--dry_run", "true")
-    assert "mixed, seed 0: train none, from sing, 0 steps" in capsys.readouterr().out
+    assert "mixed, seed 0: train none, from sing; no training" in capsys.readouterr().out
     assert not (tmp_path / "tiny").exists()
 
 
@@ -224,7 +199,8 @@ def test_arms_without_randomness_run_once_and_share_their_weights() -> None:
         ArmConfig("on", weights_from="before"),
         ArmConfig("after", train="none", weights_from="plain", seeds=2),
     ]
-    works = plan_study(StudyConfig(arms=arms, seeds=[3, 4, 5]), {"test images": "a"})
+    options: dict[str, Any] = {"arms": arms, "claim": "on"}
+    works = plan_study(StudyConfig(seeds=[3, 4, 5], **options), {"test images": "a"})
     found = [(work.arm.name, work.seed) for work in works]
     first = [("before", 3), ("plain", 3), ("mixed", 3), ("on", 3), ("after", 3)]
     assert found == [*first, ("plain", 4), ("on", 4), ("after", 4), ("plain", 5), ("on", 5)]
@@ -234,10 +210,8 @@ def test_arms_without_randomness_run_once_and_share_their_weights() -> None:
     assert not by["mixed", 3].trained
     assert by["after", 4].trained
     assert len({work.digest for work in works}) == len(works)
-    others = plan_study(StudyConfig(arms=arms, seeds=[3]), {"test images": "b"})
+    others = plan_study(StudyConfig(seeds=[3], **options), {"test images": "b"})
     assert not {work.digest for work in works} & {work.digest for work in others}  # other images, another study
-    spent: Any = [SimpleNamespace(train="none", seconds=60.0), SimpleNamespace(train="all", seconds=600.0), None, None]
-    assert time_left(works[:4], spent) == " (about 11 min left)"
 
 
 def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:
@@ -256,5 +230,5 @@ def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:
         wanted = [int(each.identifier(i).removeprefix("toy-")) for i in range(len(each))]
         np.testing.assert_array_equal(table, toy.embeddings(43)[wanted])
     assert hold_out(setup, 0) == (setup, None)
-    with pytest.raises(ValueError, match=r"validation_per_class is 9, .*no more images of (alpha|delta)"):
+    with pytest.raises(ValueError, match="validation_per_class is 9, but a class"):
         hold_out(setup, 9)

@@ -1,7 +1,8 @@
-"""Attacked images judged from their 8-bit files; beside them ordinary robustness, and twins that nobody attacked."""
+"""Attacked images judged from their 8-bit files, models compared by them, and twins that nobody attacked."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,269 +12,247 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
-from singreg.analysis.attack import LEVELS, Budget, ascend
-from singreg.analysis.attack_images import RANDOM, PixelModel, away_from_label, load_images
-from singreg.data.corruption import KINDS, CorruptedSplit
+from singreg.analysis.attack import LEVELS, TANGENT
+from singreg.analysis.attack_images import ATTACK, RANDOM, PixelModel, load_images
+from singreg.analysis.features import PassSettings, cached_features
+from singreg.analysis.robustness import measure_robustness
+from singreg.analysis.statistics import mean_interval, paired_difference
+from singreg.analysis.steering import plan_pairs
 from singreg.data.datasets import ImageSplit
+from singreg.data.embeddings import take_rows
 from singreg.functional import angle
+from singreg.models.classifier import Classifier
 from singreg.models.vlm import VisionLanguageModel
-from singreg.translator import Translator
+from singreg.nullspace import Invariance, NullSpace
+from singreg.translator import LinearTranslator
 
-READINGS = ("fooled the translator", "fooled the translators", "fooled the VLM", "changed meaning")
-"""Who saw the target first, from the attacked translator alone to all image encoders, of which there must be two."""
-SEVERITY = 3  # of the corruptions
+BATCH = 64
+SLACK = 0.05  # degrees that passes must gain by themselves
 NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
-CHUNK = 512  # rows of the table of distances made at once
+TWIN_IMAGES, SHOWN = 1000, 8  # among which twins are sought, and how many are listed
+PAIRS = 240  # of a source class and a target prompt, in feature space
+STEPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # shares of |f|
 
 
 class Judge(NamedTuple):
-    """What reads image files to embeddings (B, n), and the class prompts (C, n) in its space as unit rows."""
+    """What reads image files: an encoder, and for a classifier's features a translator; texts (C, n) are unit rows."""
 
-    read: Callable[[Sequence[Path]], Tensor]
+    name: str
+    encoder: PixelModel | VisionLanguageModel
+    translator: Callable[[Tensor], Tensor] | None
     texts: Tensor
 
-
-def encoder_judge(vlm: VisionLanguageModel, texts: Tensor) -> Judge:
-    """Return a real image encoder with its own preprocessing; the attack never saw it."""
-
-    def read(paths: Sequence[Path]) -> Tensor:
-        rows = []
-        for path in paths:
-            with Image.open(path) as image:
-                rows.append(vlm.transform(image.convert("RGB")))
-        return vlm.embed_images(torch.stack(rows)).cpu()
-
-    return Judge(read, texts.cpu())
+    def read(self, paths: Sequence[Path]) -> Tensor:
+        """Return embeddings (B, n) of PNG files; an image encoder takes its own preprocessing."""
+        if isinstance(self.encoder, PixelModel):
+            embeddings, _ = self.encoder(load_images(paths).to(self.encoder.device))
+        else:
+            images = [self.encoder.transform(Image.open(path).convert("RGB")) for path in paths]
+            embeddings = self.encoder.embed_images(torch.stack(images))
+        return (embeddings if self.translator is None else self.translator(embeddings)).float().cpu()
 
 
-def translator_judge(model: PixelModel, translator: Translator, texts: Tensor) -> Judge:
-    """Return a reader of a classifier's translated features."""
+class Attacked(NamedTuple):
+    """One attacked model: its files' rows, its readers, its facts, robustness in feature space, all logits."""
 
-    @torch.no_grad()
-    def read(paths: Sequence[Path]) -> Tensor:
-        features, _ = model(load_images(paths).to(model.mean.device))
-        translated: Tensor = translator(features)
-        return translated.float().cpu()
-
-    return Judge(read, texts.cpu())
+    rows: pd.DataFrame
+    pixels: PixelModel
+    judges: list[Judge]
+    facts: dict[str, Any]
+    features: dict[str, Any] | None
+    logits: Tensor
 
 
 @torch.no_grad()
 def judge_images(
-    attacked: pd.DataFrame,
-    folder: Path,
-    model: PixelModel,
-    judges: Mapping[str, Judge],
-    budgets: Sequence[Budget],
-    *,
-    tau: float,
-    batch_size: int = 64,
+    rows: pd.DataFrame, folder: Path, model: PixelModel, judges: Sequence[Judge], tau: float
 ) -> pd.DataFrame:
     """Read every attacked image and its original again from the PNG files; nothing the attack reported is believed.
 
-    Args:
-        attacked: rows of `save_batch`.
-
     Returns:
-        The rows with kept (within the budget, every logit within τ, the decision stays), logit_change, decision,
-        decision_before, linf (255ths), l2; and by judge: rise, the angle gained towards the target, shift, the angle
-        between the two readings (degrees), first and first_before, whether the target outranks all class prompts.
+        The rows of `attack_split` with logit_change, linf (255ths), kept (within the budget, every logit within τ, the
+        decision stays); and by judge: rise, the degrees gained towards the target's prompt, won, whether that prompt
+        became first, and knows, whether the own one was. What was not kept counts as 0, but for the rise of random
+        directions, which are held to nothing.
     """
-    known, frames = {budget.label: budget for budget in budgets}, []
-    for start in range(0, len(attacked), batch_size):
-        chunk = attacked.iloc[start : start + batch_size]
+    frames = []
+    for start in range(0, len(rows), BATCH):
+        chunk = rows.iloc[start : start + BATCH]
         before, after = ([folder / path for path in chunk[name]] for name in ("original", "file"))
         x, y = load_images(before), load_images(after)
-        old, new = (model(images.to(model.mean.device))[1].float().cpu() for images in (x, y))
-        moved, change = (LEVELS * (y - x)).round() / LEVELS, (new - old).abs().amax(1)
-        lengths = {"linf": Budget("linf", 0).lengths(moved), "l2": Budget("l2", 0).lengths(moved)}
-        own = [known[label] for label in chunk["budget"]]
-        within = [float(lengths[b.norm][row]) <= b.radius * (1 + 1e-6) + 1e-9 for row, b in enumerate(own)]
-        kept = torch.tensor(within) & (change <= tau) & (old.argmax(1) == new.argmax(1))
-        columns = {"kept": kept, "logit_change": change, "decision": new.argmax(1), "decision_before": old.argmax(1)}
-        columns |= {"linf": LEVELS * lengths["linf"], "l2": lengths["l2"]}
-        targets = torch.tensor(chunk["target"].to_numpy())
-        for name, judge in judges.items():
-            was, now, texts = judge.read(before).double(), judge.read(after).double(), judge.texts.double()
-            columns[f"rise {name}"] = angle(was, texts[targets]) - angle(now, texts[targets])
-            columns[f"shift {name}"] = angle(was, now)
-            for figure, z in (("first", now), ("first_before", was)):
-                columns[f"{figure} {name}"] = (normalize(z, dim=-1) @ texts.T).argmax(1) == targets
+        old, new = (model(images.to(model.device))[1].float().cpu() for images in (x, y))
+        change, length = (new - old).abs().amax(1), (LEVELS * (y - x)).round().abs().amax((1, 2, 3))
+        within = length <= torch.tensor(chunk["size"].to_numpy())
+        kept = within & (change <= tau) & (old.argmax(1) == new.argmax(1))
+        counted = kept | torch.tensor((chunk["arm"] == RANDOM).to_numpy())
+        columns = {"kept": kept, "logit_change": change, "linf": length}
+        targets, labels = (torch.tensor(chunk[name].to_numpy()) for name in ("target", "label"))
+        for judge in judges:
+            was, now, texts = judge.read(before).double(), judge.read(after).double(), judge.texts.cpu().double()
+            first, last = ((normalize(z, dim=-1) @ texts.T).argmax(1) for z in (was, now))
+            columns[f"rise {judge.name}"] = counted * (angle(was, texts[targets]) - angle(now, texts[targets]))
+            columns[f"won {judge.name}"] = kept & (last == targets) & (first != targets)
+            columns[f"knows {judge.name}"] = first == labels
         frames.append(chunk.assign(**{name: values.numpy() for name, values in columns.items()}))
     found: pd.DataFrame = pd.concat(frames, ignore_index=True)
     return found
 
 
-def judges_of(judged: pd.DataFrame) -> list[str]:
-    """Return the names of the judges behind rows of `judge_images`."""
-    return [name.removeprefix("rise ") for name in judged.columns if name.startswith("rise ")]
-
-
-def won(judged: pd.DataFrame, judge: str) -> pd.Series:
-    """Return whether the target became first by that judge, all else kept."""
-    found: pd.Series = judged["kept"] & judged[f"first {judge}"] & ~judged[f"first_before {judge}"]
-    return found
-
-
-def counted_rise(judged: pd.DataFrame, judge: str) -> pd.Series:
-    """Return rises as they count: 0 for what was not kept, but for random directions, which are held to nothing."""
-    found: pd.Series = judged[f"rise {judge}"].where(judged["kept"] | (judged["arm"] == RANDOM), 0.0)
-    return found
-
-
-def readings_of(judged: pd.DataFrame, encoders: Sequence[str]) -> pd.Series:
-    """Return who was fooled by each image: the highest of READINGS, or "" for nobody.
-
-    "changed meaning" needs two image encoders or more, all of which put the target first; one that does beside another
-    that does not is a fooled encoder.
-    """
-    seen = {name: won(judged, name) for name in judges_of(judged)}
-    counts = sum((seen[name].astype(int) for name in encoders), start=pd.Series(0, index=judged.index))
-    found = pd.Series("", index=judged.index)
-    found[seen["fitted"]] = READINGS[0]
-    found[seen["auditor"]] = READINGS[1]
-    found[counts > 0] = READINGS[2]
-    found[(counts == len(encoders)) & (len(encoders) >= 2)] = READINGS[3]
-    return found
-
-
-def still_right(
-    model: PixelModel, images: Tensor, labels: Tensor, sizes: Sequence[float], *, steps: int = 10, seed: int
-) -> dict[str, Tensor]:
-    """Return which images keep their right answer under PGD on the margin, (B,) bool by "clean" and by 255ths.
-
-    What fell at a smaller budget stays fallen at a larger one; only what still stands is attacked.
-
-    Shape: images (B, 3, H, W) on the 8-bit grid, labels (B,) among the head's rows.
-    """
-    with torch.no_grad():
-        standing = model(images)[1].argmax(1) == labels
-    found = {"clean": standing}
-    for place, size in enumerate(sorted(sizes)):
-        standing = standing.clone()
-        rows = standing.nonzero().flatten()
-        if len(rows):
-            generator = torch.Generator().manual_seed(seed + place)
-            judged = away_from_label(model, labels[rows])
-            attack = ascend(judged, images[rows], Budget("linf", size), steps=steps, generator=generator)
-            with torch.no_grad():
-                standing[rows] = model(attack.images)[1].argmax(1) == labels[rows]
-        found[f"{size:g}"] = standing
-    return found
-
-
-@torch.no_grad()
-def corrupted_right(model: PixelModel, split: ImageSplit, labels: Tensor, *, batch_size: int = 64) -> dict[str, Tensor]:
-    """Return which images of a split are right when blurred, noisy or of low contrast, (N,) bool by kind."""
-    found = {}
-    for kind in KINDS:
-        corrupted = CorruptedSplit(split, kind, SEVERITY)
-        right = []
-        for start in range(0, len(split), batch_size):
-            rows = range(start, min(start + batch_size, len(split)))
-            images = torch.stack([model.image(corrupted, row) for row in rows])
-            right.append(model(images)[1].argmax(1).cpu() == labels[start : start + batch_size])
-        found[kind] = torch.cat(right)
-    return found
-
-
 def share_interval(count: int, total: int) -> list[float]:
-    """Return [share, low, high] by Wilson's 95 % interval, which does not shrink to nothing at 0 or at 1.
-
-    Example:
-        >>> [round(value, 3) for value in share_interval(0, 128)]
-        [0.0, 0.0, 0.029]
-    """
-    if not 0 <= count <= total or total < 1:
-        raise ValueError(f"expected 0 to {total} of at least 1 image, got {count} of {total}")
+    """Return [share, low, high] by Wilson's 95 % interval, which does not shrink to nothing at 0 or at 1."""
     share, square = count / total, NORMAL**2
     middle = (share + square / (2 * total)) / (1 + square / total)
     half = NORMAL / (1 + square / total) * (share * (1 - share) / total + square / (4 * total**2)) ** 0.5
     return [share, 0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half]
 
 
+def summarize_attack(judged: pd.DataFrame, judges: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Summarise every model, budget and arm, with 95 % intervals: of degrees by bootstrap, of shares by Wilson."""
+    found = []
+    for (model, budget, arm), rows in judged.groupby(["model", "budget", "arm"], sort=False):
+        rises = {name: list(mean_interval(rows[f"rise {name}"].to_numpy(), seed=seed)) for name in judges}
+        success = {name: share_interval(int(rows[f"won {name}"].sum()), len(rows)) for name in judges}
+        row = {"model": model, "budget": budget, "arm": arm, "images": len(rows), "kept": float(rows["kept"].mean())}
+        found.append({**row, "logit_change": rows["logit_change"].max(), "rise": rises, "success": success})
+    return found
+
+
+def model_differences(judged: pd.DataFrame, judges: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Compare the rises of every later model with the first's at every budget, paired by image."""
+    attacks, found = judged[judged["arm"] == ATTACK], []
+    first, *others = attacks["model"].unique()
+    for second, (budget, rows), judge in itertools.product(others, attacks.groupby("budget", sort=False), judges):
+        pair = rows.pivot(index="image", columns="model", values=f"rise {judge}")
+        value, low, high = paired_difference(pair[second].to_numpy(), pair[first].to_numpy(), seed=seed)
+        names = {"first": first, "second": second, "budget": budget, "judge": judge}
+        found.append({**names, "value": value, "low": low, "high": high})
+    return found
+
+
+def transfers_of(own: pd.DataFrame, carried: pd.DataFrame) -> list[dict[str, Any]]:
+    """Compare images crafted on other models with a model's own, both as judged by the latter's translator."""
+    means = carried.groupby(["model", "budget"], sort=False)[["rise fitted", "kept"]].mean().reset_index()
+    white_box = own[own["arm"] == ATTACK].groupby("budget")["rise fitted"].mean().rename("own")
+    means = means.rename(columns={"model": "crafted_on", "rise fitted": "rise"}).merge(white_box, on="budget")
+    found: list[dict[str, Any]] = means.assign(judged_on=own["model"].iloc[0]).to_dict("records")
+    return found
+
+
+def summarize_climbs(judged: pd.DataFrame) -> pd.DataFrame:
+    """Average how many degrees the passes of each model, budget and kind got by themselves, beside the single step."""
+    attacks = judged[judged["arm"] == ATTACK]
+    kinds = [name for name in attacks.columns if name.endswith(" passes")]
+    means = attacks.groupby(["model", "budget"], sort=False)[["one_step", "began", *kinds]].mean().reset_index()
+    climbs: pd.DataFrame = means.melt(["model", "budget", "one_step", "began"], kinds, "kind", "alone").dropna()
+    return climbs
+
+
+def attack_checks(judged: pd.DataFrame, features: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    """Check the attack on every model (name, passed, found): one that fails takes every claim of robustness with it.
+
+    An attack begins with the single step and with the smaller budget's images, so it would rise whatever its passes do;
+    so each kind of pass is also measured alone: at one budget or more the first kind must climb beyond what it began
+    from, those from random points beyond random directions, of which an attacker would keep only what helps.
+    """
+    checks = []
+    for model, rows in judged.groupby("model", sort=False):
+        attacks, random = rows[rows["arm"] == ATTACK], rows[rows["arm"] == RANDOM]
+        broken = int((~attacks["kept"]).sum())
+        files = "logits, decision and budget are kept in the saved files"
+        words = f"{broken} of {len(attacks)} break one, largest logit change {attacks['logit_change'].max():.3g}"
+        checks.append({"model": model, "name": files, "passed": not broken, "found": words})
+        level = random["rise fitted"].clip(lower=0).groupby(random["budget"]).mean()
+        climbs = summarize_climbs(attacks).set_index("budget")
+        first = TANGENT if (climbs["kind"] == TANGENT).any() else climbs["kind"].iloc[0]
+        for kind, own in climbs.groupby("kind", sort=False):
+            gains = own["alone"] - (own["began"] if kind == first else level[own.index])
+            name = f"{kind} climb by themselves beyond {'their start' if kind == first else 'random directions'}"
+            words = ", ".join(f"{gain:+.2f}° at {budget}" for budget, gain in gains.items())
+            checks.append({"model": model, "name": name, "passed": bool((gains > SLACK).any()), "found": words})
+        for check in features.get(model, {}).get("checks", ()):
+            checks.append({"model": model, **check, "name": f"{check['name']}, in feature space"})
+    return checks
+
+
 @torch.no_grad()
-def natural_twins(
-    logits: Tensor, embeddings: Tensor, labels: Tensor, *, places: np.ndarray | None = None, shown: int = 8
-) -> dict[str, Any]:
+def twins_among(logits: Tensor, embeddings: Tensor, labels: Tensor, places: np.ndarray) -> dict[str, Any]:
     """Find pairs of images of two classes that are close in logits and far apart in meaning; nobody attacked them.
 
     Close: largest |Δlogit| at most the median between images of one class, so a model with larger logits is held to a
     larger limit. Far: angle at least the median between images of different classes.
 
     Args:
-        places: what the images are called in the answer, their place among these rows by default.
-        shown: how many pairs are listed, closest first, no image twice.
+        places: (N,) what the images are called in the answer.
+
+    Shape: logits (N, C), embeddings (N, n), labels (N,), at least two classes. Memory grows with N².
 
     Returns:
-        images; pairs of two classes; close (logits), far (degrees); rate of twins among the pairs and its 95 %
-        bootstrap interval over images; touched, the share of images with a twin; shown.
-
-    Shape: logits (N, C), embeddings (N, n), labels (N,). Memory grows with N².
-
-    Raises:
-        ValueError: rows that do not fit, fewer than two classes, or no two images of one class.
-
-    Example:
-        >>> logits = torch.tensor([[0.0, 9.0], [0.1, 8.8], [9.0, 0.0], [0.05, 9.0]])
-        >>> z = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.0, 1.0]])
-        >>> twins = natural_twins(logits, z, torch.tensor([0, 0, 1, 1]))
-        >>> [(t["first"], t["second"]) for t in twins["shown"]], twins["rate"]
-        ([(0, 3)], 0.5)
+        images; pairs of two classes; close (logits), far (degrees); rate of twins among the pairs; shown, the closest
+        twins (first, second, logit_distance, angle), no image twice.
     """
-    if not len(logits) == len(embeddings) == len(labels):
-        raise ValueError(f"expected equally many rows, got {len(logits)}, {len(embeddings)} and {len(labels)}")
-    if (problem := twins_problem(labels)) is not None:
-        raise ValueError(problem)
     exact, unit = logits.double(), normalize(embeddings.double(), dim=-1)
-    distance = torch.cat([torch.cdist(chunk, exact, p=torch.inf) for chunk in torch.split(exact, CHUNK)])
-    angle = torch.rad2deg(torch.arccos((unit @ unit.T).clamp(-1, 1)))
+    distance = torch.cat([torch.cdist(chunk, exact, p=torch.inf) for chunk in torch.split(exact, 512)])
+    apart = torch.rad2deg(torch.arccos((unit @ unit.T).clamp(-1, 1)))
     upper = torch.ones_like(distance, dtype=torch.bool).triu(1)
     same = labels[:, None] == labels[None]
     pairs = upper & ~same
-    close, far = float(distance[upper & same].median()), float(angle[pairs].median())
-    twins = pairs & (distance <= close) & (angle >= far)
-    left, right = twins.nonzero(as_tuple=True)
-    order = distance[left, right].argsort(stable=True)
-    called = [int(place) for place in (range(len(labels)) if places is None else places)]
-    listed: list[dict[str, Any]] = []
-    used: set[int] = set()
-    for i, j in zip(left[order].tolist(), right[order].tolist(), strict=True):
-        if len(listed) < shown and not used & {i, j}:
+    close, far = distance[upper & same].median(), apart[pairs].median()
+    twins = (pairs & (distance <= close) & (apart >= far)).nonzero()
+    shown, used = list[dict[str, Any]](), set[int]()
+    for i, j in twins[distance[tuple(twins.T)].argsort(stable=True)].tolist():
+        if len(shown) < SHOWN and not used & {i, j}:
             used |= {i, j}
-            apart = {"logit_distance": float(distance[i, j]), "angle": float(angle[i, j])}
-            listed.append({"first": called[i], "second": called[j], **apart})
-    return {
-        "images": len(labels),
-        "pairs": int(pairs.sum()),
-        "close": close,
-        "far": far,
-        "rate": float(twins.sum() / pairs.sum()),
-        "touched": float((twins | twins.T).any(1).double().mean()),
-        "shown": listed,
-        "rate_interval": _rate_interval(twins, pairs),
-    }
+            both = {"first": int(places[i]), "second": int(places[j])}
+            shown.append({**both, "logit_distance": distance[i, j].item(), "angle": apart[i, j].item()})
+    count, limits = int(pairs.sum()), {"close": close.item(), "far": far.item()}
+    return {"images": len(labels), "pairs": count, **limits, "rate": len(twins) / count, "shown": shown}
 
 
-def twins_problem(labels: Tensor) -> str | None:
-    """Return why no twins can be sought among images with these labels (N,), or None."""
-    counts = np.unique(labels.numpy(), return_counts=True)[1]
-    if len(counts) < 2 or counts.max() < 2:
-        return "natural twins need images of at least two classes, and two images of one of them"
-    return None
+def natural_twins(
+    split: ImageSplit, logits: Mapping[str, Tensor], embeddings: Mapping[str, np.ndarray], seed: int
+) -> list[dict[str, Any]]:
+    """Seek natural twins among a split's images by every model's logits (N, C) and encoder's embeddings (N, n)."""
+    order = np.random.default_rng([seed, 8]).permutation(np.flatnonzero(split.labels >= 0))
+    places, found = np.sort(order[:TWIN_IMAGES]), list[dict[str, Any]]()
+    if not pd.Series(split.labels[places]).duplicated().any():  # nothing says how close images of one class are
+        return found
+    for (model, of_model), (encoder, table) in itertools.product(logits.items(), embeddings.items()):
+        labels = torch.from_numpy(split.labels[places])
+        twins = twins_among(of_model[places], take_rows(table, places), labels, places)
+        found.append({"model": model, "encoder": encoder, **twins})
+    return found
 
 
-def _rate_interval(twins: Tensor, pairs: Tensor, *, resamples: int = 200, seed: int = 0) -> tuple[float, float]:
-    """Draw images and not pairs, which share images."""
-    count = len(twins)
-    rng = np.random.default_rng(seed)
-    drawn = np.stack([np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(resamples)])
-    weights = torch.from_numpy(drawn).double()
-    found, all_pairs = (((weights @ table.double()) * weights).sum(1) for table in (twins, pairs))
-    shares = (found / all_pairs)[all_pairs > 0].numpy()
-    low, high = np.quantile(shares, [0.025, 0.975]) if len(shares) else (0.0, 1.0)
-    if not bool(twins.any()):  # draws from nothing are nothing; half as many pairs share no image
-        high = share_interval(0, max(1, count // 2))[2]
-    return float(low), float(high)
+@torch.no_grad()
+def describe(
+    classifier: Classifier,
+    split: ImageSplit,
+    embeddings: np.ndarray,
+    texts: Tensor,
+    translators: Mapping[str, LinearTranslator],
+    chosen: pd.DataFrame,
+    *,
+    dropped: bool,
+    tau: float,
+    seed: int,
+    invariance: Invariance,
+    settings: PassSettings,
+) -> tuple[dict[str, Any], dict[str, Any] | None, Tensor]:
+    """Return facts of a classifier, how far its features of the chosen images can be steered, and logits (N, C)."""
+    f = torch.from_numpy(np.array(cached_features(classifier, split, settings))).to(texts)
+    z, logits = torch.from_numpy(np.array(embeddings)).to(texts), classifier.logits(f).float().cpu()
+    null = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True)
+    sizes: dict[str, Any] = {"classes": logits.shape[1], "features": f.shape[1]}
+    sizes["nullity"] = 0 if dropped else null.nullity
+    cosine = {name: cosine_similarity(t(f), z, dim=-1).mean().item() for name, t in translators.items()}
+    facts = {**sizes, "logit_sd": logits.std().item(), "cosine": cosine}
+    if not sizes["nullity"]:
+        return facts, None, logits
+    names, labels = split.class_names, np.full(len(f), -1)
+    labels[chosen["image"]] = chosen["label"]
+    sources = sorted(set(chosen["label"].tolist()))
+    plan = plan_pairs(labels, names, texts, sources, names, texts, max_pairs=PAIRS, seed=seed)
+    how: dict[str, Any] = {"steps": STEPS, "tolerance": tau, "invariance": invariance, "settings": settings}
+    return facts, measure_robustness(classifier, split, embeddings, texts, translators, plan=plan, **how), logits

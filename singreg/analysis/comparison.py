@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from singreg.analysis.fitting import IMAGES_PER_FEATURE
+from singreg.analysis.fitting import IMAGES_PER_FEATURE, ZERO_SHOT
 from singreg.analysis.statistics import paired_difference, paired_ratio
 
 Measured = tuple[pd.DataFrame, dict[str, Any]]
@@ -17,6 +17,20 @@ Measured = tuple[pd.DataFrame, dict[str, Any]]
 
 MARGIN = 0.005  # top-1 counts as kept when the interval of its change stays above minus this
 GAMED = 1.5
+BLIND = 0.5  # share of the test images' classes that the vision-language model must name itself
+
+
+def _harm(scores: np.ndarray) -> np.ndarray:
+    return np.asarray(np.maximum(-scores, 0))
+
+
+COMPARED: tuple[tuple[str, str, Any], ...] = (
+    ("AS⁻", "AS", _harm),
+    ("AS⁻ centred", "centred AS", _harm),
+    ("|AS|", "AS", np.abs),
+    ("IS", "IS", np.asarray),
+    ("IS centred", "centred IS", np.asarray),
+)
 
 
 def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:
@@ -27,25 +41,14 @@ def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:
     """
     both = [measurements[name][0] for name in ("sing", "control")]
     classes = both[1]["label"].to_numpy()
-
-    def pair(name: str, change: Callable[[np.ndarray], np.ndarray] = np.asarray) -> list[np.ndarray]:
-        return [change(rows[name].to_numpy()) for rows in both]
-
-    def harm(scores: np.ndarray) -> np.ndarray:
-        return np.asarray(np.maximum(-scores, 0))
-
-    found = [("top-1", "-", *paired_difference(*pair("correct", lambda hits: 100 * hits), groups=classes), "points")]
+    hits = (100 * rows["correct"].to_numpy() for rows in both)
+    found = [("top-1", "-", *paired_difference(*hits, groups=classes), "points")]
     for translator in ("frozen", "auditor"):
-        pairs = {
-            "AS⁻": pair(f"AS/{translator}", harm),
-            "AS⁻ centred": pair(f"centred AS/{translator}", harm),
-            "|AS|": pair(f"AS/{translator}", np.abs),
-            "IS": pair(f"IS/{translator}"),
-            "IS centred": pair(f"centred IS/{translator}"),
-        }
-        for name, values in pairs.items():
-            found.append((f"{name} ratio", translator, *paired_ratio(*values, groups=classes), "×"))
-        found.append(("AS⁻ difference", translator, *paired_difference(*pairs["AS⁻"], groups=classes), "°"))
+        for name, column, change in COMPARED:
+            pair = (change(rows[f"{column}/{translator}"].to_numpy()) for rows in both)
+            found.append((f"{name} ratio", translator, *paired_ratio(*pair, groups=classes), "×"))
+        pair = (_harm(rows[f"AS/{translator}"].to_numpy()) for rows in both)
+        found.append(("AS⁻ difference", translator, *paired_difference(*pair, groups=classes), "°"))
     table: pd.DataFrame = pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
     return table
 
@@ -58,12 +61,7 @@ def audit_gap(figures: Mapping[str, Any]) -> float | None:
 
 
 def no_claim(images: int, features: int) -> str | None:
-    """Say why an auditor fitted on that many images supports no claim; None where it does.
-
-    Example:
-        >>> no_claim(500, 100)
-        'No claim: the auditor has 500 images, 600 are needed (data.per_class.audit or data.scenes.audit).'
-    """
+    """Say why an auditor fitted on that many images supports no claim; None where it does."""
     needed, where = math.ceil(IMAGES_PER_FEATURE * features), "data.per_class.audit or data.scenes.audit"
     said = f"No claim: the auditor has {images} images, {needed} are needed ({where})."
     return said if images < needed else None
@@ -84,11 +82,8 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
     if gap is not None:
         gamed = "was gamed: do not believe its figure" if gap > GAMED else "agrees with the auditor"
         lines.append(f"Audit: the auditor's AS⁻ is {gap:.2f} times the loop translator's, which {gamed}.")
-    fits = [(m["translators"]["auditor"]["fit_images"], m["head"]["features"]) for m in (before, after)]
-    refused = next(filter(None, (no_claim(*fit) for fit in fits)), None)
-    found: dict[str, Any] = {
-        str(row.name): row for row in comparisons.itertuples(index=False) if row.translator != "frozen"
-    }
+    judged = comparisons[comparisons["translator"] != "frozen"]
+    found: dict[str, Any] = {str(row.name): row for row in judged.itertuples(index=False)}
     harm, neutral = found["AS⁻ ratio"], 1
     if math.isnan(harm.value):  # nothing to divide by: the control leaks nowhere
         harm, neutral = found["AS⁻ difference"], 0
@@ -105,23 +100,25 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
         f"Top-1 is {kept}: {top1.value:+.2f} points [{top1.low:+.2f}, {top1.high:+.2f}] "
         f"(margin {100 * MARGIN:.1f} points)."
     )
+    refused = no_claim(after["translators"]["auditor"]["fit_images"], after["head"]["features"])
     return [*lines, refused or effect, price]
 
 
-def finetune_warnings(before: Mapping[str, Any]) -> list[str]:
-    """Give the reasons not to believe a figure: too few auditor images for the width, a poor translator or VLM."""
-    auditor, width, own = before["translators"]["auditor"], before["head"]["features"], before["vlm_zero_shot"]
-    warnings = []
-    if auditor["fit_images"] < IMAGES_PER_FEATURE * width:
-        warnings.append(
-            f"Warning: the auditor was fitted on {auditor['fit_images']} images for {width} features; below "
-            f"{IMAGES_PER_FEATURE:g} a feature AS⁻ reads too high."
-        )
-    if auditor["zero_shot"] < 0.5 * own:
-        warnings.append(
-            f"Warning: translated features name {auditor['zero_shot']:.0%} of the classes where the vision-language "
-            f"model's own embeddings name {own:.0%}; the translator loses too much for AS to mean the class."
-        )
-    if own < 0.5:
-        warnings.append(f"Warning: the vision-language model itself names only {own:.0%} of the test images' classes.")
+def finetune_warnings(measured: Mapping[str, Any], translators: Sequence[str] = ("auditor",)) -> list[str]:
+    """Give the reasons not to believe figures: too few images for the width, a poor translator or VLM."""
+    width, own, warnings = measured["head"]["features"], measured["vlm_zero_shot"], []
+    for name in translators:
+        by = measured["translators"][name]
+        if by["fit_images"] < IMAGES_PER_FEATURE * width:
+            warnings.append(
+                f"The {name} translator was fitted on {by['fit_images']} images for {width} features; below "
+                f"{IMAGES_PER_FEATURE:g} a feature it is not identified well and AS⁻ reads too high."
+            )
+        if by["zero_shot"] < ZERO_SHOT * own:
+            warnings.append(
+                f"Features translated by the {name} translator name {by['zero_shot']:.0%} of the classes where the "
+                f"vision-language model's own embeddings name {own:.0%}; too much is lost for AS to mean the class."
+            )
+    if own < BLIND:
+        warnings.append(f"The vision-language model itself names only {own:.0%} of the test images' classes.")
     return warnings

@@ -22,9 +22,9 @@ GATHERED_ROWS = 512
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """One batch; labels are -1 where there is none, indices (on the CPU) are the images' places in the split.
+    """One batch: features (B, m), logits (B, C), embeddings (B, n), labels (B,) with -1 for none, indices (B,) on CPU.
 
-    Shape: features (B, m), logits (B, C), embeddings (B, n), labels and indices (B,).
+    `indices` are the images' places in the split.
     """
 
     features: Tensor
@@ -70,8 +70,7 @@ def iterate_features(
     if settings.cache is not None:
         yield from _stored_batches(classifier, split, embeddings, settings, description)
         return
-    share = process_share(len(split))
-    device = classifier.weight.device
+    share, device = process_share(len(split)), classifier.weight.device
     loader = make_loader(split.subset(share), classifier.transform, settings.batch_size, workers=settings.workers)
     was_training = classifier.training
     classifier.eval()
@@ -94,27 +93,21 @@ def gathered(batches: Iterable[FeatureBatch], rows: int = GATHERED_ROWS) -> Iter
 
     Adding to sums of size (m, m) costs a walk through the whole matrix, however few the images.
     """
+    names = [field.name for field in fields(FeatureBatch)]
     waiting: list[FeatureBatch] = []
     for batch in batches:
         waiting.append(batch)
         if sum(len(held.indices) for held in waiting) >= rows:
-            yield _joined(waiting)
+            yield FeatureBatch(*(torch.cat([getattr(held, name) for held in waiting]) for name in names))
             waiting = []
     if waiting:
-        yield _joined(waiting)
-
-
-def _joined(batches: list[FeatureBatch]) -> FeatureBatch:
-    return FeatureBatch(*(torch.cat([getattr(b, field.name) for b in batches]) for field in fields(FeatureBatch)))
+        yield FeatureBatch(*(torch.cat([getattr(held, name) for held in waiting]) for name in names))
 
 
 def cached_features(classifier: Classifier, split: ImageSplit, settings: PassSettings) -> np.ndarray:
     """Return features (N, m) of a split, float32 and memory-mapped, computed once for this backbone and these images.
 
     The head's weights are not part of the key: a model whose head alone was trained or edited finds the same file.
-
-    Raises:
-        ValueError: no cache folder, a feature that is not finite (the image is named), or an empty split.
     """
     if settings.cache is None:
         raise ValueError("features are kept in a folder; give PassSettings(cache=FOLDER)")
@@ -134,10 +127,10 @@ def _stored_batches(
     classifier: Classifier, split: ImageSplit, embeddings: np.ndarray, settings: PassSettings, description: str
 ) -> Iterator[FeatureBatch]:
     """The same batches from the feature cache; only the head runs, so they may be larger."""
-    stored = cached_features(classifier, split, settings)
-    device, share = classifier.weight.device, process_share(len(split))
-    chunks = np.split(share, range(STORED_BATCH, len(share), STORED_BATCH)) if len(share) else []
+    stored, device = cached_features(classifier, split, settings), classifier.weight.device
+    share = torch.from_numpy(process_share(len(split)))
+    chunks = torch.split(share, STORED_BATCH) if len(share) else ()
     for rows in progress(chunks, f"{description} [{split.name}]", enabled=settings.progress):
-        features, z = (take_rows(table, rows).to(device) for table in (stored, embeddings))
-        labels = torch.from_numpy(split.labels[rows]).to(device)
-        yield FeatureBatch(features, classifier.logits(features).float(), z, labels, torch.from_numpy(rows))
+        features, z = (take_rows(table, rows.numpy()).to(device) for table in (stored, embeddings))
+        labels = torch.from_numpy(split.labels[rows.numpy()]).to(device)
+        yield FeatureBatch(features, classifier.logits(features).float(), z, labels, rows)

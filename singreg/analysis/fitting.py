@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from singreg.functional import image_score
 from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
-from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics, Standardize
+from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from singreg.translator import (
     LinearTranslator,
     MLPTranslator,
@@ -34,7 +34,6 @@ AGREEMENT = 0.75
 """Below this two translators place the classes too differently (METHOD section 8.6)."""
 ZERO_SHOT = 0.5
 """Share of the VLM's own zero-shot accuracy that must survive translation for AS to mean the class."""
-Standardization = Literal["blocks", "features", "none"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ def fit_on_split(
     embeddings: np.ndarray,
     *,
     ridges: Sequence[float] = DEFAULT_RIDGES,
-    standardize: Standardization = "blocks",
     invariance: Invariance = "logits",
     info: TranslatorInfo | None = None,
     settings: PassSettings | None = None,
@@ -60,20 +58,14 @@ def fit_on_split(
 ) -> FittedTranslator:
     """Fit T on all images of a split in one pass; every fifth image chooses λ. Exact over processes.
 
-    Args:
-        standardize: "blocks" brings the row-space and the null block of the head to unit scale, so that neither turning
-            nor shrinking the null block moves the fit (METHOD section 8.6); "features" scales feature by feature.
+    The row-space and the null block of the head are brought to unit scale first, so that neither turning nor shrinking
+    the null block moves the fit (METHOD section 8.6).
 
     Shape: embeddings (N, n).
     """
-    if standardize not in ("blocks", "features", "none"):
-        raise ValueError(f'standardize must be "blocks", "features" or "none", got {standardize!r}')
-    scale: Standardize = standardize == "features"
-    if standardize == "blocks":
-        scale = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).basis
-    width, dim = classifier.feature_dim, embeddings.shape[1]
-    device = classifier.weight.device
-    fit, validation = (RidgeStatistics(width, dim, device=device) for _ in range(2))
+    basis = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).basis
+    width, device = classifier.feature_dim, classifier.weight.device
+    fit, validation = (RidgeStatistics(width, embeddings.shape[1], device=device) for _ in range(2))
     sums = torch.zeros(classifier.num_classes, width, dtype=torch.float64, device=device)
     counts = torch.zeros(classifier.num_classes, dtype=torch.float64, device=device)
     for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), description)):
@@ -87,7 +79,7 @@ def fit_on_split(
     fit.reduce()
     validation.reduce()
     sums, counts = all_reduce_sum(sums), all_reduce_sum(counts)
-    translator = translator_from_statistics(fit, validation, ridges=ridges, standardize=scale, info=info)
+    translator = translator_from_statistics(fit, validation, ridges=ridges, standardize=basis, info=info)
     mean = (fit.f + validation.f) / (fit.count + validation.count)
     return FittedTranslator(translator.to(device), mean.float(), (sums / counts[:, None]).float())
 
@@ -102,11 +94,7 @@ def fit_translators(
     info: TranslatorInfo | None = None,
     settings: PassSettings | None = None,
 ) -> dict[str, FittedTranslator]:
-    """Fit the two translators of every measurement: "fitted" on the bank, "auditor" on the audit split (METHOD 8.6).
-
-    Args:
-        ridge: of both; None lets each choose its own.
-    """
+    """Fit "fitted" on the bank and "auditor" on the audit split (METHOD 8.6); without a ridge each chooses its own."""
     how: dict[str, Any] = {"ridges": DEFAULT_RIDGES if ridge is None else (ridge,), "invariance": invariance}
     how |= {"info": info, "settings": settings, "description": "fitting a translator"}
     return {
@@ -150,10 +138,8 @@ def reference_image_scores(
 ) -> Tensor:
     """Return IS_ref (C,) in degrees, a class's mean centred image score over its first images; NaN without images."""
     labels = np.asarray(split.labels)
-    rank_in_class = np.zeros(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        rank_in_class[labels == label] = np.arange((labels == label).sum())
-    chosen = np.flatnonzero((labels >= 0) & (rank_in_class < REFERENCE_IMAGES))
+    firsts = [np.flatnonzero(labels == label)[:REFERENCE_IMAGES] for label in np.unique(labels[labels >= 0])]
+    chosen = np.sort(np.concatenate(firsts))
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(classifier.weight.device)
     sums = torch.zeros(2, classifier.num_classes, dtype=torch.float64, device=classifier.weight.device)
     passes = settings or PassSettings()

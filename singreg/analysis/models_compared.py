@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torchmetrics.functional.regression import kendall_rank_corrcoef
 
-from singreg.analysis.statistics import resampled_means
+from singreg.analysis.statistics import ENDS, resampled_means
 
 FIGURES = ("AS_neg", "AS_abs", "IS", "ratio")
 """Mean relu(-AS), mean |AS|, mean IS (degrees), and the ratio of means IS / |AS|: what models are compared by."""
@@ -22,11 +22,9 @@ PRIMARY = "auditor"
 
 @dataclass(frozen=True)
 class PairedFigures:
-    """Every figure of M models in V views, with R bootstrap resamples of the same images for all of them.
+    """Figures of M models in V views (space, translator) by name, (1 + R, V, M), those of R resamples after the first.
 
-    Attributes:
-        views: (space, translator).
-        figures: by name (1 + R, V, M), the figures themselves first; "top1" (1 + R, M) as shares.
+    "top1" is (1 + R, M), as shares.
     """
 
     models: tuple[str, ...]
@@ -36,9 +34,8 @@ class PairedFigures:
 
     @property
     def primary(self) -> int:
-        """The view that sentences speak of: the first space, by the auditor where there is one."""
-        wanted = (self.views[0][0], PRIMARY)
-        return self.views.index(wanted) if wanted in self.views else 0
+        """The view that sentences speak of: the first space, by the auditor."""
+        return self.views.index((self.views[0][0], PRIMARY))
 
 
 def paired_figures(
@@ -48,63 +45,32 @@ def paired_figures(
 
     Args:
         rows: by space and model, one row an image with "image", "label", "correct", "AS/TRANSLATOR" and
-            "IS/TRANSLATOR". A view is a space read by a translator that all its models have.
-
-    Raises:
-        ValueError: nothing measured, other models in another space, no common translator, or other images.
+            "IS/TRANSLATOR"; the same models, translators and images everywhere.
     """
-    first = next(iter(rows.values()), {})
-    models = tuple(first)
-    if not models:
-        raise ValueError("expected at least one measured model to compare, got none")
-    reference = first[models[0]]
-    views = [(space, name) for space, found in rows.items() for name in _common_translators(space, found, models)]
+    first = next(iter(rows.values()))
+    models, reference = tuple(first), next(iter(first.values()))
+    translators = [name.removeprefix("AS/") for name in map(str, reference.columns) if name.startswith("AS/")]
+    views = tuple(itertools.product(rows, translators))
     columns = [first[model]["correct"].to_numpy(np.float64) for model in models]
-    for space, translator in views:
-        for model in models:
-            table = rows[space][model]
-            _refuse_other_images(table["image"].to_numpy(), reference["image"].to_numpy(), f"{model} in {space}")
-            attribute = table[f"AS/{translator}"].to_numpy(np.float64)
-            columns += [np.maximum(-attribute, 0), np.abs(attribute), table[f"IS/{translator}"].to_numpy(np.float64)]
+    for (space, translator), model in itertools.product(views, models):
+        table = rows[space][model]
+        if not np.array_equal(table["image"], reference["image"]):
+            raise ValueError(f"{model} in {space} was not measured on the first model's images in the same order")
+        attribute = table[f"AS/{translator}"].to_numpy(np.float64)
+        columns += [np.maximum(-attribute, 0), np.abs(attribute), table[f"IS/{translator}"].to_numpy(np.float64)]
     values = np.stack(columns, axis=1)
     drawn = resampled_means(values, groups=reference["label"].to_numpy(), resamples=resamples, seed=seed)
     means = np.concatenate([values.mean(0, keepdims=True), drawn])
     scores = means[:, len(models) :].reshape(1 + resamples, len(views), len(models), 3)
     with np.errstate(divide="ignore", invalid="ignore"):
         every = dict(zip(FIGURES, (*np.moveaxis(scores, 3, 0), scores[..., 2] / scores[..., 1]), strict=True))
-    return PairedFigures(models, tuple(views), len(reference), {"top1": means[:, : len(models)], **every})
-
-
-def translators_of(table: pd.DataFrame) -> list[str]:
-    """Return the names of the translators that read a model's rows."""
-    return [str(name).removeprefix("AS/") for name in table.columns if str(name).startswith("AS/")]
-
-
-def _common_translators(space: str, found: Mapping[str, pd.DataFrame], models: Sequence[str]) -> list[str]:
-    if set(found) != set(models):
-        raise ValueError(f"every space must have the same models; {space!r} has {sorted(found)}, not {sorted(models)}")
-    every = [translators_of(found[model]) for model in models]
-    common = [name for name in every[0] if all(name in names for names in every)]
-    if not common:
-        raise ValueError(f"no translator was fitted for all models in {space!r}, so nothing compares them")
-    return common
-
-
-def _refuse_other_images(found: np.ndarray, reference: np.ndarray, name: str) -> None:
-    if len(found) != len(reference):
-        raise ValueError(f"{name} was measured on {len(found)} images, the first model on {len(reference)}")
-    if len(differ := np.flatnonzero(found != reference)):
-        place = differ[0]
-        raise ValueError(
-            f"{name} was not measured on the first model's images in the same order: image {place} is {found[place]}, "
-            f"not {reference[place]}"
-        )
+    return PairedFigures(models, views, len(reference), {"top1": means[:, : len(models)], **every})
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Return (value, low, high): the first of (1 + R,) and the 95 % percentile interval of the other, defined ones."""
     defined = values[1:][~np.isnan(values[1:])]
-    low, high = np.quantile(defined, [0.025, 0.975]) if len(defined) else (np.nan, np.nan)
+    low, high = np.quantile(defined, ENDS) if len(defined) else (np.nan, np.nan)
     return float(values[0]), float(low), float(high)
 
 
@@ -113,18 +79,16 @@ def model_differences(figures: PairedFigures) -> list[dict[str, Any]]:
 
     The intervals are over classes and images, paired, and not corrected for the number of pairs.
     """
+    changes = [(("top1", "-", "-"), 100 * figures.figures["top1"])]
+    for (place, view), name in itertools.product(enumerate(figures.views), FIGURES):
+        changes.append(((name, *view), figures.figures[name][:, place]))
     found = []
     for one, other in itertools.combinations(range(len(figures.models)), 2):
-        top1, pair = figures.figures["top1"], (figures.models[one], figures.models[other])
-        changes = [("top1", "-", "-", 100 * (top1[:, other] - top1[:, one]))]
-        for place, view in enumerate(figures.views):
-            for name in FIGURES:
-                values = figures.figures[name][:, place]
-                changes.append((name, *view, values[:, other] - values[:, one]))
-        for name, space, translator, change in changes:
-            value, low, high = interval(change)
-            row = {"figure": name, "space": space, "translator": translator, "first": pair[0], "second": pair[1]}
-            found.append({**row, "value": value, "low": low, "high": high})
+        for (name, space, translator), values in changes:
+            row = {"figure": name, "space": space, "translator": translator}
+            row |= {"first": figures.models[one], "second": figures.models[other]}
+            bounds = interval(values[:, other] - values[:, one])
+            found.append({**row, **dict(zip(("value", "low", "high"), bounds, strict=True))})
     return found
 
 
@@ -136,30 +100,23 @@ def order_check(figures: PairedFigures, figure: str) -> dict[str, Any]:
     Returns:
         views: their names; orders: the models in each, best first; tau: Kendall's τ-b between views (V, V); same: share
         of the resamples in which two views order all models alike (V, V); stable: share in which a view's own order
-        comes again (V,); everywhere: share in which all views agree.
+        comes again (V,).
     """
     values = figures.figures[figure] * (-1.0 if figure in LARGE_IS_GOOD else 1.0)
     orders = np.argsort(values, axis=2, kind="stable")
-    order, drawn = orders[0], orders[1:]
-    alike = (drawn[:, :, None, :] == drawn[:, None, :, :]).all(3)
+    order, resampled = orders[0], orders[1:]
     return {
         "figure": figure,
         "views": [f"{space}, {translator}" for space, translator in figures.views],
         "orders": [[figures.models[model] for model in row] for row in order],
         "tau": [[kendall_tau(a, b) for b in values[0]] for a in values[0]],
-        "same": alike.mean(0).tolist(),
-        "stable": (drawn == order).all(2).mean(0).tolist(),
-        "everywhere": float(alike[:, 0].all(1).mean()),
+        "same": (resampled[:, :, None] == resampled[:, None]).all(3).mean(0).tolist(),
+        "stable": (resampled == order).all(2).mean(0).tolist(),
     }
 
 
 def kendall_tau(first: np.ndarray, second: np.ndarray) -> float:
-    """Return Kendall's τ-b of two rows of figures (M,), in [-1, 1]; NaN when one of them ties everything.
-
-    Example:
-        >>> round(kendall_tau(np.array([1.0, 2.0, 3.0]), np.array([10.0, 30.0, 20.0])), 3)
-        0.333
-    """
+    """Return Kendall's τ-b of two rows of figures (M,); NaN when one of them ties everything."""
     one, other = (torch.from_numpy(np.ascontiguousarray(row, np.float64)) for row in (first, second))
     return float(torch.as_tensor(kendall_rank_corrcoef(one, other, variant="b")))
 

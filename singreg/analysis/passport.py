@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from singreg.analysis.scores import LOOSE, describe_head
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
@@ -23,18 +21,12 @@ def head_passport(classifier: Classifier) -> dict[str, Any]:
     """Describe the null space of a classifier's head, without data.
 
     Returns:
-        summary (`describe_head`), softmax_nullity (dimensions in which probabilities stay), largest_row, and
-        logit_bound, the largest |Δlogit| that removing the null component of a unit feature can leave in float32.
+        summary (`describe_head`), and softmax_nullity, the dimensions in which probabilities stay.
     """
     weight = classifier.weight.detach()
-    space = NullSpace.from_weight(weight, allow_empty=True)
-    largest = float(torch.linalg.vector_norm(weight.double(), dim=1).max())
-    return {
-        "summary": describe_head(classifier, space),
-        "softmax_nullity": NullSpace.from_weight(weight, invariance="softmax", allow_empty=True).nullity,
-        "logit_bound": _logit_bound(space, largest),
-        "largest_row": largest,
-    }
+    softmax = NullSpace.from_weight(weight, invariance="softmax", allow_empty=True)
+    summary = describe_head(classifier, NullSpace.from_weight(weight, allow_empty=True))
+    return {"summary": summary, "softmax_nullity": softmax.nullity}
 
 
 def chance_angle(passport: Passport) -> float:
@@ -56,14 +48,33 @@ def compare_passports(passports: Sequence[Passport]) -> list[str]:
 
     Heads are too different when their chance angles differ by more than can be seen in an image.
     """
-    warnings = [sentence for passport in passports for sentence in _alone(passport)]
-    usable = sorted((p for p in passports if p["summary"]["nullity"]), key=lambda p: -chance_angle(p))
-    if len(usable) > 1 and chance_angle(usable[0]) - chance_angle(usable[-1]) > VISIBLE:
-        large, small = usable[0], usable[-1]
+    warnings = []
+    for passport in passports:
+        s, angle, verdict = passport["summary"], chance_angle(passport), judge_passport(passport)
+        if verdict != "has a null space":
+            warnings.append(f"{s['tag']} ({s['classes']} classes, {s['features']} features): {verdict}.")
+        loose = math.degrees(math.asin(math.sqrt(1 - s["rank_loose"] / s["features"])))
+        if loose - angle > VISIBLE:
+            warnings.append(
+                f"{s['tag']} has {s['rank'] - s['rank_loose']} more directions with singular values below {LOOSE:g} of "
+                "the largest: nearly null, they count as row space here; its null space depends on the tolerance."
+            )
+        if s["conditioning"] < 1 / ILL_CONDITIONED:
+            cond = 1 / s["conditioning"] if s["conditioning"] else math.inf
+            said = "a projection in float32 is not exact enough, use float64."
+            warnings.append(f"{s['tag']}: σ_max/σ_min is {cond:.1e}; {said}")
+    usable = [passport for passport in passports if passport["summary"]["nullity"]]
+    large, small = max(usable, key=chance_angle, default={}), min(usable, key=chance_angle, default={})
+    if usable and chance_angle(large) - chance_angle(small) > VISIBLE:
+        sizes = [
+            f"{s['tag']} has {s['nullity']} of {s['features']} dimensions in its null space "
+            f"({100 * s['null_dimensions']:.0f} %)"
+            for s in (large["summary"], small["summary"])
+        ]
         warnings.append(
-            f"{_size(large, 'in its null space ')}, {_size(small)}: removing that many random dimensions already "
-            f"turns a feature by {chance_angle(large):.0f}° and {chance_angle(small):.0f}°, so compare their scores "
-            "only beside their chance levels."
+            f"{', '.join(sizes)}: removing that many random dimensions already turns a feature by "
+            f"{chance_angle(large):.0f}° and {chance_angle(small):.0f}°, so compare their scores only beside "
+            "their chance levels."
         )
     summaries = [passport["summary"] for passport in passports]
     if len({summary["classes"] for summary in summaries}) > 1:
@@ -71,39 +82,4 @@ def compare_passports(passports: Sequence[Passport]) -> list[str]:
         warnings.append(
             f"The heads have different numbers of classes ({counts}), so class prompts and ranks are not the same."
         )
-    return warnings
-
-
-def _logit_bound(space: NullSpace, largest_row: float) -> float:
-    """|W f~ - W f| <= bound · |f| for f~ = f - Π_n f in float32, unit roundoff u = 2^-24.
-
-    Three errors add up: singular values below the rank's tolerance, rounding f~ (u·|w|), and two dot products of m
-    terms, each off by at most γ·|w|·|f| with γ = m u / (1 - m u).
-    """
-    discarded = float(space.singular_values[space.rank]) if space.rank < len(space.singular_values) else 0.0
-    unit, terms = torch.finfo(torch.float32).eps / 2, space.basis.shape[0]
-    gamma = terms * unit / (1 - terms * unit)
-    return discarded + (unit + 2 * gamma * (1 + unit)) * largest_row
-
-
-def _size(passport: Passport, where: str = "") -> str:
-    s = passport["summary"]
-    return f"{s['tag']} has {s['nullity']} of {s['features']} dimensions {where}({100 * s['null_dimensions']:.0f} %)"
-
-
-def _alone(passport: Passport) -> list[str]:
-    """What is wrong with one head, whatever it is compared with."""
-    s, angle, warnings = passport["summary"], chance_angle(passport), []
-    if not s["nullity"] or angle < VISIBLE:
-        warnings.append(f"{s['tag']} ({s['classes']} classes, {s['features']} features): {judge_passport(passport)}.")
-    loose = math.degrees(math.asin(math.sqrt(1 - s["rank_loose"] / s["features"])))
-    if loose - angle > VISIBLE:
-        warnings.append(
-            f"{s['tag']} has {s['rank'] - s['rank_loose']} more directions with singular values below {LOOSE:g} of the "
-            "largest: nearly null, they count as row space here, and its null space depends on the tolerance."
-        )
-    cond = 1 / s["conditioning"] if s["conditioning"] else math.inf
-    if cond > ILL_CONDITIONED:
-        said = "a projection in float32 is not exact enough, use float64."
-        warnings.append(f"{s['tag']}: σ_max/σ_min is {cond:.1e}; {said}")
     return warnings

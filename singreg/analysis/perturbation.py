@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
-from singreg.analysis.steering import in_its_own_dtype
+from singreg.analysis.steering import in_its_own_dtype, largest_change
 from singreg.functional import angle
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator
@@ -28,7 +28,6 @@ def measure_perturbations(
     weight: Tensor,
     null_space: NullSpace,
     translators: Mapping[str, AnyTranslator],
-    sizes: Sequence[float] = SIZES,
     chosen: np.ndarray,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -51,11 +50,11 @@ def measure_perturbations(
             features, indices = batch.features[mine.to(batch.features.device)].double(), batch.indices[mine]
             if len(indices):
                 wide = weight.detach().double()
-                figures = _image_figures(features, indices, wide, null_space, translators, sizes, seed)
+                figures = _image_figures(features, indices, wide, null_space, translators, seed)
                 rows.append({name: value.cpu().numpy() for name, value in figures.items()})
     table = gather_rows(rows, sort_by="index")
     curves = {kind: _curve(table, f"{kind}/") for kind in KINDS if f"{kind}/flipped" in table}
-    found: dict[str, Any] = {"sizes": list(sizes), "curves": curves, "margin": table["margin"].mean()}
+    found: dict[str, Any] = {"sizes": list(SIZES), "curves": curves, "margin": table["margin"].mean()}
     return {**plain(found), "images": len(table["index"]), "translators": list(translators)}
 
 
@@ -76,7 +75,6 @@ def _image_figures(
     weight: Tensor,
     space: NullSpace,
     translators: Mapping[str, AnyTranslator],
-    sizes: Sequence[float],
     seed: int,
 ) -> dict[str, Tensor]:
     """Columns "KIND/FIGURE" (B, number of sizes) with the images' margin and index (B,)."""
@@ -87,12 +85,12 @@ def _image_figures(
     top = logits.topk(min(2, logits.shape[1]), dim=1)
     columns: dict[str, list[Tensor]] = {}
     for kind, direction in _directions(indices, space, seed).items():
-        for size in sizes:
+        for size in SIZES:
             moved = features + size * norm * direction
             changed = moved @ weight.T
             figures = {
-                "logit_change": _largest(changed - logits, space),
-                "logit_change_float32": _largest(moved.float() @ weight.float().T - narrow, space).double(),
+                "logit_change": largest_change(changed - logits, space),
+                "logit_change_float32": largest_change(moved.float() @ weight.float().T - narrow, space).double(),
                 "flipped": (changed.argmax(1) != top.indices[:, 0]).double(),
                 **{name: angle(z[name], read(moved)) for name, read in readers.items()},
             }
@@ -100,13 +98,6 @@ def _image_figures(
                 columns.setdefault(f"{kind}/{name}", []).append(value)
     stacked = {name: torch.stack(values, dim=1) for name, values in columns.items()}
     return {"index": indices, "margin": top.values[:, 0] - top.values[:, -1], **stacked}
-
-
-def _largest(change: Tensor, space: NullSpace) -> Tensor:
-    """Largest |Δlogit| of every image, (B, C) to (B,)."""
-    if space.invariance == "softmax":
-        change = change - change.mean(1, keepdim=True)
-    return change.abs().amax(1)
 
 
 def _curve(table: Mapping[str, np.ndarray], kind: str) -> dict[str, dict[str, np.ndarray]]:

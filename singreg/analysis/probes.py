@@ -67,15 +67,13 @@ def fit_probe(statistics: RidgeStatistics, ridge: float) -> LinearProbe:
 
 @dataclass(frozen=True)
 class BlockFits:
-    """Fits on f, Π_p f and Π_n f by name, in coordinates of `basis` (m, k); `seen` (C,) are the probe's classes."""
+    """Fits on f, Π_p f and Π_n f by name, in coordinates of `basis` (m, k)."""
 
     basis: dict[str, Tensor]
     solutions: dict[str, RidgeSolution]
     probes: dict[str, LinearProbe]
     target_mean: Tensor
     images: int
-    labelled: int
-    seen: Tensor
 
 
 def fit_blocks(batches: Iterable[FeatureBatch], *, null_space: NullSpace, classes: int, target_dim: int) -> BlockFits:
@@ -101,8 +99,7 @@ def fit_blocks(batches: Iterable[FeatureBatch], *, null_space: NullSpace, classe
     basis = _bases(whole, null_space)
     solutions = {name: _chosen(embedding, columns) for name, columns in basis.items()}
     probes = {name: fit_probe(labels.mapped(each), _chosen(label, each).ridge) for name, each in basis.items()}
-    mean, seen = whole.z / whole.count, labels.z > 0
-    return BlockFits(basis, solutions, probes, mean, int(whole.count), int(labels.count), seen)
+    return BlockFits(basis, solutions, probes, whole.z / whole.count, int(whole.count))
 
 
 def _merged(pair: Sequence[RidgeStatistics]) -> RidgeStatistics:
@@ -136,8 +133,7 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
     Returns:
         r2 and accuracy by block; unique, R²(z|f) - R²(z|Π_p f), what only the null space tells of the image embedding,
         and unique_accuracy; chance, the accuracy of always naming the class most frequent in the fit; intervals and
-        ridges by name or "r2 BLOCK", "accuracy BLOCK"; images, labelled, unseen (of classes the probe never saw),
-        fit_images and fit_labelled.
+        ridges by name or "r2 BLOCK", "accuracy BLOCK"; images and fit_images.
     """
     rows, target_sum = [], torch.zeros_like(fits.target_mean)
     for batch in batches:
@@ -145,7 +141,6 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
         target_sum += targets.sum(0)
         spread = (targets - fits.target_mean).square().sum(1)
         figures = {"index": batch.indices, "label": batch.labels, "spread": spread}
-        figures["seen"] = (batch.labels >= 0) & fits.seen[batch.labels.clamp_min(0)]
         for name, basis in fits.basis.items():
             inside = batch.features.to(basis) @ basis
             solution = fits.solutions[name]
@@ -153,44 +148,32 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
             figures[f"accuracy {name}"] = (fits.probes[name].predict(inside) == batch.labels).double()
         rows.append({name: value.cpu().numpy() for name, value in figures.items()})
     table = gather_rows(rows, sort_by="index")
-    labelled = table["label"] >= 0
-    if not labelled.any():
-        raise ValueError(f"none of the {len(labelled)} images has a label, so no probe for the class can be judged")
+    labels = table["label"][table["label"] >= 0]
+    if not len(labels):
+        raise ValueError(f"none of the {len(table['label'])} images has a label, so no probe for the class is judged")
     # Σ|z - z̄|² about these images' own mean, from the sums about the fit's.
-    shift = float((all_reduce_sum(target_sum) / len(labelled) - fits.target_mean).square().sum())
-    of_r2, r2_intervals = _r2(table, shift)
-    of_class, class_intervals = _accuracy(table, labelled, fits.probes["features"].majority)
-    ridges = {f"r2 {name}": solution.ridge for name, solution in fits.solutions.items()}
-    ridges |= {f"accuracy {name}": probe.ridge for name, probe in fits.probes.items()}
-    counts = {"images": len(labelled), "labelled": labelled.sum(), "unseen": (labelled & ~table["seen"]).sum()}
-    counts |= {"fit_images": fits.images, "fit_labelled": fits.labelled}
-    intervals = {"intervals": r2_intervals | class_intervals, "ridges": ridges}
-    found: dict[str, Any] = plain(of_r2 | of_class | intervals | counts)
-    return found
-
-
-def _r2(table: dict[str, np.ndarray], shift: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """R² of every block and what only the null space tells, with intervals."""
+    shift = float((all_reduce_sum(target_sum) / len(table["label"]) - fits.target_mean).square().sum())
     residuals = np.stack([table[f"r2 {name}"] for name in BLOCKS] + [table["spread"]], axis=1)
-    drawn = resampled_means(residuals, groups=table["label"])
-    means = np.concatenate([residuals.mean(0)[None], drawn])
+    means = np.concatenate([residuals.mean(0)[None], resampled_means(residuals, groups=table["label"])])
     r2 = 1 - means[:, :3] / (means[:, 3:] - shift)
     values = {f"r2 {name}": r2[:, place] for place, name in enumerate(BLOCKS)} | {"unique": r2[:, 0] - r2[:, 1]}
-    intervals = {name: np.quantile(value[1:], [0.025, 0.975]) for name, value in values.items()}
-    return {"r2": dict(zip(BLOCKS, r2[0], strict=True)), "unique": values["unique"][0]}, intervals
-
-
-def _accuracy(
-    table: dict[str, np.ndarray], labelled: np.ndarray, majority: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Accuracy of every block's probe and of always naming the majority, with intervals."""
-    classes = table["label"][labelled]
-    hits = {f"accuracy {name}": table[f"accuracy {name}"][labelled] for name in BLOCKS}
-    hits["chance"] = (classes == majority).astype(np.float64)
-    intervals: dict[str, Any] = {}
+    intervals: dict[str, Any] = {name: np.quantile(value[1:], [0.025, 0.975]) for name, value in values.items()}
+    hits = {name: table[f"accuracy {name}"][table["label"] >= 0] for name in BLOCKS}
     for name, hit in hits.items():
-        _, *intervals[name] = mean_interval(hit, groups=classes)
-    pair = hits["accuracy features"], hits["accuracy row_space"]
-    gain, *intervals["unique_accuracy"] = paired_difference(*pair, groups=classes)
-    accuracy = {name: hits[f"accuracy {name}"].mean() for name in BLOCKS}
-    return {"accuracy": accuracy, "unique_accuracy": gain, "chance": hits["chance"].mean()}, intervals
+        _, *intervals[f"accuracy {name}"] = mean_interval(hit, groups=labels)
+    gain, *intervals["unique_accuracy"] = paired_difference(hits["features"], hits["row_space"], groups=labels)
+    ridges = {f"r2 {name}": solution.ridge for name, solution in fits.solutions.items()}
+    ridges |= {f"accuracy {name}": probe.ridge for name, probe in fits.probes.items()}
+    found: dict[str, Any] = {
+        "r2": dict(zip(BLOCKS, r2[0], strict=True)),
+        "unique": values["unique"][0],
+        "accuracy": {name: hit.mean() for name, hit in hits.items()},
+        "unique_accuracy": gain,
+        "chance": (labels == fits.probes["features"].majority).mean(),
+        "intervals": intervals,
+        "ridges": ridges,
+        "images": len(table["label"]),
+        "fit_images": fits.images,
+    }
+    plainly: dict[str, Any] = plain(found)
+    return plainly

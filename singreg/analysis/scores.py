@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, PassSettings, evenly, gathered, iterate_features
-from singreg.analysis.statistics import mean_interval, ratio_interval, resampled_means
+from singreg.analysis.statistics import ENDS, mean_interval, ratio_interval, resampled_means
 from singreg.analysis.steering import measure_steering
 from singreg.data.datasets import ImageSplit
 from singreg.metrics import COLUMNS, score_columns, summarize_columns
@@ -67,32 +67,34 @@ def analyze_model(
     for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), "measuring")):
         null = space.component(batch.features)
         removed = {"": batch.features - null, CENTRED: space.remove(batch.features, mean=mean)}
-        figures = _image_figures(batch, null, texts)
         change = torch.maximum(change, _logit_change(classifier, batch.features, space))
+        figures = _image_figures(batch, null, texts)
         for name, translator in translators.items():
-            scores, more = _read(translator, batch, removed, texts)
-            figures |= {f"{figure}/{name}": value for figure, value in scores.items()}
-            sums[name] += more
+            z, text = translator(batch.features), texts[batch.labels]
+            for kind, equivalent in removed.items():
+                scores = dict(zip(COLUMNS, score_columns(z, translator(equivalent), text), strict=True))
+                figures |= {f"{kind}{figure}/{name}": scores[figure] for figure in ROW_FIGURES}
+            sums[name] += _quality_sums(translator, z, batch, texts)
         columns.append({name: value.cpu().numpy() for name, value in figures.items()})
         mine = torch.from_numpy(np.isin(batch.indices.numpy(), steered))
         parts = {"features": batch.features, "labels": batch.labels, "indices": batch.indices}
         kept.append({name: values[mine.to(values.device)].cpu().numpy() for name, values in parts.items()})
     rows = gather_rows(columns, sort_by="index")
     rows["image"] = np.array([split.identifier(int(i)) for i in rows["index"]])
-    accuracy, *interval = mean_interval(rows["correct"], groups=rows["label"])
-    change = all_reduce_max(change)
     # Table-1 steering for each translator as its own attacker and judge, on images from all over the split.
     sample = gather_rows(kept, sort_by="indices")
     images = [torch.from_numpy(sample[name]).to(texts.device) for name in ("features", "labels", "indices")]
     attack: Any = {"texts": texts, "null_space": space, "image_score": steering_image_score}
+    accuracy, *interval = mean_interval(rows["correct"], groups=rows["label"])
+    changes = all_reduce_max(change)
     found = {
         "images": len(rows["index"]),
         "top1": accuracy,
         "top1_interval": interval,
         "null_share": rows["null_share"].mean(),
         "null_energy": rows["null_energy"].sum() / rows["energy"].sum(),
-        "logit_change_float64": change[0],
-        "logit_change_float32": change[1],
+        "logit_change_float64": changes[0],
+        "logit_change_float32": changes[1],
         "vlm_zero_shot": rows["vlm_correct"].mean(),
         "head": describe_head(classifier, space),
         "translators": {n: _translator_figures(t, rows, n, sums[n], len(texts)) for n, t in translators.items()},
@@ -139,48 +141,35 @@ def _logit_change(classifier: Classifier, features: Tensor, space: NullSpace) ->
     wide = (exact - equivalent) @ classifier.weight.detach().double().T
     with torch.no_grad():
         narrow = classifier.logits(features) - classifier.logits(equivalent.float())
-    changes = (wide, narrow.double())
     if space.invariance == "softmax":
-        changes = (wide - wide.mean(1, keepdim=True), (narrow - narrow.mean(1, keepdim=True)).double())
-    return torch.stack([change.abs().max() for change in changes])
+        wide, narrow = (change - change.mean(1, keepdim=True) for change in (wide, narrow))
+    return torch.stack([wide.abs().max(), narrow.double().abs().max()])
 
 
-def _read(
-    translator: Translator, batch: FeatureBatch, removed: Mapping[str, Tensor], texts: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One translator's figures (B,) of a batch by removal, and the sums (4 + n,) behind its quality.
-
-    The sums are of the cosine to the embedding, zero-shot hits, |T f - z|² and |z|², and z itself for R²'s mean.
-    """
-    z, text = translator(batch.features), texts[batch.labels]
-    scores: dict[str, Tensor] = {}
-    for kind, equivalent in removed.items():
-        columns = score_columns(z, translator(equivalent), text)
-        scores |= {f"{kind}{figure}": columns[COLUMNS.index(figure)] for figure in ROW_FIGURES}
+def _quality_sums(translator: Translator, z: Tensor, batch: FeatureBatch, texts: Tensor) -> Tensor:
+    """Sums (4 + n,): cosine to the embedding, zero-shot hits, |T f - z|² and |z|², and z itself for R²'s mean."""
     target = batch.embeddings
     if translator.info.normalized_targets:
         target = torch.nn.functional.normalize(target, dim=-1)
     hits = (torch.nn.functional.normalize(z, dim=-1) @ texts.T).argmax(1) == batch.labels
     cosine = torch.nn.functional.cosine_similarity(z, target, dim=-1)
     sums = [cosine.sum(), hits.sum(), (z - target).double().square().sum(), target.double().square().sum()]
-    return scores, torch.cat([torch.stack([value.double() for value in sums]), target.double().sum(0)])
+    return torch.cat([torch.stack([value.double() for value in sums]), target.double().sum(0)])
 
 
 def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Tensor, classes: int) -> dict[str, Any]:
-    """One translator's scores from all images' rows, and its quality from this process's sums of `_read`."""
-    label = torch.from_numpy(rows["label"])
-    tables = {kind: _columns(*(rows[f"{kind}{figure}/{name}"] for figure in ROW_FIGURES)) for kind in ("", CENTRED)}
-    zeros = torch.zeros(len(COLUMNS), classes, dtype=torch.float64)
-    by_class = {kind: zeros.index_add(1, label, table) for kind, table in tables.items()}
-    info, count = translator.info, len(label)
-    sums = all_reduce_sum(sums)
+    """One translator's scores from all images' rows, and its quality from this process's `_quality_sums`."""
+    table, centred = (_columns(*(rows[f"{kind}{figure}/{name}"] for figure in ROW_FIGURES)) for kind in ("", CENTRED))
+    by_class = torch.zeros(len(COLUMNS), classes, dtype=torch.float64)
+    by_class.index_add_(1, torch.from_numpy(rows["label"]), table)
+    info, count, sums = translator.info, table.shape[1], all_reduce_sum(sums)
     cosine, hits, residual, squared = sums[:4].tolist()
     spread = squared - float(sums[4:] @ sums[4:]) / count
     return {
-        "overall": summarize_columns(by_class[""].sum(1)),
-        "centred": summarize_columns(by_class[CENTRED].sum(1)),
-        "intervals": _intervals({kind: table.numpy() for kind, table in tables.items()}, rows["label"]),
-        "per_class": summarize_columns(by_class[""]),
+        "overall": summarize_columns(table.sum(1)),
+        "centred": summarize_columns(centred.sum(1)),
+        "intervals": _intervals(table.numpy(), rows["label"]),
+        "per_class": summarize_columns(by_class),
         "cosine": cosine / count,
         "r2": 1 - residual / spread if spread > 0 else np.nan,
         "zero_shot": hits / count,
@@ -197,15 +186,10 @@ def _columns(attribute: np.ndarray, image: np.ndarray, kappa: np.ndarray) -> Ten
     return torch.stack([torch.ones_like(a), a, a**2, (-a).clamp_min(0), a.clamp_min(0), a.abs(), i, i**2, k, k**2])
 
 
-def _intervals(tables: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, list[float]]:
-    """95 % bootstrap intervals of each overall figure, of both removals, images clustered in classes."""
-    places = [COLUMNS.index(name) for name in INTERVALS]
-    names = [f"{kind}{name}" for kind in tables for name in INTERVALS]
-    table = np.concatenate([values[places] for values in tables.values()]).T
-    drawn = resampled_means(table, groups=labels)  # one draw for all of them
-    bounds = np.quantile(drawn, [0.025, 0.975], axis=0)
-    intervals = {name: bounds[:, place].tolist() for place, name in enumerate(names)}
-    for kind in tables:
-        pair = [names.index(f"{kind}{figure}") for figure in ("IS", "AS_abs")]
-        intervals[f"{kind}ratio"] = list(ratio_interval(table[:, pair].mean(0), drawn[:, pair])[1:])
-    return intervals
+def _intervals(table: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
+    """95 % bootstrap intervals of each overall figure from columns (10, N), images clustered in classes."""
+    means = table[[COLUMNS.index(name) for name in INTERVALS]].T
+    drawn = resampled_means(means, groups=labels)  # one draw for all of them
+    intervals = dict(zip(INTERVALS, np.quantile(drawn, ENDS, axis=0).T.tolist(), strict=True))
+    pair = [INTERVALS.index(name) for name in ("IS", "AS_abs")]
+    return {**intervals, "ratio": list(ratio_interval(means[:, pair].mean(0), drawn[:, pair])[1:])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 Interval = tuple[float, float, float]
-DRAWN_TOGETHER = 2**16
+ENDS = (0.025, 0.975)  # of a 95 % interval
 
 
 def resampled_means(
@@ -20,12 +20,8 @@ def resampled_means(
     rng, count = np.random.default_rng(seed), len(columns)
     means = np.empty((resamples, columns.shape[1]))
     if groups is None:
-        together = max(1, DRAWN_TOGETHER // max(count, 1))  # the draws are the same however many are taken at a time
-        for start in range(0, resamples, together):
-            size = min(together, resamples - start)
-            places = rng.integers(0, count, (size, count)) + count * np.arange(size)[:, None]
-            weights = np.bincount(places.ravel(), minlength=size * count).reshape(size, count)
-            means[start : start + size] = weights @ columns / count
+        for row in range(resamples):
+            means[row] = np.bincount(rng.integers(0, count, count), minlength=count) @ columns / count
         return means
     if len(groups) != count:
         raise ValueError(f"expected a group for each of {count} images, got {len(groups)}")
@@ -45,7 +41,7 @@ def mean_interval(
 ) -> Interval:
     """Return (mean, low, high) of values (N,), the 95 % percentile interval; groups as in `resampled_means`."""
     drawn = resampled_means(values[:, None], groups=groups, resamples=resamples, seed=seed)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = np.quantile(drawn, ENDS)
     return float(values.mean()), float(low), float(high)
 
 
@@ -72,6 +68,6 @@ def ratio_interval(means: np.ndarray, drawn: np.ndarray) -> Interval:
         defined = ratios[~np.isnan(ratios)]
         if not len(defined):
             return np.nan, np.nan, np.nan
-        ends = np.quantile(defined, [0.025, 0.975])
+        ends = np.quantile(defined, ENDS)
     low, high = np.where(np.isnan(ends), np.inf, ends)  # between two infinite draws numpy interpolates to NaN
     return float(value), float(low), float(high)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,19 +16,13 @@ from singreg.data.classes import imagenet_names
 if TYPE_CHECKING:
     from singreg.models.vlm import VisionLanguageModel
 
-logger = logging.getLogger(__name__)
 CONCEPTS_FOLDER = Path(__file__).parent / "concepts"
 IMAGENET = "imagenet"
 DEFAULT_TEMPLATE = "an image of {concept}"
 # The prompt of each bank's concepts; the paper's own for ImageNet's classes.
-BANK_TEMPLATES = {
-    "colours": "an image of something {concept}",
-    "textures": "an image of something with a {concept} texture",
-    "materials": "an image of something made of {concept}",
-    "scenes": "an image of a {concept}",
-    "parts": "a close-up image of a {concept}",
-    IMAGENET: "an image of a {concept}",
-}
+BANK_TEMPLATES = {"colours": "an image of something {concept}", "scenes": "an image of a {concept}"}
+BANK_TEMPLATES |= {"textures": "an image of something with a {concept} texture", IMAGENET: "an image of a {concept}"}
+BANK_TEMPLATES |= {"materials": "an image of something made of {concept}", "parts": "a close-up image of a {concept}"}
 LONGEST = 200  # characters; a text tower cuts longer prompts off without a word
 
 
@@ -47,15 +39,6 @@ def load_concepts(sources: Sequence[str]) -> ConceptBank:
     """Read concepts from a list of banks, text files (one a line, `#` begins a comment) and concepts in words.
 
     Entries said before, also in another case or bank, are left out.
-
-    Raises:
-        ValueError: no concept, or entries without text or of more than 200 characters; all are named.
-        FileNotFoundError: a path that is not there.
-
-    Example:
-        >>> bank = load_concepts(["colours", "a zebra", "Red"])
-        >>> len(bank.concepts), bank.concepts[-1], bank.omissions
-        (63, 'a zebra', ('1 repeated concepts were left out.',))
     """
     entries = [entry for source in sources for entry in _entries(source)]
     bad = [f"{where}: {c[:40]!r}" for where, _, c in entries if len(c) > LONGEST or not any(map(str.isalnum, c))]
@@ -73,11 +56,7 @@ def load_concepts(sources: Sequence[str]) -> ConceptBank:
 
 
 def embed_concepts(vlm: VisionLanguageModel, bank: ConceptBank, templates: Sequence[str] | None = None) -> Tensor:
-    """Return one unit row a concept (K, n): the mean over its templates' unit rows, normalised again.
-
-    Args:
-        templates: prompts with {concept} for all; None takes each bank's own.
-    """
+    """Return one unit row a concept (K, n), by `templates` with {concept}; None takes each bank's own."""
     wanted = [tuple(templates or [BANK_TEMPLATES.get(name, DEFAULT_TEMPLATE)]) for name in bank.banks]
     rows: dict[int, Tensor] = {}
     for group in dict.fromkeys(wanted):
@@ -100,14 +79,8 @@ def _entries(source: str) -> Iterator[tuple[str, str, str]]:
         path = CONCEPTS_FOLDER / f"{source}.txt" if source in banks else Path(source).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"there is no concept file {source}")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
             if concept := re.split(r"(?:^|\s)#", line)[0].strip():
                 yield f"{path} line {number}", path.stem, concept
     else:
-        if near := difflib.get_close_matches(source, banks, n=1, cutoff=0.85):
-            logger.warning("%r is taken as a concept in words; the bank is called %r", source, near[0])
         yield "concepts", "own", source.strip()

@@ -69,10 +69,7 @@ def make_loader(
     workers: int = 0,
     drop_last: bool = False,
 ) -> DataLoader[Any]:
-    """Return batches (images (B, 3, H, W), labels (B,), indices (B,)); `clean_transform` puts a clean view second.
-
-    Order and draws depend on (seed, epoch, index) alone: call `loader.sampler.set_epoch(epoch)`, as accelerate does.
-    """
+    """Return batches (images (B, 3, H, W), labels (B,), indices (B,)); `clean_transform` puts a clean view second."""
     views = _Views(split, transform, clean_transform, seed)
     sampler = EpochSampler(views, shuffle)
     generator = torch.Generator().manual_seed(seed)  # or every pass would draw from the training's dropout

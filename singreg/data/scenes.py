@@ -58,25 +58,16 @@ class SceneTable:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all codes and noise."""
-        digest = hashlib.sha256(b"scenes-1")
-        for name in ATTRIBUTES:
-            digest.update(self.codes[name].astype("<i8").tobytes())
-        digest.update(self.noise.astype("<u8").tobytes())
-        return digest.hexdigest()
+        codes = b"".join(self.codes[name].astype("<i8").tobytes() for name in ATTRIBUTES)
+        return hashlib.sha256(b"scenes-1" + codes + self.noise.astype("<u8").tobytes()).hexdigest()
 
 
 def sample_scenes(count: int, *, seed: int, background_bias: float = 0.0) -> SceneTable:
-    """Draw N scenes, their attributes uniform and independent but for the background.
-
-    Args:
-        background_bias: probability that the background is the one tied to the class (the shape).
-    """
+    """Draw N scenes, attributes uniform; with probability `background_bias` the background is the shape's own."""
     words = np.arange(count, dtype=np.uint64)[:, None] * np.uint64(16) + np.arange(16, dtype=np.uint64)
     draws = _hash(seed, words)
-    codes = {
-        name: (draws[:, column] % np.uint64(len(values))).astype(np.int64)
-        for column, (name, values) in enumerate(ATTRIBUTES.items())
-    }
+    sizes = {name: np.uint64(len(values)) for name, values in ATTRIBUTES.items()}
+    codes = {name: (draws[:, i] % size).astype(np.int64) for i, (name, size) in enumerate(sizes.items())}
     tied = (draws[:, 6] >> np.uint64(11)) < np.uint64(round(background_bias * 2**53))
     codes["background"] = np.where(tied, codes["shape"] % len(BACKGROUNDS), codes["background"])
     return SceneTable(seed, codes, draws[:, 8:12].copy())

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import timm
 import torch
@@ -47,9 +46,7 @@ class Classifier(nn.Module):
     class_names: tuple[str, ...] | None = None
     batch_norm: BatchNormMode = "eval"
 
-    def __init__(
-        self, model: nn.Module, head_name: str, *, tag: str, data_config: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, head_name: str, *, tag: str, data_config: dict[str, Any] | None = None):
         super().__init__()
         self.model, self.head_name, self.tag, self.data_config = model, head_name, tag, data_config
         self.eval()  # timm's models come in train mode, in which a first look at the features would move batch norms
@@ -72,8 +69,6 @@ class Classifier(nn.Module):
         """Make one of any timm name, `local-dir:FOLDER` or `hf-hub:USER/MODEL`; its pretrained_cfg names the head.
 
         Args:
-            name: timm's name of the model.
-            pretrained: load weights.
             head_mode: "keep" all C rows; "slice" some rows of the pretrained head; "new" draws a fresh one.
             class_indices: the rows to slice, in order.
             class_names: names of the rows; without `class_indices`, rows are found by the label names in the weights.
@@ -92,7 +87,6 @@ class Classifier(nn.Module):
         cfg = model.pretrained_cfg
         if image_size and cfg.get("fixed_input_size") and image_size != cfg["input_size"][-1]:
             model = _create(name, pretrained=pretrained, img_size=image_size, **model_kwargs)
-            cfg = model.pretrained_cfg
         tag = ".".join(part for part in (cfg.get("architecture", name), cfg.get("tag")) if part)
         if pretrained and head_mode == "keep" and num_classes not in (None, cfg["num_classes"]):
             had = f"{tag} was trained with {cfg['num_classes']} classes, so a head of {num_classes} cannot be kept"
@@ -140,15 +134,13 @@ class Classifier(nn.Module):
         index = torch.tensor(list(rows), device=self.weight.device)
         state = self.model.state_dict()
         state |= {key: state[key][index] for key in (f"{name}.weight", f"{name}.bias") if key in state}
-        # timm's own way of changing the number of classes keeps what is saved with the model consistent; but some
-        # families draw their whole head anew in it (caformer's MLP), so every other tensor is put back.
+        # Some families draw their whole head anew here (caformer's MLP), so every other tensor is put back.
         self.model.reset_classifier(len(rows))  # type: ignore[operator]
         self.model.load_state_dict(state)
         self.eval()
 
     @property
     def head(self) -> nn.Module:
-        """The head module itself."""
         return self.model.get_submodule(self.head_name)
 
     @property
@@ -163,7 +155,6 @@ class Classifier(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """C, the rows of the head."""
         return self.weight.shape[0]
 
     @property
@@ -197,8 +188,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, C) of images (B, 3, H, W)."""
-        logits: Tensor = self.model(x)
-        return logits
+        return cast(Tensor, self.model(x))
 
     @property
     def transform(self) -> Transform:
@@ -215,15 +205,14 @@ class Classifier(nn.Module):
             return Compose([RandomHorizontalFlip(), self.transform]) if augmentation == "flip" else self.transform
         if self.data_config is None:
             raise ValueError("timm's training augmentation needs a timm model; use none or flip")
-        made = create_transform(**self.data_config, is_training=True, auto_augment="rand-m7-mstd0.5", re_prob=0.1)
-        transform: Transform = made
-        return transform
+        options: Any = {"is_training": True, "auto_augment": "rand-m7-mstd0.5", "re_prob": 0.1}
+        return cast(Transform, create_transform(**self.data_config, **options))
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What the evaluation transform does, as JSON-able values (sizes in pixels)."""
         if self.data_config is None:
-            return {"transform": None if self.own_transform is None else _describe_transform(self.own_transform)}
+            return {"transform": None if self.own_transform is None else _hash_of_result(self.own_transform)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self.data_config.items()}
 
     def tune(self, mode: Tuning, *, batch_norm: BatchNormMode = "eval") -> Classifier:
@@ -243,7 +232,6 @@ class Classifier(nn.Module):
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> Classifier:
-        """Put what is trained in training mode, and what is frozen in eval mode."""
         super().train(mode)
         if mode:
             heads.set_modes(self.model, self.batch_norm)
@@ -282,15 +270,14 @@ def _create(name: str, **arguments: Any) -> Any:
     try:
         return timm.create_model(f"local-dir:{Path(name.removeprefix('local-dir:')).expanduser()}", **arguments)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"no model could be loaded from {name}: {reason[:400]}") from error
+        raise ValueError(f"no model could be loaded from {name}: {error or type(error).__name__}") from error
 
 
-def _describe_transform(transform: Transform) -> str:
-    """Its text without memory addresses, and a hash of what it makes of one image, so that lambdas differ."""
+def _hash_of_result(transform: Transform) -> str:
+    """Of what it makes of one image, so that two lambdas differ."""
     y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
     image = Image.fromarray(torch.stack([4 * x, 5 * y, 2 * (x + y)], dim=-1).to(torch.uint8).numpy())
-    return f"{re.sub(r' at 0x[0-9a-f]+', '', repr(transform))} {sha256_of_tensor(transform(image))}"
+    return sha256_of_tensor(transform(image))
 
 
 def label_names(cfg: Mapping[str, Any]) -> dict[int, str]:
@@ -303,23 +290,20 @@ def _rows_to_keep(
     model: Classifier, labels: Mapping[int, str], indices: Sequence[int] | None, names: Sequence[str], imagenet: bool
 ) -> list[int]:
     """Rows of a head that is sliced: those given, or those whose stored label names are the classes'."""
-    tag, rows = model.tag, model.num_classes
     if indices is not None and not (imagenet and names and set(names) <= set(labels.values())):
-        if imagenet and rows != IMAGENET_CLASSES:
+        if imagenet and model.num_classes != IMAGENET_CLASSES:
             raise ValueError(
-                f"the head of {tag} has {rows} rows and {'other' if labels else 'no'} class names, so ImageNet rows "
-                "cannot be taken from it; set model.head to keep (rows in the data's class order) or new"
+                f"the head of {model.tag} has {model.num_classes} rows and {'other' if labels else 'no'} class names, "
+                "so ImageNet rows cannot be taken from it; set model.head to keep (rows in the data's order) or new"
             )
         return list(indices)
-    known: dict[str, list[int]] = {}
-    for row, name in labels.items():
-        known.setdefault(name, []).append(row)
-    if missing := [name for name in names if name not in known]:
-        has = f"its label names are {', '.join(list(known)[:6])}, ..." if known else "no label names are stored with it"
+    known = {name: [row for row, label in labels.items() if label == name] for name in names}
+    if missing := [name for name in names if not known[name]]:
+        has = f"its label names are {', '.join([*labels.values()][:6])}" if labels else "no label names are stored"
         raise ValueError(
-            f"{tag} has no head row for {', '.join(missing[:6])} ({len(missing)} of {len(names)} classes; {has}); give "
-            'class_indices, or a new head: head_mode="new" (model.head: new)'
+            f"{model.tag} has no head row for {', '.join(missing[:6])} ({len(missing)} of {len(names)} classes; {has})"
+            '; give class_indices, or a new head: head_mode="new" (model.head: new)'
         )
-    if several := [f"{name} (rows {known[name]})" for name in names if len(known[name]) > 1]:
-        raise ValueError(f"{tag} has several head rows of the same name: {', '.join(several[:6])}; give class_indices")
+    if several := [f"{name} (rows {rows})" for name, rows in known.items() if len(rows) > 1]:
+        raise ValueError(f"{model.tag} has several head rows of the same name: {', '.join(several[:6])}")
     return [known[name][0] for name in names]

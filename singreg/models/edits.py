@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,74 +30,52 @@ class AlignedHead:
     weight: Tensor  # W' = B·D + R, (C, m)
     bias_shift: Tensor  # to be added to b so that mean logits stay, (C,)
     rows: Tensor  # orthonormal basis of the row space of W', that of the directions first, (rank, m)
-    rank_before: int  # dimensions of the row space of W
-    rank: int  # dimensions of that of W'
+    rank_before: int
+    rank: int
     free_rows: int  # what R adds to the directions
     raised: int  # singular values lifted to FLOOR · σ_1, without which a direction would have dropped out
     logit_change: float  # rms of the change of the logits over the rms of the logits, both about their means
 
 
-def prompt_directions(translators: LinearTranslator | Sequence[LinearTranslator], texts: Tensor) -> Tensor:
-    """Return an orthonormal basis (r, m) of the translated prompts Aᵀ t_k, texts (k, n), each of unit length first.
-
-    Of an ensemble, whose prompts span more than k dimensions, the leading k directions.
-    """
+def prompt_directions(translator: LinearTranslator, texts: Tensor) -> Tensor:
+    """Return an orthonormal basis (r, m) of the translated prompts Aᵀ t_k, texts (k, n), each of unit length first."""
     exact = texts.detach().to(torch.float64)
-    ensemble = [translators] if isinstance(translators, LinearTranslator) else translators
-    rows = torch.cat([exact @ translator.matrix.to(exact) for translator in ensemble])
+    rows = exact @ translator.matrix.to(exact)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     if not bool((norms > 0).all() and torch.isfinite(norms).all()):
         raise ValueError("a translated prompt A^T t is zero or not finite; look at the translator's fit")
-    return _orthonormal(rows / norms)[: len(texts)]
+    return _orthonormal(rows / norms)
 
 
-def aligned_weight(weight: Tensor, directions: Tensor, covariance: Tensor, mean: Tensor | None = None) -> AlignedHead:
+def aligned_weight(weight: Tensor, directions: Tensor, covariance: Tensor, mean: Tensor) -> AlignedHead:
     """Return the head W' = B·D + R nearest to W in logits whose row space holds D: min E‖(W - W')(f - μ)‖².
 
     B is a least-squares fit in the metric of the features; R keeps the leading directions, by energy in the logits, of
     what B·D leaves, as many as leave the rank as it was. In that metric the two are orthogonal: the minimum is exact.
 
-    Args:
-        weight: W, (C, m).
-        directions: orthonormal rows D, (k, m).
-        covariance: S of the features about μ, (m, m); for a head without a bias, about 0.
-        mean: μ, (m,); 0 unless given.
+    Shape: W (C, m), orthonormal rows D (k, m), covariance about μ (m, m), mean μ (m,); both about 0 without a bias.
     """
     old = weight.detach().to(torch.float64)
     s, d = covariance.detach().to(old), directions.detach().to(old)
     rank_before = NullSpace.from_weight(old, allow_empty=True).rank
     if len(d) > len(old) or not torch.trace(s) > 0:
-        raise ValueError(
-            f"a head of {len(old)} rows cannot hold {len(d)} independent directions, or the features do not vary; give "
-            "fewer prompts, or at least 2 different images"
-        )
+        got = f"a head of {len(old)} rows cannot hold {len(d)} independent directions, or the features do not vary"
+        raise ValueError(f"{got}; give fewer prompts, or at least 2 different images")
     fitted, rows = _fit(old, d, (s + s.T) / 2, max(0, rank_before - len(d)))
     new, raised = _with_floor(fitted, rows)
     change = old - new
-    energy = ((old @ s) * old).sum()
-    return AlignedHead(
-        weight=new,
-        bias_shift=change @ (torch.zeros(len(s)).to(old) if mean is None else mean.detach().to(old)),
-        rows=rows,
-        rank_before=rank_before,
-        rank=len(rows),
-        free_rows=len(rows) - len(d),
-        raised=raised,
-        logit_change=float((((change @ s) * change).sum().clamp_min(0) / energy).sqrt()),
-    )
+    lost = (((change @ s) * change).sum().clamp_min(0) / ((old @ s) * old).sum()).sqrt()
+    shift = change @ mean.detach().to(old)
+    return AlignedHead(new, shift, rows, rank_before, len(rows), len(rows) - len(d), raised, float(lost))
 
 
 def align_head_(
-    classifier: Classifier,
-    translators: LinearTranslator | Sequence[LinearTranslator],
-    texts: Tensor,
-    statistics: RidgeStatistics,
+    classifier: Classifier, translator: LinearTranslator, texts: Tensor, statistics: RidgeStatistics
 ) -> AlignedHead:
     """Write the aligned head into the classifier, in place, and return what was done; its features stay as they are.
 
     Args:
         classifier: its head is written to; one without a bias keeps none.
-        translators: T(f) = f Aᵀ + a, or an ensemble, whose leading directions are taken.
         texts: prompts of the classes, (k, n).
         statistics: of the features of at least two images, best of the head's own classes, whose logits are kept.
 
@@ -113,8 +91,8 @@ def align_head_(
     head = _plain_head(classifier)
     weight, bias, count = head.get_parameter("weight"), classifier.bias, statistics.count
     covariance = statistics.ff if bias is None else statistics.centred()[0]
-    mean = None if bias is None else statistics.f / count
-    directions = prompt_directions(translators, texts)
+    mean = torch.zeros_like(statistics.f) if bias is None else statistics.f / count
+    directions = prompt_directions(translator, texts)
     found = aligned_weight(classifier.weight, directions, covariance / count.clamp_min(1), mean)
     with torch.no_grad():
         weight.copy_(found.weight.reshape(weight.shape))
@@ -133,11 +111,9 @@ class RowSpaceConstraint(nn.Module):
         self.register_buffer("basis", basis)
 
     def forward(self, raw: Tensor) -> Tensor:
-        """Return the constrained weight, in the shape of `raw`."""
         with torch.autocast(raw.device.type, enabled=False):  # bfloat16 products would leave the row space
             basis = self.basis.to(raw.dtype)
-            projected: Tensor = (raw.flatten(1) @ basis) @ basis.T
-        return projected.reshape(raw.shape)
+            return ((raw.flatten(1) @ basis) @ basis.T).reshape(raw.shape)
 
 
 def constrain_to_rows(classifier: Classifier, rows: Tensor) -> Classifier:
@@ -163,10 +139,9 @@ def release_rows(classifier: Classifier) -> Classifier:
 def _plain_head(classifier: Classifier) -> nn.Module:
     """The layer whose weight is W itself, to be written to."""
     if batch_norm_and_linear(classifier.head) is not None:
-        name = f"the head {classifier.head_name!r} of {classifier.tag}"
-        raise HeadError(f"{name} is a batch norm and a linear layer: W cannot be written; use the loss term `capacity`")
+        raise HeadError(f"the head of {classifier.tag} is a batch norm and a linear layer: W cannot be written")
     if parametrize.is_parametrized(classifier.head):
-        raise HeadError(f"the head {classifier.head_name!r} is constrained already; call release_rows first")
+        raise HeadError(f"the head of {classifier.tag} is constrained already; call release_rows first")
     return classifier.head
 
 
@@ -174,8 +149,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
     """Orthonormal basis (r, m) of the span of rows (k, m), leading first, dependent ones left out."""
     _, sigma, right = torch.linalg.svd(rows, full_matrices=False)
     rank = int((sigma > max(rows.shape) * torch.finfo(rows.dtype).eps * sigma[:1]).sum())
-    basis: Tensor = right[:rank].contiguous()
-    return basis
+    return cast(Tensor, right[:rank].contiguous())
 
 
 def _fit(old: Tensor, d: Tensor, covariance: Tensor, room: int) -> tuple[Tensor, Tensor]:
@@ -203,15 +177,13 @@ def _with_floor(fitted: Tensor, rows: Tensor) -> tuple[Tensor, int]:
     low = sigma < FLOOR * sigma[0]
     if not bool(low.any()):
         return fitted, 0
-    lifted: Tensor = (left * torch.where(low, FLOOR * sigma[0], sigma)) @ right @ rows
-    return lifted, int(low.sum())
+    return (left * torch.where(low, FLOOR * sigma[0], sigma)) @ right @ rows, int(low.sum())
 
 
 class NullDroppedClassifier(Classifier):
     """What `drop_null` returns: a classifier with one more linear layer m → r than timm's architecture has."""
 
     def save(self, folder: str | Path) -> None:
-        """Raise a ValueError, as a timm folder cannot say that there is one layer more."""
         raise ValueError(f"{self.tag} has one layer more than timm builds; save what it was made from instead")
 
 
@@ -219,7 +191,7 @@ def drop_null(classifier: Classifier) -> NullDroppedClassifier:
     """Return the trivial defence: features f → Qᵀf (r,), the head W → W Q, with identical logits and no null space.
 
     Q (m, r) is the orthonormal basis of W's row space. Steering in feature space becomes impossible; nothing changes in
-    pixels, so a trained defence must beat it there. The given classifier stays as it is; a batch norm is folded in.
+    pixels. The given classifier stays as it is; a batch norm is folded in.
 
     Example:
         >>> classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=10)
@@ -230,11 +202,10 @@ def drop_null(classifier: Classifier) -> NullDroppedClassifier:
     weight, bias = classifier.weight.detach(), classifier.bias
     basis = NullSpace.from_weight(weight).basis
     (classes, width), rank = weight.shape, basis.shape[1]
-    shape: Any = (1,) if isinstance(classifier.head, nn.Conv2d) else ()  # the kernel of a convolution
-    layer: Any = nn.Conv2d if shape else nn.Linear
-    down, up = layer(width, rank, *shape, bias=False), layer(rank, classes, *shape, bias=bias is not None)
-    edited = nn.Sequential(down, up)
-    edited = edited.to(weight).requires_grad_(any(each.requires_grad for each in classifier.head.parameters()))
+    layer: Any = partial(nn.Conv2d, kernel_size=1) if isinstance(classifier.head, nn.Conv2d) else nn.Linear
+    down, up = layer(width, rank, bias=False), layer(rank, classes, bias=bias is not None)
+    edited = nn.Sequential(down, up).to(weight)
+    edited.requires_grad_(any(each.requires_grad for each in classifier.head.parameters()))
     with torch.no_grad():
         down.weight.copy_(basis.T.reshape(down.weight.shape))
         up.weight.copy_((weight.to(basis) @ basis).reshape(up.weight.shape))
@@ -242,8 +213,8 @@ def drop_null(classifier: Classifier) -> NullDroppedClassifier:
             up.bias.copy_(bias)
     model = copy.deepcopy(classifier.model)
     model.set_submodule(classifier.head_name, edited)
-    tag, config = f"{classifier.tag}.null_dropped", classifier.data_config
-    dropped = NullDroppedClassifier(model, f"{classifier.head_name}.1", tag=tag, data_config=config)
+    facts: Any = {"tag": f"{classifier.tag}.null_dropped", "data_config": classifier.data_config}
+    dropped = NullDroppedClassifier(model, f"{classifier.head_name}.1", **facts)
     for name in ("own_transform", "class_names", "batch_norm"):
         setattr(dropped, name, getattr(classifier, name))
     return dropped
@@ -253,7 +224,6 @@ def interpolate_weights(before: Classifier, after: Classifier, alpha: float) -> 
     """Return (1 - α) · before + α · after of parameters and float buffers (WiSE-FT): a new classifier, in eval mode.
 
     Integer buffers are those of `after`; at α = 0 and 1 every tensor is bit-identical to `before` and `after`.
-    Wortsman et al., Robust fine-tuning of zero-shot models, 2022.
 
     Example:
         >>> a, b = (Classifier.from_timm("test_resnet", pretrained=False, num_classes=3) for _ in range(2))
@@ -271,13 +241,12 @@ def interpolate_weights(before: Classifier, after: Classifier, alpha: float) -> 
         names = f"{before.tag} and {after.tag} cannot be averaged: {', '.join(wrong[:6])}"
         raise ValueError(f"{names} differ ({len(wrong)} differences); take two states of one model with the same head")
     mixed = copy.deepcopy(before if alpha == 0 else after).eval()
+
+    def mix(one: Tensor, other: Tensor) -> Tensor:
+        """In float64, so that the two models' order does not show in the last bit."""
+        return ((1 - alpha) * one.to(other.device, torch.float64) + alpha * other.to(torch.float64)).to(other.dtype)
+
     if 0 < alpha < 1:
-        mixed.model.load_state_dict({name: _mix(old[name], value, alpha) for name, value in new.items()})
+        floats = {name: mix(old[name], value) for name, value in new.items() if value.is_floating_point()}
+        mixed.model.load_state_dict(new | floats)
     return mixed
-
-
-def _mix(old: Tensor, new: Tensor, alpha: float) -> Tensor:
-    """In float64, so that the two models' order does not show in the last bit; integers are the new model's."""
-    if not new.is_floating_point():
-        return new
-    return ((1 - alpha) * old.to(new.device, torch.float64) + alpha * new.to(torch.float64)).to(new.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models import group_parameters
@@ -23,7 +23,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, nn.Module]:
-    """Return name and module whose input is the feature f: what `name` points to, or the last linear layer within it.
+    """Return name and module of the head: what `name` points to, or the last linear layer within it.
 
     A container of batch norm (+ dropout) + linear is returned whole, to be folded.
     """
@@ -32,8 +32,8 @@ def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, 
         raise HeadError(f'{kind} names no classifier; use Classifier.from_module(model, head="NAME of its last layer")')
     if not isinstance(name, str):
         raise HeadError(
-            f"{kind} combines the logits of {len(name)} heads ({', '.join(name)}), so there is no one null space; use "
-            "the architecture without distillation, or wrap the model in a module that returns one head's logits: "
+            f"{kind} combines the logits of {len(name)} heads ({', '.join(name)}); use the architecture without "
+            "distillation, or wrap the model in a module that returns one head's logits: "
             f'Classifier.from_module(wrapper, head="model.{name[0]}")'
         )
     try:
@@ -67,9 +67,7 @@ def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         return weight.flatten(1), bias if isinstance(bias, Tensor) else None
     norm, linear = pair
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(
-            "the head's batch norm keeps no running statistics, so it cannot be folded into the linear layer"
-        )
+        raise ValueError("the head's batch norm keeps no running statistics, so it cannot be folded")
     scale = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -80,8 +78,7 @@ def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def apply_head(head: nn.Module, features: Tensor) -> Tensor:
     """Return logits (B, C) of features (B, m) through the head module itself."""
-    logits: Tensor = head(features[:, :, None, None]).flatten(1) if isinstance(head, nn.Conv2d) else head(features)
-    return logits
+    return cast(Tensor, head(features[:, :, None, None]).flatten(1) if isinstance(head, nn.Conv2d) else head(features))
 
 
 def check_is_affine(head: nn.Module, name: str) -> None:
@@ -97,8 +94,7 @@ def check_is_affine(head: nn.Module, name: str) -> None:
         scale = (exact.abs() @ wide.abs().T + offset.abs()).max()
         error = (apply_head(head, probe).cpu().double() - (exact @ wide.T + offset)).abs().max()
     if error > torch.finfo(weight.dtype).eps ** 0.5 * scale:
-        kind = f"the head {name!r} ({type(head).__name__})"
-        raise ValueError(f"{kind} does not compute f W^T + b from its weight; name a plain linear layer")
+        raise ValueError(f"the head {name!r} ({type(head).__name__}) does not compute f W^T + b; name a linear layer")
 
 
 def check_pass(features: Tensor, output: Tensor, logits: object, name: str) -> tuple[Tensor, Tensor]:
@@ -106,22 +102,18 @@ def check_pass(features: Tensor, output: Tensor, logits: object, name: str) -> t
     if features.ndim > 2 and features.shape[2:].numel() == 1:
         features = features.flatten(1)
     if features.ndim != 2:
-        raise ValueError(
-            f"expected an input (B, m) or (B, m, 1, 1) of the head {name!r}, got {tuple(features.shape)}; use an "
-            "architecture that pools before its last linear layer"
-        )
+        got = f"got {tuple(features.shape)}; use an architecture that pools before its last linear layer"
+        raise ValueError(f"expected an input (B, m) or (B, m, 1, 1) of the head {name!r}, {got}")
     if not isinstance(logits, Tensor):
-        found = type(logits).__name__
-        raise ValueError(f"expected logits (B, C), got {found}; wrap the model in a module that returns them")
+        raise ValueError(f"expected logits (B, C), got {type(logits).__name__}; wrap the model to return them")
     flat = output.flatten(1)
-    if flat.shape != logits.shape or not (
-        flat.data_ptr() == logits.data_ptr()
-        or torch.allclose(flat.to(logits.dtype), logits, rtol=0, atol=0, equal_nan=True)
-    ):
+    same = flat.shape == logits.shape and (
+        flat.data_ptr() == logits.data_ptr() or torch.allclose(flat.to(logits), logits, rtol=0, atol=0, equal_nan=True)
+    )
+    if not same:
         raise ValueError(
             f"the model's output {tuple(logits.shape)} is not that of its head {name!r} {tuple(output.shape)} (a "
-            "second head, a softmax, a scale?), so its null space is not the model's. Wrap the model in a module that "
-            "returns the head's output alone, and give that to Classifier.from_module"
+            "second head, a softmax, a scale?). Wrap the model in a module that returns the head's output alone"
         )
     return features, logits
 

@@ -23,8 +23,7 @@ DEFAULT_TEMPLATES = ("an image of a {class}",)
 class VisionLanguageModel(nn.Module):
     """A frozen VLM in eval mode (METHOD section 2), made with `from_open_clip`.
 
-    `transform` is the model's own evaluation preprocessing (PIL to tensor), `preprocessing` the same as a JSON-able
-    dict, `dim` is n, `weights_hash` a SHA-256 for cache keys.
+    `transform` is its own evaluation preprocessing, `preprocessing` the same as a JSON-able dict, `dim` is n.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Callable[..., Tensor], *, tag: str, variant: str = "") -> None:
@@ -44,8 +43,8 @@ class VisionLanguageModel(nn.Module):
     ) -> VisionLanguageModel:
         """Load "ViT-L-14" with a tag or a weight file as `pretrained`, "local-dir:FOLDER", or "hf-hub:ORG/REPO".
 
-        The activation is taken from the tag (the OpenAI weights need QuickGELU, which "ViT-L-14" alone does not say). A
-        weight file carries no such note: name the architecture it was trained with, such as "ViT-L-14-quickgelu".
+        The activation is taken from the tag. A weight file carries no such note: name the architecture it was trained
+        with, such as "ViT-L-14-quickgelu".
         """
         quick_gelu = needs_quick_gelu(name, pretrained)
         tag = name if pretrained is None else f"{name}/{Path(pretrained).name}"
@@ -64,7 +63,6 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return next(self.model.parameters()).device
 
     @torch.no_grad()
@@ -93,9 +91,7 @@ class VisionLanguageModel(nn.Module):
         `{class}` in a template is replaced by the name as it is ("a"/"an" is not adapted: the text stays the paper's).
         """
         if isinstance(templates, str) or not len(templates) or not all("{class}" in each for each in templates):
-            raise ValueError(
-                f"every template must contain {{class}}, as in {DEFAULT_TEMPLATES[0]!r}; got {templates!r}"
-            )
+            raise ValueError(f"every template must contain {{class}}, as in {DEFAULT_TEMPLATES}; got {templates!r}")
         if isinstance(names, str) or not len(names) or not all(name.strip() for name in names):
             raise ValueError(f"expected a list of class names, none blank; got {names!r}")
         rows = self.embed_texts([template.replace("{class}", name) for name in names for template in templates])
@@ -118,12 +114,13 @@ def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
     if schema is not None:
         if pretrained is not None:
             raise ValueError(f"{name!r} brings its own weights: leave out pretrained={pretrained!r}")
-        if schema == "local-dir":
-            folder = Path(identifier)
-            if not (folder / "open_clip_config.json").is_file():
-                raise FileNotFoundError(f"no open_clip_config.json in {folder}")
-            if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
-                raise FileNotFoundError(f"no weights in {folder}: expected {folder / 'open_clip_model.safetensors'}")
+        folder = Path(identifier)
+        if schema == "local-dir" and not (folder / "open_clip_config.json").is_file():
+            raise FileNotFoundError(f"no open_clip_config.json in {folder}")
+        if schema == "local-dir" and not any(
+            path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()
+        ):
+            raise FileNotFoundError(f"no weights in {folder}: expected {folder / 'open_clip_model.safetensors'}")
         return False
     name = identifier.replace("/", "-")
     architecture = open_clip.get_model_config(name)

@@ -38,9 +38,7 @@ def styled(axes: Axes, title: str = "") -> Axes:
     return axes
 
 
-def bar(
-    axes: Axes, x: float, width: float, value: float, bounds: Sequence[float], colour: str, alpha: float = 1.0
-) -> None:
+def bar(axes: Axes, x: float, width: float, value: float, bounds: Sequence[float], colour: str, alpha: float) -> None:
     """Draw a bar with its interval."""
     low, high = bounds
     axes.bar(x, value, width, color=colour, alpha=alpha)
@@ -59,10 +57,6 @@ def drawable(name: str, limit: int = 40) -> str:
     """Return a name as text in a figure: one line of at most `limit` characters, no formula, nothing unprintable.
 
     A letter that the figures' font does not have is written as its number, so that two such names stay two.
-
-    Example:
-        >>> drawable("a\\tprice in $", limit=9)
-        'a price …'
     """
     letters = [_letter(letter) for letter in " ".join(name.split())[: limit + 1]]
     while sum(map(len, letters)) > limit:
@@ -73,14 +67,13 @@ def drawable(name: str, limit: int = 40) -> str:
 def _letter(letter: str) -> str:
     if not letter.isprintable():
         return "\ufffd"
-    known = ord(letter) in _glyphs(findfont(FontProperties()))
-    return letter if known else letter.encode("ascii", "backslashreplace").decode()
+    return letter if ord(letter) in _glyphs() else letter.encode("ascii", "backslashreplace").decode()
 
 
 @cache
-def _glyphs(font: str) -> frozenset[int]:
-    """The code points that a font file has a glyph for."""
-    return frozenset(get_font(font).get_charmap())
+def _glyphs() -> frozenset[int]:
+    """The code points that the figures' font has a glyph for."""
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> None:
@@ -93,16 +86,15 @@ def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequ
     taken = [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in points]
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "va": "center"}
     for place, name in enumerate(names):
-        found: list[tuple[int, int, Bbox, Annotation]] = []
+        found: list[tuple[int, Annotation]] = []
         for dx, dy, side in PLACES:
             text = axes.annotate(drawable(name), (x[place], y[place]), (dx, dy), ha=side, **style)
             box = text.get_window_extent()
             inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
-            hits = sum(box.overlaps(other) for k, other in enumerate(taken) if k != place) + (not inside)
-            found.append((hits, len(found), box, text))
-            if not hits:
-                break
-        best, *others = sorted(found, key=lambda each: each[:2])
-        taken.append(best[2])
-        for _, _, _, text in others:
-            text.remove()
+            hits = sum(box.overlaps(other) for k, other in enumerate(taken) if k != place)
+            found.append((hits + (not inside), text))
+        best = min(found, key=lambda each: each[0])[1]
+        taken.append(best.get_window_extent())
+        for _, text in found:
+            if text is not best:
+                text.remove()

@@ -1,4 +1,4 @@
-"""Figures of an attack: rises by judge, attacked images, feature space, natural twins."""
+"""An attack's report: figures, tables and sentences from what report.json holds; computes nothing."""
 
 from __future__ import annotations
 
@@ -11,154 +11,185 @@ import pandas as pd
 from matplotlib.axes import Axes
 from PIL import Image
 
+from singreg.analysis.attack import MOST_HELD
 from singreg.analysis.attack_images import ATTACK, RANDOM
-from singreg.analysis.attackers import MAXIMISER, SINGLE
-from singreg.analysis.attackers import RANDOM as RANDOM_DIRECTION
-from singreg.attack_tables import largest_budget
+from singreg.analysis.robustness import MAXIMISER, SINGLE
+from singreg.analysis.robustness import RANDOM as RANDOM_DIRECTION
 from singreg.data.datasets import ImageSplit
-from singreg.plots import CYCLE, GREY, drawable, panels, save, styled
-from singreg.report import Figure
+from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, styled
+from singreg.report import Figure, Section, interval, percent
 
+Found = Mapping[str, Any]
 SHOWN = 6  # images or pairs a model
 AMPLIFIED = 20
-LINES = {  # (attack, judge, defence): colour, line, width, label
-    (MAXIMISER, "fitted", "drop_null"): (
-        "#a7f3d0",
-        "-",
-        6.0,
-        "maximiser, null space dropped",
-    ),  # below: others lie on it
-    (MAXIMISER, "fitted", ""): ("#2563eb", "-", 1.5, "maximiser"),
-    (MAXIMISER, "auditor", ""): ("#d97706", "-", 1.5, "maximiser, the auditor judges"),
-    (SINGLE, "fitted", ""): ("#2563eb", "--", 1.5, "single gradient step"),
-    (RANDOM_DIRECTION, "fitted", ""): ("#6b7280", ":", 1.5, "random direction"),
+LINES = {  # (attack, judge, defence): colour, line, label
+    (MAXIMISER, "fitted", ""): (BLUE, "-", "maximiser"),
+    (MAXIMISER, "auditor", ""): (ORANGE, "-", "maximiser, the auditor judges"),
+    (MAXIMISER, "fitted", "drop_null"): (RED, "-", "maximiser, null space dropped"),
+    (SINGLE, "fitted", ""): (BLUE, "--", "single gradient step"),
+    (RANDOM_DIRECTION, "fitted", ""): (GREY, ":", "random direction"),
 }
-PANELS = (  # budget, figure, factor, unit
-    ("step", "success", 100.0, "target first, %"),
-    ("step", "AS", 1.0, "AS towards the target, °"),
-    ("radius", "success", 100.0, "target first, %"),
+RISE = (
+    "°: rise towards the target class's prompt, read from the saved 8-bit files; 0 where logits, decision or budget "
+    "were not kept. first: share of images whose target came first, with Wilson's intervals. fitted: the attacked "
+    "translator; auditor: another one from other images; the rest are image encoders that the attack never saw. "
+    "random: a random direction of the whole budget, held to nothing. A model whose null space was dropped is attacked "
+    "by its features before the dropping, which hides nothing in pixels."
 )
+TWINS = "Pairs of two classes, as close in logits as images of one class and as far apart for an encoder as others."
 
 
-def save_attack_plots(
-    figures: Mapping[str, Any], judged: pd.DataFrame, split: ImageSplit, folder: Path
-) -> dict[str, Figure]:
-    """Draw every figure of an attack into plots/ of the run's folder, by name, from report.json's figures and rows."""
-    plots = folder / "plots"
-    found = {"rises": _rises(figures, plots), "attacked": _attacked(figures, judged, folder)}
-    shown = {label: each for label, each in figures["features"].items() if label not in figures["dropped"]}
-    if shown:
-        found["features"] = _features(shown, plots)
-    if twins := [each for each in figures["twins"] if each["shown"] and each["model"] not in figures["dropped"]]:
-        found["twins"] = _twins([each for each in twins if each["encoder"] == twins[0]["encoder"]], split, plots)
+def attack_page(figures: Found, plots: Mapping[str, Figure]) -> dict[str, Any]:
+    """Return verdict, warnings and sections of an attack's report."""
+    said = {"verdict": attack_verdict(figures), "warnings": attack_warnings(figures)}
+    return {**said, "sections": attack_sections(figures, plots)}
+
+
+def attack_verdict(figures: Found) -> list[str]:
+    """Say in at most four sentences what may be claimed."""
+    failed = [f"{check['name']} ({check['model']})" for check in figures["checks"] if not check["passed"]]
+    said = [f"All {len(figures['checks'])} checks passed: the rises are lower bounds of a white-box attacker's."]
+    if failed:
+        said = [f"Checks failed: {'; '.join(failed)}. Nothing may be claimed of robustness."]
+    budget, each = figures["summaries"][-1]["budget"], []
+    for s in figures["summaries"]:
+        if (s["arm"], s["budget"]) == (ATTACK, budget):
+            rises = ", ".join(f"{rise[0]:+.1f}° ({judge})" for judge, rise in s["rise"].items())
+            each.append(f"{s['model']} {rises}, target first for {s['success']['fitted'][0]:.0%}")
+    held = f"Within {budget} and logits within {figures['tau']:g} images turn towards the target's prompt by: "
+    said.append(f"{held}{'; '.join(each)}.")
+    if (count := len(figures["encoders"])) < 2:
+        known = f"half of the untouched images rightly, and {count} of {len(figures['zero_shot'])} do"
+        said.append(f"Changed meaning cannot be claimed: that takes two image encoders that name {known}.")
+    return said
+
+
+def attack_warnings(figures: Found) -> list[str]:
+    """List reasons not to believe an attack's figures."""
+    images, weak = figures["images"], [m["label"] for m in figures["models"] if m["classes"] > MOST_HELD]
+    warnings = {
+        f"only {images} images were attacked; a share is known to ±{100 / images**0.5:.0f} points": images < 100,
+        f"{', '.join(weak)}: above {MOST_HELD} classes the attack does not follow the logits' tangent and finds far "
+        "less (a quarter of the rise where both were tried); compare it with no other": bool(weak),
+    }
+    for name, share in figures["zero_shot"].items():
+        known = name in figures["encoders"]
+        warnings[f"{name} names only {share:.0%} of the untouched images rightly: it is no witness"] = not known
+    return [f"Warning: {text}." for text, true in warnings.items() if true]
+
+
+def attack_sections(figures: Found, plots: Mapping[str, Figure]) -> list[Section]:
+    """Return an attack's report as sections."""
+    rows = []
+    for s in figures["summaries"]:
+        row = {"model": s["model"], "budget": s["budget"], "arm": s["arm"], "kept": percent(s["kept"], 0)}
+        row |= {f"{judge} °": interval(*rise) for judge, rise in s["rise"].items()}
+        for judge, share in s["success"].items():
+            value, low, high = (100 * each for each in share)
+            row[f"{judge} first %"] = interval(value, low, high, 0)
+        rows.append(row)
+    sections = [Section("Attacked images", [plots["rises"], pd.DataFrame(rows), RISE, plots["attacked"]])]
+    if "features" in plots:
+        sections.append(Section("The same images in feature space", [plots["features"]]))
+    if figures["differences"]:
+        differences, carried = pd.DataFrame(figures["differences"]), pd.DataFrame(figures["transfers"])
+        blocks = ["Rise ° of the second minus the first, paired by image:", differences, "Carried over:", carried]
+        sections.append(Section("Models compared", blocks))
+    if figures["twins"]:
+        table = pd.DataFrame(figures["twins"]).drop(columns="shown")
+        sections.append(Section("Natural twins", [table, TWINS, plots["twins"]]))
+    climbs, checks, models = (pd.json_normalize(figures[name]) for name in ("climbs", "checks", "models"))
+    return [*sections, Section("The attack itself", [climbs, checks]), Section("Models", [models])]
+
+
+def attack_plots(figures: Found, judged: pd.DataFrame, split: ImageSplit, folder: Path) -> dict[str, Figure]:
+    """Draw every figure of an attack into plots/ of the run's folder, by name."""
+    found = {"rises": _rises(figures, folder / "plots"), "attacked": _attacked(figures, judged, folder)}
+    if figures["features"]:
+        found["features"] = _features(figures["features"], folder / "plots")
+    if figures["twins"]:
+        found["twins"] = _twins(figures["twins"], split, folder / "plots")
     return found
 
 
-def _rises(figures: Mapping[str, Any], folder: Path) -> Figure:
+def _rises(figures: Found, folder: Path) -> Figure:
     models = [model["label"] for model in figures["models"]]
     figure, axes = panels(len(models))
-    highest = 0.0
     for ax, label in zip(axes, models, strict=True):
-        mine = [s for s in figures["summaries"] if (s["model"], s["arm"]) == (label, ATTACK)]
-        random = [s for s in figures["summaries"] if (s["model"], s["arm"]) == (label, RANDOM)]
+        mine, random = (
+            [s for s in figures["summaries"] if (s["model"], s["arm"]) == (label, arm)] for arm in (ATTACK, RANDOM)
+        )
         judges = list(mine[0]["rise"])
         for place, name in enumerate(judges):
             x = np.arange(len(mine)) + 0.8 * (place + 0.5) / len(judges) - 0.4
             rise, low, high = np.array([s["rise"][name] for s in mine]).T
             ax.bar(x, rise, 0.75 / len(judges), color=CYCLE[place % len(CYCLE)], label=drawable(name, 24))
-            spread = np.maximum([rise - low, high - rise], 0)
-            ax.errorbar(x, rise, spread, fmt="none", color="black", capsize=2, lw=1)
+            ax.errorbar(x, rise, np.maximum([rise - low, high - rise], 0), fmt="none", color="black", capsize=2, lw=1)
             heights = [s["rise"][name][0] for s in random]
             ax.scatter(x, heights, facecolors="white", edgecolors="black", s=14, zorder=3)
-            highest = max(highest, float(high.max()))
+        styled(ax, drawable(label, 34)).sharey(axes[0])
         ax.set_xticks(range(len(mine)), [s["budget"] for s in mine])
-        styled(ax, drawable(label, 34))
-    for ax in axes:
-        ax.set_ylim(top=1.05 * max(highest, 1.0))
     axes[0].set_ylabel("rise towards the target's prompt, °")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    caption = (
-        f"rise towards the target's prompt by budget and judge, logits within {figures['tau']:g}; 95 % intervals over "
-        f"{figures['images']} images; dots: random directions of the same length"
-    )
+    caption = f"logits within {figures['tau']:g}; 95 % over {figures['images']} images; dots: random directions"
     return Figure(save(figure, folder / "rises.png"), caption)
 
 
-def _attacked(figures: Mapping[str, Any], judged: pd.DataFrame, folder: Path) -> Figure:
-    models, attacks = [model["label"] for model in figures["models"]], judged[judged["arm"] == ATTACK]
-    budget = largest_budget(figures)
-    encoder = next(reversed(figures["zero_shot"]))
-    at = attacks[attacks["budget"] == budget]
-    height, columns = min(SHOWN, len(at[at["model"] == models[0]])), 1 + 2 * len(models)
+def _attacked(figures: Found, judged: pd.DataFrame, folder: Path) -> Figure:
+    budget, encoder = figures["summaries"][-1]["budget"], next(reversed(figures["zero_shot"]))
+    at = judged[(judged["arm"] == ATTACK) & (judged["budget"] == budget)]
+    models = [model["label"] for model in figures["models"]]
+    height, columns = min(SHOWN, figures["images"]), 1 + 2 * len(models)
     figure, flat = panels(columns, height, width=1.6, height=1.8)
     grid = np.array(flat).reshape(height, columns)
     for place, label in enumerate(models):
-        rows = at[at["model"] == label].head(height).to_dict("records")
-        for line, row in enumerate(rows):
+        for line, row in enumerate(at[at["model"] == label].head(height).to_dict("records")):
             original, attacked = (np.asarray(Image.open(folder / row[name])) for name in ("original", "file"))
             moved = (127.5 + AMPLIFIED * (attacked.astype(float) - original)).clip(0, 255).astype(np.uint8)
-            _show(grid[line, 0], original, "original" if line == 0 else "")
-            _show(grid[line, 1 + 2 * place], attacked, drawable(label, 24) if line == 0 else "")
-            _show(grid[line, 2 + 2 * place], moved, f"moved × {AMPLIFIED}" if line == 0 else "")
-            rises = f"{round(row['rise fitted']):+d}°, {round(row[f'rise {encoder}']):+d}°"
-            grid[line, 1 + 2 * place].set_xlabel(rises if row["kept"] else "not kept", fontsize=7)
+            rises = f"{row['rise fitted']:+.0f}°, {row[f'rise {encoder}']:+.0f}°" if row["kept"] else "not kept"
+            _show(grid[line, 0], original, "original")
+            _show(grid[line, 1 + 2 * place], attacked, drawable(label, 24), rises)
+            _show(grid[line, 2 + 2 * place], moved, f"moved × {AMPLIFIED}")
     caption = f"attacked at {budget}; below: rise by the attacked translator, and by {encoder}, which nobody attacked"
     return Figure(save(figure, folder / "plots" / "attacked.png"), caption)
 
 
-def _show(axes: Axes, pixels: np.ndarray, title: str) -> None:
+def _show(axes: Axes, pixels: np.ndarray, title: str, below: str = "") -> None:
     axes.imshow(pixels)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=8)
+    axes.set_xlabel(below, fontsize=7)
 
 
-def _features(shown: Mapping[str, Any], folder: Path) -> Figure:
-    figure, flat = panels(len(shown), len(PANELS), height=3.0)
-    grid = np.array(flat).reshape(len(PANELS), len(shown))
-    for column, (label, found) in enumerate(shown.items()):
-        curves = {
-            (c["attack"], c["judge"], c["defence"], c["budget"]): c
-            for c in found["curves"]
-            if c["crafted_on"] == "fitted"
-        }
-        for ax, (budget, name, factor, unit) in zip(grid[:, column], PANELS, strict=True):
-            for key, (colour, line, width, said) in LINES.items():
-                if (curve := curves.get((*key, budget))) is not None:
-                    values, band = (factor * np.array(curve[kind][name], float) for kind in ("figures", "intervals"))
-                    ax.plot(curve["grid"], values, line, color=colour, lw=width, marker="o", ms=3, label=said)
-                    ax.fill_between(curve["grid"], *band.T, color=colour, alpha=0.12, linewidth=0)
-            if budget == "radius":
-                for place in (found["natural"] or {}).values():
-                    ax.axvline(place, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
-            styled(ax, drawable(label, 34) if ax is grid[0, column] else "")
-            ax.set_xlabel("ε / |f|" if budget == "step" else "Mahalanobis radius / natural median")
-            ax.set_ylabel(unit if column == 0 else "")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    caption = (
-        "the same images steered in feature space, crafted on the attacked translator; bands: 95 % over images; "
-        "upright lines: radii of natural images (median, 95th and 99th percentile)"
-    )
+def _features(found: Found, folder: Path) -> Figure:
+    figure, axes = panels(len(found), height=3.4)
+    for ax, (label, features) in zip(axes, found.items(), strict=True):
+        own = [curve for curve in features["curves"] if curve["crafted_on"] == "fitted"]
+        curves = {(curve["attack"], curve["judge"], curve["defence"]): curve for curve in own}
+        for key, (colour, line, said) in LINES.items():
+            curve = curves[key]
+            values, band = (100 * np.array(curve[kind]["success"], float) for kind in ("figures", "intervals"))
+            ax.plot(curve["grid"], values, line, color=colour, marker="o", ms=3, label=said)
+            ax.fill_between(curve["grid"], *band.T, color=colour, alpha=0.12, linewidth=0)
+        styled(ax, drawable(label, 34)).set_xlabel("ε / |f|")
+    axes[0].set_ylabel("target first, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    caption = "the same images steered in feature space, on the attacked translator; bands: 95 % over images"
     return Figure(save(figure, folder / "features.png"), caption)
 
 
 def _twins(twins: list[dict[str, Any]], split: ImageSplit, folder: Path) -> Figure:
-    columns = min(SHOWN, max(len(each["shown"]) for each in twins))
-    figure, flat = panels(columns, 2 * len(twins), width=1.7, height=1.9)
-    grid = np.array(flat).reshape(2 * len(twins), columns)
+    figure, flat = panels(SHOWN, 2 * len(twins), width=1.7, height=1.9)
+    grid = np.array(flat).reshape(len(twins), 2, SHOWN)
     for ax in flat:
-        ax.axis("off")
-    for place, each in enumerate(twins):
-        for column, pair in enumerate(each["shown"][:columns]):
-            for half, index in enumerate((pair["first"], pair["second"])):
-                ax = grid[2 * place + half, column]
-                ax.axis("on")
+        ax.set_axis_off()
+    for each, lines in zip(twins, grid, strict=True):
+        for pair, (above, below) in zip(each["shown"], lines.T, strict=False):
+            for ax, index in ((above, pair["first"]), (below, pair["second"])):
+                ax.set_axis_on()
                 name = drawable(split.class_names[int(split.labels[index])], 18)
-                _show(ax, np.asarray(split.image(index).convert("RGB")), name)
-                if half:
-                    ax.set_xlabel(f"Δlogit {pair['logit_distance']:.1f}, {pair['angle']:.0f}°", fontsize=7)
-        grid[2 * place, 0].set_ylabel(drawable(each["model"], 24), fontsize=8)
-    caption = (
-        f"natural twins: two classes, alike in logits and far apart for {twins[0]['encoder']}; nobody attacked them"
-    )
+                apart = f"Δlogit {pair['logit_distance']:.1f}, {pair['angle']:.0f}°" if ax is below else ""
+                _show(ax, np.asarray(split.image(index)), name, apart)
+        lines[0, 0].set_ylabel(drawable(each["model"], 24), fontsize=8)
+    caption = "natural twins: two classes, alike in logits and far apart for an encoder; nobody attacked them"
     return Figure(save(figure, folder / "twins.png"), caption)

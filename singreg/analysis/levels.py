@@ -1,0 +1,201 @@
+"""Class, concept and image level: what the model level says of single classes, words and images (METHOD section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from singreg.analysis.features import FeatureBatch
+from singreg.analysis.statistics import ENDS, resampled_means
+from singreg.data.datasets import ImageSplit
+from singreg.functional import pairwise_angles, unit_rows
+from singreg.models.classifier import Classifier
+from singreg.nullspace import NullSpace
+from singreg.translator import Translator
+from singreg.utils import all_reduce_sum, plain
+
+CHUNK_ELEMENTS = 2**20  # images x concepts at a time: 4 MiB an array in float32
+SUMS = ("before", "after", "AS", "AS²", "AS_abs", "kappa")
+NORMAL_95 = 1.959963984540054
+Order = Literal["strongest", "weakest", "rises", "falls"]
+GALLERY_CHUNK = 4096  # gallery images at a time
+MOVED = 5  # concepts shown of an image, each way
+
+
+def analyze_classes(rows: pd.DataFrame, class_names: Sequence[str], *, translator: str = "auditor") -> dict[str, Any]:
+    """Measure AS and IS of every class by one translator, from the rows of `analyze_model`.
+
+    Returns:
+        classes, the leakiest (AS⁻) first, with means and intervals by figure (None for a single image); intervals
+        resample a class's images. The names of empty classes.
+    """
+    score = rows[f"AS/{translator}"].astype(float)
+    figures = {"AS": score, "AS_neg": (-score).clip(lower=0), "AS_pos": score.clip(lower=0), "AS_abs": score.abs()}
+    figures |= {name: rows[f"{name}/{translator}"] for name in ("IS", "kappa")}
+    table = pd.DataFrame({**figures, "accuracy": rows["correct"]}, dtype=float)
+    classes: list[dict[str, Any]] = []
+    for label, images in table.groupby(rows["label"].astype(int)):
+        intervals: dict[str, Any] = dict.fromkeys(table.columns)
+        if len(images) > 1:
+            drawn = resampled_means(images.to_numpy(), seed=int(str(label)))
+            intervals = dict(zip(table.columns, np.quantile(drawn, ENDS, axis=0).T, strict=True))
+        named = {"label": label, "name": class_names[int(str(label))], "images": len(images)}
+        classes.append({**named, "means": images.mean().to_dict(), "intervals": intervals})
+    classes.sort(key=lambda each: (-each["means"]["AS_neg"], each["label"]))
+    empty = [name for label, name in enumerate(class_names) if not (rows["label"] == label).any()]
+    found: dict[str, Any] = plain({"translator": translator, "images": len(rows), "classes": classes, "empty": empty})
+    return found
+
+
+def joint_distribution(rows: pd.DataFrame, *, translator: str = "auditor") -> dict[str, Any]:
+    """Describe the joint distribution of IS and AS by one translator (paper figure 4).
+
+    Returns:
+        images; mean and std of (IS, AS) in degrees; ratio, mean IS / mean |AS|; and the confidence ellipses at 1 and 2
+        sigma, with full width and height, and the tilt of the width in degrees.
+    """
+    cloud = rows[[f"IS/{translator}", f"AS/{translator}"]].to_numpy(np.float64)
+    mean, absolute, ellipses = cloud.mean(0), np.abs(cloud[:, 1]).mean(), []
+    if len(cloud) > 2:
+        values, vectors = np.linalg.eigh(np.cov(cloud.T))
+        height, width = 2 * np.sqrt(np.maximum(values, 0))
+        tilt = np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1]))
+        ellipses = [{"sigma": s, "width": s * width, "height": s * height, "tilt": tilt} for s in (1.0, 2.0)]
+    ratio = mean[0] / absolute if absolute > 0 else None
+    facts = {"images": len(cloud), "mean": mean, "std": cloud.std(0), "ratio": ratio, "ellipses": ellipses}
+    found: dict[str, Any] = plain(facts)
+    return found
+
+
+@torch.no_grad()
+def analyze_concepts(
+    batches: Iterable[FeatureBatch],
+    concepts: Sequence[str],
+    texts: Tensor,
+    *,
+    null_space: NullSpace,
+    translator: Translator,
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """Measure the angle of every concept to every image before (T f) and after (T f~) the removal.
+
+    Angles in float32, right to 1e-4 degrees; sums in float64. Exact over processes.
+
+    Shape: texts (K, n), one row a concept in the translator's space.
+
+    Returns:
+        overall (K,) before, after, AS with AS_std, AS_low and AS_high (normal 95 % interval), AS_abs and kappa of all
+        images; per_class (C, K) before, after and AS, None for a class without images.
+
+    Raises:
+        ValueError: text embeddings that are zero or not finite.
+    """
+    bad = [concept for concept, row in zip(concepts, texts, strict=True) if not (row.isfinite().all() and row.any())]
+    if bad:
+        raise ValueError(f"text embeddings that are zero or not finite: {', '.join(map(repr, bad))}")
+    texts, rows = unit_rows(texts.detach().float()), max(1, CHUNK_ELEMENTS // len(texts))
+    overall = torch.zeros(len(SUMS), len(texts), dtype=torch.float64, device=texts.device)
+    by_class = overall.new_zeros(2, len(class_names), len(texts))
+    counts = overall.new_zeros(1 + len(class_names))  # of all images, then of each class
+    for batch in batches:
+        for features, labels in zip(torch.split(batch.features, rows), torch.split(batch.labels, rows), strict=True):
+            z, equivalent = unit_rows(translator(features)), unit_rows(translator(null_space.remove(features)))
+            (before, cosines), (after, _) = pairwise_angles(z, texts), pairwise_angles(equivalent, texts)
+            # κ: the cosine between the way from z to z~ and that to the text, both at right angles to z.
+            travel = unit_rows(equivalent - z * (z * equivalent).sum(1, keepdim=True))
+            kappa = travel @ texts.T / (1 - cosines.square()).clamp_min(1e-12).sqrt()
+            before, after = before.double(), after.double()
+            score = before - after
+            columns = before, after, score, score.square(), score.abs(), kappa.clamp(-1, 1).double()
+            overall += torch.stack([column.sum(0) for column in columns])
+            known = labels >= 0
+            by_class.index_add_(1, labels[known], torch.stack([before[known], after[known]]))
+            counts[0] += len(labels)
+            counts[1:] += torch.bincount(labels[known], minlength=len(class_names))
+    overall, by_class, counts = (all_reduce_sum(value) for value in (overall, by_class, counts))
+    means = dict(zip(SUMS, overall / counts[0], strict=True))
+    means["AS_std"] = (means.pop("AS²") - means["AS"].square()).clamp_min(0).sqrt()
+    half = NORMAL_95 * means["AS_std"] / counts[0].sqrt()
+    means |= {"AS_low": means["AS"] - half, "AS_high": means["AS"] + half}
+    first, last = by_class / counts[1:, None]
+    found: dict[str, Any] = {
+        "concepts": list(concepts),
+        "class_names": list(class_names),
+        "images": int(counts[0]),
+        "overall": means,
+        "per_class": {"before": first, "after": last, "AS": first - last},
+    }
+    return {name: plain(value) for name, value in found.items()}
+
+
+def select_concepts(found: Mapping[str, Any], order: Order = "strongest", count: int = 10) -> pd.DataFrame:
+    """Return the `count` concepts that moved most or least by mean AS.
+
+    "strongest" and "weakest" are by |AS|; "rises" come closer (AS > 0), "falls" move away (AS < 0).
+    """
+    table = pd.DataFrame({"concept": found["concepts"], **found["overall"]})
+    score = table["AS"]
+    key = {"strongest": -score.abs(), "weakest": score.abs(), "rises": -score, "falls": score}[order]
+    key = key.sort_values(kind="stable")
+    places = key[key < 0].index if order in ("rises", "falls") else key.index
+    chosen: pd.DataFrame = table.loc[places[:count]].reset_index(drop=True)
+    return chosen
+
+
+def worst_images(rows: pd.DataFrame, count: int, *, translator: str = "auditor") -> pd.DataFrame:
+    """Return the rows (of `analyze_model`) with the most negative AS; equal ones in the order of the images."""
+    named = {f"AS/{translator}": "attribute_score", f"IS/{translator}": "image_score"}
+    worst = rows.sort_values([f"AS/{translator}", "index"]).head(count).rename(columns=named)
+    kept: pd.DataFrame = worst[["index", "image", "label", *named.values()]]
+    return kept
+
+
+@torch.no_grad()
+def describe_images(
+    classifier: Classifier,
+    features: Tensor,
+    worst: pd.DataFrame,
+    class_names: Sequence[str],
+    concepts: Sequence[str],
+    texts: Tensor,
+    *,
+    null_space: NullSpace,
+    translator: Translator,
+) -> list[dict[str, Any]]:
+    """Name class and decision of each worst image, and the concepts that come closer (rises) and move away (falls).
+
+    Shape: features (B, m) of the rows of `worst`, texts (K, n) of the concepts.
+    """
+    f, target = features.double(), unit_rows(texts.double())
+    predicted = classifier.logits(features).argmax(1).tolist()
+    angles = (pairwise_angles(unit_rows(translator(each)), target)[0].cpu() for each in (f, null_space.remove(f)))
+    found = []
+    for row, decision, before, after in zip(worst.to_dict("records"), predicted, *angles, strict=True):
+        moves = pd.DataFrame({"concept": concepts, "before": before.numpy(), "after": after.numpy()})
+        moves = moves.assign(score=moves["before"] - moves["after"]).sort_values("score", kind="stable")
+        falls, rises = moves[moves["score"] < 0][:MOVED], moves[moves["score"] > 0][::-1][:MOVED]
+        names = {"class_name": class_names[row["label"]], "predicted": class_names[decision]}
+        found.append({**row, **names, "rises": rises.to_dict("records"), "falls": falls.to_dict("records")})
+    return found
+
+
+@torch.no_grad()
+def nearest_images(queries: Tensor, gallery: ImageSplit, embeddings: np.ndarray, k: int) -> list[list[dict[str, Any]]]:
+    """Find the k gallery images at the smallest angles to translated features, equal ones in the gallery's order.
+
+    Shape: queries (Q, n), embeddings (G, n) of the gallery.
+    """
+    unit, angles = unit_rows(queries.double().cpu()), []
+    for start in range(0, len(gallery), GALLERY_CHUNK):
+        chunk = torch.from_numpy(np.asarray(embeddings[start : start + GALLERY_CHUNK], dtype=np.float64))
+        angles.append(pairwise_angles(unit, unit_rows(chunk))[0])
+    nearest, places = torch.cat(angles, dim=1).sort(dim=1, stable=True)
+    return [
+        [{"index": at, "image": gallery.identifier(at), "angle": angle} for at, angle in zip(row, degrees, strict=True)]
+        for row, degrees in zip(places[:, :k].tolist(), nearest[:, :k].tolist(), strict=True)
+    ]
