@@ -12,16 +12,17 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from singreg.analysis.comparison import Measured, audit_gap, compare_arms, finetune_warnings, no_claim, verdict
+from singreg.analysis.comparison import Measured, compare_arms, finetune_warnings, no_claim, verdict
 from singreg.analysis.fitting import FittedTranslator, fit_on_split, reference_image_scores
 from singreg.analysis.scores import analyze_model
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
 from singreg.config import FinetuneConfig, parse
-from singreg.data.datasets import Splits
+from singreg.data.datasets import ImageSplit, Splits
 from singreg.loop import Arm, own_random_numbers, watch
-from singreg.loop_translator import LoopTranslator
+from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.plots.scores import finetune_sections, plot_finetune
@@ -29,7 +30,7 @@ from singreg.report import log, log_figures, track, write_report
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start
 from singreg.setup import Setup, prepare, try_one_batch
-from singreg.task import describe_training, make_sing
+from singreg.task import describe_training, loss_embeddings, loss_texts, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
 
 
@@ -59,59 +60,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def fit(config: FinetuneConfig, setup: Setup, classifier: Classifier, split: str) -> FittedTranslator:
-    """Fit a translator on the bank (the loop's) or on the audit split (the auditor), each with a ridge of its own."""
+def fit(
+    config: FinetuneConfig, setup: Setup, classifier: Classifier, split: ImageSplit, embeddings: np.ndarray
+) -> FittedTranslator:
+    """Fit a translator on a split with the embeddings (N, n) of its images: the loop's, or an auditor."""
     return fit_on_split(
         classifier,
-        getattr(setup.splits, split),
-        setup.embeddings[split],
+        split,
+        embeddings,
         ridges=DEFAULT_RIDGES if config.translator.ridge is None else (config.translator.ridge,),
         invariance=config.model.invariance,
         info=replace(setup.info, head_hash=classifier.head_hash()),
         settings=setup.passes,
-        description="fitting the auditor" if split == "audit" else "fitting the loop's translator",
+        description="fitting a translator",
     )
 
 
 def audit(
-    config: FinetuneConfig, setup: Setup, classifier: Classifier, translators: dict[str, LinearTranslator]
+    config: FinetuneConfig, setup: Setup, classifier: Classifier, loop: LinearTranslator
 ) -> tuple[FittedTranslator, Measured]:
-    """Fit the auditor on images that training never uses and measure the test split with it and the translators."""
-    auditor = fit(config, setup, classifier, "audit")
-    judges, test = {**translators, "auditor": auditor.translator}, (setup.splits.test, setup.embeddings["test"])
+    """Fit the auditor on images that training never uses and measure the test split with it and the loop's."""
+    auditor = fit(config, setup, classifier, setup.splits.audit, setup.embeddings["audit"])
+    judges, test = {"loop": loop, "auditor": auditor.translator}, (setup.splits.test, setup.embeddings["test"])
     options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
-    return auditor, analyze_model(classifier, *test, setup.texts, judges, mean=auditor.mean, **options)
+    return auditor, analyze_model(classifier, *test, setup.texts, judges, mean=auditor.mean, auditor=auditor, **options)
 
 
 def measure_before(config: FinetuneConfig, setup: Setup, run: Run) -> Stage:
     """Fit the loop's translator on the starting classifier, take the references of the loss and measure."""
-    classifier, bank = setup.classifier.eval(), (setup.splits.bank, setup.embeddings["bank"])
-    loop = fit(config, setup, classifier, "bank")
+    classifier, bank = setup.classifier.eval(), loop_bank(setup.splits, setup.embeddings["bank"])
+    loop = fit(config, setup, classifier, *bank)
     options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
     reference = reference_image_scores(classifier, *bank, loop, **options)
-    _, measured = audit(config, setup, classifier, {"frozen": loop.translator})
+    _, measured = audit(config, setup, classifier, loop.translator)
     if run.accelerator.is_main_process:
         loop.translator.save(run.folder / "translator-before.safetensors")
-    tensors = {"matrix": loop.translator.matrix, "offset": loop.translator.offset, "mean": loop.mean}
-    tensors |= {"class_means": loop.class_means, "image_score_ref": reference}
-    return Stage(*measured, tensors, asdict(loop.translator.info))
+    return Stage(*measured, loop.state_dict() | {"image_score_ref": reference}, asdict(loop.translator.info))
 
 
-def train_and_measure(arm: str, config: FinetuneConfig, setup: Setup, before: Stage, run: Run) -> Stage:
-    """Train one arm from the common start and measure it with the frozen, the loop's and a fresh translator."""
-    tensors = {name: tensor.to(run.accelerator.device) for name, tensor in before.tensors.items()}
-    frozen = LinearTranslator(tensors["matrix"], tensors["offset"], TranslatorInfo(**before.notes))
-    classifier = copy.deepcopy(setup.classifier).tune(config.model.tuning, batch_norm=config.model.batch_norm)
+def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: Stage, run: Run) -> Stage:
+    """Train one arm from the common start and measure it with the loop's translator and a fresh auditor."""
+    tensors = {key: tensor.to(run.accelerator.device) for key, tensor in before.tensors.items()}
+    fitted = FittedTranslator.from_state(tensors, TranslatorInfo(**before.notes))
+    classifier, embeddings = copy.deepcopy(setup.classifier), loss_embeddings(config, setup)
+    classifier.tune(config.model.tuning, batch_norm=config.model.batch_norm)
+    keeper = LoopTranslator(fitted, setup.splits, embeddings, config.model.invariance, setup.passes)
     sing = None
-    if arm == "sing":
-        fitted = FittedTranslator(frozen, tensors["mean"], tensors["class_means"])
-        reference, count = tensors["image_score_ref"], len(setup.splits.train)
+    if name == "sing":
         accumulation = run.accelerator.gradient_accumulation_steps
-        sing = make_sing(config, classifier, fitted, setup.texts, reference, count, accumulation)
-    classifier, translators = train(arm, classifier, sing, frozen, config, setup, run)
-    auditor, measured = audit(config, setup, classifier, translators)
+        prompts, reference = loss_texts(config, setup), tensors["image_score_ref"]
+        sing = make_sing(config, classifier, fitted, prompts, reference, len(setup.splits.train), accumulation)
+        keeper.begin(classifier, sing, encode=config.loss.placebo == "shuffled")
+    train(name, classifier, sing, keeper, config, setup, run)
+    # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.
+    loop = keeper.current(sing) if sing is not None else fit(config, setup, classifier, *keeper.bank).translator
+    auditor, measured = audit(config, setup, classifier, loop)
     if run.accelerator.is_main_process:
-        ending = "" if arm == "sing" else "-control"
+        ending = "" if name == "sing" else "-control"
         classifier.save(run.folder / f"model{ending}")
         auditor.translator.save(run.folder / f"translator-after{ending}.safetensors")
     return Stage(*measured)
@@ -121,15 +126,13 @@ def train(
     name: str,
     classifier: Classifier,
     sing: SingLoss | None,
-    frozen: LinearTranslator,
+    keeper: LoopTranslator,
     config: FinetuneConfig,
     setup: Setup,
     run: Run,
-) -> tuple[Classifier, dict[str, LinearTranslator]]:
-    """Train a classifier with cross-entropy, and SingLoss where given; return it with its judges."""
-    accelerator, bank = run.accelerator, (setup.splits.bank, setup.embeddings["bank"])
-    keeper = LoopTranslator(frozen, *bank, config.translator, accelerator, config.model.invariance, setup.passes)
-    folder = run.folder / "checkpoints" / name
+) -> None:
+    """Train a classifier in place with cross-entropy, and SingLoss where given; it ends in eval mode."""
+    accelerator, folder = run.accelerator, run.folder / "checkpoints" / name
     arm = Arm(name, classifier, sing, keeper, setup.splits.train, config, accelerator, folder)
     track(accelerator, name, config)
     with own_random_numbers(accelerator, config.seed), StopRequest(accelerator) as stop:
@@ -140,11 +143,11 @@ def train(
                 stop.end()
             arm.follow(step)
             if step.ends_epoch:
-                judges = {"frozen": frozen, **keeper.current(sing)}
-                watch(classifier, setup, judges, config.model.invariance, accelerator, step.number)
+                judge = keeper.first if sing is None else keeper.current(sing)
+                watch(classifier, setup, judge, config.model.invariance, accelerator, step.number)
             if step.ends_epoch or step.number % config.training.checkpoint_every == 0:
                 arm.save(step.position)
-    return arm.finish(), {"frozen": frozen, **keeper.current(sing)}
+    arm.finish()
 
 
 def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, Measured]) -> None:
@@ -162,7 +165,6 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
         figures={
             "measurements": figures,
             "comparisons": comparisons.to_dict("records"),
-            "audit_gap": audit_gap(figures["sing"]),
             "class_names": setup.splits.class_names,
         },
         rows=pd.concat([rows.assign(model=name) for name, (rows, _) in measured.items()]),

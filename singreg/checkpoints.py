@@ -46,8 +46,8 @@ class Checkpoints:
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
 
-    def save(self, position: Position, tensors: Mapping[str, Tensor]) -> None:
-        """Save the training's state, the position and further tensors, which are the same on every process."""
+    def save(self, position: Position) -> None:
+        """Save the training's state and the position."""
         target = self.folder / f"step-{position.step:08d}"
         temporary = self.folder / f".writing-{position.step:08d}"
         if self.accelerator.is_main_process:
@@ -58,7 +58,6 @@ class Checkpoints:
         self.accelerator.save_state(str(temporary), safe_serialization=True)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            save_file(_on_cpu(tensors), temporary / "tensors.safetensors")
             sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
             place = {**asdict(position), "processes": self.accelerator.num_processes, "files": sizes}
             write_json(temporary / "position.json", place)
@@ -69,7 +68,7 @@ class Checkpoints:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def load_latest(self, *, seed: int) -> tuple[Position, dict[str, Tensor]]:
+    def load_latest(self, *, seed: int) -> Position:
         """Restore the newest whole checkpoint; without one, the position is the beginning.
 
         The main process chooses, or processes could go on from different ones. On another number of processes the run
@@ -78,7 +77,7 @@ class Checkpoints:
         chosen = [self._newest() if self.accelerator.is_main_process else None]
         broadcast_object_list(chosen)
         if chosen[0] is None:
-            return Position(), {}
+            return Position()
         folder, position, processes = chosen[0]
         self.accelerator.load_state(str(folder))
         if self.accelerator.is_main_process:
@@ -89,7 +88,7 @@ class Checkpoints:
             logger.warning(said, folder, processes, now)
         if rank >= processes:
             seed_process(seed, rank, position.step)
-        return position, load_file(folder / "tensors.safetensors")
+        return position
 
     def _newest(self) -> tuple[Path, Position, int] | None:
         """Find the newest whole checkpoint; broken ones are named and renamed, or they would crowd out new ones."""

@@ -12,7 +12,7 @@ from singreg.nullspace import Invariance
 from singreg.parsing import dump as dump
 from singreg.parsing import overridden as overridden
 from singreg.parsing import parse as parse
-from singreg.terms import HEAD_TERMS, PRESETS, TERMS, Placebo
+from singreg.terms import PRESETS, TERMS
 
 SCENES: dict[str, float] = {"train": 2000, "audit": 1600, "test": 1000, "bank": 0, "bias": 0.6, "seed": 0}
 
@@ -169,17 +169,15 @@ class LoopTranslatorConfig(TranslatorConfig):
     """The loop's translator, fitted on the bank, and the auditor.
 
     Args:
-        ridge: relative penalty of both; null lets each choose by its own validation images.
+        ridge: relative penalty of both; null lets each choose the one by which two halves of its images agree.
         refreshes: how often, evenly over training, the bank is encoded again and the loop's translator refitted.
-        stream_every: above 0, training features update the translator's sums, solved again every so many steps.
     """
 
-    refreshes: int = 3
-    stream_every: int = 0
+    refreshes: int = 6
 
     def __post_init__(self) -> None:
         problems = Problems()
-        problems.within(0, ridge=self.ridge, refreshes=self.refreshes, stream_every=self.stream_every)
+        problems.within(0, ridge=self.ridge, refreshes=self.refreshes)
         problems.show()
 
 
@@ -191,30 +189,30 @@ class LossConfig:
         weight: λ after warm-up and ramp.
         preset: named sum of terms to begin with.
         terms: weights by term that replace or add to the preset's; 0 removes a term.
-        placebo: a control: the loss sees every class's prompt at another class, or random directions.
-        balance: above 0, λ is scaled once so that the terms' gradient has this share of cross-entropy's norm.
+        floor: ε of capacity's metric, which also counts directions that no feature takes; a large one is Euclidean.
+        start: how far the head's rows are moved to the translated prompts before training, against the change of
+            logits; 0 leaves the head as it is.
+        placebo: a control that the true loss must beat. The loss is given random directions for prompts, the prompts
+            of classes that are not in the data (foreign), or every image the embedding of another one (shuffled).
     """
 
-    weight: float = 0.1
+    weight: float = 1.0
     preset: str = "sing"
     terms: dict[str, float] = field(default_factory=dict)
-    placebo: Placebo = "none"
-    balance: float = 0.0
+    floor: float = 1.0
+    start: float = 0.3
+    placebo: Literal["none", "random", "foreign", "shuffled"] = "none"
 
     def __post_init__(self) -> None:
         problems = Problems()
-        problems.within(0, weight=self.weight, balance=self.balance)
+        problems.within(0, weight=self.weight, floor=self.floor, start=self.start)
         known = ", ".join(sorted(PRESETS))
         problems.need(self.preset in PRESETS, f"preset: no preset {self.preset!r}; known are {known}")
         problems.keys("terms", self.terms, sorted(TERMS))
         problems.within(0, **{f"terms.{name}": weight for name, weight in self.terms.items()})
-        problems.need(bool(self.used_terms), "terms: no term of the preset is left; give one a weight above 0")
+        left = any({**PRESETS.get(self.preset, {}), **self.terms}.values())
+        problems.need(left, "terms: no term of the preset is left; give one a weight above 0")
         problems.show()
-
-    @property
-    def used_terms(self) -> list[str]:
-        """The terms with a weight."""
-        return [name for name, weight in {**PRESETS.get(self.preset, {}), **self.terms}.items() if weight]
 
 
 @dataclass
@@ -294,9 +292,3 @@ class FinetuneConfig(RunConfig):
     translator: LoopTranslatorConfig = field(default_factory=LoopTranslatorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        backbone = self.model.tuning != "head" and self.training.epochs > 0
-        if backbone and self.loss.balance and all(name in HEAD_TERMS for name in self.loss.used_terms):
-            raise ValueError("loss.balance: the terms move the head alone; set it to 0 or add another term")

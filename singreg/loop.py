@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,23 +99,16 @@ class Arm:
         prepared = accelerator.prepare(self.plain, optimizer, scheduler, loader)
         self.task, self.optimizer, self.scheduler, self.loader = prepared
         self.translator = keeper if sing is not None else None
-        if sing is not None and keeper.streams:
-            keeper.refresh(classifier, sing)
         self.checkpoints = Checkpoints(folder, accelerator)
         self.skipped = 0  # steps in a row that fp16's scaler skipped
 
     def resume(self) -> Position:
-        """Restore the newest checkpoint, with the sums of the translator; return where the arm stands."""
-        position, tensors = self.checkpoints.load_latest(seed=self.config.seed)
-        if self.translator is not None and tensors:
-            self.translator.statistics.load_state_dict(tensors)
-        return position
+        """Restore the newest checkpoint; return where the arm stands."""
+        return self.checkpoints.load_latest(seed=self.config.seed)
 
     def save(self, position: Position) -> None:
-        """Write a checkpoint, with the sums of the translator where it streams."""
-        keeper = self.translator
-        sums = keeper.statistics.state_dict() if keeper is not None and keeper.streams else {}
-        self.checkpoints.save(position, sums)
+        """Write a checkpoint."""
+        self.checkpoints.save(position)
 
     def steps(self, start: Position) -> Iterator[Step]:
         """Train from a position to the end, yielding after every optimiser step.
@@ -127,14 +120,10 @@ class Arm:
         return progress(self._steps(start), f"training {self.name}", total=total, done=start.step, enabled=shown)
 
     def follow(self, step: Step) -> None:
-        """Let the loop's translator follow the classifier after a step: a refresh, or streaming's solution."""
-        classifier, sing, keeper = self.plain.classifier, self.plain.sing, self.translator
-        if sing is None or keeper is None:
-            return
-        if step.number in self.schedule.refresh_at:
-            keeper.refresh(classifier, sing)
-        if keeper.streams:
-            keeper.step_ended(step.number, classifier, sing)
+        """Let the loop's translator follow the classifier after the steps of the schedule."""
+        sing, keeper = self.plain.sing, self.translator
+        if sing is not None and keeper is not None and step.number in self.schedule.refresh_at:
+            keeper.refresh(self.plain.classifier, sing)
 
     def finish(self) -> Classifier:
         """Return the trained classifier, unwrapped and in eval mode; accelerate lets go of the arm."""
@@ -178,16 +167,14 @@ def micro_step(arm: Arm, batch: Sequence[Tensor], step: int) -> dict[str, Tensor
     """Run forward and backward of one micro-batch, and the optimiser's step where it is the last of its batch."""
     *views, labels, indices = batch
     accelerator, keeper = arm.accelerator, arm.translator
+    embeddings = None if keeper is None else keeper.seen(indices, labels.device)
+    clean = views[1] if len(views) > 1 else None
     with accelerator.accumulate(arm.task):
-        norms = _balance(arm, views, labels, step)
         with accelerator.autocast():
-            outputs: dict[str, Tensor] = arm.task(views[0], labels, *views[1:])
-        outputs.update(norms)
+            outputs: dict[str, Tensor] = arm.task(views[0], labels, clean, embeddings)
         if not bool(torch.isfinite(outputs["loss"])):
             raise TrainingFailed(_failure(arm, "loss", outputs, indices, step))
         accelerator.backward(outputs["loss"])
-        if keeper is not None and keeper.streams and arm.plain.seen_features is not None:
-            keeper.observe(arm.plain.seen_features, indices)
         if accelerator.sync_gradients:
             if step < arm.schedule.head_only:
                 for parameter in tasks.trained_backbone(arm.plain.classifier):
@@ -211,17 +198,6 @@ def _check_gradient(arm: Arm, outputs: dict[str, Tensor], indices: Tensor, step:
         raise TrainingFailed(_failure(arm, what, outputs, indices, step))
 
 
-def _balance(arm: Arm, views: Sequence[Tensor], labels: Tensor, step: int) -> dict[str, Tensor]:
-    """Balance λ where its ramp begins, on that step's first micro-batch; both norms where the log wants them."""
-    sing, share = arm.plain.sing, arm.config.loss.balance
-    logged = arm.accelerator.sync_gradients and (step + 1) % LOG_EVERY == 0
-    if sing is None or share <= 0 or not (logged or tasks.ramp_begins(sing)):
-        return {}
-    begins, norms = tasks.ramp_begins(sing), tasks.measure_gradients(arm.plain, views[0], labels, *views[1:])
-    ce, weighted = tasks.balance(sing, norms, share) if begins else norms
-    return {"gradient_ce": torch.tensor(ce), "gradient_sing": torch.tensor(weighted)}
-
-
 def _failure(arm: Arm, what: str, outputs: dict[str, Tensor], indices: Tensor, step: int) -> str:
     terms = {name: float(value.detach()) for name, value in outputs.items()}
     images = ", ".join(arm.split.identifier(int(i)) for i in indices)
@@ -234,12 +210,12 @@ def _failure(arm: Arm, what: str, outputs: dict[str, Tensor], indices: Tensor, s
 def watch(
     classifier: Classifier,
     setup: Setup,
-    translators: Mapping[str, LinearTranslator],
+    translator: LinearTranslator,
     invariance: Invariance,
     accelerator: Accelerator,
     step: int,
 ) -> None:
-    """Log AS and IS of some labelled audit images by each translator: curves, no evidence; every process calls it."""
+    """Log AS and IS of some labelled audit images by a translator: curves, no evidence; every process calls it."""
     split = setup.splits.audit
     labelled = np.flatnonzero(split.labels >= 0)
     if not len(labelled):
@@ -247,19 +223,16 @@ def watch(
     # Evenly spaced, so that every class is among them however the split is ordered.
     chosen = labelled[torch.linspace(0, len(labelled) - 1, min(WATCHED, len(labelled))).long().numpy()]
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(setup.texts.device)
-    metrics = {f"watch/{name}": SemanticLeakage(setup.texts).to(setup.texts.device) for name in translators}
+    scores = SemanticLeakage(setup.texts).to(setup.texts.device)
     passes, embeddings = replace(setup.passes, progress=False), setup.embeddings["audit"][chosen]
     for batch in iterate_features(classifier, split.subset(chosen), embeddings, passes, "watching"):
-        removed = space.remove(batch.features)
-        for name, translator in translators.items():
-            metrics[f"watch/{name}"].update(translator(batch.features), translator(removed), batch.labels)
-    for tag, scores in metrics.items():
-        accelerator.log({f"{tag}/{name}": float(value) for name, value in scores.compute().items()}, step=step)
-        image = _histogram(scores)
-        for tracker in accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({f"{tag}/histogram": image}, step=step, **layout)
+        scores.update(translator(batch.features), translator(space.remove(batch.features)), batch.labels)
+    accelerator.log({f"watch/{name}": float(value) for name, value in scores.compute().items()}, step=step)
+    image = _histogram(scores)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"watch/histogram": image}, step=step, **layout)
 
 
 def _histogram(scores: SemanticLeakage) -> np.ndarray:
@@ -299,6 +272,7 @@ def train_head(
     sing: SingLoss | None,
     features: np.ndarray,
     labels: np.ndarray,
+    embeddings: np.ndarray,
     config: FinetuneConfig,
 ) -> Classifier:
     """Train W and b on stored features (N, m) by AdamW on CE + SingLoss, in place; return the classifier in eval mode.
@@ -315,10 +289,10 @@ def train_head(
         sing.train()
     for step, rows in enumerate(head_batches(len(labels), training.batch_size, training.epochs, config.seed)):
         f = take_rows(features, rows).to(classifier.weight)
-        y = torch.from_numpy(labels[rows]).to(classifier.weight.device)
+        y, z = torch.from_numpy(labels[rows]).to(f.device), take_rows(embeddings, rows).to(f)
         loss = nn.functional.cross_entropy(classifier.logits(f).float(), y)
         if sing is not None:  # in as many forwards as fine-tuning takes a step, or λ's ramp would be too slow
-            chunks = zip(f.chunk(sing.accumulation), y.chunk(sing.accumulation), strict=True)
+            chunks = zip(*(part.chunk(sing.accumulation) for part in (f, y, z)), strict=True)
             loss = loss + torch.stack([sing(*chunk) for chunk in chunks]).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from accelerate import Accelerator
+import torch
 from torch import Tensor
 
 from singreg.analysis.features import PassSettings, gathered, iterate_features
-from singreg.config import LoopTranslatorConfig
-from singreg.data.datasets import ImageSplit
+from singreg.analysis.fitting import FittedTranslator
+from singreg.data.datasets import ImageSplit, Splits
 from singreg.data.embeddings import take_rows
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
@@ -18,58 +18,60 @@ from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.translator import LinearTranslator
 
-FORGETTING = 0.99  # a step of streaming multiplies the sums by this, so that features of an older backbone fade
-
 
 class LoopTranslator:
-    """Keeps the loss's translator current, at the ridge of the `first`: refits on the bank, and streaming sums.
+    """Refits the loss's translator, metric and readout in closed form, at the ridge of the first.
 
-    With `stream_every` > 0 the bank's sums go on with the features of the training batches and the stored embeddings
-    (N, n) of the same images, the bank's first; older ones fade at every step, and a refresh begins them anew.
+    Args:
+        fitted: on the starting classifier.
+        embeddings: of the bank (N, n), or a placebo's in their place.
     """
 
     def __init__(
         self,
-        first: LinearTranslator,
-        bank: ImageSplit,
+        fitted: FittedTranslator,
+        splits: Splits,
         embeddings: np.ndarray,
-        config: LoopTranslatorConfig,
-        accelerator: Accelerator,
         invariance: Invariance = "logits",
         passes: PassSettings | None = None,
     ) -> None:
-        self.info, self.bank, self.embeddings, self.config = first.info, bank, embeddings, config
-        self.accelerator, self.invariance, self.passes = accelerator, invariance, passes or PassSettings()
-        self.statistics = RidgeStatistics(first.feature_dim, first.target_dim, device=first.matrix.device)
-        self.streams = config.stream_every > 0
+        self.first, self.info, self.statistics = fitted.translator, fitted.translator.info, fitted.statistics
+        self.bank, self.embeddings = loop_bank(splits, embeddings), embeddings
+        self.invariance, self.passes = invariance, passes or PassSettings()
 
-    def current(self, sing: SingLoss | None) -> dict[str, LinearTranslator]:
-        """Return the translator the loss reads now, as "loop"; nothing for the control."""
-        return {} if sing is None else {"loop": LinearTranslator(sing.matrix, sing.offset, self.info)}
+    def current(self, sing: SingLoss) -> LinearTranslator:
+        """Return the translator the loss reads now."""
+        return LinearTranslator(sing.matrix, sing.offset, self.info)
+
+    def seen(self, indices: Tensor, device: torch.device) -> Tensor:
+        """Return the embeddings (B, n) of the training images at indices (B,): they are the bank's first."""
+        return take_rows(self.embeddings, indices.cpu().numpy()).to(device)
+
+    def begin(self, classifier: Classifier, sing: SingLoss, *, encode: bool) -> None:
+        """Refit for the head that training starts with; `encode` where the embeddings are not those of the first."""
+        (self.refresh if encode else self.refit)(classifier, sing)
 
     def refresh(self, classifier: Classifier, sing: SingLoss) -> None:
-        """Encode the bank with today's classifier and give the loss the translator fitted on it."""
-        self.statistics = RidgeStatistics(*self.statistics.fz.shape, device=self.statistics.fz.device)
-        batches = iterate_features(classifier, self.bank, self.embeddings, self.passes, "refreshing the translator")
-        for batch in gathered(batches):
-            self.statistics.update(batch.features, batch.embeddings)
-        self.statistics.reduce()
-        self._solve(classifier, sing)
+        """Encode the bank with today's classifier and refit on it."""
+        fresh = RidgeStatistics(*self.statistics.fz.shape, device=classifier.weight.device)
+        for batch in gathered(iterate_features(classifier, *self.bank, self.passes, "refreshing the translator")):
+            fresh.update(batch.features, batch.embeddings)
+        self.statistics = fresh.reduce()
+        self.refit(classifier, sing)
 
-    def observe(self, features: Tensor, indices: Tensor) -> None:
-        """Add one forward's features (B, m) of the training images at indices (B,), of all processes, to the sums."""
-        features = self.accelerator.gather(features.detach())  # rows, not sums: a batch is smaller than (m, m)
-        rows = self.accelerator.gather(indices.to(features.device)).cpu().numpy()
-        self.statistics.update(features, take_rows(self.embeddings, rows).to(features.device))
-
-    def step_ended(self, step: int, classifier: Classifier, sing: SingLoss) -> None:
-        """Solve again where the step says so, then let everything seen so far fade."""
-        if step % self.config.stream_every == 0:
-            self._solve(classifier, sing)
-        self.statistics.decay(FORGETTING)
-
-    def _solve(self, classifier: Classifier, sing: SingLoss) -> None:
+    def refit(self, classifier: Classifier, sing: SingLoss) -> None:
+        """Solve again for today's head, without encoding an image."""
         self.info = replace(self.info, head_hash=classifier.head_hash())
         basis = NullSpace.from_weight(classifier.weight, invariance=self.invariance, allow_empty=True).basis
         solution = self.statistics.solve(self.info.ridge, standardize=basis)
-        sing.set_translator(LinearTranslator.from_solution(solution, self.info))
+        sing.set_translator(LinearTranslator.from_solution(solution, self.info), self.statistics)
+
+
+def loop_bank(splits: Splits, embeddings: np.ndarray) -> tuple[ImageSplit, np.ndarray]:
+    """Return the images that the loop's translator is fitted on, with their rows of the bank's embeddings (N, n).
+
+    They are the bank's without the training images, whose features are overfitted, if as many others are there.
+    """
+    bank, training = splits.bank, len(splits.train)
+    start = training if len(bank) >= 2 * training else 0
+    return bank.subset(np.arange(start, len(bank))), embeddings[start:]

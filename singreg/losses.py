@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from singreg import terms as loss_terms
 from singreg.functional import image_score
 from singreg.nullspace import Invariance, NullSpace, row_space_projection
-from singreg.terms import PRESETS, TERMS, LossInputs, Placebo, resolve_terms
+from singreg.ridge import RidgeStatistics
+from singreg.terms import PRESETS, TERMS, LossInputs, resolve_terms
 from singreg.translator import LinearTranslator
 from singreg.utils import all_reduce_sum
 
@@ -20,6 +21,7 @@ __all__ = ["PRESETS", "TERMS", "SingLoss", "resolve_terms"]
 
 MOMENTUM, CLASS_MOMENTUM = 0.99, 0.9  # of the running feature mean, and of a class's, by its own images alone
 SMALLEST_REFERENCE = 0.1  # degrees
+READOUT_RIDGE = 1e-3  # of the mean variance in the row space
 
 
 class SingLoss(nn.Module):
@@ -33,33 +35,41 @@ class SingLoss(nn.Module):
             registered, so it is neither saved nor trained a second time.
         translator: T(f) = f Aᵀ + a, which gets no gradient; `set_translator` replaces it.
         texts: embedding of each class's prompt, (C, n).
-        weight: λ after the ramp, times the attribute `scale` (a tensor on the CPU, 1 unless set).
+        statistics: sums over features and embeddings of the images behind the translator, best many that are not
+            trained on: `readout` and `capacity` need them.
+        weight: λ after the ramp.
         terms: name -> weight of `TERMS`; the preset "sing" unless given (see `resolve_terms`).
         warmup_steps: steps with λ = 0; ramp_steps: those of the cosine ramp to λ that follow.
         accumulation: forwards in one step, all with the same λ, for loops that accumulate gradients.
         invariance: null space of the "logits" or of the "softmax".
-        placebo: "shuffled" or "random" replaces the prompts, contrasts included (see `placebo_texts`).
+        floor: ε of `capacity`'s metric; towards infinity it becomes the Euclidean one.
 
-    Shape: features (B, m), labels (B,) of integers -> (), in float32 or wider, outside autocast.
+    Shape: features (B, m), labels (B,) of integers, embeddings (B, n) of the same images by the vision-language model,
+        which `readout` needs -> (), in float32 or wider, outside autocast.
 
     Raises:
-        ValueError: unknown terms or placebo, shapes that do not fit, an empty batch, a head without a null space; on a
-            CPU also labels outside 0..C-1 (a GPU stops at them with its own assertion).
+        ValueError: unknown terms, shapes that do not fit, what a term reads and was not given, an empty batch, a head
+            without a null space; on a CPU also labels outside 0..C-1 (a GPU stops at them with its own assertion).
 
     Example:
-        >>> head = nn.Linear(8, 3)
-        >>> sing = SingLoss(head, LinearTranslator(torch.randn(5, 8), torch.zeros(5)), torch.randn(3, 5))
-        >>> features, labels = torch.randn(6, 8, requires_grad=True), torch.tensor([0, 1, 2, 0, 1, 2])
-        >>> loss = nn.functional.cross_entropy(head(features), labels) + sing(features, labels)
+        >>> head, (f, z) = nn.Linear(8, 3), (torch.randn(100, 8), torch.randn(100, 5))
+        >>> translator, statistics = fit_translator([(f, z)]), RidgeStatistics(8, 5).update(f, z)
+        >>> sing = SingLoss(head, translator, torch.randn(3, 5), statistics)
+        >>> features, labels = f[:6].requires_grad_(), torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> loss = nn.functional.cross_entropy(head(features), labels) + sing(features, labels, z[:6])
         >>> loss.backward(); sorted(sing.last_terms)
-        ['band', 'capacity', 'class_share', 'hinge', 'leak', 'sing', 'sing_weight']
+        ['capacity', 'readout', 'sing', 'sing_weight']
     """
 
     texts: Tensor
     contrast: Tensor
-    targets: Tensor
+    span: Tensor
     matrix: Tensor
     offset: Tensor
+    covariance: Tensor
+    readout: Tensor
+    feature_mean: Tensor
+    embedding_mean: Tensor
     mean: Tensor
     class_means: Tensor
     image_score_ref: Tensor
@@ -70,36 +80,40 @@ class SingLoss(nn.Module):
         head: nn.Module,
         translator: LinearTranslator,
         texts: Tensor,
+        statistics: RidgeStatistics | None = None,
         *,
-        weight: float = 0.1,
+        weight: float = 1.0,
         terms: Mapping[str, float] | None = None,
         warmup_steps: int = 0,
         ramp_steps: int = 0,
         accumulation: int = 1,
         invariance: Invariance = "logits",
-        placebo: Placebo = "none",
+        floor: float = 1.0,
     ) -> None:
         super().__init__()
         self.terms = dict(PRESETS["sing"] if terms is None else terms)
         if unknown := sorted(set(self.terms) - set(TERMS)):
             raise ValueError(f"unknown loss terms {unknown}; known are {sorted(TERMS)}")
         self._head: tuple[Any] = (head,)  # a tuple hides it from nn.Module: not saved, not trained twice
+        self.reads = frozenset[str]().union(*(TERMS[name].reads for name in self.terms))
         (classes, width), size = self.head_weight.shape, translator.matrix.shape[0]
         if texts.shape != (classes, size):
             raise ValueError(f"expected texts ({classes}, {size}), a row for each class, got {tuple(texts.shape)}")
         NullSpace.from_weight(self.head_weight, invariance=invariance)  # says so where there is no null space
         self.weight, self.warmup_steps, self.ramp_steps = weight, warmup_steps, ramp_steps
-        self.accumulation, self.invariance = accumulation, invariance
-        # No buffers: they stay on the CPU, so that λ is known without asking a device. The extra state saves them.
-        self.step, self.scale = torch.zeros((), dtype=torch.long), torch.ones(())
+        self.accumulation, self.invariance, self.floor = accumulation, invariance, floor
+        # No buffer: it stays on the CPU, so that λ is known without asking a device. The extra state saves it.
+        self.step = torch.zeros((), dtype=torch.long)
         self.last_terms: dict[str, Tensor] = {}
-        texts = loss_terms.placebo_texts(texts.detach(), placebo)
-        self.register_buffer("contrast", loss_terms.contrast_directions(texts).float(), persistent=False)
+        texts = texts.detach()
         self.register_buffer("texts", texts.float(), persistent=False)
-        self.register_buffer("targets", loss_terms.target_directions(self.terms, self.texts), persistent=False)
-        self.register_buffer("matrix", torch.empty(0))
-        self.register_buffer("offset", torch.empty(0))
-        self.set_translator(translator)
+        self.register_buffer("contrast", loss_terms.contrast_directions(texts).float(), persistent=False)
+        self.register_buffer("span", loss_terms.contrast_basis(texts).float(), persistent=False)
+        for name, shape in (("matrix", (0,)), ("offset", (0,)), ("covariance", (0, 0)), ("readout", (0, width))):
+            self.register_buffer(name, torch.empty(shape))
+        self.register_buffer("feature_mean", torch.zeros(width))
+        self.register_buffer("embedding_mean", torch.zeros(size))
+        self.set_translator(translator, statistics)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("class_means", torch.zeros(classes, width))
         self.register_buffer("seen", torch.zeros(classes))
@@ -112,34 +126,54 @@ class SingLoss(nn.Module):
         weight: Tensor = self._head[0].weight
         return weight.flatten(1)
 
-    def set_translator(self, translator: LinearTranslator) -> None:
-        """Use another translator from now on, from the same m features into the same space."""
+    @torch.no_grad()
+    def set_translator(self, translator: LinearTranslator, statistics: RidgeStatistics | None = None) -> None:
+        """Use another translator from now on, with capacity's metric and a new readout from the same images' sums."""
         wanted = (self.texts.shape[1], self.head_weight.shape[1])
         if translator.matrix.shape != wanted:
             raise ValueError(f"expected a translator matrix {wanted}, got {tuple(translator.matrix.shape)}")
         self.matrix = translator.matrix.detach().to(self.texts, copy=True)
         self.offset = translator.offset.detach().to(self.texts, copy=True)
+        if "statistics" in self.reads:
+            if statistics is None or statistics.fz.shape != wanted[::-1]:
+                got = "none" if statistics is None else tuple(statistics.fz.shape)
+                terms = sorted(name for name in self.terms if "statistics" in TERMS[name].reads)
+                raise ValueError(
+                    f"the terms {terms} read sums over images: expected statistics of m, n = {wanted[::-1]}, "
+                    f"got {got}; pass RidgeStatistics(m, n).update(features, embeddings)"
+                )
+            self._take(statistics)
+
+    def _take(self, statistics: RidgeStatistics) -> None:
+        """Take Σ, the means and the readout: a ridge regression of s = Uᵀ(z - z̄) on Qᵀ(f - μ), Q of today's head."""
+        scatter, cross, _ = statistics.centred()
+        basis = NullSpace.from_weight(self.head_weight, invariance=self.invariance).basis.to(scatter)
+        inner = basis.T @ scatter @ basis
+        inner.diagonal().add_(READOUT_RIDGE * inner.diagonal().mean())
+        coefficients = torch.linalg.solve(inner, basis.T @ cross @ self.span.to(cross))
+        self.covariance = (scatter / statistics.count).to(self.texts)
+        self.readout = (basis @ coefficients).T.to(self.texts).contiguous()
+        self.feature_mean = (statistics.f / statistics.count).to(self.texts)
+        self.embedding_mean = (statistics.z / statistics.count).to(self.texts)
 
     def get_extra_state(self) -> Tensor:
-        """Return step and scale for `state_dict`, as a tensor, which safetensors can hold."""
-        return torch.stack([self.step.double(), self.scale.double()])
+        """Return the step for `state_dict`, as a tensor, which safetensors can hold."""
+        return self.step.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over step and scale from a `state_dict`, after its buffers."""
-        self.step.fill_(int(state[0]))
-        self.scale.fill_(float(state[1]))
+        """Take over the step from a `state_dict`, after its buffers."""
+        self.step.copy_(state)
         self._all_referenced = bool(torch.isfinite(self.image_score_ref).all())
 
     @property
     def current_weight(self) -> float:
-        """λ(step): 0 in the warm-up, then a cosine ramp, then `weight`; all times `scale`."""
-        full = self.weight * float(self.scale)
+        """λ(step): 0 in the warm-up, then a cosine ramp, then `weight`."""
         after = int(self.step) // self.accumulation - self.warmup_steps
         if after < 0:
             return 0.0
         if after >= self.ramp_steps:
-            return full
-        return full * 0.5 * (1 - math.cos(math.pi * (after + 1) / (self.ramp_steps + 1)))
+            return self.weight
+        return self.weight * 0.5 * (1 - math.cos(math.pi * (after + 1) / (self.ramp_steps + 1)))
 
     @torch.no_grad()
     def calibrate(self, mean: Tensor, class_means: Tensor, image_score_ref: Tensor) -> SingLoss:
@@ -164,14 +198,14 @@ class SingLoss(nn.Module):
         self._all_referenced = True
         return self
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Return λ(step) · Σ w_k term_k of features (B, m) and labels (B,), a tensor ()."""
-        self._check(features, labels)
+    def forward(self, features: Tensor, labels: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """Return λ(step) · Σ w_k term_k of features (B, m), labels (B,) and embeddings (B, n), a tensor ()."""
+        self._check(features, labels, embeddings)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             if self.training:
                 self._track(features.detach(), labels)
-            inputs = self._inputs(features, labels)
+            inputs = self._inputs(features, labels, embeddings)
             values = {name: TERMS[name].function(inputs) for name in self.terms}
             total = torch.stack([self.terms[name] * value for name, value in values.items()]).sum()
         weight = self.current_weight
@@ -181,7 +215,7 @@ class SingLoss(nn.Module):
             self.step += 1
         return weight * total
 
-    def _check(self, features: Tensor, labels: Tensor) -> None:
+    def _check(self, features: Tensor, labels: Tensor, embeddings: Tensor | None) -> None:
         classes, width = self.class_means.shape
         if features.shape != (len(labels), width) or not len(labels):
             shapes = f"{tuple(features.shape)} and {tuple(labels.shape)}"
@@ -191,6 +225,14 @@ class SingLoss(nn.Module):
             wrong = not 0 <= int(labels.min()) <= int(labels.max()) < classes
         if wrong:
             raise ValueError(f"labels (B,) must be integers in 0..{classes - 1}, not mixed ones")
+        expected = (len(labels), self.texts.shape[1])
+        if "embeddings" in self.reads and (embeddings is None or embeddings.shape != expected):
+            got = "none" if embeddings is None else tuple(embeddings.shape)
+            terms = sorted(name for name in self.terms if "embeddings" in TERMS[name].reads)
+            raise ValueError(
+                f"the terms {terms} read what the vision-language model sees: expected embeddings {expected}, "
+                f"got {got}; pass sing(features, labels, embeddings), row by row of the same images"
+            )
 
     @torch.no_grad()
     def _track(self, features: Tensor, labels: Tensor) -> None:
@@ -211,32 +253,37 @@ class SingLoss(nn.Module):
         """Images of each class over all processes, (C,); `bincount` would wait for the device."""
         return all_reduce_sum(torch.zeros_like(self.seen).index_add_(0, labels, torch.ones_like(labels).to(self.seen)))
 
-    def _inputs(self, features: Tensor, labels: Tensor) -> LossInputs:
-        buffers = (self.mean, self.texts, self.contrast, self.targets, self.matrix, self.offset)
-        mean, texts, contrast, targets, matrix, offset = (buffer.to(features.dtype) for buffer in buffers)
-        head, centred, pulled = self.head_weight, features - mean, targets @ matrix
+    def _inputs(self, features: Tensor, labels: Tensor, embeddings: Tensor | None) -> LossInputs:
+        names = ("mean", "texts", "contrast", "span", "matrix", "offset", "covariance", "readout", "feature_mean")
+        buffers = {name: getattr(self, name).to(features.dtype) for name in names}
+        mean, matrix = buffers["mean"], buffers["matrix"]
+        centred, pulled = features - mean, buffers["texts"] @ matrix
         anchors = self.class_means.to(mean)[labels] - mean
-        # One projection for the batch, its class means and the targets: the factorisation of W Wᵀ is shared.
-        every = torch.cat([centred, anchors, pulled])
-        outside = every - row_space_projection(head, every, invariance=self.invariance)
-        null, class_null, pulled_null = torch.tensor_split(outside, (len(centred), 2 * len(centred)))
-        z, shift = features @ matrix.T + offset, null @ matrix.T
+        moved = (mean - buffers["feature_mean"])[None]  # the readout's mean is that of the images it was fitted on
+        # One projection for the batch, its class means and the prompts: the factorisation of W Wᵀ is shared.
+        every = torch.cat([centred, anchors, moved, pulled])
+        inside = row_space_projection(self.head_weight, every, invariance=self.invariance)
+        null, class_null, _, pulled_null = torch.split(every - inside, [len(labels), len(labels), 1, len(pulled)])
+        z, shift, seen = features @ matrix.T + buffers["offset"], null @ matrix.T, features[:, :0]
+        if "embeddings" in self.reads and embeddings is not None:
+            seen = (embeddings.detach().to(mean) - self.embedding_mean.to(mean)) @ buffers["span"]
         return LossInputs(
             null=null,
             centred=centred,
             z=z,
             z_eq=z - shift,
-            text=texts[labels],
+            text=buffers["texts"][labels],
             shift=shift,
             total=centred @ matrix.T,
-            contrast=contrast[labels],
+            contrast=buffers["contrast"][labels],
             class_null=class_null.detach(),
             image_score_ref=self._reference(z, z - shift, labels),
-            head=head.to(mean),
-            matrix=matrix,
-            targets=targets,
             pulled=pulled,
             pulled_null=pulled_null,
+            covariance=buffers["covariance"],
+            floor=self.floor,
+            seen=seen,
+            read=(inside[: len(labels)] + inside[2 * len(labels)]) @ buffers["readout"].T,
         )
 
     @torch.no_grad()

@@ -152,6 +152,29 @@ class RidgeStatistics:
         best = max(scores, key=lambda ridge: scores[ridge])
         return path.solve(best), scores
 
+    def agreed(
+        self, other: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Standardize = False
+    ) -> tuple[float, float, float]:
+        """Choose a ridge by what fits on two disjoint halves have in common: R² on the other half, times their cosine.
+
+        R² alone prefers a ridge so small that low-variance directions are fitted to noise: the halves predict alike and
+        point apart, and whatever is steered or regularised along a direction follows that noise (METHOD section 2).
+
+        Returns:
+            The ridge, with its mean R² on the other half and the cosine <A₁, A₂> / |A₁| |A₂| in the penalty's scale.
+        """
+        whole = RidgeStatistics(*self.fz.shape, device=self.ff.device).merge(self).merge(other)
+        scale = whole._scaled(standardize)[2](torch.eye(len(whole.f)).to(whole.f))
+        pair = [each.mapped(scale) for each in (self, other)]
+        paths = [each.path() for each in pair]
+        lost = [path.residuals(held_out, ridges) for path, held_out in zip(paths, pair[::-1], strict=True)]
+        found = []
+        for ridge, *missed in zip(ridges, *lost, strict=True):
+            one, two = (path.solve(ridge).matrix.flatten() for path in paths)
+            cosine = float(torch.nn.functional.cosine_similarity(one, two, dim=0))
+            found.append((ridge, 1 - sum(missed) / 2, cosine))
+        return max(found, key=lambda each: max(each[1], 0) * max(each[2], 0))
+
     def _scaled(self, standardize: Standardize) -> tuple[Tensor, Tensor, FeatureScale]:
         """(L S_ff L (m, m), L S_fz (m, n), L): the centred scatter in the scale that the penalty acts in."""
         s_ff, s_fz, _ = self.centred()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 
 from singreg.analysis.fitting import FittedTranslator
 from singreg.config import FinetuneConfig
+from singreg.data.classes import imagenet_names
 from singreg.losses import SingLoss, resolve_terms
 from singreg.models.classifier import Classifier
-from singreg.utils import all_reduce_sum, rank_and_world
+from singreg.models.edits import settle_head_
+from singreg.setup import Setup
 
 LR_WARMUP = 0.1  # share of the steps with a linear warm-up of the learning rate
+PLACEBO_SEED = 20261  # fixed, so that every process and every resumed run draws the same
 WARMUP, RAMP = 0.1, 0.2  # shares of the steps with λ = 0, and of the cosine ramp that follows
 
 
@@ -36,7 +40,7 @@ class FinetuneTask(nn.Module):
             SingLoss differentiates its weight.
 
     Shape:
-        images and clean (B, 3, H, W), labels (B,).
+        images and clean (B, 3, H, W), labels (B,), embeddings (B, n) of the clean images by the vision-language model.
 
     Returns:
         {"loss": (), "ce": (), "correct": (), ...terms}, all but "loss" detached.
@@ -47,17 +51,18 @@ class FinetuneTask(nn.Module):
     ) -> None:
         super().__init__()
         self.classifier, self.sing, self.l2_sp = classifier, sing, l2_sp
-        self.seen_features: Tensor | None = None  # (B, m), what the SING terms read last
         self._compiled: Callable[[Tensor], Tensor] | None = None
         if compile:
             self._compiled = torch.compile(classifier.model.forward_features)  # type: ignore[arg-type]
         for number, parameter in enumerate(trained_backbone(classifier) if l2_sp else []):
             self.register_buffer(f"start_{number}", parameter.detach().clone(), persistent=False)
 
-    def forward(self, images: Tensor, labels: Tensor, clean: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, clean: Tensor | None = None, embeddings: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return one step's loss and its named parts."""
         with self._compiled_features():
-            loss, sing, correct = self.losses(images, labels, clean)
+            loss, sing, correct = self._losses(images, labels, clean, embeddings)
         outputs = {"ce": loss.detach(), "correct": correct}
         if self.sing is not None and sing is not None:
             loss, outputs = loss + sing, {**outputs, **self.sing.last_terms}
@@ -68,8 +73,10 @@ class FinetuneTask(nn.Module):
             loss, outputs = loss + penalty, {**outputs, "l2_sp": penalty.detach()}
         return {"loss": loss, **outputs}
 
-    def losses(self, images: Tensor, labels: Tensor, clean: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return cross-entropy and λ · SING terms (or None), with their graphs, and the share of correct answers."""
+    def _losses(
+        self, images: Tensor, labels: Tensor, clean: Tensor | None, embeddings: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Cross-entropy and λ · SING terms (or None), with their graphs, and the share of correct answers."""
         features, logits = self.classifier.features_and_logits(images)
         ce = nn.functional.cross_entropy(logits.float(), labels)
         correct = (logits.detach().argmax(1) == labels).float().mean()
@@ -79,8 +86,7 @@ class FinetuneTask(nn.Module):
             training = self.classifier.training
             features = self.classifier.eval().features(clean)
             self.classifier.train(training)
-        self.seen_features = features.detach()
-        return ce, self.sing(features, labels), correct
+        return ce, self.sing(features, labels, embeddings), correct
 
     @contextmanager
     def _compiled_features(self) -> Iterator[None]:
@@ -103,7 +109,7 @@ def make_sing(
     images: int,
     accumulation: int = 1,
 ) -> SingLoss:
-    """Build a configuration's SingLoss for a copy of the starting classifier, its references from the model before.
+    """Build a configuration's SingLoss for a copy of the starting classifier, whose head is settled first, in place.
 
     `fitted` is the loop's translator; λ's schedule follows from the number of training images and forwards a step.
 
@@ -111,11 +117,34 @@ def make_sing(
         texts (C, n) unit rows, image_score_ref (C,) in degrees.
     """
     total, loss = Schedule(config, images).total, config.loss
-    options: dict[str, Any] = {"weight": loss.weight, "placebo": loss.placebo, "invariance": config.model.invariance}
-    options |= {"warmup_steps": round(WARMUP * total), "ramp_steps": round(RAMP * total), "accumulation": accumulation}
+    options: dict[str, Any] = {"floor": loss.floor, "invariance": config.model.invariance}
     terms = resolve_terms(loss.preset, loss.terms)
-    sing = SingLoss(classifier, fitted.translator, texts, terms=terms, **options)
+    if loss.start and "capacity" in terms:
+        settle_head_(classifier, fitted.translator, texts, fitted.statistics, strength=loss.start, **options)
+    options |= {"weight": loss.weight, "terms": terms, "accumulation": accumulation}
+    options |= {"warmup_steps": round(WARMUP * total), "ramp_steps": round(RAMP * total)}
+    sing = SingLoss(classifier, fitted.translator, texts, fitted.statistics, **options)
     return sing.to(texts.device).calibrate(fitted.mean, fitted.class_means, image_score_ref)
+
+
+def loss_texts(config: FinetuneConfig, setup: Setup) -> Tensor:
+    """Return the prompts (C, n) that the loss is given: the classes', or a placebo's."""
+    classes, placebo = setup.splits.class_names, config.loss.placebo
+    if placebo == "random":
+        drawn = torch.randn(setup.texts.shape, generator=torch.Generator().manual_seed(PLACEBO_SEED))
+        return nn.functional.normalize(drawn, dim=1).to(setup.texts)
+    if placebo == "foreign":
+        others = [name for name in imagenet_names() if name not in classes][:: len(imagenet_names()) // len(classes)]
+        return setup.vlm.embed_classes(others[: len(classes)], tuple(config.vlm.templates)).to(setup.texts)
+    return setup.texts
+
+
+def loss_embeddings(config: FinetuneConfig, setup: Setup) -> np.ndarray:
+    """Return the embeddings (N, n) of the bank's images that the loop is given; a placebo shuffles them."""
+    embeddings = setup.embeddings["bank"]
+    if config.loss.placebo != "shuffled":
+        return embeddings
+    return embeddings[np.random.default_rng(PLACEBO_SEED).permutation(len(embeddings))]
 
 
 def trained_backbone(classifier: Classifier) -> list[nn.Parameter]:
@@ -229,61 +258,3 @@ def synchronise_batch_norm(classifier: Classifier, config: FinetuneConfig, accel
         )
     # timm's own: torch's would lose the activation inside timm's BatchNormAct2d.
     convert_sync_batchnorm(classifier.model)  # type: ignore[no-untyped-call]
-
-
-def measure_gradients(task: FinetuneTask, images: Tensor, labels: Tensor, clean: Tensor | None = None) -> list[float]:
-    """Return [‖∇ CE‖, ‖∇ λ·SING‖] of a batch over the trained backbone, or over the head where it alone trains.
-
-    A pass of its own through the unwrapped task, in float32: neither DDP's reducer, nor `.grad`, nor the random state,
-    nor a buffer notices it. Gradients are averaged over processes before their norm, so every process must call it. The
-    head is left out otherwise: its gradient of cross-entropy is large and says nothing about features.
-    """
-    parameters = trained_backbone(task.classifier) or [p for p in task.classifier.head.parameters() if p.requires_grad]
-    with _unnoticed(task, images.device), torch.autocast(images.device.type, enabled=False):
-        ce, weighted, _ = task.losses(images, labels, clean)
-        return [_norm(loss, parameters) for loss in (ce, weighted) if loss is not None]
-
-
-def ramp_begins(sing: SingLoss) -> bool:
-    """Return True at the first forward with λ > 0, where `balance` is called; it depends on saved state alone."""
-    return sing.weight > 0 and int(sing.step) == sing.warmup_steps * sing.accumulation
-
-
-def balance(sing: SingLoss, norms: Sequence[float], share: float) -> list[float]:
-    """Set `sing.scale` so that ‖∇ λ·SING‖ is `share` times ‖∇ CE‖ at full λ; return the norms with that scale."""
-    ce, unweighted = norms[0], norms[1] / sing.current_weight
-    scale = share * ce / (sing.weight * unweighted) if unweighted > 0 else math.inf
-    if not 0 < scale < math.inf:
-        raise ValueError(
-            f"loss.balance = {share} cannot be reached: on this batch the gradient of cross-entropy has norm {ce:g} "
-            f"and that of the terms {sorted(sing.terms)} has norm {unweighted:g}; use other terms, a larger batch or "
-            "loss.balance: 0"
-        )
-    sing.scale.fill_(scale)
-    return [ce, sing.current_weight * unweighted]
-
-
-def _norm(loss: Tensor, parameters: Sequence[nn.Parameter]) -> float:
-    """Norm of a loss's gradient, averaged over processes; a parameter that it does not depend on counts as 0."""
-    found: Sequence[Tensor | None] = [None] * len(parameters)
-    if loss.requires_grad:
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-    world = rank_and_world()[1]
-    return float(torch.stack([(all_reduce_sum(g) / world).double().square().sum() for g in gradients]).sum().sqrt())
-
-
-@contextmanager
-def _unnoticed(task: FinetuneTask, device: torch.device) -> Iterator[None]:
-    """Put buffers, random state, the loss's mode and last values back afterwards."""
-    assert task.sing is not None
-    sing, training = task.sing, task.sing.training
-    kept = [(buffer, buffer.clone()) for buffer in task.classifier.buffers()]
-    last = sing.last_terms, task.seen_features
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        sing.eval()  # neither counts a step nor moves its means
-        yield
-        sing.train(training)
-        sing.last_terms, task.seen_features = last
-        for buffer, value in kept:
-            buffer.copy_(value)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 from singreg.mlp import Array, MLPNetwork, MLPSettings, train_mlp
 from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics, Standardize
 from singreg.utils import atomic_write
-
-HELD_OUT_EVERY = 5  # every fifth row chooses λ
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,7 @@ class TranslatorInfo:
     standardized: bool = False
     normalized_targets: bool = False
     validation_r2: float | None = None
+    agreement: float | None = None
     kind: str = "linear"
     by_block: bool = False
 
@@ -164,7 +162,7 @@ def fit_translator(
     standardize: Standardize = False,
     info: TranslatorInfo | None = None,
 ) -> LinearTranslator:
-    """Fit T on a stream of (features, embeddings): every fifth row chooses λ, then all rows fit T (METHOD section 2).
+    """Fit T on a stream of (features, embeddings); its even and odd rows choose λ by agreement (METHOD section 2).
 
     Over several processes each passes its own batches and all get the same translator.
 
@@ -184,35 +182,31 @@ def fit_translator(
         if not parts:
             width, dim = features.shape[1], targets.shape[1]
             parts = [RidgeStatistics(width, dim, device=features.device) for _ in range(2)]
-        held_out = (torch.arange(seen, seen + len(features), device=features.device) % HELD_OUT_EVERY) == 0
-        parts[0].update(features[~held_out], targets[~held_out])
-        parts[1].update(features[held_out], targets[held_out])
+        for half, part in enumerate(parts):
+            rows = slice((seen + half) % 2, None, 2)
+            part.update(features[rows], targets[rows])
         seen += len(features)
     if not parts:
         raise ValueError("no images to fit a translator on: the stream of (features, embeddings) was empty")
-    fit, validation = (part.reduce() for part in parts)
-    return translator_from_statistics(fit, validation, ridges=ridges, standardize=standardize, info=info)
+    first, second = (part.reduce() for part in parts)
+    return translator_from_statistics(first, second, ridges=ridges, standardize=standardize, info=info)
 
 
 def translator_from_statistics(
-    fit: RidgeStatistics,
-    validation: RidgeStatistics,
+    first: RidgeStatistics,
+    second: RidgeStatistics,
     *,
     ridges: Sequence[float] = DEFAULT_RIDGES,
     standardize: Standardize = False,
     info: TranslatorInfo | None = None,
 ) -> LinearTranslator:
-    """Choose λ by R² on `validation`, then solve on both parts together."""
-    chosen, scores = fit.validate(validation, ridges=ridges, standardize=standardize)
-    whole = RidgeStatistics(*fit.fz.shape, device=fit.ff.device).merge(fit).merge(validation)
+    """Choose λ by the agreement of two halves, then solve on both together."""
+    ridge, r2, agreement = first.agreed(second, ridges=ridges, standardize=standardize)
+    whole = RidgeStatistics(*first.fz.shape, device=first.ff.device).merge(first).merge(second)
+    found = replace(info or TranslatorInfo(), validation_r2=r2, agreement=agreement)
     blocks = isinstance(standardize, Tensor)
-    found: dict[str, Any] = {
-        "standardized": blocks or bool(standardize),
-        "by_block": blocks,
-        "validation_r2": scores[chosen.ridge],
-    }
-    info = replace(info or TranslatorInfo(), **found)
-    return LinearTranslator.from_solution(whole.solve(chosen.ridge, standardize=standardize), info)
+    found = replace(found, standardized=blocks or bool(standardize), by_block=blocks)
+    return LinearTranslator.from_solution(whole.solve(ridge, standardize=standardize), found)
 
 
 def fit_mlp_translator(

@@ -13,7 +13,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from singreg.losses import SingLoss
-from singreg.terms import HEAD_TERMS, TERMS, contrast_directions, placebo_texts
+from singreg.ridge import RidgeStatistics
+from singreg.terms import TERMS, contrast_directions
 from singreg.translator import LinearTranslator
 from tests.processes import run_processes
 from tests.reference import formulas
@@ -23,12 +24,20 @@ Setup = tuple[SingLoss, nn.Linear, Tensor, Tensor]
 
 
 def setup(seed: int = 0, *, calibrated: bool = True, **options: Any) -> Setup:
-    """A calibrated loss in eval mode and float64, its head, features that take a gradient, and labels."""
+    """A calibrated loss in eval mode and float64, its head, features that take a gradient, and labels.
+
+    `sing.bank` and `sing.bank_z` are the images behind its statistics, `sing.batch_z` the batch's embeddings.
+    """
     torch.manual_seed(seed)
     head = nn.Linear(M, C).double()
     translator = LinearTranslator(torch.randn(N, M).double(), torch.randn(N).double())
     texts = nn.functional.normalize(torch.randn(C, N).double())
-    sing = SingLoss(head, translator, texts, **{"weight": 1.0, **options}).double()
+    bank = torch.randn(60, M).double() @ torch.diag(torch.linspace(0.2, 2, M).double()) + 1
+    bank_z = bank @ torch.randn(M, N).double() + torch.randn(60, N).double()
+    statistics = RidgeStatistics(M, N).update(bank, bank_z)
+    sing = SingLoss(head, translator, texts, statistics, **{"weight": 1.0, **options}).double()
+    sing.set_translator(translator, statistics)  # again, in float64
+    sing.bank, sing.bank_z, sing.batch_z = bank, bank_z, bank_z[:B].clone()
     sing.contrast = contrast_directions(sing.texts, NEAR)  # of five classes there is something to choose
     features = torch.randn(B, M, dtype=torch.float64) + 1
     if calibrated:
@@ -37,17 +46,12 @@ def setup(seed: int = 0, *, calibrated: bool = True, **options: Any) -> Setup:
 
 
 def value(sing: SingLoss, features: Tensor, labels: Tensor) -> float:
-    return float(sing(features, labels).detach())
+    return float(sing(features, labels, sing.batch_z).detach())
 
 
 def put(head: nn.Linear, weight: Tensor) -> None:
     with torch.no_grad():
         head.weight.copy_(weight)
-
-
-def flatten(head: nn.Linear) -> None:
-    """Two classes almost alike: σ_min/σ_max falls below the floor of `head`."""
-    put(head, torch.cat([head.weight[1:2] + 0.1 * head.weight[:1], head.weight[1:]]))
 
 
 def other_translator() -> LinearTranslator:
@@ -57,16 +61,22 @@ def other_translator() -> LinearTranslator:
 
 @pytest.mark.parametrize("term", sorted(TERMS))
 def test_value_and_gradients_are_those_of_the_slow_formula(term: str) -> None:
-    sing, head, features, labels = setup(terms={term: 1.0})
-    if term == "head":
-        flatten(head)
-    fast = sing(features, labels)
-    slow = formulas.sing_terms(
-        *(features, labels, head.weight, sing.matrix, sing.offset, sing.texts, sing.mean, sing.class_means),
-        *(sing.image_score_ref, NEAR, sing.targets[C:]),
-    )[term]
-    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)  # buffers were float32
-    wanted = (head.weight,) if term in HEAD_TERMS else (head.weight, features)
+    sing, head, features, labels = setup(terms={term: 1.0}, floor=0.3)
+    fitted = head.weight.detach().clone()
+    put(head, head.weight + 0.1 * torch.randn(C, M))  # the readout's projection follows W, its fit does not
+    fast = sing(features, labels, sing.batch_z)
+    if term == "capacity":
+        slow = formulas.capacity(head.weight, sing.matrix, sing.texts, sing.bank, 0.3)
+    elif term == "readout":
+        bank: dict[str, Tensor] = {"texts": sing.texts, "bank": sing.bank, "bank_z": sing.bank_z, "fitted": fitted}
+        slow = formulas.readout(features=features, embeddings=sing.batch_z, weight=head.weight, **bank)
+    else:
+        slow = formulas.sing_terms(
+            *(features, labels, head.weight, sing.matrix, sing.offset, sing.texts, sing.mean, sing.class_means),
+            *(sing.image_score_ref, NEAR),
+        )[term]
+    torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
+    wanted = (head.weight,) if term == "capacity" else (head.weight, features)
     for mine, theirs in zip(torch.autograd.grad(fast, wanted), torch.autograd.grad(slow, wanted), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
         assert theirs.abs().max() > 1e-6
@@ -76,8 +86,6 @@ def test_value_and_gradients_are_those_of_the_slow_formula(term: str) -> None:
 def test_gradcheck_to_weight_and_features(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numerical and analytic derivatives agree in float64; a scale that is held fixed is a constant for both."""
     sing, head, features, labels = setup(terms={term: 1.0})
-    if term == "head":
-        flatten(head)
     if term in ("leak", "null_energy"):
         monkeypatch.setattr("singreg.terms.all_reduce_mean", lambda values: values.new_tensor(0.7))
 
@@ -85,10 +93,10 @@ def test_gradcheck_to_weight_and_features(term: str, monkeypatch: pytest.MonkeyP
         stand_in = nn.Module()
         stand_in.weight = weight
         sing._head = (stand_in,)
-        return sing(f, labels)
+        return sing(f, labels, sing.batch_z)
 
     weight = head.weight.detach().clone().requires_grad_()
-    if term in HEAD_TERMS:
+    if term == "capacity":
         assert torch.autograd.gradcheck(lambda w: loss(w, features.detach()), (weight,), atol=1e-6)
         unused = torch.autograd.grad(loss(weight, features), features, allow_unused=True, materialize_grads=True)[0]
         assert unused.abs().max() == 0
@@ -104,7 +112,7 @@ def test_a_rank_deficient_head_still_gives_gradients(deficient: bool) -> None:
     sing, head, features, labels = setup()
     if deficient:
         put(head, head.weight[[0, 1, 2, 0, 1]])
-    sing(features, labels).backward()
+    sing(features, labels, sing.batch_z).backward()
     for gradient in (head.weight.grad, features.grad):
         assert gradient is not None
         assert torch.isfinite(gradient).all()
@@ -116,10 +124,10 @@ def test_the_forward_never_waits_for_a_device(calibrated: bool, monkeypatch: pyt
     """Tensors on "meta" have no values, so that whatever reads one back, and would make a GPU wait, raises."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no "meta"
     monkeypatch.setattr("singreg.losses.row_space_projection", lambda w, f, invariance: f @ (w.T @ w))
-    sing, head, features, labels = setup(calibrated=calibrated, terms=dict.fromkeys(set(TERMS) - {"head"}, 1.0))
+    sing, head, features, labels = setup(calibrated=calibrated, terms=dict.fromkeys(TERMS, 1.0))
     sing, _ = sing.to("meta").train(), head.to("meta")
     for _ in range(2):
-        loss = sing(features.to("meta"), labels.to("meta"))
+        loss = sing(features.to("meta"), labels.to("meta"), sing.batch_z.to("meta"))
     assert (loss.shape, sing.step) == ((), 2)
     with pytest.raises(RuntimeError):  # the control
         float(loss.detach())
@@ -165,56 +173,44 @@ def test_weight_warms_up_then_ramps_as_a_cosine() -> None:
         weights.append(float(sing.last_terms["sing_weight"]))
         assert loss == pytest.approx(weights[-1] * float(sing.last_terms["sing"]))
     assert weights == pytest.approx([0] * 3 + [1 - math.cos(math.pi * i / 5) for i in range(1, 5)] + [2, 2])
-    sing.eval()(features, labels)
+    value(sing.eval(), features, labels)
     assert sing.step == 9
-    sing.scale.fill_(0.5)
-    assert sing.current_weight == 1.0
 
 
 def test_the_weight_is_the_same_in_all_forwards_of_an_accumulated_step() -> None:
     sing, _, features, labels = setup(weight=1.0, warmup_steps=1, ramp_steps=2, accumulation=3)
     sing.train()
-    weights = [float((sing(features, labels), sing.last_terms["sing_weight"])[1]) for _ in range(12)]
+    weights = [float((value(sing, features, labels), sing.last_terms["sing_weight"])[1]) for _ in range(12)]
     assert weights == pytest.approx([0.0] * 3 + [0.25] * 3 + [0.75] * 3 + [1.0] * 3)
 
 
 def test_runs_in_float32_outside_autocast() -> None:
-    sing, head, features, labels = setup()
-    sing, _ = sing.float(), head.float()
+    sing, head, features, labels = setup(terms=dict.fromkeys(TERMS, 1.0))
+    (sing, _), z = (sing.float(), head.float()), sing.batch_z
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = sing(features.detach().bfloat16(), labels)
+        loss = sing(features.detach().bfloat16(), labels, z)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, sing(features.detach().bfloat16().float(), labels))
+    torch.testing.assert_close(loss, sing(features.detach().bfloat16().float(), labels, z))
 
 
-def test_a_state_brings_its_translator_step_scale_and_references() -> None:
+def test_a_state_brings_translator_metric_readout_step_and_references() -> None:
     """Through safetensors, as checkpoints keep it, and into a loss that was neither calibrated nor given these."""
-    saved, _, features, labels = setup(weight=0.3, ramp_steps=5)
-    saved.set_translator(other_translator())
-    saved.scale.fill_(0.25)
-    saved.train()(features, labels)
-    other, *_ = setup(calibrated=False, weight=0.3, ramp_steps=5)
+    saved, head, features, labels = setup(weight=0.3, ramp_steps=5, terms=dict.fromkeys(TERMS, 1.0))
+    saved.set_translator(other_translator(), RidgeStatistics(M, N).update(saved.bank[:30], saved.bank_z[:30]))
+    value(saved.train(), features, labels)
+    other, *_ = setup(calibrated=False, weight=0.3, ramp_steps=5, terms=dict.fromkeys(TERMS, 1.0))
     nested = nn.ModuleDict({"sing": other})
     nested.load_state_dict(load(save(nn.ModuleDict({"sing": saved}).state_dict())))
-    assert (other.step, float(other.scale)) == (1, 0.25)
-    assert torch.equal(other.train()(features, labels), saved(features, labels))
-    assert torch.equal(copy.deepcopy(other)(features, labels), saved(features, labels))
-
-
-def test_the_placebo_reaches_the_contrasts_and_the_targets() -> None:
-    texts = setup()[0].texts
-    for placebo in ("shuffled", "random"):
-        sing, *_ = setup(placebo=placebo, terms={"leak": 1.0, "steer": 1.0})
-        expected = placebo_texts(texts, placebo)  # type: ignore[arg-type]
-        torch.testing.assert_close(sing.texts, expected, atol=1e-6, rtol=0)
-        torch.testing.assert_close(sing.contrast, contrast_directions(expected, NEAR), atol=1e-6, rtol=1e-6)
-        assert torch.equal(sing.targets[:C], sing.texts)
+    assert other.step == 1
+    assert value(other.train(), features, labels) == value(saved, features, labels)
+    assert value(copy.deepcopy(other), features, labels) == value(saved, features, labels)
 
 
 @pytest.mark.parametrize("width", [C, C - 2])
 def test_a_head_without_a_null_space_is_refused(width: int) -> None:
     with pytest.raises(ValueError, match="no null space"):
-        SingLoss(nn.Linear(width, C), LinearTranslator(torch.randn(N, width), torch.zeros(N)), torch.randn(C, N))
+        translator = LinearTranslator(torch.randn(N, width), torch.zeros(N))
+        SingLoss(nn.Linear(width, C), translator, torch.randn(C, N), terms={"leak": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -229,7 +225,10 @@ def test_a_head_without_a_null_space_is_refused(width: int) -> None:
         (lambda s, f, y: s.set_translator(LinearTranslator(torch.ones(N, 3), torch.ones(N))), r"\(7, 14\).*\(7, 3\)"),
         (lambda s, f, y: s.calibrate(torch.ones(2), torch.ones(C, M), torch.ones(C)), r"mean \(14,\)"),
         (lambda s, f, y: setup(terms={"leek": 1.0}), "leek.*known"),
-        (lambda s, f, y: setup(placebo="shufled"), "placebo must be.*'shufled'"),
+        (lambda s, f, y: s(f, y), r"readout.*embeddings \(12, 7\), got none.*pass"),
+        (lambda s, f, y: s(f, y, torch.ones(B, 3)), r"embeddings \(12, 7\), got \(12, 3\)"),
+        (lambda s, f, y: s.set_translator(other_translator()), r"capacity.*statistics of m, n = \(14, 7\), got none"),
+        (lambda s, f, y: s.set_translator(other_translator(), RidgeStatistics(3, N)), r"got \(3, 7\)"),
     ],
 )
 def test_bad_input_is_named(call: Any, words: str) -> None:
@@ -245,9 +244,9 @@ class Task(nn.Module):
         super().__init__()
         self.head, self.sing, self.factor = head, sing, nn.Parameter(torch.ones(M).double())
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
         features = features * self.factor
-        return nn.functional.cross_entropy(self.head(features), labels) + self.sing(features, labels)
+        return nn.functional.cross_entropy(self.head(features), labels) + self.sing(features, labels, embeddings)
 
 
 def gradients(rank: int, world: int, options: dict[str, Any]) -> list[Tensor]:
@@ -257,17 +256,17 @@ def gradients(rank: int, world: int, options: dict[str, Any]) -> list[Tensor]:
     model = nn.parallel.DistributedDataParallel(task) if world > 1 else task
     mine = slice(rank * B // world, (rank + 1) * B // world)
     for _ in range(2):
-        model(features.detach()[mine], labels[mine]).backward()
+        model(features.detach()[mine], labels[mine], sing.batch_z[mine]).backward()
     assert head.weight.grad is not None
     assert task.factor.grad is not None
     return [head.weight.grad, task.factor.grad, sing.mean, sing.class_means, sing.image_score_ref]
 
 
-EVERY = {"terms": dict.fromkeys(TERMS, 1.0), "placebo": "shuffled"}
+EVERY = {"terms": dict.fromkeys(TERMS, 1.0)}
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("options", [{"calibrated": False}, {"terms": {"null_share": 1.0}}, EVERY])
+@pytest.mark.parametrize("options", [{"calibrated": False}, {"terms": {"readout": 1.0}}, EVERY])
 def test_gradients_and_references_over_processes_are_those_of_one(world: int, options: dict[str, Any]) -> None:
     expected = gradients(0, 1, options)
     for got in run_processes(world, gradients, options):

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from singreg.terms import (
-    DEFAULT_TERMS,
-    HEAD_TERMS,
-    PRESETS,
-    TERMS,
-    LossInputs,
-    contrast_directions,
-    placebo_texts,
-    resolve_terms,
-    term,
-)
+from singreg.ridge import RidgeStatistics
+from singreg.terms import PRESETS, TERMS, LossInputs, contrast_basis, contrast_directions, resolve_terms, term
+from singreg.translator import LinearTranslator
 from tests.reference import formulas
-from tests.test_losses import B, C, M, N, flatten, put, setup, value
+from tests.test_losses import B, C, M, N, put, setup, value
 
 
 def test_a_new_term_is_one_function() -> None:
-    @term("length", head_only=False)
+    @term("length")
     def length(inputs: LossInputs) -> Tensor:
         return inputs.centred.square().sum(1).mean()
 
     try:
-        assert resolve_terms("leakage", {"length": 2.0})["length"] == 2.0
+        assert resolve_terms("sing", {"length": 2.0})["length"] == 2.0
         sing, _, features, labels = setup(terms={"length": 2.0})
         expected = 2 * (features - features.mean(0)).square().sum(1).mean()
         torch.testing.assert_close(sing(features, labels), expected)
@@ -40,34 +31,53 @@ def test_a_new_term_is_one_function() -> None:
 
 @pytest.mark.parametrize("name", sorted(TERMS))
 def test_a_scale_of_features_or_weight_changes_no_term(name: str) -> None:
-    """f, μ and class means times 7, A over 7 (z is what it was), W times 0.01; then A and a times 7."""
+    """All features times 7, A over 7 (z is what it was), W times 0.01, and statistics anew; then A and a times 7."""
     sing, head, features, labels = setup(terms={name: 1.0})
-    if name == "head":
-        flatten(head)
     before = value(sing, features, labels)
     assert abs(before) > 1e-3
-    for buffer, factor in ((sing.mean, 7.0), (sing.class_means, 7.0), (sing.matrix, 1 / 7)):
-        buffer.mul_(factor)
+    for buffer in (sing.mean, sing.class_means):
+        buffer.mul_(7.0)
     put(head, 0.01 * head.weight)
+    statistics = RidgeStatistics(M, N).update(7 * sing.bank, sing.bank_z)
+    sing.set_translator(LinearTranslator(sing.matrix / 7, sing.offset), statistics)
     assert value(sing, 7 * features, labels) == pytest.approx(before, rel=1e-5)
     moved = value(sing, 7 * features + 3 * torch.randn(M).double(), labels)
-    assert moved != pytest.approx(before, rel=1e-5) or name in HEAD_TERMS
-    sing.matrix.mul_(7.0), sing.offset.mul_(7.0)
+    assert moved != pytest.approx(before, rel=1e-5) or name == "capacity"
+    sing.set_translator(LinearTranslator(sing.matrix * 7, sing.offset * 7), statistics)
     assert value(sing, 7 * features, labels) == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["readout", "capacity"])
+@pytest.mark.parametrize("factor", [1.0, 30.0])
+def test_turning_and_scaling_the_null_block(name: str, factor: float) -> None:
+    """No translator stands in `readout`: nothing in the null moves it. `capacity` is the same in any turned basis."""
+    sing, head, features, labels = setup(terms={name: 1.0})
+    before, basis = value(sing, features, labels), torch.linalg.qr(head.weight.T.detach(), mode="complete").Q
+    turn = torch.eye(M).double()
+    turn[C:, C:] = factor * torch.linalg.qr(torch.randn(M - C, M - C).double()).Q
+    turn = basis @ turn @ basis.T
+    statistics = RidgeStatistics(M, N).update(sing.bank @ turn.T, sing.bank_z)
+    sing.floor = 0.0  # the floor of the metric is of all features' scale
+    if name == "capacity":
+        sing.set_translator(
+            LinearTranslator(sing.matrix, sing.offset), RidgeStatistics(M, N).update(sing.bank, sing.bank_z)
+        )
+        before = value(sing, features, labels)
+    sing.set_translator(LinearTranslator(sing.matrix @ torch.linalg.inv(turn), sing.offset), statistics)
+    assert value(sing, features @ turn.T, labels) == pytest.approx(before, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(TERMS))
 def test_the_order_of_classes_and_prompts_changes_no_term(name: str) -> None:
     sing, head, features, labels = setup(terms={name: 1.0})
-    if name == "head":
-        flatten(head)
     before = value(sing, features, labels)
     order = torch.tensor([3, 0, 4, 1, 2])
     for buffer in ("texts", "contrast", "class_means", "image_score_ref"):
         setattr(sing, buffer, getattr(sing, buffer)[order])
-    if len(sing.targets):
-        sing.targets[:C] = sing.texts
     put(head, head.weight[order])
+    sing.span = contrast_basis(sing.texts)
+    statistics = RidgeStatistics(M, N).update(sing.bank, sing.bank_z)
+    sing.set_translator(LinearTranslator(sing.matrix, sing.offset), statistics)
     assert value(sing, features, order.argsort()[labels]) == pytest.approx(before, rel=1e-6)
 
 
@@ -92,7 +102,7 @@ def test_class_share_is_the_between_class_share_with_its_whole_gradient(share: f
 
 @pytest.mark.parametrize("scale", [0.0, 1e-13, 1e-7])
 def test_shares_of_an_empty_null_space_are_finite_with_finite_gradients(scale: float) -> None:
-    names = ("class_share", "null_share", "leak", "null_energy")
+    names = ("class_share", "leak", "null_energy")
     sing, head, _, labels = setup(terms=dict.fromkeys(names, 1.0))
     inside = torch.randn(B, C, dtype=torch.float64) @ head.weight.detach()
     features = (inside + scale * torch.randn(B, M)).float().requires_grad_()
@@ -104,7 +114,7 @@ def test_shares_of_an_empty_null_space_are_finite_with_finite_gradients(scale: f
 
 def test_a_null_without_class_semantics_has_no_leak() -> None:
     """The definition's zero: when A maps the null space to nothing, leak and hinge are 0; the control is not."""
-    sing, head, features, labels = setup(terms={"leak": 1.0, "hinge": 1.0, "attribute": 1.0})
+    sing, head, features, labels = setup(terms={"leak": 1.0, "hinge": 1.0})
     assert value(sing, features, labels) > 0.01
     sing.matrix = sing.matrix @ (torch.linalg.pinv(head.weight.detach()) @ head.weight.detach())
     assert abs(value(sing, features, labels)) < 1e-6
@@ -121,78 +131,47 @@ def test_capacity_is_0_for_a_head_that_spans_the_prompts_and_1_for_one_orthogona
     assert value(sing, features, labels) > 1 - 1e-6
 
 
-def test_steer_is_0_for_targets_in_the_row_space_and_1_where_the_step_goes_straight_there() -> None:
-    sing, head, features, labels = setup(terms={"steer": 1.0})
-    sing.targets = sing.targets[:C]  # 5 classes span 5 directions: room for the prompts only
-    assert 0.05 < value(sing, features, labels) < 0.95
-    put(head, torch.randn(C, C).double() @ (sing.texts @ sing.matrix))
-    assert value(sing, features, labels) < 1e-12
-    sing.matrix = torch.linalg.qr(sing.matrix.T).Q.T.contiguous()  # A Aᵀ = 1
-    put(head, torch.linalg.qr(sing.matrix.T, mode="complete").Q[:, N : N + C].T)  # and the head sees none of it
-    assert value(sing, features, labels) == pytest.approx(1.0, abs=1e-9)
-    assert torch.isfinite(torch.autograd.grad(sing(features, labels), head.weight)[0]).all()
-    sing.matrix = torch.zeros_like(sing.matrix)  # a translator that sees nothing of any target
-    result = sing(features, labels)
-    assert float(result.detach()) == 0
-    assert torch.isfinite(torch.autograd.grad(result, head.weight)[0]).all()
+def test_readout_is_0_where_the_row_space_tells_all_and_1_where_it_tells_nothing() -> None:
+    """Embeddings made of the row space alone, then of the null space alone (METHOD section 10.1)."""
+    for block, expected in (("row", 0.0), ("null", 1.0)):
+        sing, head, _, labels = setup(terms={"readout": 1.0})
+        null = formulas.null_projector(head.weight)
+        inside = torch.eye(M).double() - null if block == "row" else null
+        bank = torch.randn(4000, M).double()
+        z = bank @ inside @ torch.randn(M, N).double()
+        translator = LinearTranslator(sing.matrix, sing.offset)
+        sing.set_translator(translator, RidgeStatistics(M, N).update(bank, z))
+        sing.batch_z = z[:B]
+        assert value(sing, bank[:B], labels) == pytest.approx(expected, abs=0.05)
 
 
-def test_random_targets_are_the_same_every_time_and_are_there_only_for_steer() -> None:
-    first, second = (setup(seed, terms={"steer": 1.0})[0].targets[C:] for seed in (0, 1))
-    assert torch.equal(first, second)
-    assert first.shape == (C, N)
-    torch.testing.assert_close(first.norm(dim=1), torch.ones(C).double(), atol=1e-6, rtol=0)
-    assert len(setup(terms={"capacity": 1.0})[0].targets) == C
-    assert len(setup(terms={"leak": 1.0})[0].targets) == 0
-    assert not torch.allclose(first, placebo_texts(first, "random"))  # a placebo's prompts are not the targets again
-
-
-def test_head_is_0_above_its_floor_and_the_softmax_view_of_w_counts() -> None:
-    sing, head, features, labels = setup(terms={"head": 1.0})
-    rows = torch.linalg.qr(torch.randn(M, C).double()).Q.T  # all singular values of the centred head are 1
-    put(head, rows + 100 * torch.randn(M).double())  # a common row does not reach the probabilities
-    assert value(sing, features, labels) == 0
-    assert torch.autograd.grad(sing(features, labels), head.weight)[0].abs().max() == 0  # repeated values, no NaN
-    flatten(head)
-    assert 0.1 < value(sing, features, labels) < 1
-    put(head, torch.cat([rows[:-1], rows[:1]]))  # two equal rows
-    assert value(sing, features, labels) == pytest.approx(1.0)
-    assert torch.isfinite(torch.autograd.grad(sing(features, labels), head.weight)[0]).all()
-
-
-def test_orthogonal_is_0_for_orthogonal_rows_of_any_length_and_1_for_equal_ones() -> None:
-    sing, head, features, labels = setup(terms={"orthogonal": 1.0})
+def test_a_large_floor_makes_capacity_euclidean_and_none_ignores_what_no_feature_varies_in() -> None:
+    sing, head, features, labels = setup(terms={"capacity": 1.0})
+    prompts = sing.texts @ sing.matrix
+    outside = prompts @ formulas.null_projector(head.weight)
+    sing.floor = 1e9
+    assert value(sing, features, labels) == pytest.approx(float(outside.square().sum() / prompts.square().sum()))
+    sing.floor, flat = 0.0, sing.bank @ (torch.eye(M).double() - formulas.null_projector(head.weight))
+    statistics = RidgeStatistics(M, N).update(flat, sing.bank_z)
+    sing.set_translator(LinearTranslator(sing.matrix, sing.offset), statistics)
+    assert value(sing, features, labels) < 1e-12  # features that vary in the row space alone
+    sing.floor = 1.0
     assert value(sing, features, labels) > 0.01
-    put(head, torch.linspace(0.1, 9, C)[:, None].double() * torch.linalg.qr(torch.randn(M, C).double()).Q.T)
-    assert value(sing, features, labels) < 1e-28
-    put(head, head.weight[:1].expand(C, M))
-    assert value(sing, features, labels) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("name", "grows"), [("null_energy", False), ("null_share", True)])
-def test_null_baselines_are_0_in_the_row_space_and_1_in_the_null_space(name: str, grows: bool) -> None:
-    """They differ in one thing: descent on the share also grows what the head reads."""
-    sing, head, features, labels = setup(terms={name: 1.0})
+def test_null_energy_is_0_in_the_row_space_and_1_in_the_null_space() -> None:
+    sing, head, features, labels = setup(terms={"null_energy": 1.0})
     assert 0.1 < value(sing, features, labels) < 0.9
-    (gradient,) = torch.autograd.grad(sing(features, labels), features)
-    centred = features.detach() - sing.mean
-    inside = centred - centred @ formulas.null_projector(head.weight)
-    assert (float((gradient * inside).sum()) < -1e-3) == grows
     assert value(sing, sing.mean + torch.randn(B, C).double() @ head.weight.detach(), labels) < 1e-20
     null = torch.randn(B, M).double() @ formulas.null_projector(head.weight)
     assert value(sing, sing.mean + null, labels) == pytest.approx(1.0)
 
 
 def test_presets_are_known_terms_and_overrides_change_add_and_remove() -> None:
-    default = {"leak": 0.3, "hinge": 1.0, "band": 0.3, "class_share": 0.1, "capacity": 100.0}
-    assert PRESETS["sing"] == DEFAULT_TERMS == default
-    assert {"capacity", "steer", "head", "orthogonal"} == HEAD_TERMS
+    assert PRESETS["sing"] == {name: each.default for name, each in TERMS.items() if each.default}
     assert all(resolve_terms(name, {}) == terms and set(terms) <= set(TERMS) for name, terms in PRESETS.items())
-    assert PRESETS["leakage"] == {name: weight for name, weight in default.items() if name != "capacity"}
-    assert set(PRESETS["steering"]) == {*default, "steer"}
-    changed = resolve_terms("sing", {"capacity": 0, "hinge": 2.0, "head": 0.5})
-    assert changed == {"leak": 0.3, "hinge": 2.0, "band": 0.3, "class_share": 0.1, "head": 0.5}
-    assert PRESETS["sing"] == default
+    changed = resolve_terms("sing", {"capacity": 0, "hinge": 2.0, "readout": 0.5})
+    assert changed == {"hinge": 2.0, "readout": 0.5}
 
 
 def test_contrasts_do_not_depend_on_prompt_order() -> None:
@@ -212,26 +191,3 @@ def test_two_classes_with_one_prompt_add_no_direction_of_their_own(count: int) -
     basis = torch.linalg.qr(torch.stack([texts[0] - texts[j] for j in (2, 3)], dim=1)).Q
     torch.testing.assert_close(basis @ (basis.T @ found), found, atol=1e-9, rtol=0)  # nothing outside their span
     assert int((found.norm(dim=0) > 0.5).sum()) == min(count - 1, 2)
-
-
-@pytest.mark.parametrize("classes", [2, 3, 16, 100])
-def test_shuffled_prompts_are_a_derangement_and_the_same_every_time(classes: int) -> None:
-    texts = nn.functional.normalize(torch.randn(classes, 9))
-    shuffled = placebo_texts(texts, "shuffled")
-    match = (texts[:, None] == shuffled[None]).all(-1)
-    assert (match.sum(0) == 1).all()
-    assert (match.sum(1) == 1).all()
-    assert not match.diagonal().any()
-    assert torch.equal(shuffled, placebo_texts(texts, "shuffled"))
-
-
-def test_placebos_change_exactly_the_terms_that_read_texts() -> None:
-    values = {}
-    for placebo in ("none", "shuffled", "random"):
-        sing, _, features, labels = setup(placebo=placebo, terms=dict.fromkeys(TERMS, 1.0))
-        sing(features, labels)
-        values[placebo] = {name: float(each) for name, each in sing.last_terms.items()}
-    for first, second in itertools.combinations(values, 2):
-        changed = {name for name in TERMS if values[first][name] != pytest.approx(values[second][name], rel=1e-6)}
-        of_the_set = set() if "random" not in (first, second) else {"capacity", "steer"}
-        assert changed == {"leak", "hinge", "attribute", *of_the_set}  # what uses no text, or their set, cannot notice

@@ -9,14 +9,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from singreg.analysis.crossfit import AUDITED, figures
 from singreg.analysis.fitting import IMAGES_PER_FEATURE, ZERO_SHOT
-from singreg.analysis.statistics import paired_difference, paired_ratio
+from singreg.analysis.statistics import ENDS, paired_difference, paired_ratio, resampled_means
 
 Measured = tuple[pd.DataFrame, dict[str, Any]]
 """What `analyze_model` returns of one model: a row an image, and the figures."""
 
 MARGIN = 0.005  # top-1 counts as kept when the interval of its change stays above minus this
-GAMED = 1.5
+CONFIRMED = 2 / 3  # of the fall that the loop reads: where an auditor confirms less, the loss was gamed
+CLAIMED = {
+    "class_variance": "class-score variance in the null space",
+    "AS⁻": "AS⁻",
+    "|AS|": "|AS|",
+    "cross 4 sd": "success of a 4 sd step judged by another",
+}
+"""What must fall together for a claim: each alone can be met without mending anything (METHOD section 8.8)."""
 BLIND = 0.5  # share of the test images' classes that the vision-language model must name itself
 
 
@@ -33,31 +41,59 @@ COMPARED: tuple[tuple[str, str, Any], ...] = (
 )
 
 
-def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:
-    """Compare SingLoss with the control: differences and ratios of means, paired by image, with 95 % intervals.
+def compare_arms(measurements: Mapping[str, Measured], names: tuple[str, str] = ("sing", "control")) -> pd.DataFrame:
+    """Compare an arm with the control: differences and ratios of means, paired by image, with 95 % intervals.
 
     Returns:
         Columns name, translator, value, low, high, unit (× of means, degrees, points).
     """
-    both = [measurements[name][0] for name in ("sing", "control")]
+    both = [measurements[name][0] for name in names]
     classes = both[1]["label"].to_numpy()
     hits = (100 * rows["correct"].to_numpy() for rows in both)
     found = [("top-1", "-", *paired_difference(*hits, groups=classes), "points")]
-    for translator in ("frozen", "auditor"):
+    judges = [str(name)[3:] for name in both[0] if str(name).startswith("AS/") and name in both[1]]
+    for translator in judges:
         for name, column, change in COMPARED:
             pair = (change(rows[f"{column}/{translator}"].to_numpy()) for rows in both)
             found.append((f"{name} ratio", translator, *paired_ratio(*pair, groups=classes), "×"))
         pair = (_harm(rows[f"AS/{translator}"].to_numpy()) for rows in both)
         found.append(("AS⁻ difference", translator, *paired_difference(*pair, groups=classes), "°"))
+    if set(both[0]) >= AUDITED:
+        first, second = (figures(columns) for columns in _resampled(both, sorted(AUDITED), classes))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = {name: first[name] / second[name] for name in first}
+        found += [(f"{name} ratio", "auditor", *_ends(ratio), "×") for name, ratio in ratios.items()]
+    if {"loop", "auditor"} <= set(judges):
+        found.append(("confirmed share", "auditor", *confirmed_share(both, classes), "×"))
     table: pd.DataFrame = pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
     return table
 
 
-def audit_gap(figures: Mapping[str, Any]) -> float | None:
-    """Return the auditor's AS⁻ over the loop translator's (METHOD section 8.6); above 1.5 the loss was gamed."""
-    scores = figures["translators"]
-    loop = scores["loop"]["overall"]["AS_neg"]
-    return scores["auditor"]["overall"]["AS_neg"] / loop if loop > 0 else None
+def confirmed_share(both: Sequence[pd.DataFrame], classes: np.ndarray) -> tuple[float, float, float]:
+    """Return what the auditor confirms of the fall in AS⁻ that the loop reads, each by its own reading of both arms.
+
+    (control - loss by the auditor) / (control - loss by the loop), with its 95 % interval (METHOD section 8.6). A ratio
+    of the two readings after training would grow without bound as the loop's own goes to 0.
+    """
+    names = ("AS/auditor", "AS/loop")
+    harm = [rows[list(names)].apply(lambda scores: _harm(scores.to_numpy())) for rows in both]
+    after, control = _resampled(harm, names, classes)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _ends((control[names[0]] - after[names[0]]) / (control[names[1]] - after[names[1]]))
+
+
+def _resampled(both: Sequence[pd.DataFrame], names: Sequence[str], classes: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Means of columns of two arms and their paired resamples, (1 + resamples,) by name: the means come first."""
+    table = np.concatenate([rows[list(names)].to_numpy(np.float64) for rows in both], axis=1)
+    means = np.concatenate([table.mean(0)[None], resampled_means(table, groups=classes)]).T
+    return [dict(zip(names, part, strict=True)) for part in (means[: len(names)], means[len(names) :])]
+
+
+def _ends(values: np.ndarray) -> tuple[float, float, float]:
+    """(value, low, high) of a figure (1 + resamples,) whose own value comes first."""
+    defined = values[1:][np.isfinite(values[1:])]
+    low, high = np.quantile(defined, ENDS) if len(defined) else (np.nan, np.nan)
+    return float(values[0]), float(low), float(high)
 
 
 def no_claim(images: int, features: int) -> str | None:
@@ -72,36 +108,37 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
     (_, before), (_, after) = measurements["before"], measurements["sing"]
     auditor = before["translators"]["auditor"]["overall"]
     lines = [
-        f"Before: the null space holds {before['null_share']:.0%} of the feature norm; removing it costs the true "
-        f"class {auditor['AS_neg']:.2f}° (AS⁻) and moves the image's meaning by {auditor['IS']:.1f}° (IS), by the "
-        f"auditor's reading of {before['images']} test images."
+        f"Before: the null space holds {before['audit']['class_variance']:.0%} of the class scores' variance; removing "
+        f"it costs the true class {auditor['AS_neg']:.2f}° (AS⁻) and moves the image's meaning by {auditor['IS']:.1f}° "
+        f"(IS), by the auditor's reading of {before['images']} test images."
     ]
     if not trained:
         return [*lines, "Nothing was trained (training.epochs: 0), so no effect is claimed."]
-    gap = audit_gap(after)
-    if gap is not None:
-        gamed = "was gamed: do not believe its figure" if gap > GAMED else "agrees with the auditor"
-        lines.append(f"Audit: the auditor's AS⁻ is {gap:.2f} times the loop translator's, which {gamed}.")
-    judged = comparisons[comparisons["translator"] != "frozen"]
+    judged = comparisons[comparisons["translator"] != "loop"]
     found: dict[str, Any] = {str(row.name): row for row in judged.itertuples(index=False)}
-    harm, neutral = found["AS⁻ ratio"], 1
-    if math.isnan(harm.value):  # nothing to divide by: the control leaks nowhere
-        harm, neutral = found["AS⁻ difference"], 0
-    direction = "lower" if harm.high < neutral else "higher" if harm.low > neutral else "not distinguishable"
-    image, top1 = found["IS ratio"], found["top-1"]
+    fallen = {words: found[f"{name} ratio"] for name, words in CLAIMED.items()}
+    effect = "; ".join(f"{words} {_change(row)}" for words, row in fallen.items())
+    image, top1, share = found["IS ratio"], found["top-1"], found["confirmed share"]
+    effect = f"Against plain fine-tuning, by the auditor: {effect}; IS {_change(image)}."
     kept = "kept" if top1.low > -100 * MARGIN else "lost" if top1.high < 0 else "not shown to be kept"
-    effect = (
-        f"Against plain fine-tuning, SingLoss leaves an AS⁻ that is {direction}: {harm.value:.2f}{harm.unit} "
-        f"[{harm.low:.2f}, {harm.high:.2f}] by the auditor "
-        f"({after['translators']['auditor']['overall']['AS_neg']:.2f}°), with IS {image.value:.2f}× "
-        f"[{image.low:.2f}, {image.high:.2f}]."
-    )
     price = (
         f"Top-1 is {kept}: {top1.value:+.2f} points [{top1.low:+.2f}, {top1.high:+.2f}] "
         f"(margin {100 * MARGIN:.1f} points)."
     )
+    confirmed = (
+        f"Audit: of the fall in AS⁻ that the loop's translator reads the auditor confirms {share.value:.0%} "
+        f"[{share.low:.0%}, {share.high:.0%}]"
+    )
+    gamed = not share.value >= CONFIRMED
+    confirmed += "; the loss was gamed: do not believe the loop's figure." if gamed else "."
     refused = no_claim(after["translators"]["auditor"]["fit_images"], after["head"]["features"])
-    return [*lines, refused or effect, price]
+    return [*lines, refused or effect, confirmed, price]
+
+
+def _change(row: Any) -> str:
+    """A ratio with its interval, and in words where the interval holds 1."""
+    said = "" if row.high < 1 or row.low > 1 else " (not distinguishable)"
+    return f"{row.value:.2f}× [{row.low:.2f}, {row.high:.2f}]{said}"
 
 
 def finetune_warnings(measured: Mapping[str, Any], translators: Sequence[str] = ("auditor",)) -> list[str]:

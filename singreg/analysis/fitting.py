@@ -26,7 +26,6 @@ from singreg.translator import (
 )
 from singreg.utils import all_reduce_sum
 
-VALIDATION_EVERY = 5
 REFERENCE_IMAGES = 32  # of a class, behind its reference image score
 IMAGES_PER_FEATURE = 6.0
 """With fewer images a feature an auditor is not identified well, AS⁻ reads too high, and a report makes no claim."""
@@ -38,11 +37,36 @@ ZERO_SHOT = 0.5
 
 @dataclass(frozen=True)
 class FittedTranslator:
-    """A translator with the mean feature (m,) and class means (C, m; NaN where unseen) of the images behind it."""
+    """A translator, with the mean feature (m,), class means (C, m; NaN where unseen) and sums of the images behind it.
+
+    `halves` are the sums over every other image, whose agreement chose the ridge.
+    """
 
     translator: LinearTranslator
     mean: Tensor
     class_means: Tensor
+    halves: tuple[RidgeStatistics, RidgeStatistics]
+
+    @property
+    def statistics(self) -> RidgeStatistics:
+        """The sums over all images."""
+        first, second = self.halves
+        return RidgeStatistics(*first.fz.shape, device=first.ff.device).merge(first).merge(second)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all tensors by name, to be kept in a file."""
+        linear = {"matrix": self.translator.matrix, "offset": self.translator.offset}
+        halves = {f"{half}.{key}": each for half in (0, 1) for key, each in self.halves[half].state_dict().items()}
+        return {**linear, "mean": self.mean, "class_means": self.class_means, **halves}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], info: TranslatorInfo) -> FittedTranslator:
+        """Return what `state_dict` was taken of."""
+        translator = LinearTranslator(state["matrix"], state["offset"], info)
+        halves = [RidgeStatistics(*state["0.fz"].shape, device=state["matrix"].device) for _ in range(2)]
+        for half, sums in enumerate(halves):
+            sums.load_state_dict({key: state[f"{half}.{key}"] for key in sums.state_dict()})
+        return cls(translator, state["mean"], state["class_means"], (halves[0], halves[1]))
 
 
 def fit_on_split(
@@ -56,7 +80,7 @@ def fit_on_split(
     settings: PassSettings | None = None,
     description: str = "translator",
 ) -> FittedTranslator:
-    """Fit T on all images of a split in one pass; every fifth image chooses λ. Exact over processes.
+    """Fit T on all images of a split in one pass, λ by the agreement of every other image. Exact over processes.
 
     The row-space and the null block of the head are brought to unit scale first, so that neither turning nor shrinking
     the null block moves the fit (METHOD section 8.6).
@@ -65,23 +89,22 @@ def fit_on_split(
     """
     basis = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).basis
     width, device = classifier.feature_dim, classifier.weight.device
-    fit, validation = (RidgeStatistics(width, embeddings.shape[1], device=device) for _ in range(2))
+    first, second = (RidgeStatistics(width, embeddings.shape[1], device=device) for _ in range(2))
     sums = torch.zeros(classifier.num_classes, width, dtype=torch.float64, device=device)
     counts = torch.zeros(classifier.num_classes, dtype=torch.float64, device=device)
     for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), description)):
-        # By position in the split, so that the draw is the same on any number of processes.
-        held_out = (batch.indices % VALIDATION_EVERY == 0).to(device)
-        fit.update(batch.features[~held_out], batch.embeddings[~held_out])
-        validation.update(batch.features[held_out], batch.embeddings[held_out])
+        # By position in the split, so that the halves are the same on any number of processes.
+        even = (batch.indices % 2 == 0).to(device)
+        first.update(batch.features[even], batch.embeddings[even])
+        second.update(batch.features[~even], batch.embeddings[~even])
         known = batch.labels >= 0
         sums.index_add_(0, batch.labels[known], batch.features[known].double())
         counts += torch.bincount(batch.labels[known], minlength=len(counts))
-    fit.reduce()
-    validation.reduce()
+    halves = first.reduce(), second.reduce()
     sums, counts = all_reduce_sum(sums), all_reduce_sum(counts)
-    translator = translator_from_statistics(fit, validation, ridges=ridges, standardize=basis, info=info)
-    mean = (fit.f + validation.f) / (fit.count + validation.count)
-    return FittedTranslator(translator.to(device), mean.float(), (sums / counts[:, None]).float())
+    translator = translator_from_statistics(*halves, ridges=ridges, standardize=basis, info=info)
+    mean = (first.f + second.f) / (first.count + second.count)
+    return FittedTranslator(translator.to(device), mean.float(), (sums / counts[:, None]).float(), halves)
 
 
 def fit_translators(

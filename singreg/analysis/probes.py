@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
-from singreg.analysis.fitting import VALIDATION_EVERY
 from singreg.analysis.statistics import mean_interval, paired_difference, resampled_means
 from singreg.nullspace import NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
 from singreg.utils import all_reduce_sum, gather_rows, plain
 
+VALIDATION_EVERY = 5  # every fifth image chooses λ
 BLOCKS = ("features", "row_space", "null_space")
 """What a fit was given: f, Π_p f or Π_n f."""
 

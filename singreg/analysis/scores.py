@@ -10,7 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from singreg.analysis.crossfit import CrossFit, summarize
 from singreg.analysis.features import FeatureBatch, PassSettings, evenly, gathered, iterate_features
+from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.statistics import ENDS, mean_interval, ratio_interval, resampled_means
 from singreg.analysis.steering import measure_steering
 from singreg.data.datasets import ImageSplit
@@ -37,6 +39,7 @@ def analyze_model(
     translators: Mapping[str, Translator],
     *,
     mean: Tensor,
+    auditor: FittedTranslator | None = None,
     invariance: Invariance = "logits",
     settings: PassSettings | None = None,
     steering_image_score: float = 40.0,
@@ -45,6 +48,7 @@ def analyze_model(
 
     Args:
         mean: (m,) feature mean for the centred removal (METHOD section 8.4).
+        auditor: adds "audit", what its two halves say of each other (METHOD section 8.8).
         steering_image_score: image score at which features are steered to another class (paper table 1).
 
     Shape: embeddings (N, n), texts (C, n) unit rows.
@@ -61,6 +65,7 @@ def analyze_model(
         counts = f"it has {len(split)} images, {unlabelled} of them unlabelled"
         raise ValueError(f"split {split.name!r} must hold labelled images to be measured on; {counts}")
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
+    crossfit = CrossFit(auditor, texts, space) if auditor is not None else None
     sums = {name: torch.zeros(4 + texts.shape[1], dtype=torch.float64, device=texts.device) for name in translators}
     columns, kept, steered = [], [], evenly(len(split), STEERING_IMAGES)
     change = torch.zeros(2, dtype=torch.float64, device=texts.device)
@@ -75,6 +80,7 @@ def analyze_model(
                 scores = dict(zip(COLUMNS, score_columns(z, translator(equivalent), text), strict=True))
                 figures |= {f"{kind}{figure}/{name}": scores[figure] for figure in ROW_FIGURES}
             sums[name] += _quality_sums(translator, z, batch, texts)
+        figures |= crossfit.read(batch) if crossfit is not None else {}
         columns.append({name: value.cpu().numpy() for name, value in figures.items()})
         mine = torch.from_numpy(np.isin(batch.indices.numpy(), steered))
         parts = {"features": batch.features, "labels": batch.labels, "indices": batch.indices}
@@ -100,6 +106,8 @@ def analyze_model(
         "translators": {n: _translator_figures(t, rows, n, sums[n], len(texts)) for n, t in translators.items()},
         "steering": {name: measure_steering(*images, attacker=each, **attack) for name, each in translators.items()},
     }
+    if crossfit is not None:
+        found["audit"] = summarize(rows, rows["label"])
     return pd.DataFrame(rows), plain(found)
 
 

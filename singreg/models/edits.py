@@ -14,13 +14,14 @@ from torch.nn.utils import parametrize
 
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError, batch_norm_and_linear
-from singreg.nullspace import NullSpace
+from singreg.nullspace import Invariance, NullSpace, row_space_projection
 from singreg.ridge import RidgeStatistics
+from singreg.terms import score_variance
 from singreg.translator import LinearTranslator
 
 RIDGE = 1e-3  # of the mean feature variance: with fewer images than features the rest of the space has none
 FLOOR = 1e-3  # of σ_1: a row direction below it would be lost when the head is stored in float32 or bfloat16
-OUTSIDE = 1e-3  # share of a head's norm that counts as rounding when it is said to lie in a row space
+SETTLING = 100  # steps of L-BFGS
 
 
 @dataclass(frozen=True)
@@ -101,39 +102,59 @@ def align_head_(
     return found
 
 
-class RowSpaceConstraint(nn.Module):
-    """W = W_raw Q Qᵀ: whatever W_raw (C, m) or (C, m, 1, 1) becomes, the rows stay in the span of Q."""
+def settle_head_(
+    classifier: Classifier,
+    translator: LinearTranslator,
+    texts: Tensor,
+    statistics: RidgeStatistics,
+    *,
+    strength: float = 0.3,
+    floor: float = 1.0,
+    invariance: Invariance = "logits",
+) -> dict[str, float]:
+    """Move the head's rows towards the translated prompts as far as the logits allow, in place (METHOD section 7).
 
-    basis: Tensor
+    Minimises E|ΔW (f - μ)|² / E|W (f - μ)|² + strength · capacity(W) from the images' sums alone, by L-BFGS in float64
+    from the weight as it is. Mean logits stay. An aligned head is the other end: capacity 0 at any change of logits.
 
-    def __init__(self, basis: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("basis", basis)
+    Args:
+        texts: prompts of the classes, (C, n).
+        statistics: of the images behind the translator.
+        floor: ε of capacity's metric.
 
-    def forward(self, raw: Tensor) -> Tensor:
-        with torch.autocast(raw.device.type, enabled=False):  # bfloat16 products would leave the row space
-            basis = self.basis.to(raw.dtype)
-            return ((raw.flatten(1) @ basis) @ basis.T).reshape(raw.shape)
+    Returns:
+        capacity before and after, and logit_change, the root of the first summand.
+    """
+    head, bias = _plain_head(classifier), classifier.bias
+    old, count = classifier.weight.detach().to(torch.float64), statistics.count.clamp_min(1)
+    moments = (statistics.ff if bias is None else statistics.centred()[0]) / count
+    metric = statistics.centred()[0] / count
+    pulled = texts.to(old) @ translator.matrix.to(old)
+    whole, energy = score_variance(pulled, metric, floor), ((old @ moments) * old).sum()
+    weight = old.clone().requires_grad_()
 
+    def parts() -> tuple[Tensor, Tensor]:
+        change = weight - old
+        null = pulled - row_space_projection(weight, pulled, invariance=invariance)
+        return ((change @ moments) * change).sum() / energy, score_variance(null, metric, floor) / whole
 
-def constrain_to_rows(classifier: Classifier, rows: Tensor) -> Classifier:
-    """Keep the head's rows in the span of `rows` (r, m), as of `AlignedHead.rows`, while it trains, in place."""
-    head, weight = _plain_head(classifier), classifier.weight.detach()
-    exact, basis = weight.to(torch.float64), _orthonormal(rows.detach().to(weight.device, torch.float64))
-    outside = float((exact - (exact @ basis.T) @ basis).norm() / exact.norm())
-    if not outside <= OUTSIDE:
-        raise ValueError(f"{outside:.1%} of the head's norm lies outside the given rows; align the head first")
-    parametrize.register_parametrization(head, "weight", RowSpaceConstraint(basis.T.to(weight.dtype).contiguous()))
-    return classifier
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        change, capacity = parts()
+        total = change + strength * capacity
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
 
-
-def release_rows(classifier: Classifier) -> Classifier:
-    """Take the constraint off, in place: the head is a plain layer again, with the weight and logits it has now."""
-    head, kind = classifier.head, type(classifier.head)
-    # torch takes the property off the module's class, which a deep copy shares, so the module first gets its own class.
-    head.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-    parametrize.remove_parametrizations(head, "weight", leave_parametrized=True)
-    return classifier
+    optimizer = torch.optim.LBFGS([weight], max_iter=SETTLING, history_size=20, line_search_fn="strong_wolfe")
+    before = float(parts()[1].detach())
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    change, capacity = parts()
+    with torch.no_grad():
+        shift = (old - weight) @ (statistics.f / count)
+        head.get_parameter("weight").copy_(weight.reshape(head.get_parameter("weight").shape))
+        if bias is not None:
+            bias += shift.to(bias)
+    return {"capacity_before": before, "capacity": float(capacity), "logit_change": float(change.sqrt())}
 
 
 def _plain_head(classifier: Classifier) -> nn.Module:
@@ -141,7 +162,7 @@ def _plain_head(classifier: Classifier) -> nn.Module:
     if batch_norm_and_linear(classifier.head) is not None:
         raise HeadError(f"the head of {classifier.tag} is a batch norm and a linear layer: W cannot be written")
     if parametrize.is_parametrized(classifier.head):
-        raise HeadError(f"the head of {classifier.tag} is constrained already; call release_rows first")
+        raise HeadError(f"the head of {classifier.tag} is parametrised: its weight cannot be written")
     return classifier.head
 
 

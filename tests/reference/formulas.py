@@ -59,9 +59,8 @@ def sing_terms(
     class_means: Tensor,
     reference: Tensor,
     confusable: int,
-    random_targets: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Every SingLoss term image by image in plain loops (METHOD section 6); steer to the texts and random targets."""
+    """Every SingLoss term of features and translator image by image in plain loops (METHOD section 6)."""
     project = torch.linalg.pinv(weight) @ weight
     text = texts / texts.norm(dim=1, keepdim=True)
     rows = []
@@ -95,39 +94,51 @@ def sing_terms(
                 shared(null, (anchor - anchor @ project).detach()),
                 null @ null,
                 centred @ centred,
-                (eq_to_text - to_text).abs() / reference[y],
             )
         )
-    prompts = text @ matrix
     columns = [torch.stack(column).mean() for column in zip(*rows, strict=True)]
     return {
         "leak": columns[0] / columns[1],
         "hinge": columns[2],
-        "attribute": columns[7],
         "band": columns[3],
         "class_share": columns[4] / columns[5],
-        "capacity": (prompts - prompts @ project).square().sum() / prompts.square().sum(),
         "null_energy": columns[5] / columns[6].detach(),
-        "null_share": columns[5] / columns[6],
-        **weight_terms(weight, [matrix], text if random_targets is None else torch.cat([text, random_targets])),
     }
 
 
-def weight_terms(weight: Tensor, matrices: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
-    """The terms of W alone: M = A Π_n Aᵀ, the centred W's singular values, cosines of pairs of rows."""
-    null = torch.eye(weight.shape[1], dtype=weight.dtype) - torch.linalg.pinv(weight) @ weight
-    cosine = torch.nn.functional.cosine_similarity
-    moved = [cosine(a @ null @ a.T @ t, t, dim=0).square() for a in matrices for t in targets]
-    rank = min(len(weight) - 1, weight.shape[1])
-    sigma = torch.linalg.svdvals(weight - weight.mean(0))[:rank]
-    pairs = [
-        cosine(weight[i], weight[j], dim=0).square() for i in range(len(weight)) for j in range(len(weight)) if i != j
-    ]
-    return {
-        "steer": torch.stack(moved).mean(),
-        "head": torch.relu(0.3 - sigma.min() / sigma.max()).square() / 0.3**2,
-        "orthogonal": torch.stack(pairs).mean(),
-    }
+def capacity(weight: Tensor, matrix: Tensor, texts: Tensor, bank: Tensor, floor: float) -> Tensor:
+    """tr(P M Pᵀ) / tr(A_t M A_tᵀ) with M written out from the bank's features (N, m) (METHOD section 10.2)."""
+    width = bank.shape[1]
+    covariance = torch.cov(bank.T, correction=0)
+    metric = covariance + floor * torch.trace(covariance) / width * torch.eye(width).to(bank)
+    null = torch.eye(width).to(bank) - torch.linalg.pinv(weight) @ weight
+    above = [t @ matrix @ null @ metric @ null @ matrix.T @ t for t in texts]
+    below = [t @ matrix @ metric @ matrix.T @ t for t in texts]
+    return torch.stack(above).sum() / torch.stack(below).sum()
+
+
+def readout(
+    *, features: Tensor, embeddings: Tensor, weight: Tensor, texts: Tensor, bank: Tensor, bank_z: Tensor, fitted: Tensor
+) -> Tensor:
+    """1 - R² of a ridge regression of contrast scores on the row space, image by image (METHOD section 10.1).
+
+    `fitted` is the head (C, m) at the time of the fit to the bank's features (N, m) and embeddings (N, n).
+    """
+    centred = texts - texts.mean(0)
+    span = torch.linalg.svd(centred, full_matrices=False)[2][: len(texts) - 1]
+    rows = torch.linalg.qr(fitted.T).Q.T
+    x, s = (bank - bank.mean(0)) @ rows.T, (bank_z - bank_z.mean(0)) @ span.T
+    gram = x.T @ x
+    penalty = 1e-3 * torch.trace(gram) / len(gram) * torch.eye(len(gram)).to(gram)
+    coefficients = torch.linalg.inv(gram + penalty) @ x.T @ s
+    project = torch.linalg.pinv(weight) @ weight
+    missed, spread = [], []
+    for f, z in zip(features, embeddings, strict=True):
+        seen = span @ (z - bank_z.mean(0))
+        read = coefficients.T @ (rows @ (project @ (f - bank.mean(0))))
+        missed.append((seen - read).square().sum())
+        spread.append(seen.square().sum())
+    return torch.stack(missed).sum() / torch.stack(spread).sum()
 
 
 def degrees(x: Tensor, y: Tensor) -> float:
