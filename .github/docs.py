@@ -19,7 +19,8 @@ import pandas as pd
 from docstring_parser import parse as parse_docstring
 
 from singreg.config import FinetuneConfig
-from singreg.report import interval, number, percent
+from singreg.report import interval, percent
+from singreg.tables import audit_table
 from singreg.utils import write_json, write_text
 
 HERE = Path(__file__).parent
@@ -61,8 +62,9 @@ def _kept_finetune(report: Mapping[str, Any]) -> dict[str, Any]:
             "top1": found["top1"],
             "images": found["images"],
             "translators": {"auditor": {name: scores[name] for name in ("overall", "intervals")}},
+            "audit": found["audit"],
         }
-    return {"measurements": measurements, "comparisons": report["comparisons"], "audit_gap": report["audit_gap"]}
+    return {"measurements": measurements, "comparisons": report["comparisons"]}
 
 
 def _kept_study(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,15 +117,8 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _finetune_table(kept: Mapping[str, Any]) -> str:
-    rows = []
-    for stage, found in kept["measurements"].items():
-        scores = found["translators"]["auditor"]
-        row = {"model": STAGES[stage], "top-1": percent(found["top1"])}
-        for figure, title in (("AS_neg", "AS⁻ °"), ("AS_abs", "abs. AS °"), ("IS", "IS °")):
-            row[title] = interval(scores["overall"][figure], *scores["intervals"][figure])
-        rows.append(row)
-    gap = {stage: number(kept["audit_gap"]) if stage == "sing" else "" for stage in kept["measurements"]}
-    return _markdown([{**row, "audit gap": gap[stage]} for stage, row in zip(kept["measurements"], rows, strict=True)])
+    table = audit_table({STAGES[stage]: found for stage, found in kept["measurements"].items()})
+    return str(table.rename(columns={"|AS| °": "abs. AS °"}).to_markdown(index=False, disable_numparse=True))
 
 
 def _study_table(kept: Mapping[str, Any]) -> str:

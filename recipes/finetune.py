@@ -153,7 +153,7 @@ def train(
 def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, Measured]) -> None:
     """Compare the arms and write the run's report."""
     comparisons = compare_arms(measured)
-    plots = plot_finetune(measured, setup.splits.class_names, run.folder / "plots")
+    plots = plot_finetune(measured, comparisons, setup.splits.class_names, run.folder / "plots")
     log_figures(run.accelerator, plots)
     figures = {name: found for name, (_, found) in measured.items()}
     write_report(

@@ -27,8 +27,14 @@ MANY_FLOORED = 0.1
 READING = (
     "Means over the same test images with 95 % bootstrap intervals. AS⁻: what removing the null space takes from the "
     "true class (leakage, lower is better). IS: how far it moves the image's meaning. κ: its direction to the class's "
-    "text, 0 at chance. fitted, frozen: by a translator from the bank, frozen before training; loop: by the one that "
-    "the loss saw last; auditor: by one from images of its own."
+    "text, 0 at chance. fitted: by a translator from the bank; loop: by the one of that kind that the loss saw last; "
+    "auditor: by one from images of its own."
+)
+AUDIT = (
+    "By an auditor, fitted on images that training never saw, with 95 % intervals over classes and images. In the null: "
+    "the share of the class scores' variance that the null space carries, read by two halves of the auditor, whose "
+    "errors so cancel. 4 sd: how often a null step of four standard deviations, made on one half, lets another "
+    "class's prompt win in the reading of the other half. All of these are to fall together; IS is to stay."
 )
 Found = Mapping[str, Any]
 
@@ -55,6 +61,19 @@ def score_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
         row = {"model": model, "translator": name, "top-1": percent(found["top1"])}
         row |= _scores(by["overall"], by["intervals"])
         rows.append({**row, "null share": number(found["null_share"], 3), "zero-shot": percent(by["zero_shot"])})
+    return _table(rows)
+
+
+def audit_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
+    """Return the few figures of every model that a claim needs, by the auditor (`analyze_model` with an auditor)."""
+    rows = []
+    for model, found in measurements.items():
+        by, audit = found["translators"]["auditor"], found["audit"]
+        shares = {"class_variance": "in the null %", "cross 4 sd": "4 sd %"}
+        row = {"model": model, "top-1": percent(found["top1"])}
+        row |= {SCORES[k][0]: _with(by["overall"][k], by["intervals"][k]) for k in ("AS_neg", "AS_abs", "IS")}
+        bounds = {key: [100 * end for end in audit["intervals"][key]] for key in shares}
+        rows.append(row | {title: _with(100 * audit[key], bounds[key], 1) for key, title in shares.items()})
     return _table(rows)
 
 

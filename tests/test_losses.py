@@ -195,7 +195,7 @@ def test_runs_in_float32_outside_autocast() -> None:
 
 def test_a_state_brings_translator_metric_readout_step_and_references() -> None:
     """Through safetensors, as checkpoints keep it, and into a loss that was neither calibrated nor given these."""
-    saved, head, features, labels = setup(weight=0.3, ramp_steps=5, terms=dict.fromkeys(TERMS, 1.0))
+    saved, _, features, labels = setup(weight=0.3, ramp_steps=5, terms=dict.fromkeys(TERMS, 1.0))
     saved.set_translator(other_translator(), RidgeStatistics(M, N).update(saved.bank[:30], saved.bank_z[:30]))
     value(saved.train(), features, labels)
     other, *_ = setup(calibrated=False, weight=0.3, ramp_steps=5, terms=dict.fromkeys(TERMS, 1.0))

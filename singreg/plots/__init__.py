@@ -38,13 +38,6 @@ def styled(axes: Axes, title: str = "") -> Axes:
     return axes
 
 
-def bar(axes: Axes, x: float, width: float, value: float, bounds: Sequence[float], colour: str, alpha: float) -> None:
-    """Draw a bar with its interval."""
-    low, high = bounds
-    axes.bar(x, value, width, color=colour, alpha=alpha)
-    axes.errorbar(x, value, [[max(value - low, 0)], [max(high - value, 0)]], color="black", capsize=3, lw=1)
-
-
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, whole or not at all, and return its path."""
     FigureCanvasAgg(figure)

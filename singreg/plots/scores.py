@@ -16,14 +16,27 @@ from singreg import report
 from singreg.analysis.comparison import Measured
 from singreg.analysis.levels import joint_distribution, select_concepts
 from singreg.data.datasets import ImageSplit
-from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, bar, drawable, panels, save, styled
-from singreg.tables import READING, score_table
+from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, styled
+from singreg.tables import AUDIT, READING, audit_table, score_table
 
 # How the models of a fine-tuning run are called wherever people read them.
 STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "SingLoss"}
 COLOURS = {"before": GREY, "control": ORANGE, "sing": BLUE}
 PERTURBATIONS = {"null": (BLUE, "null space"), "random": (GREY, "random"), "principal": (RED, "row space")}
 SIDES = {"before": "nearest to T(f)", "after": "nearest to T(f~)", "steered": "nearest to the steered T(f)"}
+RATIOS_SHOWN = {
+    "class_variance ratio": ("class-score variance in the null", True),
+    "AS⁻ ratio": ("AS⁻", True),
+    "|AS| ratio": ("|AS|", True),
+    "contrast AS_abs ratio": ("|AS| of the classes' contrasts", True),
+    "unique_r2 ratio": ("R² that only the null has", True),
+    "cross 4 sd ratio": ("success of a 4 sd step, judged by another", True),
+    "cross 25% of |f| ratio": ("success of a 25 % step, judged by another", True),
+    "IS ratio": ("IS", False),
+    "orthogonal IS ratio": ("IS beside all prompts", False),
+    "harmless_r2 ratio": ("R² beside all prompts", False),
+}
+"""Names in people's words, and whether they are to fall."""
 CLASSES_SHOWN, CLASSES_COMPARED, CONCEPTS_SHOWN = 24, 40, 16
 NAME_LENGTH = 28  # characters beside an axis
 Found = Mapping[str, Any]
@@ -196,12 +209,14 @@ def _cloud(rows: pd.DataFrame, translator: str) -> pd.DataFrame:
     return cloud
 
 
-def plot_finetune(measured: Mapping[str, Measured], class_names: Sequence[str], folder: Path) -> list[report.Figure]:
+def plot_finetune(
+    measured: Mapping[str, Measured], comparisons: pd.DataFrame, class_names: Sequence[str], folder: Path
+) -> list[report.Figure]:
     """Draw every figure of recipes/finetune.py below a folder, the summary first."""
     figures = {stage: found for stage, (_, found) in measured.items()}
     clouds = {stage: (_cloud(rows, "auditor"), joint_distribution(rows)) for stage, (rows, _) in measured.items()}
     return [
-        report.Figure(plot_summary(figures, folder / "summary.png"), "the models side by side"),
+        report.Figure(plot_ratios(comparisons, figures["before"]["images"], folder / "summary.png"), "what is left"),
         report.Figure(plot_joint(clouds, folder / "joint.png"), "AS against IS of every test image"),
         report.Figure(plot_class_leakage(figures, class_names, folder / "classes.png"), "AS⁻ of every class"),
     ]
@@ -211,29 +226,34 @@ def finetune_sections(
     figures: Mapping[str, Found], comparisons: pd.DataFrame, plots: Sequence[report.Figure]
 ) -> list[report.Section]:
     """Arrange a run's tables and plots (`plot_finetune`) as the sections of its report."""
-    results = score_table({STAGES[stage]: found for stage, found in figures.items()})
+    named = {STAGES[stage]: found for stage, found in figures.items()}
     return [
-        report.Section("Results", [results, READING, *plots[:1]]),
+        report.Section("Results", [audit_table(named), AUDIT, *plots[:1]]),
+        report.Section("By the auditor and by the loop", [score_table(named), READING]),
         report.Section("SingLoss against the control", [comparisons, "Ratios of means, paired by image."]),
         report.Section("Images and classes", plots[1:]),
     ]
 
 
-def plot_summary(measurements: Mapping[str, Found], path: Path) -> Path:
-    """Draw AS⁻, |AS|, IS and top-1 of every stage with 95 % intervals, by the auditor and the frozen translator."""
-    figure, drawn = panels(4, width=3.2)
-    titles = {"AS_neg": "AS⁻ (leakage)", "AS_abs": "|AS|", "IS": "IS (variety)"}
-    for x, (stage, measured) in enumerate(measurements.items()):
-        for axes, key in zip(drawn, titles, strict=False):
-            for place, (name, alpha) in enumerate((("auditor", 1.0), ("frozen", 0.4))):
-                by = measured["translators"][name]
-                bar(axes, x - 0.2 + 0.4 * place, 0.38, by["overall"][key], by["intervals"][key], COLOURS[stage], alpha)
-        bar(drawn[3], x, 0.6, 100 * measured["top1"], [100 * v for v in measured["top1_interval"]], COLOURS[stage], 1)
-    for axes, title, unit in zip(drawn, (*titles.values(), "top-1"), [*["degrees"] * 3, "%"], strict=True):
-        axes.set_xticks(range(len(measurements)), [STAGES[name].split(" ")[0] for name in measurements])
-        styled(axes, title).set_ylabel(unit)
-    images = next(iter(measurements.values()))["images"]
-    figure.suptitle(f"{images} test images, 95 % intervals; full colour: auditor, pale: frozen translator", fontsize=9)
+def plot_ratios(comparisons: pd.DataFrame, images: int, path: Path) -> Path:
+    """Draw what SingLoss leaves of the control, as ratios with 95 % intervals by the auditor; left of 1 is less."""
+    table = comparisons[comparisons["translator"] == "auditor"].set_index("name")
+    shown = [name for name in RATIOS_SHOWN if name in table.index and np.isfinite(table.loc[name, "value"])]
+    figure, (axes,) = panels(width=7.4, height=0.42 * len(shown) + 1.6)
+    for place, name in enumerate(shown):
+        value, low, high = (float(table.loc[name, end]) for end in ("value", "low", "high"))
+        colour = BLUE if RATIOS_SHOWN[name][1] else GREY
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot(value, place, marker="o", color=colour)
+        axes.annotate(f"{value:.2f}×", (value, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [RATIOS_SHOWN[name][0] for name in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+    axes.set_xlabel("SingLoss / plain fine-tuning")
+    top1 = comparisons.set_index("name").loc["top-1"]
+    said = f"top-1 {top1['value']:+.2f} points [{top1['low']:+.2f}, {top1['high']:+.2f}]"
+    styled(axes, f"{images} test images, 95 % intervals; blue should fall, grey should stay; {said}")
     return save(figure, path)
 
 
