@@ -31,7 +31,7 @@ READING = (
     "auditor: by one from images of its own."
 )
 AUDIT = (
-    "By an auditor, fitted on images that training never saw, with 95 % intervals over classes and images. In the null: "
+    "By an auditor, fitted on images that training never saw; 95 % intervals over classes and images. In the null: "
     "the share of the class scores' variance that the null space carries, read by two halves of the auditor, whose "
     "errors so cancel. 4 sd: how often a null step of four standard deviations, made on one half, lets another "
     "class's prompt win in the reading of the other half. All of these are to fall together; IS is to stay."
