@@ -7,7 +7,13 @@ import warnings
 import numpy as np
 import pytest
 
-from singreg.analysis.statistics import mean_interval, paired_difference, paired_ratio, resampled_means
+from singreg.analysis.statistics import (
+    mean_interval,
+    paired_difference,
+    paired_proportions,
+    paired_ratio,
+    resampled_means,
+)
 
 
 def slow_means(columns: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -108,3 +114,26 @@ def test_a_ratio_to_nothing_is_not_a_number_and_never_astronomic() -> None:
     assert low == pytest.approx(50 / 3, rel=0.35)
     # A draw with no image that could be steered says nothing about the mean over steered ones.
     assert paired_ratio(3 * rare, rare) == pytest.approx((3, 3, 3))
+
+
+@pytest.mark.parametrize(("gained", "lost", "count"), [(12, 2, 50), (0, 0, 80), (9, 9, 100)])
+def test_paired_proportions_are_tangos(gained: int, lost: int, count: int) -> None:
+    """The score test of every difference on a grid, its variance by brute force over the nuisance proportion."""
+    after = np.r_[np.ones(gained), np.zeros(lost), np.ones(count - gained - lost)]
+    before = np.r_[np.zeros(gained), np.ones(lost), np.ones(count - gained - lost)]
+    found = paired_proportions(after, before)
+    assert found[0] == (gained - lost) / count
+    if gained == lost == 0:  # where no image differs the interval has a closed form, and a width
+        assert found[2] == pytest.approx(1.96**2 / (count + 1.96**2), abs=1e-6)
+    kept = []
+    for delta in np.linspace(-0.5, 0.5, 1001):
+        q = np.linspace(max(0, -delta), (1 - delta) / 2, 4001)[1:-1]  # of the lost; the gained are q + delta
+        rest = count - gained - lost
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = [n * np.log(p) if n else 0.0 for n, p in ((lost, q), (gained, q + delta), (rest, 1 - 2 * q - delta))]
+        likely = q[np.argmax(np.nan_to_num(sum(logs), nan=-np.inf))]
+        z = (gained - lost - count * delta) / np.sqrt(count * (2 * likely + delta * (1 - delta)))
+        kept += [delta] if abs(z) <= 1.96 else []
+    assert (min(kept), max(kept)) == pytest.approx(found[1:], abs=2e-3)
+    mirrored = paired_proportions(before, after)
+    assert mirrored == pytest.approx((-found[0], -found[2], -found[1]), abs=1e-9)

@@ -11,13 +11,17 @@ import pandas as pd
 
 from singreg.analysis.crossfit import AUDITED, figures
 from singreg.analysis.fitting import IMAGES_PER_FEATURE, ZERO_SHOT
-from singreg.analysis.statistics import ENDS, paired_difference, paired_ratio, resampled_means
+from singreg.analysis.statistics import ENDS, paired_difference, paired_proportions, paired_ratio, resampled_means
 
 Measured = tuple[pd.DataFrame, dict[str, Any]]
 """What `analyze_model` returns of one model: a row an image, and the figures."""
 
 MARGIN = 0.005  # top-1 counts as kept when the interval of its change stays above minus this
 CONFIRMED = 2 / 3  # of the fall that the loop reads: where an auditor confirms less, the loss was gamed
+LEAST_IMAGES, LEAST_CLASSES = 200, 5
+"""Of a claim: with fewer images half is not known to 0.07, and a bootstrap over fewer classes means little."""
+UNMOVED = 1e-3  # degrees: arms whose every image agrees to this are one arm
+SMALLEST = 0.05  # a ratio nearer to 1 is no effect worth a claim
 CLAIMED = {
     "class_variance": "class-score variance in the null space",
     "AS⁻": "AS⁻",
@@ -49,8 +53,8 @@ def compare_arms(measurements: Mapping[str, Measured], names: tuple[str, str] = 
     """
     both = [measurements[name][0] for name in names]
     classes = both[1]["label"].to_numpy()
-    hits = (100 * rows["correct"].to_numpy() for rows in both)
-    found = [("top-1", "-", *paired_difference(*hits, groups=classes), "points")]
+    top1 = paired_proportions(*(rows["correct"].to_numpy(np.float64) for rows in both))
+    found: list[tuple[Any, ...]] = [("top-1", "-", *(100 * end for end in top1), "points")]
     judges = [str(name)[3:] for name in both[0] if str(name).startswith("AS/") and name in both[1]]
     for translator in judges:
         for name, column, change in COMPARED:
@@ -132,13 +136,31 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
     gamed = not share.value >= CONFIRMED
     confirmed += "; the loss was gamed: do not believe the loop's figure." if gamed else "."
     refused = no_claim(after["translators"]["auditor"]["fit_images"], after["head"]["features"])
-    return [*lines, refused or effect, confirmed, price]
+    refused = refused or _no_comparison(measurements)
+    return [*lines, *([refused] if refused else [effect, confirmed]), price]
+
+
+def _no_comparison(measurements: Mapping[str, Measured]) -> str | None:
+    """Say why the test images support no claim about the two arms; None where they do."""
+    rows, control = (measurements[name][0] for name in ("sing", "control"))
+    images, classes = len(rows), rows["label"].nunique()
+    if images < LEAST_IMAGES or classes < LEAST_CLASSES:
+        return (
+            f"No claim: an interval from {images} test images of {classes} classes means little; at least "
+            f"{LEAST_IMAGES} images of {LEAST_CLASSES} classes are needed (data.per_class.test or data.scenes.test)."
+        )
+    moved = np.abs(rows["AS/auditor"] - control["AS/auditor"]).max()
+    if moved < UNMOVED:
+        return f"No claim: the two arms are the same (AS of no test image differs by more than {moved:.1g}°)."
+    return None
 
 
 def _change(row: Any) -> str:
-    """A ratio with its interval, and in words where the interval holds 1."""
-    said = "" if row.high < 1 or row.low > 1 else " (not distinguishable)"
-    return f"{row.value:.2f}× [{row.low:.2f}, {row.high:.2f}]{said}"
+    """A ratio with its interval, and in words where it supports no more than that."""
+    if row.low <= 1 <= row.high:
+        return f"{row.value:.2f}× [{row.low:.2f}, {row.high:.2f}] (not distinguishable)"
+    small = " (too little to matter)" if abs(row.value - 1) < SMALLEST else ""
+    return f"{row.value:.2f}× [{row.low:.2f}, {row.high:.2f}]{small}"
 
 
 def finetune_warnings(measured: Mapping[str, Any], translators: Sequence[str] = ("auditor",)) -> list[str]:
