@@ -61,14 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fit(
-    config: FinetuneConfig, setup: Setup, classifier: Classifier, split: ImageSplit, embeddings: np.ndarray
+    config: FinetuneConfig,
+    setup: Setup,
+    classifier: Classifier,
+    split: ImageSplit,
+    embeddings: np.ndarray,
+    ridge: float | None,
 ) -> FittedTranslator:
     """Fit a translator on a split with the embeddings (N, n) of its images: the loop's, or an auditor."""
     return fit_on_split(
         classifier,
         split,
         embeddings,
-        ridges=DEFAULT_RIDGES if config.translator.ridge is None else (config.translator.ridge,),
+        ridges=DEFAULT_RIDGES if ridge is None else (ridge,),
         invariance=config.model.invariance,
         info=replace(setup.info, head_hash=classifier.head_hash()),
         settings=setup.passes,
@@ -77,10 +82,10 @@ def fit(
 
 
 def audit(
-    config: FinetuneConfig, setup: Setup, classifier: Classifier, loop: LinearTranslator
+    config: FinetuneConfig, setup: Setup, classifier: Classifier, loop: LinearTranslator, ridge: float | None
 ) -> tuple[FittedTranslator, Measured]:
     """Fit the auditor on images that training never uses and measure the test split with it and the loop's."""
-    auditor = fit(config, setup, classifier, setup.splits.audit, setup.embeddings["audit"])
+    auditor = fit(config, setup, classifier, setup.splits.audit, setup.embeddings["audit"], ridge)
     judges, test = {"loop": loop, "auditor": auditor.translator}, (setup.splits.test, setup.embeddings["test"])
     options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
     return auditor, analyze_model(classifier, *test, setup.texts, judges, mean=auditor.mean, auditor=auditor, **options)
@@ -89,10 +94,10 @@ def audit(
 def measure_before(config: FinetuneConfig, setup: Setup, run: Run) -> Stage:
     """Fit the loop's translator on the starting classifier, take the references of the loss and measure."""
     classifier, bank = setup.classifier.eval(), loop_bank(setup.splits, setup.embeddings["bank"])
-    loop = fit(config, setup, classifier, *bank)
+    loop = fit(config, setup, classifier, *bank, config.translator.ridge)
     options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
     reference = reference_image_scores(classifier, *bank, loop, **options)
-    _, measured = audit(config, setup, classifier, loop.translator)
+    _, measured = audit(config, setup, classifier, loop.translator, config.translator.ridge)
     if run.accelerator.is_main_process:
         loop.translator.save(run.folder / "translator-before.safetensors")
     return Stage(*measured, loop.state_dict() | {"image_score_ref": reference}, asdict(loop.translator.info))
@@ -113,8 +118,13 @@ def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: S
         keeper.begin(classifier, sing, encode=config.loss.placebo == "shuffled")
     train(name, classifier, sing, keeper, config, setup, run)
     # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.
-    loop = keeper.current(sing) if sing is not None else fit(config, setup, classifier, *keeper.bank).translator
-    auditor, measured = audit(config, setup, classifier, loop)
+    ridge = before.figures["translators"]["auditor"]["ridge"]  # one for all stages, or a ratio would be of two scales
+    loop = (
+        keeper.current(sing)
+        if sing is not None
+        else fit(config, setup, classifier, *keeper.bank, fitted.translator.info.ridge).translator
+    )
+    auditor, measured = audit(config, setup, classifier, loop, ridge)
     if run.accelerator.is_main_process:
         ending = "" if name == "sing" else "-control"
         classifier.save(run.folder / f"model{ending}")

@@ -53,6 +53,9 @@ class CrossFit:
         self.halves = [
             LinearTranslator.from_solution(each.solve(ridge, standardize=space.basis)) for each in auditor.halves
         ]
+        # R² asks what can be predicted, so its ridge is the one that predicts best, not the one that points best.
+        best, _ = auditor.halves[0].validate(auditor.halves[1], standardize=space.basis)
+        self.full = LinearTranslator.from_solution(statistics.solve(best.ridge, standardize=space.basis))
         inside = statistics.mapped(space.basis).solve(ROW_RIDGE)
         self.rows = LinearTranslator(inside.matrix @ space.basis.T, inside.offset)
         self.covariance = statistics.centred()[0] / statistics.count
@@ -84,7 +87,7 @@ class CrossFit:
         z = batch.embeddings.double()
         errors = {
             "spread": z - self.embedding_mean,
-            "missed": z - self.whole(features),
+            "missed": z - self.full(features),
             "missed by rows": z - self.rows(features),
         }
         found = {name: (error @ self.contrasts).square().sum(1) for name, error in errors.items()}

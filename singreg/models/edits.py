@@ -154,7 +154,11 @@ def settle_head_(
         head.get_parameter("weight").copy_(weight.reshape(head.get_parameter("weight").shape))
         if bias is not None:
             bias += shift.to(bias)
-    return {"capacity_before": before, "capacity": float(capacity), "logit_change": float(change.sqrt())}
+    return {
+        "capacity_before": before,
+        "capacity": float(capacity.detach()),
+        "logit_change": float(change.detach().sqrt()),
+    }
 
 
 def _plain_head(classifier: Classifier) -> nn.Module:

@@ -253,7 +253,7 @@ def plot_ratios(comparisons: pd.DataFrame, images: int, path: Path) -> Path:
     axes.set_xlabel("SingLoss / plain fine-tuning")
     top1 = comparisons.set_index("name").loc["top-1"]
     said = f"top-1 {top1['value']:+.2f} points [{top1['low']:+.2f}, {top1['high']:+.2f}]"
-    styled(axes, f"{images} test images, 95 % intervals; blue should fall, grey should stay; {said}")
+    styled(axes, f"{images} test images, 95 % intervals; {said}\nblue should fall, grey should stay")
     return save(figure, path)
 
 
