@@ -11,7 +11,11 @@ REFINED_AT_ONCE = 4096  # pairs
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Divide every row by its length; 0, with a zero gradient, where it is 0. Shape: (..., n) to (..., n)."""
+    """Divide every row by its length; 0, with a zero gradient, where it is 0. Shape: (..., n) to (..., n).
+
+    In float32 at least: in bfloat16 a small angle would be wrong by as much as it is.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     zero = norm == 0
     return torch.where(zero, torch.zeros_like(x), x / torch.where(zero, torch.ones_like(norm), norm))

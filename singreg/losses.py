@@ -96,6 +96,11 @@ class SingLoss(nn.Module):
             raise ValueError(f"unknown loss terms {unknown}; known are {sorted(TERMS)}")
         self._head: tuple[Any] = (head,)  # a tuple hides it from nn.Module: not saved, not trained twice
         self.reads = frozenset[str]().union(*(TERMS[name].reads for name in self.terms))
+        if hasattr(head, "base_layer"):  # as all of PEFT's layers have it: .weight is the base's, without the adapter
+            raise ValueError(
+                f"the head {type(head).__name__} computes more than its .weight says (an adapter); merge the "
+                "adapter into the head, or leave the head out of target_modules"
+            )
         (classes, width), size = self.head_weight.shape, translator.matrix.shape[0]
         if texts.shape != (classes, size):
             raise ValueError(f"expected texts ({classes}, {size}), a row for each class, got {tuple(texts.shape)}")

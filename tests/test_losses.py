@@ -213,6 +213,14 @@ def test_a_head_without_a_null_space_is_refused(width: int) -> None:
         SingLoss(nn.Linear(width, C), translator, torch.randn(C, N), terms={"leak": 1.0})
 
 
+def test_a_head_with_an_adapter_is_refused() -> None:
+    sing, head, _, _ = setup(terms={"leak": 1.0})
+    adapted = nn.Module()
+    adapted.base_layer, adapted.weight = head, head.weight
+    with pytest.raises(ValueError, match=r"adapter.*merge"):
+        SingLoss(adapted, other_translator(), sing.texts, terms={"leak": 1.0})
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -139,3 +139,14 @@ def test_nine_samples_over_processes_count_nine(world: int) -> None:
         assert result["count"] == 9
         assert result == pytest.approx(expected, rel=1e-12)
         assert simple == pytest.approx(expected["IS"], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_is_computed_in_float32(dtype: torch.dtype) -> None:
+    z = torch.randn(200, 64).to(dtype)
+    z_eq, texts, labels = (z + 0.02 * torch.randn(200, 64)).to(dtype), torch.randn(5, 64), torch.arange(200) % 5
+    given, exact = SemanticLeakage(texts), SemanticLeakage(texts)
+    given.update(z, z_eq, labels)
+    exact.update(z.double(), z_eq.double(), labels)
+    for name in ("AS_neg", "AS_abs", "IS"):
+        assert float(given.compute()[name]) == pytest.approx(float(exact.compute()[name]), rel=1e-3)

@@ -81,7 +81,15 @@ class VisionLanguageModel(nn.Module):
         rows = []
         for start in range(0, len(prompts), 256):
             with torch.autocast(self.device.type, enabled=False):
-                tokens = self.tokenizer(list(prompts[start : start + 256])).to(self.device)
+                some = list(prompts[start : start + 256])
+                tokens = self.tokenizer(some).to(self.device)
+                # Where a further word changes nothing, the end is cut off already, and the class's name may be in it.
+                full = (self.tokenizer([f"{prompt} x" for prompt in some]).to(self.device) == tokens).all(1)
+                if bool(full.any()):
+                    said = f"has no room for the whole of {some[int(full.nonzero()[0])]!r}"
+                    raise ValueError(
+                        f"the text encoder's context of {tokens.shape[1]} tokens {said}; shorten the prompt"
+                    )
                 rows.append(self.model.encode_text(tokens).float())  # type: ignore[operator]
         return F.normalize(torch.cat(rows), dim=-1)
 
