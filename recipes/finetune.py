@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from singreg.analysis.comparison import Measured, compare_arms, finetune_warnings, no_claim, verdict
 from singreg.analysis.fitting import FittedTranslator, fit_on_split, reference_image_scores
@@ -107,29 +108,37 @@ def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: S
     """Train one arm from the common start and measure it with the loop's translator and a fresh auditor."""
     tensors = {key: tensor.to(run.accelerator.device) for key, tensor in before.tensors.items()}
     fitted = FittedTranslator.from_state(tensors, TranslatorInfo(**before.notes))
-    classifier, embeddings = copy.deepcopy(setup.classifier), loss_embeddings(config, setup)
-    classifier.tune(config.model.tuning, batch_norm=config.model.batch_norm)
-    keeper = LoopTranslator(fitted, setup.splits, embeddings, config.model.invariance, setup.passes)
-    sing = None
-    if name == "sing":
-        accumulation = run.accelerator.gradient_accumulation_steps
-        prompts, reference = loss_texts(config, setup), tensors["image_score_ref"]
-        sing = make_sing(config, classifier, fitted, prompts, reference, len(setup.splits.train), accumulation)
-        keeper.begin(classifier, sing, encode=config.loss.placebo == "shuffled")
-    train(name, classifier, sing, keeper, config, setup, run)
-    # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.
+    reference = tensors["image_score_ref"] if name == "sing" else None
+    classifier, loop = train_arm(name, config, setup, fitted, reference, run)
     ridge = before.figures["translators"]["auditor"]["ridge"]  # one for all stages, or a ratio would be of two scales
-    loop = (
-        keeper.current(sing)
-        if sing is not None
-        else fit(config, setup, classifier, *keeper.bank, fitted.translator.info.ridge).translator
-    )
     auditor, measured = audit(config, setup, classifier, loop, ridge)
     if run.accelerator.is_main_process:
         ending = "" if name == "sing" else "-control"
         classifier.save(run.folder / f"model{ending}")
         auditor.translator.save(run.folder / f"translator-after{ending}.safetensors")
     return Stage(*measured)
+
+
+def train_arm(
+    name: str, config: FinetuneConfig, setup: Setup, fitted: FittedTranslator, reference: Tensor | None, run: Run
+) -> tuple[Classifier, LinearTranslator]:
+    """Train a copy of the starting classifier, with SingLoss if its reference image scores (C,) are given.
+
+    `fitted` is the loop's translator on the start. Returns also the one that the loop ends with.
+    """
+    classifier, embeddings = copy.deepcopy(setup.classifier), loss_embeddings(config, setup)
+    classifier.tune(config.model.tuning, batch_norm=config.model.batch_norm)
+    keeper = LoopTranslator(fitted, setup.splits, embeddings, config.model.invariance, setup.passes)
+    sing = None
+    if reference is not None:
+        accumulation, prompts = run.accelerator.gradient_accumulation_steps, loss_texts(config, setup)
+        sing = make_sing(config, classifier, fitted, prompts, reference, len(setup.splits.train), accumulation)
+        keeper.begin(classifier, sing, encode=config.loss.placebo == "shuffled")
+    train(name, classifier, sing, keeper, config, setup, run)
+    # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.
+    if sing is None:
+        return classifier, fit(config, setup, classifier, *keeper.bank, fitted.translator.info.ridge).translator
+    return classifier, keeper.current(sing)
 
 
 def train(

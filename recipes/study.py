@@ -5,43 +5,56 @@ accelerate launch recipes/study.py --config configs/study_scenes.yaml
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from accelerate.logging import get_logger
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from singreg.analysis.arms import AUDITOR, Measured, measure_arm, measure_dropped
-from singreg.analysis.study import Summary, study_verdict, study_warnings, summarize_study, words
+from finetune import audit, fit, train_arm
+from singreg.analysis.arms import Measured, measure_arm
+from singreg.analysis.fitting import FittedTranslator, reference_image_scores
+from singreg.analysis.study import HARM, PAIRED, Summary, study_verdict, study_warnings, summarize_study, words
 from singreg.checkpoints import fingerprints
 from singreg.config import parse
 from singreg.data.corruption import KINDS
+from singreg.loop_translator import loop_bank
+from singreg.models.classifier import Classifier
+from singreg.models.edits import align_head_, drop_null, interpolate_weights, settle_head_
 from singreg.plots.study import save_pareto
-from singreg.report import Section, interval, log_figures, number, track, write_report
-from singreg.runs import explained, start
-from singreg.setup import prepare, try_one_batch
-from singreg.study import Study, StudyConfig, StudyRun, Work, plan_study
+from singreg.report import Section, interval, log_figures, number, percent, track, write_report
+from singreg.runs import Run, explained, start
+from singreg.setup import Setup, prepare, try_one_batch
+from singreg.study import StudyConfig, StudyRun, Work, hold_out, plan_study
 from singreg.task import describe_training
+from singreg.translator import LinearTranslator
+from singreg.utils import atomic_write
 
 logger = get_logger(__name__)
-MAIN = {"top1": "top-1", f"AS_neg/{AUDITOR}": "AS⁻ °", f"AS_abs/{AUDITOR}": "|AS| °", f"IS/{AUDITOR}": "IS °"}
-MAIN |= {"harmless_r2": "harmless R²", "null_probe": "null probe", "audit_gap": "audit gap"}
+MAIN = {"top1": "top-1", HARM: PAIRED[HARM], "AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °"}
+MAIN |= {"contrast AS_abs": "contrast |AS| °", "orthogonal IS": "orthogonal IS °"}
+MAIN |= {key: PAIRED[key] for key in ("unique_r2", "harmless_r2", "cross 4 sd", "cross 25% of |f|")}
+MAIN |= {"self 4 sd": "4 sd step, judged by itself", "null_probe": "null probe"}
 SIDE = {"ece": "calibration error", **{f"corrupted/{kind}": f"top-1, {kind}" for kind in KINDS}}
-SIDE |= {"ood_vim": "AUROC by ViM", "ood_null_energy": "AUROC by null energy"}
-PAIRED = {"top1": "top-1", "AS_neg": "AS⁻", "AS_abs": "|AS|", "IS": "IS", "step": "step to IS 40°"}
-PAIRED |= {"success25": "success at a 25 % step"}
-VALIDATION = "Images that serve nothing else, by the same auditor: what an arm is chosen by."
+SIDE |= {"ood_vim": "AUROC by ViM", "ood_energy": "AUROC by energy", "ood_null_energy": "AUROC by null energy"}
+VALIDATION = "Images that serve nothing else, by the same auditor: what settings are chosen on."
 KNOWN = "R² of a scene's attribute from the null component, of R² from all features. The class is the shape."
-RATIOS = "Ratios of means, paired by image and averaged over seeds, with 95 % intervals; top-1 as a difference."
+RATIOS = (
+    "Ratios of means, paired by image and averaged over seeds, with 95 % intervals over classes and their images. "
+    "Class-score variance, AS⁻, |AS| and steering should fall; harmless R², what the features say beside all prompts, "
+    "should stay. Confirmed share: what the auditor confirms of the fall in AS⁻ that the loop's translator reads."
+)
 READING = (
-    "By the auditor, means over the test images; ± is the standard deviation over seeds, in brackets the 95 % interval "
-    "over classes and their images. AS⁻: what removing the null space takes from the true class (leakage, lower is "
-    "better). IS: how far it moves the image's meaning (to be kept). Audit gap: the auditor's AS⁻ over that of the "
-    "translator the loss saw. Front: no arm is better in both top-1 and AS⁻."
+    "By the auditor, means over the test images; ± is the standard deviation over seeds, in brackets the 95 % "
+    "interval. Front: no arm is better in both top-1 and class-score variance."
 )
 
 
@@ -57,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         works = plan_study(config, fingerprints(setup))
         for work in works:  # complaints come before any work
             arm, told = work.arm, "no training"
-            if arm.train != "none":
+            if arm.make == "train":
                 told = describe_training(work.config, accelerator, setup.classifier, len(setup.splits.train))
             if config.dry_run and accelerator.is_main_process:
                 source = f", from {arm.weights_from}" if arm.weights_from else ""
-                print(f"{arm.name}, seed {work.seed}: train {arm.train}{source}; {told.splitlines()[0]}; {arm.note}")
+                print(f"{arm.name}, seed {work.seed}: {arm.make}{source}; {told.splitlines()[0]}; {arm.note}")
         study = Study(config, run, setup)
         if config.dry_run:
             try_one_batch(setup)
@@ -79,25 +92,79 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
+class Study:
+    """What all arms begin with, fitted on the starting classifier when it is first asked for, and how they are made."""
+
+    def __init__(self, config: StudyConfig, run: Run, setup: Setup) -> None:
+        self.config, self.run = config, run
+        self.setup, self.validation = hold_out(setup, config.validation_per_class)
+
+    def reader(self, name: str = "start") -> Setup:
+        """The same images, with the features of a backbone kept in a folder of the run."""
+        folder = str(self.run.folder / "features" / name)
+        return replace(self.setup, passes=replace(self.setup.passes, cache=folder))
+
+    @cached_property
+    def start(self) -> tuple[FittedTranslator, Tensor]:
+        """The loop's translator and IS_ref (C,) in degrees."""
+        own, invariance = self.reader(), self.config.model.invariance
+        classifier, bank = own.classifier.eval(), loop_bank(own.splits, own.embeddings["bank"])
+        fitted = fit(self.config, own, classifier, *bank, self.config.translator.ridge)
+        how: Any = {"invariance": invariance, "settings": own.passes}
+        return fitted, reference_image_scores(classifier, *bank, fitted, **how)
+
+    @cached_property
+    def ridge(self) -> float:
+        """The auditor's of the start, one for all arms, or a ratio would be of two scales."""
+        own, given = self.reader(), self.config.translator.ridge
+        audited = own.splits.audit, own.embeddings["audit"]
+        return given or fit(self.config, own, own.classifier.eval(), *audited, None).translator.info.ridge
+
+    def make(self, work: Work) -> tuple[Classifier, LinearTranslator, dict[str, Any]]:
+        """Train or edit a copy of the starting classifier; return also the loop's translator of it, and notes."""
+        config, setup, make = work.config, self.setup, work.arm.make
+        (fitted, reference), notes = self.start, dict[str, Any]()
+        if make == "train":
+            inside = copy.copy(self.run)
+            inside.folder, name = work.folder, f"{work.arm.name}-{work.seed}"
+            wanted = reference if config.loss.weight > 0 else None
+            return (*train_arm(name, config, setup, fitted, wanted, inside), notes)
+        classifier, own = copy.deepcopy(setup.classifier), (fitted.translator, setup.texts, fitted.statistics)
+        if work.source is not None:
+            classifier.model.load_state_dict(load_file(work.source.folder / "weights.safetensors"))
+        if make == "align":
+            aligned = align_head_(classifier, *own)
+            notes = {name: getattr(aligned, name) for name in ("rank", "free_rows", "logit_change")}
+        elif make == "settle":
+            options: Any = {"floor": config.loss.floor, "invariance": config.model.invariance}
+            notes = settle_head_(classifier, *own, strength=config.loss.start, **options)
+        elif make == "average":
+            classifier = interpolate_weights(setup.classifier, classifier, 0.5)
+        elif make == "drop":
+            classifier = drop_null(classifier, spare=1)
+        bank = loop_bank(setup.splits, setup.embeddings["bank"])
+        return classifier, fit(config, setup, classifier.eval(), *bank, fitted.translator.info.ridge).translator, notes
+
+
 def make_and_measure(study: Study, work: Work) -> Measured:
     """Make one arm, measure it and keep both in its folder."""
     config, accelerator, begun = study.config, study.run.accelerator, time.monotonic()
     if accelerator.is_main_process:
         work.make_room()
     accelerator.wait_for_everyone()
-    classifier, translators, notes = study.make(work)
-    from_start = work.arm.train != "all" and work.source is None
-    setup = replace(study.setup, passes=study.passes("start" if from_start else f"{work.arm.name}-{work.seed}"))
-    if work.arm.drop_null:
-        found = measure_dropped(classifier, (setup.splits.test, setup.embeddings["test"]), setup.passes)
-    else:
-        options: dict[str, Any] = {"ridge": config.translator.ridge, "invariance": config.model.invariance}
-        options |= {"ood": config.ood, "seed": config.seed}
-        found = measure_arm(classifier, setup, translators, study.validation, **options)
+    classifier, loop, notes = study.make(work)
+    if accelerator.is_main_process:
+        state = {name: value.cpu().contiguous().clone() for name, value in classifier.model.state_dict().items()}
+        with atomic_write(work.folder / "weights.safetensors") as path:
+            save_file(state, path)
+    setup = study.reader("start" if not work.trained else f"{work.arm.name}-{work.seed}")
+    auditor, scores = audit(work.config, setup, classifier, loop, study.ridge)
+    options: Any = {"invariance": config.model.invariance, "ood": config.ood, "seed": config.seed}
+    found = measure_arm(classifier, setup, auditor, scores, study.validation, **options)
     found = replace(found, extra=notes, seconds=time.monotonic() - begun)
     if accelerator.is_main_process:
         work.keep(found)
-        if not from_start:
+        if work.trained:
             shutil.rmtree(setup.passes.cache or "", ignore_errors=True)
     accelerator.wait_for_everyone()
     return found
@@ -106,9 +173,9 @@ def make_and_measure(study: Study, work: Work) -> Measured:
 def report(study: Study, found: list[tuple[Work, Measured]]) -> None:
     """Compare the arms with the reference and write the study's report."""
     config, run, setup = study.config, study.run, study.setup
-    arms = summarize_study(found, config.reference)
-    features, audit = setup.classifier.feature_dim, len(setup.splits.audit)
-    facts = {"images": len(setup.splits.test), "auditor_images": audit, "features": features}
+    arms = summarize_study(found, config.reference, config.claim)
+    facts = {"images": len(setup.splits.test), "auditor_images": len(setup.splits.audit)}
+    facts["features"] = setup.classifier.feature_dim
     named = {f"{work.arm.name}, seed {work.seed}": each for work, each in found}
     run.seconds.update({name: each.seconds for name, each in named.items()})
     pareto = save_pareto(arms, config.reference, run.folder / "plots" / "pareto.png")
@@ -116,12 +183,21 @@ def report(study: Study, found: list[tuple[Work, Measured]]) -> None:
     log_figures(run.accelerator, [pareto])
     held = pd.DataFrame([{"arm": arm["arm"], **arm["validation"]} for arm in arms if arm["validation"]])
     sections = [
-        Section("Results", [arms_table(arms, MAIN), READING, pareto]),
-        Section(f"Against {config.reference}", [ratio_table(arms), RATIOS]),
-        *([Section("By the validation images", [held, VALIDATION])] if len(held) else []),
+        Section(f"Against {config.reference}", [ratio_table(arms), RATIOS, pareto]),
+        Section("The figures themselves", [arms_table(arms, MAIN), READING]),
+        *(
+            [
+                Section(
+                    "By the validation images",
+                    [held[["arm", "images", *(key for key in MAIN if key in held)]], VALIDATION],
+                )
+            ]
+            if len(held)
+            else []
+        ),
         *([Section("Known attributes", [attribute_table(arms), KNOWN])] if config.data.source == "scenes" else []),
         Section("Side effects", [arms_table(arms, SIDE)]),
-        Section("The arms", [pd.DataFrame(arms)[["arm", "role", "train", "note", "omitted"]]]),
+        Section("The arms", [pd.DataFrame(arms)[["arm", "role", "make", "note"]]]),
     ]
     write_report(
         run,
@@ -130,7 +206,7 @@ def report(study: Study, found: list[tuple[Work, Measured]]) -> None:
         warnings=study_warnings(arms),
         sections=sections,
         figures={"arms": arms, "reference": config.reference, **facts},
-        rows=pd.concat([each.rows.assign(model=name) for name, each in named.items() if each.rows is not None]),
+        rows=pd.concat([each.rows.assign(model=name) for name, each in named.items()]),
     )
 
 
@@ -150,20 +226,19 @@ def arms_table(arms: list[Summary], titles: dict[str, str]) -> pd.DataFrame:
 
 
 def ratio_table(arms: list[Summary]) -> pd.DataFrame:
-    """Every arm against the reference, paired by image, and how many aims it reaches."""
-    arms = [arm for arm in arms if arm["paired"]]
-    table: pd.DataFrame = pd.DataFrame(
-        [{"arm": arm["arm"], **{k: words(v) for k, v in arm["paired"].items()}} for arm in arms]
-    )
-    table["aims"] = [f"{sum(aim['reached'] for aim in arm['targets'])} of {len(arm['targets'])}" for arm in arms]
-    titles = {"arm": "arm", **PAIRED, "aims": "aims reached"}
-    table = table[[key for key in titles if key in table]].rename(columns=titles).fillna("–")
+    """Every arm's top-1, and its figures over the reference's, paired by image."""
+    rows = []
+    for arm in arms:
+        paired = {title: words(arm["paired"].get(key)) for key, title in PAIRED.items() if key != "top1"}
+        named = {"arm": arm["arm"], "seeds": str(len(arm["seeds"])), "top-1": percent(arm["mean"]["top1"])}
+        rows.append({**named, "top-1, difference": words(arm["paired"].get("top1")), **paired})
+    table: pd.DataFrame = pd.DataFrame(rows)
     return table
 
 
 def attribute_table(arms: list[Summary]) -> pd.DataFrame:
     """R² of the known attributes from the null component, of R² from all features, averaged over their values."""
-    means = pd.DataFrame({arm["arm"]: arm["mean"] for arm in arms if not arm["omitted"]})
+    means = pd.DataFrame({arm["arm"]: arm["mean"] for arm in arms})
     null, every = (
         means.filter(like=f"{block}_r2/", axis=0)
         .groupby(lambda key: key.split("/")[1].split(":")[0], sort=False)

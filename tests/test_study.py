@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
 
 import study as recipe
+from singreg.analysis.crossfit import BUDGETS
+from singreg.analysis.study import HARM, PAIRED
+from singreg.config import FinetuneConfig, parse
 from singreg.data.splits import Splits
 from singreg.setup import Setup
-from singreg.study import ArmConfig, StudyConfig, Work, hold_out, plan_study
+from singreg.study import ArmConfig, StudyConfig, Work, arm_config, hold_out, plan_study
 from tests import toy
 
 SETTINGS: dict[str, Any] = {
@@ -27,14 +31,16 @@ SETTINGS: dict[str, Any] = {
     "validation_per_class": 2,
     "seeds": [0, 1],
     "arms": [
-        {"name": "plain", "train": "head", "role": "baseline", "overrides": {"loss.weight": 0}},
+        {"name": "plain", "role": "baseline", "overrides": {"loss.weight": 0}},
         {"name": "sing", "overrides": {"training.learning_rate": 0.001}},
-        {"name": "mixed", "weights_from": "sing", "train": "none", "interpolation": 0.5, "seeds": 1},
-        {"name": "aligned", "train": "head", "aligned": True, "seeds": 1},
-        {"name": "dropped", "train": "none", "drop_null": True},
+        {"name": "mixed", "make": "average", "weights_from": "plain"},
+        {"name": "aligned", "make": "align"},
+        {"name": "shuffled", "role": "placebo", "overrides": {"loss.placebo": "shuffled"}},
+        {"name": "dropped", "make": "drop", "weights_from": "plain"},
     ],
 }
-RUNS = ["plain 0", "sing 0", "mixed 0", "aligned 0", "dropped 0", "plain 1", "sing 1"]
+NAMES = ["plain", "sing", "mixed", "shuffled", "dropped"]  # of every seed
+RUNS = [*(f"{name} 0" for name in [*NAMES[:3], "aligned", *NAMES[3:]]), *(f"{name} 1" for name in NAMES)]
 
 
 def study(out: Path, *more: str, **changes: Any) -> None:
@@ -95,24 +101,34 @@ def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None
     for run in RUNS:
         arm, seed = run.split()
         files = {path.name for path in (whole / "arms" / arm / f"seed-{seed}").iterdir()}
-        rows = set() if arm == "dropped" else {"rows.parquet"}
-        assert files == {"digest.txt", "measurement.json", "weights.safetensors"} | rows, run
+        assert files == {"digest.txt", "measurement.json", "weights.safetensors", "rows.parquet"}, run
     assert not (whole / "features").exists()
     report = report_of(whole)
     arms = {arm["arm"]: arm for arm in report["arms"]}
-    seeds = {"plain": 2, "sing": 2, "mixed": 1, "aligned": 1, "dropped": 1}
-    assert {name: len(arm["seeds"]) for name, arm in arms.items()} == seeds
-    assert arms["dropped"]["omitted"].startswith("no null space")
-    assert arms["dropped"]["validation"] == {}
-    assert {"AS_neg", "IS", "step", "top1", "harmless_r2"} <= set(arms["sing"]["paired"])
+    assert {name: len(arm["seeds"]) for name, arm in arms.items()} == dict.fromkeys(NAMES, 2) | {"aligned": 1}
+    assert {*PAIRED} - {"confirmed"} <= set(arms["sing"]["paired"])
     assert "null_space_r2/color: red" in arms["sing"]["mean"]
     assert arms["sing"]["validation"]["images"] == 20
-    # The aligned head's null space is clean for the very translator it was aligned with.
-    assert arms["aligned"]["mean"]["AS_neg/frozen"] < 0.5 * arms["plain"]["mean"]["AS_neg/frozen"]
+    assert arms["shuffled"]["placebo"].keys() >= {HARM, "top1"} > arms["sing"]["placebo"].keys()
     assert report["verdict"][0].startswith("No claim: the auditor has 40 images")
+    # The aligned head's null space is clean for the very translator it was aligned with.
+    rows = {name: pd.read_parquet(whole / "arms" / name / "seed-0" / "rows.parquet") for name in ("plain", "aligned")}
+    assert rows["aligned"]["AS/loop"].abs().mean() < 0.5 * rows["plain"]["AS/loop"].abs().mean()
 
 
-@pytest.mark.parametrize("kept", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_dropped_null_space_leaves_top1_and_nothing_to_steer_through(whole: Path) -> None:
+    arms = {arm["arm"]: arm for arm in report_of(whole)["arms"]}
+    dropped, plain = (arms[name]["mean"] for name in ("dropped", "plain"))
+    assert dropped["top1"] == plain["top1"]
+    for figure in (HARM, "AS_neg", "IS", "unique_r2", "null_share"):
+        assert abs(dropped[figure]) < 1e-6 < abs(plain[figure]), figure
+    for budget in BUDGETS:
+        assert dropped[f"self {budget}"] == pytest.approx(dropped["self 1 sd"])
+    assert dropped["null_space_r2/color: red"] == pytest.approx(0, abs=0.05)
+    assert arms["dropped"]["paired"]["top1"]["value"] == 0
+
+
+@pytest.mark.parametrize("kept", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_study_goes_on_to_the_same_table(kept: int, whole: Path, tmp_path: Path, made: list[str]) -> None:
     for run in RUNS[:kept]:
         arm, seed = run.split()
@@ -137,8 +153,8 @@ def test_a_changed_arm_is_made_again_with_what_depends_on_it(
 ) -> None:
     shutil.copytree(whole, tmp_path / "tiny")
     arms = [{**arm} for arm in SETTINGS["arms"]]
-    arms[0]["note"] = "words change nothing"
-    arms[1]["overrides"] = {"training.learning_rate": 0.002}
+    arms[1]["note"] = "words change nothing"
+    arms[0]["overrides"] = {"loss.weight": 0, "training.learning_rate": 0.002}
     wanted: list[str] = []
 
     def skip(_: Any, work: Work) -> None:
@@ -148,22 +164,20 @@ def test_a_changed_arm_is_made_again_with_what_depends_on_it(
     monkeypatch.setattr(recipe, "report", lambda *_: None)
     with caplog.at_level(logging.INFO):
         study(tmp_path / "tiny", "--resume", "true", arms=arms)
-    assert wanted == ["sing 0", "mixed 0", "sing 1"]
-    assert "arm sing, seed 0 was made with another configuration and is made again" in caplog.text
+    assert wanted == ["plain 0", "mixed 0", "dropped 0", "plain 1", "mixed 1", "dropped 1"]
+    assert "arm plain, seed 0 was made with another configuration and is made again" in caplog.text
 
 
 WRONG = [
-    ({"name": "plain", "train": "nothing"}, "train"),
+    ({"name": "plain", "make": "nothing"}, "make"),
     ({"name": "../up"}, "arms[0].name: expected a name that does for a folder"),
-    ({"name": "plain", "interpolation": 2}, "arms[0].interpolation: expected a number from 0 to 1"),
+    ({"name": "plain", "weights_from": "plain"}, "arms[0].weights_from: make: train begins with the starting model"),
     ({"name": "plain", "overrides": {"data.seed": 3}}, "overrides: data.seed: all arms share this"),
-    ({"name": "plain", "weights_from": "later"}, "arms[0] (plain): weights_from: expected an earlier arm"),
+    ({"name": "plain", "make": "average"}, "arms[0] (plain): weights_from: expected an earlier arm"),
     ({"name": "plain", "overrides": {"loss.wieght": 1}}, "loss.wieght: no such key; did you mean loss.weight?"),
     ({"name": "plain", "overrides": {"training.epochs": "many"}}, "training.epochs: expected int, got 'many'"),
-    ({"name": "plain", "train": "head", "overrides": {"loss.balance": 0.1}}, "loss.balance: is for fine-tuning"),
-    ({"name": "plain", "drop_null": True}, "drop_null: the reference must be measured"),
-    ({"name": "plain", "control_of": "b"}, "arms[0] (plain): control_of: there is no arm 'b'"),
-    ({"name": "plain", "aligned": True}, "arms[0] (plain): aligned: empties the logits' null space"),
+    ({"name": "plain", "make": "drop"}, "arms[0] (plain): make: the reference must train, got drop"),
+    ({"name": "plain", "make": "align"}, "arms[0] (plain): align: empties the logits' null space"),
 ]
 
 
@@ -187,31 +201,38 @@ def test_all_that_is_wrong_with_a_study_is_said_at_once(
 
 def test_a_dry_run_lists_the_arms_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study(tmp_path / "tiny", "--dry_run", "true")
-    assert "mixed, seed 0: train none, from sing; no training" in capsys.readouterr().out
+    assert "mixed, seed 0: average, from plain; no training" in capsys.readouterr().out
     assert not (tmp_path / "tiny").exists()
 
 
-def test_arms_without_randomness_run_once_and_share_their_weights() -> None:
+def test_arms_without_randomness_run_once_and_sources_are_of_the_same_seed() -> None:
     arms = [
-        ArmConfig("before", train="none"),
+        ArmConfig("before", make="leave"),
         ArmConfig("plain", overrides={"loss.weight": 0}),
-        ArmConfig("mixed", train="none", weights_from="before", interpolation=0.5),
-        ArmConfig("on", weights_from="before"),
-        ArmConfig("after", train="none", weights_from="plain", seeds=2),
+        ArmConfig("mixed", make="average", weights_from="plain"),
     ]
-    options: dict[str, Any] = {"arms": arms, "claim": "on"}
-    works = plan_study(StudyConfig(seeds=[3, 4, 5], **options), {"test images": "a"})
+    options: dict[str, Any] = {"arms": arms, "claim": "plain"}
+    works = plan_study(StudyConfig(seeds=[3, 4], **options), {"test images": "a"})
     found = [(work.arm.name, work.seed) for work in works]
-    first = [("before", 3), ("plain", 3), ("mixed", 3), ("on", 3), ("after", 3)]
-    assert found == [*first, ("plain", 4), ("on", 4), ("after", 4), ("plain", 5), ("on", 5)]
-    by = {(work.arm.name, work.seed): work for work in works}
-    assert by["on", 5].source is by["before", 3]
-    assert by["after", 4].source is by["plain", 4]
-    assert not by["mixed", 3].trained
-    assert by["after", 4].trained
+    assert found == [("before", 3), ("plain", 3), ("mixed", 3), ("plain", 4), ("mixed", 4)]
+    assert [work.trained for work in works] == [False, True, True, True, True]
+    assert works[4].source is works[3]
     assert len({work.digest for work in works}) == len(works)
     others = plan_study(StudyConfig(seeds=[3], **options), {"test images": "b"})
     assert not {work.digest for work in works} & {work.digest for work in others}  # other images, another study
+
+
+def test_every_arm_of_the_shipped_studies_can_be_built() -> None:
+    for name in ("study_scenes", "study_imagenet16"):
+        config = parse(StudyConfig, ["--config", str(Path(__file__).parents[1] / "configs" / f"{name}.yaml")])
+        assert {arm.config.loss.placebo for arm in plan_study(config, {})} == {"none", "random", "foreign", "shuffled"}
+        assert len(config.seeds) == 3
+        assert by(config, "first").loss.preset == "first"
+        assert (by(config, "first").loss.floor, by(config, "first").loss.start) == (1e6, 0)
+
+
+def by(config: StudyConfig, name: str) -> FinetuneConfig:
+    return arm_config(config, next(arm for arm in config.arms if arm.name == name), 0)
 
 
 def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:

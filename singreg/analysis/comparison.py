@@ -63,10 +63,10 @@ def compare_arms(measurements: Mapping[str, Measured], names: tuple[str, str] = 
         pair = (_harm(rows[f"AS/{translator}"].to_numpy()) for rows in both)
         found.append(("AS⁻ difference", translator, *paired_difference(*pair, groups=classes), "°"))
     if set(both[0]) >= AUDITED:
-        first, second = (figures(columns) for columns in _resampled(both, sorted(AUDITED), classes))
+        first, second = (figures(columns) for columns in resampled(both, sorted(AUDITED), classes))
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = {name: first[name] / second[name] for name in first}
-        found += [(f"{name} ratio", "auditor", *_ends(ratio), "×") for name, ratio in ratios.items()]
+        found += [(f"{name} ratio", "auditor", *ends(ratio), "×") for name, ratio in ratios.items()]
     if {"loop", "auditor"} <= set(judges):
         found.append(("confirmed share", "auditor", *confirmed_share(both, classes), "×"))
     table: pd.DataFrame = pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
@@ -81,20 +81,20 @@ def confirmed_share(both: Sequence[pd.DataFrame], classes: np.ndarray) -> tuple[
     """
     names = ("AS/auditor", "AS/loop")
     harm = [rows[list(names)].apply(lambda scores: _harm(scores.to_numpy())) for rows in both]
-    after, control = _resampled(harm, names, classes)
+    after, control = resampled(harm, names, classes)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _ends((control[names[0]] - after[names[0]]) / (control[names[1]] - after[names[1]]))
+        return ends((control[names[0]] - after[names[0]]) / (control[names[1]] - after[names[1]]))
 
 
-def _resampled(both: Sequence[pd.DataFrame], names: Sequence[str], classes: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """Means of columns of two arms and their paired resamples, (1 + resamples,) by name: the means come first."""
+def resampled(both: Sequence[pd.DataFrame], names: Sequence[str], classes: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Return means of two arms' columns and their paired resamples, (1 + resamples,) by name: the means come first."""
     table = np.concatenate([rows[list(names)].to_numpy(np.float64) for rows in both], axis=1)
     means = np.concatenate([table.mean(0)[None], resampled_means(table, groups=classes)]).T
     return [dict(zip(names, part, strict=True)) for part in (means[: len(names)], means[len(names) :])]
 
 
-def _ends(values: np.ndarray) -> tuple[float, float, float]:
-    """(value, low, high) of a figure (1 + resamples,) whose own value comes first."""
+def ends(values: np.ndarray) -> tuple[float, float, float]:
+    """Return (value, low, high) of a figure (1 + resamples,) whose own value comes first."""
     defined = values[1:][np.isfinite(values[1:])]
     low, high = np.quantile(defined, ENDS) if len(defined) else (np.nan, np.nan)
     return float(values[0]), float(low), float(high)

@@ -10,9 +10,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from singreg.analysis.arms import AUDITOR
 from singreg.analysis.models_compared import PRIMARY, lowest_tau
-from singreg.analysis.study import Summary
+from singreg.analysis.study import HARM, Summary
 from singreg.plots import BLUE, GREY, ORANGE, RED, drawable, panels, save, styled
 from singreg.report import Figure
 
@@ -21,30 +20,36 @@ VIEW_LENGTH = 80  # two names, one above the other
 
 
 def save_pareto(arms: Sequence[Summary], reference: str, path: Path) -> Figure:
-    """Draw top-1 (%) against auditor AS⁻ with the front as a line; the names stand in a column, evenly spread."""
-    arms = [arm for arm in arms if arm["omitted"] is None]
+    """Draw top-1 against class-score variance (%), arms that differ in λ alone joined; names stand in a column."""
     inks = [COLOURS["reference" if arm["arm"] == reference else arm["role"]] for arm in arms]
     figure, (axes,) = panels(1, width=9.0, height=max(4.5, 0.26 * len(arms) + 1.5))
-    top1, harm = "top1", f"AS_neg/{AUDITOR}"
-    x, y = (np.array([arm["mean"][key] for arm in arms]) for key in (top1, harm))
-    across, along = (np.array([arm["intervals"][key] for arm in arms]).T for key in (top1, harm))
-    axes.hlines(y, 100 * across[0], 100 * across[1], colors=inks, linewidth=0.7, alpha=0.35)
-    axes.vlines(100 * x, along[0], along[1], colors=inks, linewidth=0.7, alpha=0.35)
-    axes.scatter(100 * x, y, c=inks, s=36, zorder=3)
-    front = np.array(sorted((100 * a, b) for arm, a, b in zip(arms, x, y, strict=True) if arm["front"]))
+    x, y = (100 * np.array([arm["mean"][key] for arm in arms]) for key in ("top1", HARM))
+    across, along = (100 * np.array([arm["intervals"][key] for arm in arms]).T for key in ("top1", HARM))
+    axes.hlines(y, across[0], across[1], colors=inks, linewidth=0.7, alpha=0.35)
+    axes.vlines(x, along[0], along[1], colors=inks, linewidth=0.7, alpha=0.35)
+    axes.scatter(x, y, c=inks, s=36, zorder=3)
+    front = np.array(sorted((a, b) for arm, a, b in zip(arms, x, y, strict=True) if arm["front"]))
     axes.plot(*front.T, color="black", linewidth=1, linestyle="--", zorder=2)
-    axes.set(xlabel="top-1 %", ylabel="AS⁻ ° by the auditor")
+    curve = sorted((arm["weight"], a, b) for arm, a, b in zip(arms, x, y, strict=True) if arm["weight"] is not None)
+    axes.plot([a for _, a, _ in curve], [b for _, _, b in curve], color=BLUE, linewidth=1, zorder=2)
+    for weight, *place in curve:
+        axes.annotate(
+            f"λ {weight:g}", (place[0], place[1]), xytext=(-5, 5), textcoords="offset points", fontsize=8, ha="right"
+        )
+    axes.set(xlabel="top-1 %", ylabel="class-score variance in the null space, %")
     styled(axes, "leakage against accuracy")
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     edge = right + 0.02 * (right - left)
     heights = bottom + (top - bottom) * (np.arange(len(arms)) + 0.5) / len(arms)
     for height, place in zip(heights, np.lexsort((x, y)), strict=True):  # in the order of the points' heights
-        axes.plot([100 * x[place], edge], [y[place], height], color=inks[place], linewidth=0.5, alpha=0.5, zorder=1)
+        axes.plot([x[place], edge], [y[place], height], color=inks[place], linewidth=0.5, alpha=0.5, zorder=1)
         name = f" {drawable(arms[place]['arm'], 28)}"
         axes.text(edge, height, name, fontsize=8, va="center", color=inks[place])
     axes.set_xticks([tick for tick in axes.get_xticks() if left <= tick <= right])
     axes.set(xlim=(left, edge + 0.32 * (right - left)), ylim=(bottom, top))
-    caption = "Top-1 against the auditor's AS⁻; dashed: no arm is better in both (right and low is good)."
+    caption = (
+        "Right and low is good. Dashed: no arm is better in both. Blue: the same arm at growing λ, from plain's 0."
+    )
     return Figure(save(figure, path), caption)
 
 
