@@ -1,4 +1,4 @@
-"""A study's arms against the reference: pairing, seeds, targets, the verdict and figures, on rows made up for it."""
+"""A study's arms against the reference: pairing, seeds, placebos, the verdict and figures, on rows made up for it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import pytest
 from PIL import Image
 
 from singreg.analysis.arms import AUDITOR, Measured
+from singreg.analysis.crossfit import AUDITED, figures
 from singreg.analysis.study import (
+    HARM,
     Summary,
     by_name,
-    compare_with_reference,
+    compare_rows,
     pareto_front,
     study_verdict,
     study_warnings,
     summarize_study,
 )
-from singreg.config import FinetuneConfig
+from singreg.config import FinetuneConfig, LossConfig
 from singreg.plots.study import save_pareto
 from singreg.study import ArmConfig, Work
 from singreg.utils import plain
@@ -32,80 +34,79 @@ FACTS = {"images": N, "auditor_images": 700, "features": 100}
 Run = tuple[Work, Measured]
 
 
-def rows(seed: int, *, harm: float = 4.0, right: float = 0.9, step: float = 0.2, unreachable: int = 0) -> pd.DataFrame:
+def rows(seed: int, *, harm: float = 4.0, right: float = 0.9, loop: float | None = None) -> pd.DataFrame:
+    """Class-score variance, AS⁻, |AS| and steering in proportion to harm; the rest stays."""
     base = np.random.default_rng(seed).gamma(4, 0.25, N)
-    return pd.DataFrame(
-        {
-            "image": [f"image {i}" for i in range(N)],
-            "label": np.arange(N) % 7,
-            f"AS/{AUDITOR}": -harm * base,
-            f"IS/{AUDITOR}": 40 * base,
-            "correct": (np.arange(N) < right * N).astype(float),
-            f"steering_step/{AUDITOR}": np.where(np.arange(N) < unreachable, np.nan, step * base),
-            f"AS25/{AUDITOR}": 10 * harm * base,
-            f"success25/{AUDITOR}": np.full(N, harm / 10),
-            f"manifold_success95/{AUDITOR}": np.full(N, harm / 10),
-            "harmless_residual": 0.5 * base,
-            "harmless_spread": base,
-        }
+    audited = {
+        name: base * (harm if name == "null scores" or name.startswith(("cross", "self")) else 5.0) for name in AUDITED
+    }
+    audited |= {"missed": base, "missed by rows": 2 * base, "harmless missed": 2 * base}
+    scores = {
+        f"AS/{AUDITOR}": -harm * base,
+        "AS/loop": -(harm if loop is None else loop) * base,
+        f"IS/{AUDITOR}": 40 * base,
+    }
+    about = {"image": [f"image {i}" for i in range(N)], "label": np.arange(N) % 7, "correct": np.arange(N) < right * N}
+    return pd.DataFrame({**about, **scores, **audited})
+
+
+def run(name: str, seed: int = 0, *, about: Any = None, weight: float = 1.0, **options: Any) -> Run:
+    """Only what the aggregation reads of an arm's figures."""
+    config = FinetuneConfig(loss=LossConfig(weight=weight))
+    source = Work(ArmConfig(), seed, config, None, "", Path()) if (about or {}).get("weights_from") else None
+    work, found = Work(ArmConfig(name, **(about or {})), seed, config, source, "", Path()), rows(seed, **options)
+    harm = float(figures({key: found[key].to_numpy().mean() for key in AUDITED})[HARM])
+    top1 = float(found["correct"].mean())
+    return work, Measured(
+        {"top1": top1, HARM: harm}, {"top1": [top1 - 0.02, top1 + 0.02], HARM: [0.9 * harm, harm]}, found
     )
 
 
-def work(name: str, seed: int = 0, *, trained: bool = True, **about: Any) -> Work:
-    return Work(ArmConfig(name, **about), seed, FinetuneConfig(), None, trained, "", Path())
-
-
-def run(arm: str, seed: int = 0, *, probe: float = 0.8, about: Any = None, held: Any = None, **options: Any) -> Run:
-    """Only what the aggregation reads of an arm's figures."""
-    found = rows(seed, **options)
-    top1, harm, image = (float(found[key].mean()) for key in ("correct", f"AS/{AUDITOR}", f"IS/{AUDITOR}"))
-    figures = {"top1": top1, "null_probe": probe, "harmless_r2": 0.5, "audit_gap": 1.1}
-    figures |= {f"AS_neg/{AUDITOR}": -harm, f"AS_abs/{AUDITOR}": -harm, f"IS/{AUDITOR}": image}
-    intervals = {"top1": [top1 - 0.02, top1 + 0.02], "null_probe": [probe - 0.02, probe + 0.02]}
-    intervals |= {f"AS_neg/{AUDITOR}": [-0.9 * harm, -1.1 * harm]}
-    return work(arm, seed, **(about or {})), Measured(figures, intervals, found, held or {})
-
-
-def plain_arms(held: Any = None) -> list[Run]:
-    return [run("plain", seed, about={"role": "baseline"}, held=held) for seed in (0, 1)]
-
-
 def study(*more: Run) -> list[Summary]:
-    return summarize_study([*plain_arms(), *more], "plain")
+    plain_runs = [run("plain", seed, about={"role": "baseline"}, weight=0.0) for seed in (0, 1)]
+    return summarize_study([*plain_runs, *more], "plain", "sing")
 
 
-def verdict(arms: list[Summary], claim: str | None = None) -> list[str]:
-    return study_verdict(arms, "plain", claim, **FACTS)
+def sing(**options: Any) -> list[Run]:
+    return [run("sing", seed, **{"harm": 1.0, **options}) for seed in (0, 1)]
+
+
+def verdict(arms: list[Summary], **facts: int) -> list[str]:
+    return study_verdict(arms, "plain", "sing", **{**FACTS, **facts})
 
 
 def test_pairs_are_ratios_of_means_averaged_over_seeds() -> None:
-    arm, plain_rows = ({seed: rows(seed, harm=harm) for seed in (0, 1)} for harm in (1.0, 4.0))
+    arm, reference = ({seed: rows(seed, harm=harm) for seed in (0, 1)} for harm in (1.0, 4.0))
     arm[1].loc[:49, f"AS/{AUDITOR}"] = 3.0  # benign there: no harm
-    found = compare_with_reference(arm, plain_rows)["AS_neg"]
-    each = [[np.maximum(-of[s][f"AS/{AUDITOR}"], 0).mean() for s in (0, 1)] for of in (arm, plain_rows)]
-    assert found["value"] == pytest.approx(np.mean(each[0]) / np.mean(each[1]), rel=1e-12)
-    assert found["low"] < found["value"] < found["high"]
+    found = compare_rows(arm, reference)
+    each = [[np.maximum(-of[s][f"AS/{AUDITOR}"], 0).mean() for s in (0, 1)] for of in (arm, reference)]
+    assert found["AS_neg"]["value"] == pytest.approx(np.mean(each[0]) / np.mean(each[1]), rel=1e-12)
+    assert found["AS_neg"]["low"] < found["AS_neg"]["value"] < found["AS_neg"]["high"]
+    for figure, value in {HARM: 0.25, "cross 4 sd": 0.25, "IS": 1, "unique_r2": 1, "harmless_r2": 1, "top1": 0}.items():
+        assert [found[figure][end] for end in ("value", "low", "high")] == pytest.approx([value] * 3), figure
 
 
-def test_a_step_out_of_reach_in_either_arm_is_in_neither() -> None:
-    arm, plain_rows = {0: rows(0, step=0.6, unreachable=80)}, {0: rows(0, step=0.2)}
-    assert compare_with_reference(arm, plain_rows)["step"]["value"] == pytest.approx(3.0)
-    one, other = (each[0][f"steering_step/{AUDITOR}"].mean() for each in (arm, plain_rows))
-    assert one / other != pytest.approx(3.0, abs=0.01)  # the control: with those images in one mean only
+def test_an_audit_confirms_what_both_read_of_the_fall() -> None:
+    share = compare_rows({0: rows(0, harm=2.0, loop=0.0)}, {0: rows(0)})["confirmed"]
+    assert share["value"] == pytest.approx(0.5)
+    assert "confirmed" not in compare_rows({0: rows(0, loop=5.0)}, {0: rows(0)})  # no fall to confirm
+    gamed = study(*sing(harm=3.0, loop=0.0))
+    assert study_warnings(gamed) == ["The loss was gamed (less than 67% confirmed): sing."]
 
 
 def test_only_common_seeds_and_the_same_images_are_paired() -> None:
-    arm = {1: rows(1, harm=2.0)}
-    found = compare_with_reference(arm, {0: rows(0), 1: rows(1)})["AS_neg"]
+    found = compare_rows({1: rows(1, harm=2.0)}, {0: rows(0), 1: rows(1)})["AS_neg"]
     assert found["value"] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="other images"):
-        compare_with_reference({0: rows(0).assign(image=rows(0)["image"].to_numpy()[::-1])}, {0: rows(0)})
+        compare_rows({0: rows(0).assign(image=rows(0)["image"].to_numpy()[::-1])}, {0: rows(0)})
 
 
 def test_means_and_spreads_over_seeds() -> None:
-    found = by_name(study(*[run("a", seed, right=right) for seed, right in ((0, 0.8), (1, 0.9))], run("b")), "a")
+    found = by_name(study(*sing(), *[run("a", s, right=right) for s, right in ((0, 0.8), (1, 0.9))]), "a")
     assert (found["mean"]["top1"], found["spread"]["top1"]) == pytest.approx((0.85, np.std([0.8, 0.9], ddof=1)))
-    assert math.isnan(by_name(study(run("b")), "b")["spread"]["top1"])
+    arms = study(*sing(), run("b"))
+    assert math.isnan(by_name(arms, "b")["spread"]["top1"])
+    assert study_warnings(arms) == ["Of one seed only, so without a spread over seeds: b."]
 
 
 def test_the_pareto_front_keeps_what_nothing_beats() -> None:
@@ -119,68 +120,42 @@ def test_the_pareto_front_keeps_what_nothing_beats() -> None:
     assert pareto_front(points) == {"good", "same", "accurate"}
 
 
-def test_targets_are_reached_or_not_by_their_value() -> None:
-    arms = study(*[run("strong", s, harm=0.6, step=0.7, probe=0.3) for s in (0, 1)], run("weak", harm=3.9, right=0.8))
-    strong, weak = ({each["name"]: each for each in by_name(arms, name)["targets"]} for name in ("strong", "weak"))
-    assert all(each["reached"] for each in strong.values())
-    assert {name for name, each in weak.items() if each["reached"]} == {"IS", "harmless-attribute R²", "audit gap"}
-    assert strong["auditor AS⁻"]["found"].startswith("0.15×")
-    assert weak["top-1"]["found"].startswith("-10.00 points")
-    assert by_name(arms, "plain")["targets"] == []
-
-
 def test_an_untrained_arm_is_compared_with_every_seed() -> None:
-    arms = study(run("edit", harm=1.0, about={"train": "none", "trained": False}))
+    arms = study(*sing(), run("edit", harm=1.0, about={"make": "align"}))
     found, fixed = by_name(arms, "edit")["paired"]["AS_neg"], rows(0, harm=1.0)[f"AS/{AUDITOR}"].mean()
     assert found["value"] == pytest.approx(fixed / np.mean([rows(s)[f"AS/{AUDITOR}"].mean() for s in (0, 1)]))
 
 
-def test_the_verdict_names_claim_placebos_and_what_is_missed() -> None:
-    arms = [*[run("sing", s, harm=1.0) for s in (0, 1)], run("other", harm=0.2)]
-    without = study(*arms)
-    assert "says nothing about one" in verdict(without)[0]  # neither claimed nor chosen on validation images
-    assert "no placebo arm" in verdict(without, claim="sing")[1]
-    for harm, words in ((4.0, "clearly more than sing (0.25×"), (0.9, "not clearly more than sing")):
-        said = verdict(study(*arms, run("shuffled", harm=harm, about={"role": "placebo"})), claim="sing")
-        assert said[0].startswith("sing (the arm named beforehand) leaves an auditor's AS⁻ of 0.97°, 0.25×")
-        assert f"], {words}" in said[1]
-        assert "not reached: auditor AS⁻ 0.25×" in said[2]
-    beside = study(*arms, run("shuffled", harm=4.0, about={"role": "placebo", "control_of": "other"}))
-    assert "clearly more than other" in verdict(beside, claim="sing")[1]
-    assert [warning for warning in study_warnings(without) if "one seed only" in warning and "other" in warning]
-
-
-def test_the_validation_images_choose_and_the_test_images_judge() -> None:
-    def held(top1: float, harm: float) -> dict[str, Any]:
-        return {"top1": top1, "AS_neg": harm, "AS_abs": harm, "IS": 40.0, "step": 0.3, "images": 100.0}
-
-    arms = [
-        run("lucky", harm=0.2, held=held(0.9, 3.9)),
-        run("steady", harm=1.0, held=held(0.897, 0.7)),
-        run("inaccurate", harm=0.1, held=held(0.8, 0.1)),
-    ]
-    found = summarize_study([*plain_arms(held(0.9, 4.0)), *arms], "plain")
-    assert verdict(found)[0].startswith("steady (chosen on the validation images) leaves")
-    assert "200 test images, auditor of 700 others, 1 seed(s)" in verdict(found)[0]
-    claimed = verdict(found, claim="lucky")
-    assert [sentence.split(" leaves")[0] for sentence in claimed[:2]] == [
-        "lucky (the arm named beforehand)",
-        "steady (chosen on the validation images)",
-    ]
-    assert len(claimed) == 4
+def test_the_verdict_says_what_falls_at_what_price_and_which_placebo_fails() -> None:
+    first, price, placebos = verdict(study(*sing()))
+    assert first.startswith(
+        "sing, named beforehand, against plain: class-score variance in the null 0.25× [0.25, 0.25]"
+    )
+    assert "all fall together (200 test images, auditor of 700 others, 2 seed(s))" in first
+    assert price.startswith("Top-1 +0.00 points [+0.00, +0.00], kept; IS 1.00×")
+    assert "no placebo arm" in placebos
+    for harm, words in ((4.0, "random 0.25× [0.25, 0.25], fails"), (0.9, "does not fail")):
+        arms = study(*sing(), *[run("random", s, harm=harm, about={"role": "placebo"}) for s in (0, 1)])
+        assert words in verdict(arms)[2]
+    same = verdict(study(*sing(harm=4.0, right=0.8)))
+    assert "not shown to fall: class-score variance in the null, AS⁻, |AS|, 4 sd step" in same[0]
+    assert "not shown to be kept" in same[1]
+    dropped = {"make": "drop", "weights_from": "plain", "role": "baseline"}
+    lines = verdict(study(*sing(), *[run("null dropped", s, harm=0.0, about=dropped) for s in (0, 1)]))
+    assert lines[3].startswith("The baseline to beat, null dropped, leaves nothing to steer through, with top-1 +0.00")
+    assert len(lines) == 4
 
 
 def test_too_few_auditor_images_support_no_claim() -> None:
-    arms, few = study(run("sing", harm=1.0)), {**FACTS, "auditor_images": 599}
-    (said,) = study_verdict(arms, "plain", "sing", **few)
+    (said,) = verdict(study(*sing()), auditor_images=599)
     assert said.startswith("No claim: the auditor has 599 images, 600 are needed")
 
 
-def test_an_arm_without_a_null_space_is_a_row_that_says_so(tmp_path: Path) -> None:
-    dropped = work("dropped", role="baseline", train="none", drop_null=True, trained=False)
-    arms = study(run("sing", harm=1.0), (dropped, Measured({"top1": 0.9})))
-    last = json.loads(json.dumps(plain(arms), allow_nan=False))[-1]
-    assert (last["mean"], last["paired"], last["targets"]) == ({"top1": 0.9}, {}, [])
-    assert "no null space" in last["omitted"]
+def test_the_curve_joins_arms_that_differ_in_weight_alone(tmp_path: Path) -> None:
+    weaker = run("weaker", harm=2.0, weight=0.1, about={"overrides": {"loss.weight": 0.1}})
+    other = run("other", harm=2.0, about={"overrides": {"loss.start": 0}})
+    arms = study(*sing(), weaker, other, run("before", about={"make": "leave"}))
+    assert [arm["weight"] for arm in arms] == [0.0, 1.0, 0.1, None, None]
+    assert json.loads(json.dumps(plain(arms), allow_nan=False))[0]["paired"] == {}
     figure = save_pareto(arms, "plain", tmp_path / "pareto.png")
     assert min(Image.open(figure.path).size) > 200
