@@ -28,8 +28,17 @@ PAGES = (HERE.parent / "README.md", HERE.parent / "recipes" / "README.md", HERE.
 FLAGS = ("--out", "--runs", "--cache", "--resume", "--name")
 PLOTS = {"finetune": ("summary",), "study": ("pareto",), "attack": ("rises", "features")}
 STAGES = {"before": "before", "control": "plain fine-tuning", "sing": "SingLoss"}
-PAIRED = ("AS_neg", "AS_abs", "IS", "step", "success25", "top1")
-MEAN = ("top1", "AS_neg/auditor", "AS_abs/auditor", "IS/auditor", "audit_gap", "harmless_r2")
+RATIOS = {
+    "class_variance": "class-score variance ×",
+    "AS_neg": "AS⁻ ×",
+    "AS_abs": "abs. AS ×",
+    "IS": "IS ×",
+    "unique_r2": "unique R² ×",
+    "harmless_r2": "harmless R² ×",
+    "cross 4 sd": "4 sd step ×",
+    "cross 25% of |f|": "25 % step ×",
+    "confirmed": "confirmed share",
+}
 
 
 def kind_of(report: Mapping[str, Any]) -> str:
@@ -71,8 +80,8 @@ def _kept_study(report: Mapping[str, Any]) -> dict[str, Any]:
     arms = []
     for arm in report["arms"]:
         kept = {name: arm[name] for name in ("arm", "role", "seeds", "note")}
-        kept["mean"] = {name: arm["mean"].get(name) for name in MEAN}
-        kept["paired"] = {name: arm["paired"][name] for name in PAIRED if name in arm["paired"]}
+        kept["mean"] = {"top1": arm["mean"]["top1"]}
+        kept["paired"] = {name: arm["paired"][name] for name in ("top1", *RATIOS) if name in arm["paired"]}
         arms.append(kept)
     return {"arms": arms, "reference": report["reference"], "images": report["images"]}
 
@@ -122,15 +131,13 @@ def _finetune_table(kept: Mapping[str, Any]) -> str:
 
 
 def _study_table(kept: Mapping[str, Any]) -> str:
-    titles = {"AS_neg": "AS⁻ ×", "AS_abs": "abs. AS ×", "IS": "IS ×", "success25": "success at 25 % ×"}
+    titles = {name: title for name, title in RATIOS.items() if any(name in arm["paired"] for arm in kept["arms"])}
     rows = []
     for arm in kept["arms"]:
-        if not arm["paired"] and arm["arm"] != kept["reference"]:
-            continue
         row = {"arm": arm["arm"], "seeds": str(len(arm["seeds"])), "top-1": percent(arm["mean"]["top1"])}
         for figure, title in titles.items():
             found = arm["paired"].get(figure)
-            row[title] = interval(found["value"], found["low"], found["high"]) if found else "1"
+            row[title] = interval(found["value"], found["low"], found["high"]) if found else "–"
         rows.append(row)
     return _markdown(rows)
 

@@ -42,14 +42,12 @@ BANK.name, AUDIT.name, TEST.name = "bank", "audit", "test"
 TESTED = TEST, toy.embeddings(COUNT, seed=1)
 
 
-def measure(
-    rank: int = 0, world: int = 1, cache_folder: str | None = None, dropped: bool = False, **changes: Any
-) -> Any:
+def measure(rank: int = 0, world: int = 1, cache: str | None = None, dropped: bool = False, **changes: Any) -> Any:
     """Measured, and what `analyze_model` found before."""
     splits = Splits(BANK, BANK, AUDIT, TEST, TEST.class_names, None)
     tables = {"bank": toy.embeddings(40, seed=2), "audit": toy.embeddings(FIT), "test": TESTED[1]}
     nothing: Any = None
-    passes = replace(toy.QUIET, cache=cache_folder)
+    passes = replace(toy.QUIET, cache=cache)
     setup = Setup(splits, nothing, nothing, toy.texts(), tables, nothing, passes)
     model = drop_null(toy.classifier(), spare=1).eval() if dropped else toy.classifier()
     fitted = fit_on_split(model, AUDIT, tables["audit"], ridges=(0.3,), settings=passes)
@@ -98,7 +96,7 @@ def test_without_the_null_space_logits_stay_and_what_it_held_is_gone() -> None:
     for figure in ("top1", "ece", "nll", "corrupted/blur", "ood_energy"):
         assert dropped[figure] == pytest.approx(kept[figure], abs=1e-5), figure
     assert dropped["ood_null_energy"] == 0.5
-    for figure in ("class_variance", "AS_abs", "IS", "unique_r2"):
+    for figure in ("class_variance", "AS_abs", "IS", "null_energy"):
         assert abs(dropped[figure]) < 1e-9 < abs(kept[figure]), figure
     assert dropped["harmless_r2"] < kept["harmless_r2"]
     assert dropped["self 4 sd"] == dropped["self 1 sd"] < kept["self 4 sd"]
@@ -106,7 +104,7 @@ def test_without_the_null_space_logits_stay_and_what_it_held_is_gone() -> None:
 
 def test_cached_features_and_processes_give_the_same_figures(tmp_path: Path) -> None:
     whole, (rows, _) = measured()
-    assert measure(cache_folder=str(tmp_path))[0].figures == pytest.approx(whole.figures, abs=1e-4, rel=1e-4)
+    assert measure(cache=str(tmp_path))[0].figures == pytest.approx(whole.figures, abs=1e-4, rel=1e-4)
     assert len(list(tmp_path.glob("*.npy"))) == 3  # audit, test and strange images, each through the network once
     for got, _ in run_processes(2, measure):
         assert got.figures == pytest.approx(whole.figures, abs=2e-3, rel=1e-4)
