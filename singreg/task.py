@@ -119,7 +119,7 @@ def make_sing(
     total, loss = Schedule(config, images).total, config.loss
     options: dict[str, Any] = {"floor": loss.floor, "invariance": config.model.invariance}
     terms = resolve_terms(loss.preset, loss.terms)
-    if loss.start and "capacity" in terms:
+    if loss.start and total and "capacity" in terms:
         settle_head_(classifier, fitted.translator, texts, fitted.statistics, strength=loss.start, **options)
     options |= {"weight": loss.weight, "terms": terms, "accumulation": accumulation}
     options |= {"warmup_steps": round(WARMUP * total), "ramp_steps": round(RAMP * total)}

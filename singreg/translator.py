@@ -162,7 +162,7 @@ def fit_translator(
     standardize: Standardize = False,
     info: TranslatorInfo | None = None,
 ) -> LinearTranslator:
-    """Fit T on a stream of (features, embeddings); its even and odd rows choose λ by agreement (METHOD section 2).
+    """Fit T on a stream of (features, embeddings); two halves of its rows choose λ by agreement (METHOD section 2).
 
     Over several processes each passes its own batches and all get the same translator.
 
@@ -182,14 +182,19 @@ def fit_translator(
         if not parts:
             width, dim = features.shape[1], targets.shape[1]
             parts = [RidgeStatistics(width, dim, device=features.device) for _ in range(2)]
-        for half, part in enumerate(parts):
-            rows = slice((seen + half) % 2, None, 2)
+        mine = first_half(torch.arange(seen, seen + len(features))).to(features.device)
+        for part, rows in zip(parts, (mine, ~mine), strict=True):
             part.update(features[rows], targets[rows])
         seen += len(features)
     if not parts:
         raise ValueError("no images to fit a translator on: the stream of (features, embeddings) was empty")
     first, second = (part.reduce() for part in parts)
     return translator_from_statistics(first, second, ridges=ridges, standardize=standardize, info=info)
+
+
+def first_half(places: Tensor) -> Tensor:
+    """Tell which places (B,) are of the first half: mixed, since labels that take turns would part by even and odd."""
+    return (places + 1) * 2654435761 % 2**32 < 2**31
 
 
 def translator_from_statistics(

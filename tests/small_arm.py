@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,17 +19,21 @@ from torch import Tensor, nn
 import finetune
 from singreg import loop, losses
 from singreg.analysis.features import PassSettings
+from singreg.analysis.fitting import FittedTranslator
 from singreg.config import FinetuneConfig, overridden
 from singreg.data.datasets import ImageSplit
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
+from singreg.nullspace import NullSpace
+from singreg.ridge import RidgeStatistics
 from singreg.runs import start
 from singreg.translator import LinearTranslator, TranslatorInfo
 
 COUNT, SIDE, CLASSES, WIDTH, DIM = 43, 4, 3, 12, 6
 # Plain means over images (with a mean feature that rests): accumulation and processes may not change them.
 PLAIN = {"terms": {"hinge": 1.0, "band": 0.3, "capacity": 10.0}}
+EVERY = {"readout": 1.0, "capacity": 10.0, "leak": 0.3, "hinge": 1.0, "band": 0.3, "class_share": 0.1}
 
 
 class Stop(Exception):
@@ -71,26 +76,36 @@ def small_classifier(*, dropout: float = 0.5) -> Classifier:
     return classifier.tune("all", batch_norm="train" if dropout else "eval")
 
 
-def small_sing(classifier: Classifier, **options: Any) -> SingLoss:
-    """SingLoss with a random translator, calibrated, in float64."""
-    generator = torch.Generator().manual_seed(1)
-    translator = LinearTranslator(torch.randn(DIM, WIDTH, generator=generator), torch.randn(DIM, generator=generator))
-    texts = nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1)
-    sing = SingLoss(classifier, translator, texts, **{"weight": 0.5, "ramp_steps": 4, **options}).double()
-    class_means = torch.randn(CLASSES, WIDTH, generator=generator)
-    return sing.calibrate(class_means.mean(0), class_means, torch.full((CLASSES,), 10.0))
-
-
 def embeddings() -> np.ndarray:
     """Random embeddings of the images."""
     return np.random.default_rng(2).standard_normal((COUNT, DIM), dtype=np.float32)
 
 
-def small_keeper(sing: SingLoss, bank: ImageSplit, config: FinetuneConfig, accelerator: Accelerator) -> LoopTranslator:
-    """A keeper of the loop's translator at a ridge of a hundredth."""
-    first = LinearTranslator(sing.matrix, sing.offset, TranslatorInfo(ridge=0.01, by_block=True))
-    passes = PassSettings(16, 0, progress=False)
-    return LoopTranslator(first, bank, embeddings(), config.translator, accelerator, passes=passes)
+def features_of(classifier: Classifier) -> Tensor:
+    """Features (N, m) of the images, in float32 as a pass over them gives them."""
+    with torch.no_grad():
+        images = torch.stack([as_double(Pixels().image(index)) for index in range(COUNT)])
+        return copy.deepcopy(classifier).eval().features(images.to(classifier.weight)).float()
+
+
+def small_fitted(classifier: Classifier) -> FittedTranslator:
+    """A translator of the images at a ridge of a hundredth."""
+    f, z = features_of(classifier), torch.from_numpy(embeddings())
+    halves = [RidgeStatistics(WIDTH, DIM).update(f[half::2], z[half::2]) for half in (0, 1)]
+    whole = RidgeStatistics(WIDTH, DIM).merge(halves[0]).merge(halves[1])
+    solution = whole.solve(0.01, standardize=NullSpace.from_weight(classifier.weight).basis)
+    translator = LinearTranslator.from_solution(solution, TranslatorInfo(by_block=True))
+    return FittedTranslator(translator, f.mean(0), torch.zeros(CLASSES, WIDTH), (halves[0], halves[1]))
+
+
+def small_sing(classifier: Classifier, **options: Any) -> SingLoss:
+    """SingLoss with every term, calibrated, in float64."""
+    generator, fitted = torch.Generator().manual_seed(1), small_fitted(classifier)
+    texts = nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1)
+    options = {"terms": EVERY, "weight": 0.5, "ramp_steps": 4, **options}
+    sing = SingLoss(classifier, fitted.translator, texts, fitted.statistics, **options).double()
+    class_means = torch.randn(CLASSES, WIDTH, generator=generator)
+    return sing.calibrate(class_means.mean(0), class_means, torch.full((CLASSES,), 10.0))
 
 
 @dataclass
@@ -134,12 +149,10 @@ class Arm:
                 raise Stop
 
         bank, passes = Pixels(), PassSettings(16, 0, progress=False)
-        splits = SimpleNamespace(train=self.split, bank=bank, audit=Pixels(labelled=False))
-        setup: Any = SimpleNamespace(
-            splits=splits, embeddings={"bank": embeddings()}, texts=torch.eye(CLASSES), passes=passes
-        )
+        splits: Any = SimpleNamespace(train=self.split, bank=bank, audit=Pixels(labelled=False))
+        setup: Any = SimpleNamespace(splits=splits, embeddings={"bank": embeddings()}, passes=passes)
         run: Any = SimpleNamespace(accelerator=accelerator, folder=self.folder)
-        frozen = LinearTranslator(torch.zeros(DIM, WIDTH), torch.zeros(DIM), TranslatorInfo(ridge=0.01, by_block=True))
+        self.keeper = LoopTranslator(small_fitted(classifier), splits, embeddings(), passes=passes)
         name = "sing" if self.regularised else "control"
         try:
             with pytest.MonkeyPatch.context() as patch:
@@ -148,11 +161,11 @@ class Arm:
                 patch.setattr(loop, "LOG_EVERY", 1)
                 if self.options.get("terms") == PLAIN["terms"]:
                     patch.setattr(losses, "MOMENTUM", 1.0)
-                trained, self.judges = finetune.train(name, classifier, self.sing, frozen, config, setup, run)
+                finetune.train(name, classifier, self.sing, self.keeper, config, setup, run)
         finally:
             torch.set_num_threads(threads)
             AcceleratorState._reset_state(True)
-        return {key: value.clone() for key, value in trained.state_dict().items()}
+        return {key: value.clone() for key, value in classifier.state_dict().items()}
 
     @property
     def checkpoints(self) -> list[str]:

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from singreg.analysis.comparison import Measured, audit_gap, compare_arms, finetune_warnings, verdict
+from singreg.analysis.comparison import Measured, compare_arms, confirmed_share, finetune_warnings, verdict
+from singreg.analysis.crossfit import AUDITED
 from singreg.analysis.statistics import paired_difference, paired_ratio
 
 COUNT, FEATURES, ENOUGH = 200, 24, 144
-TRANSLATORS = {"before": ("frozen", "auditor"), "control": ("frozen", "auditor"), "sing": ("frozen", "loop", "auditor")}
+JUDGES = ("loop", "auditor")
 CORRECT = (np.arange(COUNT) % 5 > 0).astype(float)
 LABELS = np.random.default_rng(9).permutation(COUNT) % 10
 
@@ -27,32 +28,34 @@ def jitter(size: float) -> np.ndarray:
 
 
 def arm(
-    stage: str,
     *,
     attribute: np.ndarray | None = None,
     correct: np.ndarray = CORRECT,
     loop: float = 1.0,
+    null: float = 1.0,
     image: float = 1.0,
     fit_images: int = ENOUGH,
     zero_shot: float = 0.8,
     vlm_zero_shot: float = 0.9,
 ) -> Measured:
-    """What `analyze_model` returns, with the scores given; the loop's AS is `loop` times the others'."""
+    """What `analyze_model` returns: the loop's AS is `loop` times the auditor's."""
     attribute = images() if attribute is None else attribute
     rows, translators = {"label": LABELS, "correct": correct}, {}
-    for name in TRANSLATORS[stage]:
+    for place, name in enumerate(sorted(AUDITED)):
+        rows[name] = (null if name == "null scores" else 1.0) * np.random.default_rng(place).uniform(1, 2, COUNT)
+    for name in JUDGES:
         score = (loop if name == "loop" else 1.0) * attribute
         for kind in ("", "centred "):
             rows |= {f"{kind}AS/{name}": score, f"{kind}IS/{name}": image * (30 + images(1))}
         overall = {"AS_neg": float(np.maximum(-score, 0).mean()), "IS": float(rows[f"IS/{name}"].mean())}
         translators[name] = {"overall": overall, "fit_images": fit_images, "zero_shot": zero_shot}
-    figures: dict[str, Any] = {"images": COUNT, "null_share": 0.78, "vlm_zero_shot": vlm_zero_shot}
+    figures: dict[str, Any] = {"images": COUNT, "audit": {"class_variance": 0.12}, "vlm_zero_shot": vlm_zero_shot}
     return pd.DataFrame(rows), {**figures, "head": {"features": FEATURES}, "translators": translators}
 
 
 def arms(**sing: Any) -> dict[str, Measured]:
     """Before, control and sing: all alike but for what is given for sing."""
-    return {"before": arm("before"), "control": arm("control"), "sing": arm("sing", **sing)}
+    return {"before": arm(), "control": arm(), "sing": arm(**sing)}
 
 
 def sentences(measured: dict[str, Measured], **options: Any) -> list[str]:
@@ -61,12 +64,12 @@ def sentences(measured: dict[str, Measured], **options: Any) -> list[str]:
 
 def test_figures_are_paired_by_image_and_against_the_control() -> None:
     after, correct = 0.5 * images() + jitter(1.0), (np.arange(COUNT) % 4 > 0).astype(float)
-    measured = arms(attribute=after, correct=correct, image=0.9)
-    measured["before"] = arm("before", attribute=7 * images())  # not what sing is compared with
-    measured["control"] = arm("control", attribute=2 * images())
+    measured = arms(attribute=after, correct=correct, image=0.9, null=0.3)
+    measured["before"] = arm(attribute=7 * images())  # not what sing is compared with
+    measured["control"] = arm(attribute=2 * images())
     found = {(row.name, row.translator): row for row in compare_arms(measured).itertuples(index=False)}
     was, classes = np.maximum(-2 * images(), 0), LABELS
-    for translator in ("frozen", "auditor"):
+    for translator in JUDGES:
         for name in ("AS⁻ ratio", "AS⁻ centred ratio", "|AS| ratio"):
             pair = (np.abs(after), np.abs(2 * images())) if name == "|AS| ratio" else (np.maximum(-after, 0), was)
             got = found[name, translator]
@@ -79,16 +82,29 @@ def test_figures_are_paired_by_image_and_against_the_control() -> None:
     top1 = found["top-1", "-"]
     assert top1.value == pytest.approx(100 * (3 / 4 - 4 / 5))
     assert top1.low < top1.value < top1.high
-    assert (top1.unit, len(found)) == ("points", 13)
+    assert (top1.unit, len({name for name, _ in found})) == ("points", 24)
+    # Paired by image: whatever is resampled, what the arms share cancels.
+    for name, value in (("class_variance", 0.3), ("unique_r2", 1.0), ("cross 4 sd", 1.0)):
+        got = found[f"{name} ratio", "auditor"]
+        assert (got.value, got.low, got.high) == pytest.approx((value, value, value))
 
 
 @pytest.mark.parametrize(
     ("factor", "noise", "word"), [(0.5, 0.5, "lower"), (1.6, 0.5, "higher"), (1.0, 2.0, "not distinguishable")]
 )
-def test_leakage_is_lower_higher_or_not_distinguishable(factor: float, noise: float, word: str) -> None:
-    lines = sentences(arms(attribute=factor * images() + jitter(noise)))
+def test_every_claimed_figure_is_told_with_its_interval(factor: float, noise: float, word: str) -> None:
+    measured = arms(attribute=factor * images() + jitter(noise), null=0.3)
+    lines = sentences(measured)
     assert len(lines) == 4
-    assert f"an AS⁻ that is {word}: " in lines[2]
+    assert "12% of the class scores' variance" in lines[0]
+    told = dict(each.split(" ", 1) for each in lines[1].split(": ")[1].split("; ") if "AS" in each)
+    for name in ("AS⁻", "|AS|"):
+        value, low, high = (float(each.strip("[],×")) for each in told[name].split(" ")[:3])
+        assert low <= value <= high
+        assert {"lower": high < 1, "higher": low > 1, "not distinguishable": low <= 1 <= high}[word]
+        assert ("(not distinguishable)" in told[name]) == (word == "not distinguishable")
+    assert "class-score variance in the null space 0.30× [0.30, 0.30]" in lines[1]
+    assert "success of a 4 sd step judged by another 1.00× [1.00, 1.00] (not distinguishable)" in lines[1]
 
 
 @pytest.mark.parametrize(
@@ -105,31 +121,45 @@ def test_accuracy_is_kept_lost_or_not_shown_to_be_kept(changed: np.ndarray, word
     assert f"Top-1 is {word}: {100 * changed.mean():+.2f} points [" in sentences(arms(correct=CORRECT + changed))[-1]
 
 
-@pytest.mark.parametrize(("loop", "gamed"), [(1.0, False), (0.7, False), (0.5, True)])
-def test_a_loop_that_reads_far_less_than_the_auditor_was_gamed(loop: float, gamed: bool) -> None:
-    measured = arms(loop=loop)
-    assert audit_gap(measured["sing"][1]) == pytest.approx(1 / loop)
-    assert ("was gamed" in sentences(measured)[1]) == gamed
-    assert f"{1 / loop:.2f} times" in sentences(measured)[1]
+@pytest.mark.parametrize(("auditor", "loop", "gamed"), [(0.4, 1.0, False), (0.4, 0.2, True), (0.4, 0.5, False)])
+def test_a_loop_whose_fall_the_auditor_does_not_confirm_was_gamed(auditor: float, loop: float, gamed: bool) -> None:
+    """The control's reading is 1 by both, the loss's `auditor` and auditor · loop: the share that is confirmed."""
+    measured = arms(attribute=auditor * images(), loop=loop)
+    both = [measured[name][0] for name in ("sing", "control")]
+    share, low, high = confirmed_share(both, LABELS)
+    assert (share, low, high) == pytest.approx([(1 - auditor) / (1 - auditor * loop)] * 3)
+    said = sentences(measured)[2]
+    assert ("the loss was gamed" in said) == gamed == (share < 2 / 3)
+    assert f"confirms {share:.0%} [{share:.0%}, {share:.0%}]" in said
 
 
-def test_without_leakage_in_the_loop_or_training_there_is_less_to_say() -> None:
-    measured = arms(loop=0.0)
-    assert audit_gap(measured["sing"][1]) is None
-    assert len(sentences(measured)) == 3
-    before, nothing = sentences(measured, trained=False)
-    overall = measured["before"][1]["translators"]["auditor"]["overall"]
-    assert f"78% of the feature norm; removing it costs the true class {overall['AS_neg']:.2f}° (AS⁻)" in before
+def test_each_judge_is_held_against_its_own_reading_of_the_control() -> None:
+    measured = arms(attribute=0.5 * images() + jitter(1.0), loop=0.4)
+    measured["control"] = arm(attribute=images(), loop=0.8)
+    both = [measured[name][0] for name in ("sing", "control")]
+    read = [{name: np.maximum(-rows[f"AS/{name}"], 0).mean() for name in JUDGES} for rows in both]
+    fall = {name: read[1][name] - read[0][name] for name in JUDGES}
+    share, low, high = confirmed_share(both, LABELS)
+    assert share == pytest.approx(fall["auditor"] / fall["loop"])
+    assert low < share < high
+
+
+@pytest.mark.parametrize("attribute", [images(), 1.2 * images()], ids=["the same", "more"])
+def test_without_a_fall_there_is_nothing_to_confirm(attribute: np.ndarray) -> None:
+    assert "reads no fall in AS⁻, so there is nothing to confirm" in sentences(arms(attribute=attribute))[2]
+
+
+def test_without_training_nothing_is_claimed() -> None:
+    before, nothing = sentences(arms(), trained=False)
     assert nothing.startswith("Nothing was trained")
+    assert f"costs the true class {np.maximum(-images(), 0).mean():.2f}° (AS⁻)" in before
 
 
-def test_an_arm_without_any_leakage_is_told_in_degrees() -> None:
-    assert "lower: 0.00× [0.00, 0.00]" in sentences(arms(attribute=np.abs(images())))[-2]
+def test_an_arm_without_any_leakage_is_told_all_the_same() -> None:
+    assert "AS⁻ 0.00× [0.00, 0.00];" in sentences(arms(attribute=np.abs(images())))[1]
     measured = arms()
-    measured["control"] = arm("control", attribute=np.abs(images()))
-    assert f"higher: {np.maximum(-images(), 0).mean():.2f}° [" in sentences(measured)[-2]
-    measured["sing"] = arm("sing", attribute=np.abs(images()))
-    assert "not distinguishable: 0.00° [0.00, 0.00]" in sentences(measured)[-2]
+    measured["control"] = arm(attribute=np.abs(images()))
+    assert "AS⁻ nan× [nan, nan] (not distinguishable)" in sentences(measured)[1]
 
 
 @pytest.mark.parametrize(
@@ -141,14 +171,14 @@ def test_an_arm_without_any_leakage_is_told_in_degrees() -> None:
     ],
 )
 def test_a_good_instrument_gives_no_warning_and_each_fault_its_own(fault: dict[str, Any], words: str) -> None:
-    assert finetune_warnings(arm("before")[1]) == []
-    (said,) = finetune_warnings(arm("before", **fault)[1])
+    assert finetune_warnings(arm()[1]) == []
+    (said,) = finetune_warnings(arm(**fault)[1])
     assert words in said
 
 
 def test_an_auditor_of_too_few_images_supports_no_claim() -> None:
     attribute = 0.3 * images()
-    assert "SingLoss leaves an AS⁻ that is lower" in " ".join(sentences(arms(attribute=attribute)))
+    assert "Against plain fine-tuning" in " ".join(sentences(arms(attribute=attribute)))
     few = " ".join(sentences(arms(attribute=attribute, fit_images=ENOUGH - 1)))
     assert f"No claim: the auditor has {ENOUGH - 1} images, {ENOUGH} are needed" in few
-    assert "SingLoss leaves" not in few
+    assert "Against plain" not in few

@@ -72,7 +72,7 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path, capsys: pytest.CaptureFi
     ("arguments", "key"),
     [
         (["--loss.preset", "sings"], "loss.preset"),
-        (["--loss.terms", "{leak: 0, hinge: 0, band: 0, class_share: 0, capacity: 0}"], "loss.terms"),
+        (["--loss.terms", "{readout: 0, capacity: 0}"], "loss.terms"),
         (["--vlm.templates", "[an image]"], "vlm.templates"),
         (["--vlm.templates", "[]"], "vlm.templates"),
         (["--data.unlabeled", "x"], "data.source"),
@@ -80,7 +80,9 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path, capsys: pytest.CaptureFi
         (["--data.unlabeled_to_audit", "2"], "data.unlabeled_to_audit"),
         (["--training.learning_rate", "0"], "training.learning_rate"),
         (["--translator.ridge", "-1"], "translator.ridge"),
-        (["--loss.balance", "0.1", "--loss.terms", "{leak: 0, hinge: 0, band: 0, class_share: 0}"], "loss.balance"),
+        (["--loss.floor", "-1"], "loss.floor"),
+        (["--loss.start", "-0.1"], "loss.start"),
+        (["--loss.placebo", "foreigner"], "loss.placebo"),
         (["--out", ""], "out"),
         (["--data.augmentation", "cutmix"], "data.augmentation"),
     ],
@@ -92,7 +94,7 @@ def test_bad_values_are_refused_by_name(arguments: list[str], key: str, capsys: 
 def test_a_section_that_stands_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """YAML itself would keep the last one without a word."""
     (line,) = refusal(
-        capsys, "--config", written(tmp_path, "loss: {weight: 1}\ntraining: {epochs: 1}\nloss: {balance: 1}")
+        capsys, "--config", written(tmp_path, "loss: {weight: 1}\ntraining: {epochs: 1}\nloss: {floor: 1}")
     )
     assert "listed twice: loss" in line
 

@@ -1,4 +1,4 @@
-"""Edited heads: alignment leaves the null space no prompt, dropping it keeps all logits, averages end in two models."""
+"""Edited heads: aligned ones leave the null no prompt, settled ones less of them, dropping it keeps every logit."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from singreg.models.edits import (
     AlignedHead,
     align_head_,
     aligned_weight,
-    constrain_to_rows,
     drop_null,
     interpolate_weights,
     prompt_directions,
-    release_rows,
+    settle_head_,
 )
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.translator import LinearTranslator
 from tests.fakes import CLASSES, HEADS, WIDTH, images, net, shake
+from tests.reference import formulas
 
 M, N = 24, 9
 PLAIN = ("linear", "no bias", "convolution")
@@ -170,59 +170,81 @@ def test_the_edit_is_written_into_the_classifier(kind: str) -> None:
 def test_refusals() -> None:
     T, texts, d = translator(width=WIDTH), normal(3, N, seed=4), directions(3, WIDTH)
     f, weight = features(width=WIDTH), normal(3, WIDTH, seed=1)
-    statistics = RidgeStatistics(WIDTH, N).update(f, T(f))
+    statistics, normalised = RidgeStatistics(WIDTH, N).update(f, T(f)), small()
+    nn.utils.parametrizations.weight_norm(normalised.head)
     for call, words in (
         (lambda: align_head_(small("batch norm"), T, texts, statistics), "a batch norm and a linear layer"),
-        (lambda: constrain_to_rows(small("batch norm"), texts), "a batch norm and a linear layer"),
+        (lambda: settle_head_(small("batch norm"), T, texts, statistics), "a batch norm and a linear layer"),
+        (lambda: align_head_(normalised, T, texts, statistics), "is parametrised"),
         (lambda: aligned_weight(weight[:2], d, **moments(f)), r"a head of 2 rows cannot hold 3 independent"),
         (lambda: align_head_(small(), T, texts, RidgeStatistics(WIDTH, N)), "at least 2 images"),
         (lambda: prompt_directions(LinearTranslator(0 * T.matrix, T.offset), texts), r"translated prompt .* zero"),
-        (lambda: constrain_to_rows(small(), d), r"\d+\.\d% of the head's norm lies outside the given rows"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
 
 
-def constrained(kind: str = "linear") -> tuple[Classifier, Tensor]:
-    """A classifier with an aligned head, constrained to its whole row space, and the translated prompts."""
-    classifier, T, texts = small(kind), translator(width=WIDTH), normal(3, N, seed=4)
-    f = classifier.features(images(40).double()).detach()
-    aligned = align_head_(classifier, T, texts, RidgeStatistics(WIDTH, N).update(f, T(f)))
-    return constrain_to_rows(classifier, aligned.rows), texts @ T.matrix
+def settle(classifier: Classifier, f: Tensor, **options: Any) -> dict[str, float]:
+    T = translator(width=WIDTH)
+    return settle_head_(classifier, T, normal(CLASSES, N, seed=4), RidgeStatistics(WIDTH, N).update(f, T(f)), **options)
 
 
-def trained_weight(classifier: Classifier) -> Tensor:
-    return classifier.model.get_parameter(f"{classifier.head_name}.parametrizations.weight.original")
+def settling_loss(weight: Tensor, old: Tensor, f: Tensor, bias: bool, strength: float, floor: float) -> list[Tensor]:
+    """Both summands image by image: the logits' change, about their means with a bias, and capacity."""
+    x = f - f.mean(0) if bias else f
+    change = (x @ (weight - old).T).square().sum() / (x @ old.T).square().sum()
+    texts = normal(CLASSES, N, seed=4)
+    return [change, strength * formulas.capacity(weight, translator(width=WIDTH).matrix, texts, f, floor)]
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["linear", "no bias"])
+def test_settling_ends_where_plain_descent_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, twin, f = small(kind), small(kind), features(200, WIDTH)
+    old, strength, floor = classifier.weight.detach().clone(), 0.3, 1.0
+    settle(twin, f, strength=strength, floor=floor)
+    monkeypatch.setattr(edits, "SETTLING", 1000)
+    told = settle(classifier, f, strength=strength, floor=floor)
+    weight, options = old.clone().requires_grad_(), (old, f, kind != "no bias", strength, floor)
+    optimizer = torch.optim.Adam([weight], lr=0.02)
+    for step in range(2000):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 2000)
+        optimizer.zero_grad()
+        torch.stack(settling_loss(weight, *options)).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    change, capacity = settling_loss(classifier.weight.detach(), *options)
+    slow, begun, usual = (
+        float(torch.stack(settling_loss(each.detach(), *options)).sum()) for each in (weight, old, twin.weight)
+    )
+    assert float(change + capacity) == pytest.approx(slow, rel=1e-3)
+    assert slow < 1.001 * usual < 1.05 * slow < 0.5 * begun
+    assert told["capacity"] == pytest.approx(float(capacity) / strength)
+    assert told["capacity_before"] == pytest.approx(begun / strength)
+    assert told["logit_change"] == pytest.approx(float(change.sqrt()))
+
+
 @pytest.mark.parametrize("kind", PLAIN)
-def test_training_keeps_the_row_space_and_releasing_keeps_the_logits(kind: str, decay: float) -> None:
-    classifier, translated = constrained(kind)
-    free, x, before = release_rows(copy.deepcopy(classifier)), images(16).double(), classifier.weight.detach().clone()
-    torch.testing.assert_close(classifier(x), free(x))
-    for model in (classifier, free):
-        model.tune("head")
-        trained = [p for p in model.parameters() if p.requires_grad]
-        assert len(trained) == (1 if kind == "no bias" else 2)
-        optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=decay)
-        for _ in range(10):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), torch.arange(16) % CLASSES).backward()
-            optimizer.step()
-    assert left_out(free.weight.detach(), translated) > 1e-3  # the control: without the constraint it is lost at once
-    assert left_out(classifier.weight.detach(), translated) <= 1e-8
-    assert (classifier.weight - before).norm() > 0.1
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert left_out(classifier.weight.detach(), translated) <= 1e-8
-    logits, shape, parameter = classifier(x), classifier.weight.shape, trained_weight(classifier)
-    twin = copy.deepcopy(classifier)
-    release_rows(classifier)
-    assert torch.equal(twin(x), logits)  # a copy keeps its own constraint
-    assert torch.equal(classifier(x), logits)
-    assert classifier.weight.shape == shape
-    assert classifier.head.weight is parameter  # an optimiser that holds it goes on
-    assert type(classifier.head) in (nn.Linear, nn.Conv2d)
+def test_settling_lowers_capacity_and_hardly_moves_the_logits(kind: str) -> None:
+    classifier, x = small(kind), images(60).double()
+    f, before, begun = classifier.features(x).detach(), classifier(x).detach(), classifier.weight.detach().clone()
+    parameters = dict(classifier.named_parameters())
+    found = [settle(copy.deepcopy(classifier), f, strength=strength) for strength in (0.1, 1.0)]
+    assert found[1]["capacity"] < found[0]["capacity"] < found[0]["capacity_before"]
+    told = settle(classifier, f, strength=0.3)
+    after = classifier(x).detach()
+    assert told["capacity"] < 0.8 * told["capacity_before"]
+    assert told["logit_change"] < 0.35
+    if kind != "no bias":  # without one there is nothing that could keep the mean
+        torch.testing.assert_close(after.mean(0), before.mean(0))
+        assert told["logit_change"] == pytest.approx(float(rms(after - before) / rms(before)), rel=1e-6)
+    assert (classifier.weight - begun).norm() > 1e-2
+    assert all(parameter is parameters[name] for name, parameter in classifier.named_parameters())
+
+
+def test_without_strength_the_head_stays() -> None:
+    classifier = small()
+    before = copy.deepcopy(classifier.state_dict())
+    assert settle(classifier, features(100, WIDTH), strength=0.0)["logit_change"] == 0
+    assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
 
 def timm_model(seed: int = 0, **arguments: Any) -> Classifier:
@@ -233,15 +255,11 @@ def timm_model(seed: int = 0, **arguments: Any) -> Classifier:
     return classifier
 
 
-def test_plain_timm_loads_it_once_released(tmp_path: Path) -> None:
+def test_plain_timm_loads_an_edited_head(tmp_path: Path) -> None:
     classifier, texts = timm_model(), normal(4, N, seed=4)
     f, T = classifier.features(images(200)).detach(), translator(width=96)
     align_head_(classifier, T, texts, RidgeStatistics(96, N).update(f, T(f)))
-    constrain_to_rows(classifier, classifier.weight.detach())
-    with pytest.raises(ValueError, match=r"the head of test_resnet.* is constrained.* release_rows"):
-        classifier.save(tmp_path / "model")
-    assert not any(tmp_path.iterdir())
-    release_rows(classifier).save(tmp_path / "model")
+    classifier.save(tmp_path / "model")
     model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(model(images()), classifier(images()))

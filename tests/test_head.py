@@ -1,4 +1,4 @@
-"""Training a head on stored features: the obvious loop, the pace of the terms, a constrained head, processes."""
+"""Training a head on stored features: the obvious loop, the pace of the terms, rows of embeddings, processes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from singreg import loop
 from singreg.config import FinetuneConfig, overridden
 from singreg.loop import TrainingFailed, head_batches, train_head
+from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.models.edits import constrain_to_rows, release_rows
 from singreg.nullspace import NullSpace
 from singreg.task import Schedule
 from tests.processes import run_processes
-from tests.small_arm import small_classifier, small_sing
+from tests.small_arm import embeddings, small_classifier, small_sing
 
 
 def head_config(**values: Any) -> FinetuneConfig:
@@ -25,10 +25,10 @@ def head_config(**values: Any) -> FinetuneConfig:
     return overridden(FinetuneConfig(seed=1), {f"training.{name}": value for name, value in usual.items()})
 
 
-def head_data(classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
+def head_data(classifier: Classifier) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     labels = np.arange(40) % classifier.num_classes
     noise = np.random.default_rng(3).standard_normal((40, classifier.feature_dim))
-    return (noise + labels[:, None]).astype(np.float32), labels
+    return (noise + labels[:, None]).astype(np.float32), labels, embeddings()[:40]
 
 
 def head_network() -> Classifier:
@@ -37,7 +37,7 @@ def head_network() -> Classifier:
 
 def test_training_the_head_is_the_obvious_loop() -> None:
     classifier, wanted = head_network(), head_config()
-    features, labels = head_data(classifier)
+    features, labels, z = head_data(classifier)
     bias = classifier.bias
     assert bias is not None
     weight, bias = (each.detach().clone().requires_grad_() for each in (classifier.weight, bias))
@@ -54,7 +54,7 @@ def test_training_the_head_is_the_obvious_loop() -> None:
         torch.nn.utils.clip_grad_norm_([weight, bias], loop.CLIP)
         optimizer.step()
     torch.rand(7)  # what others drew before must not matter
-    trained = train_head("head", classifier, None, features, labels, wanted)
+    trained = train_head("head", classifier, None, features, labels, z, wanted)
     torch.testing.assert_close(trained.weight, weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(trained.bias, bias, rtol=1e-5, atol=1e-6)
     moved = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
@@ -81,32 +81,35 @@ def test_terms_of_the_head_move_it_at_the_pace_of_the_steps() -> None:
     sing = small_sing(classifier, terms={"capacity": 1.0}, accumulation=2).float()
     train_head("head", classifier, sing, *head_data(classifier), head_config())
     assert int(sing.step) == 2 * 15
-    before, (features, labels) = classifier.weight.detach().clone(), head_data(classifier)
+    before, (features, labels, z) = classifier.weight.detach().clone(), head_data(classifier)
     with pytest.raises(TrainingFailed, match=r"'broken'.*not finite at step 1"):
-        train_head("broken", classifier, None, features * np.float32("nan"), labels, head_config())
+        train_head("broken", classifier, None, features * np.float32("nan"), labels, z, head_config())
     assert torch.equal(classifier.weight, before)
 
 
-def test_a_constrained_head_stays_in_its_row_space() -> None:
-    outside = {}
-    for name in ("constrained", "free"):
-        classifier = head_network()
-        space = NullSpace.from_weight(classifier.weight)
-        if name == "constrained":
-            constrain_to_rows(classifier, classifier.weight.detach())
-        train_head("head", classifier, None, *head_data(classifier), head_config())
-        if name == "constrained":
-            release_rows(classifier)
-        outside[name] = float(space.component(classifier.weight.detach()).norm() / classifier.weight.detach().norm())
-    assert outside["constrained"] < 1e-5
-    assert outside["free"] > 1e-2
+def test_every_step_reads_the_embeddings_of_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = head_network()
+    features, labels, z = head_data(classifier)
+    read = []
+
+    def noted(self: SingLoss, *given: Tensor) -> Tensor:
+        read.append(given)
+        return given[0].sum() * 0
+
+    monkeypatch.setattr(SingLoss, "forward", noted)
+    train_head("head", classifier, small_sing(classifier).float(), features, labels, z, head_config(epochs=1))
+    rows = np.concatenate(list(head_batches(40, 8, 1, seed=1)))
+    for got, expected in zip(zip(*read, strict=True), (features, labels, z), strict=True):
+        np.testing.assert_array_equal(torch.cat(got).numpy(), expected[rows])
 
 
 def _head(rank: int, world: int) -> Tensor:
     """A process whose sums round otherwise: its features differ by a little."""
     classifier = head_network()
-    features, labels = head_data(classifier)
-    return train_head("head", classifier, None, features + rank * 1e-3, labels, head_config()).weight.detach().clone()
+    features, labels, z = head_data(classifier)
+    return (
+        train_head("head", classifier, None, features + rank * 1e-3, labels, z, head_config()).weight.detach().clone()
+    )
 
 
 def test_a_trained_head_is_the_first_processes_everywhere() -> None:

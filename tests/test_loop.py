@@ -12,36 +12,32 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
 from singreg import loop
-from singreg.config import FinetuneConfig, overridden
+from singreg.analysis.features import PassSettings
 from singreg.loop import TrainingFailed, own_random_numbers
-from singreg.loop_translator import LoopTranslator
+from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.nullspace import NullSpace
-from singreg.ridge import RidgeStatistics
-from singreg.runs import start
 from tests.processes import run_processes
+from tests.reference import formulas
 from tests.small_arm import (
     COUNT,
-    DIM,
     PLAIN,
-    WIDTH,
     Arm,
     Pixels,
     Stop,
-    as_double,
     embeddings,
+    features_of,
     largest_difference,
     same_bits,
     small_classifier,
-    small_keeper,
+    small_fitted,
     small_sing,
 )
+from tests.toy import ToySplit
 
 ARMS = pytest.mark.parametrize("regularised", [False, True], ids=["control", "sing"])
 Straight = Callable[..., tuple[Arm, dict[str, Tensor]]]
@@ -101,11 +97,9 @@ def test_a_stopped_arm_resumes_to_the_same_bits(
     [
         {"training.l2_sp": 30.0},
         {"training.head_first": 0.4},
-        {"loss.balance": 0.2},
-        {"translator.stream_every": 2},
-        {"translator.stream_every": 2, "data.augmentation": "none"},
+        {"data.augmentation": "none"},
     ],
-    ids=["l2-sp", "head first", "balance", "streaming", "streaming, one view"],
+    ids=["l2-sp", "head first", "one view"],
 )
 def test_every_option_resumes_to_the_same_bits(values: dict[str, Any], straight: Straight, tmp_path: Path) -> None:
     options = {"values": values, "options": {"warmup_steps": 3}}
@@ -153,7 +147,7 @@ def test_the_translator_is_refreshed_where_the_schedule_says(
     Arm(tmp_path / "control", regularised=False).run()
     assert refreshed == [5]
     assert arm.sing is not None
-    assert torch.equal(arm.judges["loop"].matrix, arm.sing.matrix)
+    assert torch.equal(arm.keeper.current(arm.sing).matrix, arm.sing.matrix)
 
 
 def test_without_a_weight_the_regularised_arm_is_the_control(straight: Straight, tmp_path: Path) -> None:
@@ -231,50 +225,38 @@ def test_the_backbone_joins_after_its_share_of_the_steps(tmp_path: Path, monkeyp
     assert [torch.equal(value, begun) for value in stored] == [True] * 4 + [False] * 6
 
 
-def test_balance_sets_the_gradients_share_whatever_lambda_is(tmp_path: Path) -> None:
-    options = {"warmup_steps": 3, "ramp_steps": 2}
-    arm = Arm(tmp_path / "one", dropout=0.0, options={**options, "weight": 7.0}, values={"loss.balance": 0.2})
-    weights = arm.run()
-    shares = {step: figures["gradient_sing"] / figures["gradient_ce"] for step, figures in arm.logged.items()}
-    assert [shares[step] for step in (1, 2, 3)] == [0, 0, 0]
-    assert shares[4] == pytest.approx(0.2 * 0.25)  # the first of two steps of the cosine ramp: (1 - cos 60°) / 2
-    other = {"options": {**options, "weight": 0.1}, "values": {"loss.balance": 0.2}}
-    assert largest_difference(weights, Arm(tmp_path / "other", dropout=0.0, **other).run()) < 1e-6
-    unbalanced = Arm(tmp_path / "unbalanced", dropout=0.0, options={**options, "weight": 7.0})
-    assert largest_difference(weights, unbalanced.run()) > 1e-3
-    assert "gradient_ce" not in unbalanced.logged[4]
+def _in_process(rank: int, world: int, folder: str, stop_after: int | None, view: str) -> Any:
+    arm, read = Arm(Path(folder), dropout=0.0, values={"data.augmentation": view}), []
+    original = SingLoss.forward
 
+    def noted(self: SingLoss, features: Tensor, labels: Tensor, given: Tensor | None = None) -> Tensor:
+        read.append(cast(Tensor, given).clone())
+        return original(self, features, labels, given)
 
-def _in_process(rank: int, world: int, folder: str, stop_after: int | None, values: dict[str, Any], plain: bool) -> Any:
-    arm = Arm(Path(folder), dropout=0.0, values=values, options={**PLAIN, "warmup_steps": 2} if plain else {})
-    try:
-        weights = arm.run(stop_after=stop_after)
-    except Stop:
-        return None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SingLoss, "forward", noted)
+        try:
+            weights = arm.run(stop_after=stop_after)
+        except Stop:
+            return None
     assert arm.sing is not None
-    return weights, arm.split.asked, arm.sing.state_dict(), arm.logged
+    return weights, arm.split.asked, arm.sing.state_dict(), torch.cat(read)
 
 
-@pytest.mark.parametrize(
-    ("values", "plain"),
-    [({}, False), ({"translator.stream_every": 2}, False), ({"loss.balance": 0.2}, True)],
-    ids=["all terms", "streaming", "balance"],
-)
-def test_two_processes_take_the_steps_of_one_and_resume(values: dict[str, Any], plain: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("view", ["flip", "none"])
+def test_two_processes_take_the_steps_of_one_and_resume(view: str, tmp_path: Path) -> None:
     """Ratios, running means and sums are over the batch of all processes, so nothing but rounding differs."""
-    alone = _in_process(0, 1, str(tmp_path / "one"), None, values, plain)
-    together = run_processes(2, _in_process, str(tmp_path / "two"), None, values, plain)
-    for weights, _, state, logged in together:
-        assert largest_difference(weights, alone[0]) < (1e-4 if values else 1e-6)
-        assert same_bits(weights, together[0][0])
-        assert same_bits(state, together[0][2])
-        if plain:
-            for name in ("gradient_ce", "gradient_sing"):
-                assert logged[3][name] == pytest.approx(alone[3][3][name], rel=1e-5)
+    alone = _in_process(0, 1, str(tmp_path / "one"), None, view)
+    together = run_processes(2, _in_process, str(tmp_path / "two"), None, view)
+    for weights, asked, state, read in [alone, *together]:
+        assert largest_difference(weights, alone[0]) < 1e-6
+        assert same_bits(weights, together[0][0]) or weights is alone[0]
+        assert same_bits(state, together[0][2]) or weights is alone[0]
+        assert torch.equal(read, torch.from_numpy(embeddings()[asked])), "each image is read with its own embedding"
     both = np.concatenate([np.array(asked).reshape(10, 4) for _, asked, *_ in together], axis=1)
     assert [set(step) for step in both] == [set(step) for step in np.array(alone[1]).reshape(10, 8)]
-    assert run_processes(2, _in_process, str(tmp_path / "stopped"), 8, values, plain) == [None, None]
-    for weights, *_ in run_processes(2, _in_process, str(tmp_path / "stopped"), None, values, plain):
+    assert run_processes(2, _in_process, str(tmp_path / "stopped"), 8, view) == [None, None]
+    for weights, *_ in run_processes(2, _in_process, str(tmp_path / "stopped"), None, view):
         assert same_bits(weights, together[0][0])
 
 
@@ -306,75 +288,36 @@ def test_every_process_draws_its_own_masks_and_all_alike_afterwards(tmp_path: Pa
         assert torch.rand(2).tolist() == wanted
 
 
-def features_of(classifier: Classifier) -> Tensor:
-    classifier.eval()
+@pytest.mark.parametrize(("others", "left_out"), [(0, 0), (COUNT - 1, 0), (COUNT, COUNT), (COUNT + 5, COUNT)])
+def test_the_bank_is_without_the_training_images_where_as_many_others_are_there(others: int, left_out: int) -> None:
+    train, bank = ToySplit(COUNT), ToySplit(COUNT + others)
+    splits: Any = SimpleNamespace(train=train, bank=bank)
+    rows = np.arange(2 * len(bank), dtype=np.float32).reshape(-1, 2)
+    images, found = loop_bank(splits, rows)
+    assert [images.identifier(place) for place in range(len(images))] == [
+        bank.identifier(place) for place in range(left_out, len(bank))
+    ]
+    np.testing.assert_array_equal(found, rows[left_out:])
+
+
+def test_refreshing_is_a_fit_of_todays_features_with_the_first_ridge() -> None:
+    classifier, other = small_classifier(), small_classifier()
+    sing, fitted = small_sing(classifier), small_fitted(classifier)
+    splits: Any = SimpleNamespace(train=Pixels(), bank=Pixels())
+    keeper = LoopTranslator(fitted, splits, embeddings(), passes=PassSettings(16, 0, progress=False))
     with torch.no_grad():
-        return classifier.features(torch.stack([as_double(Pixels().image(index)) for index in range(COUNT)])).float()
-
-
-def slow_fit(features: Tensor, targets: np.ndarray, classifier: Classifier, weights: Tensor) -> Tensor:
-    """Weighted centred normal equations, in the two blocks of the head."""
-    f, z, w = features.double(), torch.from_numpy(targets).double(), weights
-    f, z = f - (w @ f) / w.sum(), z - (w @ z) / w.sum()
-    basis = NullSpace.from_weight(classifier.weight).basis
-    row = basis @ basis.T
-    blocks = [row, torch.eye(WIDTH, dtype=torch.float64) - row]
-    scatter = f.T @ (w[:, None] * f)
-    energy = [((b @ scatter @ b) @ (b @ scatter @ b)).trace() / (b @ scatter @ b).trace() / w.sum() for b in blocks]
-    scale = torch.stack([b / e.sqrt() for b, e in zip(blocks, energy, strict=True)]).sum(0)
-    g = f @ scale
-    scaled = g.T @ (w[:, None] * g)
-    penalty = 0.01 * scaled.trace() / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
-    return (scale @ torch.linalg.solve(scaled + penalty, g.T @ (w[:, None] * z))).T.float()
-
-
-def test_streamed_sums_are_a_regression_in_which_old_features_fade(monkeypatch: pytest.MonkeyPatch) -> None:
-    AcceleratorState._reset_state(True)
-    monkeypatch.setattr("singreg.loop_translator.FORGETTING", 0.8)
-    config = overridden(FinetuneConfig(), {"translator.stream_every": 2})
-    classifier = small_classifier()
-    sing = small_sing(classifier)
-    keeper = small_keeper(sing, Pixels(), config, start(config))
-    keeper.refresh(classifier, sing)
-    bank, ones = features_of(classifier), torch.ones(COUNT, dtype=torch.float64)
-    first = slow_fit(bank, embeddings(), classifier, ones)
-    torch.testing.assert_close(sing.matrix.float(), first, atol=1e-4, rtol=1e-4)
-    seen, targets, weights = [bank], [embeddings()], [ones]
-    for step in range(1, 5):
-        generator = torch.Generator().manual_seed(step)
-        indices = torch.randperm(COUNT, generator=generator)[:8]
-        moved = bank[indices] + 0.3 * torch.randn(8, WIDTH, generator=generator)
-        keeper.observe(moved, indices)
-        seen, targets, weights = [*seen, moved], [*targets, embeddings()[indices.numpy()]], [*weights, ones[:8]]
-        before = sing.matrix.clone()
-        keeper.step_ended(step, classifier, sing)
-        if step % 2:
-            assert torch.equal(sing.matrix, before)
-        else:
-            expected = slow_fit(torch.cat(seen), np.concatenate(targets), classifier, torch.cat(weights))
-            torch.testing.assert_close(sing.matrix.float(), expected, atol=1e-4, rtol=1e-4)
-            assert not torch.allclose(expected, first, atol=1e-3)
-        weights = [0.8 * weight for weight in weights]
-    AcceleratorState._reset_state(True)
-
-
-def test_streaming_reads_the_training_images_own_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a backbone that rests and nothing forgotten, two epochs count images up to three times."""
-    kept: list[LoopTranslator] = []
-    original = LoopTranslator.step_ended
-
-    def noted(self: LoopTranslator, *rest: Any) -> None:
-        kept.append(self)
-        original(self, *rest)
-
-    monkeypatch.setattr(LoopTranslator, "step_ended", noted)
-    monkeypatch.setattr("singreg.loop_translator.FORGETTING", 1.0)
-    values = {"model.tuning": "head", "translator.stream_every": 1, "translator.refreshes": 0}
-    arm = Arm(tmp_path, dropout=0.0, values={**values, "data.augmentation": "none"})
-    arm.run()
-    repeated = np.repeat(np.arange(COUNT), 1 + np.bincount(arm.split.asked, minlength=COUNT))
-    features = features_of(small_classifier(dropout=0.0))
-    expected = RidgeStatistics(WIDTH, DIM).update(features[repeated], torch.from_numpy(embeddings()[repeated]))
-    assert int(expected.count) == COUNT + 80
-    for name, value in expected.state_dict().items():
-        torch.testing.assert_close(kept[-1].statistics.state_dict()[name], value, atol=1e-4, rtol=1e-5)
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)))
+        classifier.load_state_dict(other.state_dict())
+    first = fitted.translator.matrix
+    for encode, features in ((False, features_of(small_classifier())), (True, features_of(other))):
+        keeper.begin(classifier, sing, encode=encode)
+        scale = formulas.block_scale(features.double().numpy(), other.weight)
+        matrix, offset = formulas.ridge(features.double().numpy() @ scale, embeddings().astype(np.float64), 0.01)
+        current = keeper.current(sing)
+        np.testing.assert_allclose(current.matrix.numpy(), matrix @ scale, atol=1e-5)
+        np.testing.assert_allclose(current.offset.numpy(), offset, atol=1e-5)
+        assert current.info.head_hash == other.head_hash()
+        assert (current.matrix - first).abs().max() > 1e-3
+        np.testing.assert_allclose(sing.covariance.numpy(), np.cov(features.numpy().T, bias=True), atol=1e-5)
+    assert torch.equal(keeper.first.matrix, first)

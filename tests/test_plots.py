@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from singreg import plots
+from singreg.analysis.comparison import compare_arms
 from singreg.analysis.levels import analyze_classes, analyze_concepts, describe_images, nearest_images, worst_images
 from singreg.analysis.perturbation import measure_perturbations
 from singreg.plots import scores
@@ -61,7 +62,7 @@ def assert_readable(figure: Figure) -> None:
 
 def test_the_plots_of_a_fine_tuning_run(drawn: list[Figure], tmp_path: Path) -> None:
     measured = dict.fromkeys(scores.STAGES, measure())
-    figures = scores.plot_finetune(measured, AWKWARD, tmp_path)
+    figures = scores.plot_finetune(measured, compare_arms(measured), AWKWARD, tmp_path)
     for figure in drawn:
         assert_readable(figure)
     assert len(drawn) == len(figures) == 3

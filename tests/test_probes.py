@@ -12,8 +12,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 
-from singreg.analysis.fitting import VALIDATION_EVERY
-from singreg.analysis.probes import BLOCKS, fit_blocks, fit_probe, measure_information, one_hot
+from singreg.analysis.probes import BLOCKS, VALIDATION_EVERY, fit_blocks, fit_probe, measure_information, one_hot
 from singreg.nullspace import NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from tests.planted import CLASSES, DIM, WIDTH, Planted, plant

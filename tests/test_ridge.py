@@ -9,7 +9,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from singreg.nullspace import NullSpace
-from singreg.ridge import RidgeSolution, RidgeStatistics
+from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics, Standardize
 from tests.processes import run_processes
 from tests.reference import formulas
 
@@ -92,6 +92,43 @@ def test_validation_picks_the_ridge_with_the_best_held_out_r2() -> None:
         assert 1 - residual(statistics(f, z).solve(ridge), *held_out) == pytest.approx(score, abs=1e-7)
 
 
+@pytest.mark.parametrize("standardize", ["not", "feature", "block"])
+def test_the_agreed_ridge_is_the_best_of_the_slow_products(standardize: str) -> None:
+    f, z = data(60, 30)
+    weight = torch.randn(4, 30, generator=torch.Generator().manual_seed(2))
+    scales = {
+        "not": np.eye(30),
+        "feature": np.diag(1 / f.numpy().std(0)),
+        "block": formulas.block_scale(f.numpy(), weight),
+    }
+    options: dict[str, Standardize] = {"not": False, "feature": True, "block": NullSpace.from_weight(weight).basis}
+    halves = [(f[half::2].numpy(), z[half::2].numpy()) for half in (0, 1)]
+    slow = {ridge: formulas.agreement(halves, scales[standardize], ridge) for ridge in DEFAULT_RIDGES}
+    pair = [statistics(f[half::2], z[half::2]) for half in (0, 1)]
+    best = max(slow, key=lambda ridge: max(slow[ridge][0], 0) * max(slow[ridge][1], 0))
+    for one, other in (pair, pair[::-1]):
+        assert one.agreed(other, standardize=options[standardize]) == pytest.approx((best, *slow[best]), abs=1e-7)
+    assert min(DEFAULT_RIDGES) < best < max(DEFAULT_RIDGES)
+
+
+def test_noise_in_directions_of_little_variance_asks_for_more_ridge_than_r2_does() -> None:
+    """A fit to that noise costs hardly any R², and is what a step in feature space follows."""
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(4000, 24, generator=generator, dtype=torch.float64) * torch.tensor([1.0] * 4 + [0.01] * 20)
+    z = f[:, :4] @ torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    z = z + 0.5 * torch.randn(4000, 5, generator=generator, dtype=torch.float64)
+    pair = [statistics(f[half::2], z[half::2]) for half in (0, 1)]
+    by_r2 = pair[0].validate(pair[1])[0].ridge
+    ridge, r2, cosine = pair[0].agreed(pair[1])
+    assert ridge >= 10 * by_r2
+    assert cosine > 0.9
+    assert r2 > 0.5
+    matrices = [each.solve(by_r2).matrix.flatten() for each in pair]
+    assert torch.cosine_similarity(*matrices, dim=0) < cosine - 0.02
+    quiet = [statistics(f[half::2], f[half::2, :4] @ torch.eye(4, 5).double()) for half in (0, 1)]
+    assert quiet[0].agreed(quiet[1])[0] == min(DEFAULT_RIDGES)  # the control: without noise there is none to avoid
+
+
 def test_standardised_fits_ignore_what_they_claim_to() -> None:
     """Feature by feature: the scale of features. By block: a rotation and a rescaling of the null block."""
     f, z = data()
@@ -110,6 +147,10 @@ def test_standardised_fits_ignore_what_they_claim_to() -> None:
         first, second = (statistics(x, z).solve(1.0, standardize=standardize) for x in (f, moved))
         change = (moved @ second.matrix.T + second.offset - f @ first.matrix.T - first.offset).abs().max()
         assert (change < 1e-7) if same else (change > 1e-2)
+        agreed = [
+            statistics(x[::2], z[::2]).agreed(statistics(x[1::2], z[1::2]), standardize=standardize) for x in (f, moved)
+        ]
+        assert (agreed[0] == pytest.approx(agreed[1], abs=1e-7)) == same
 
 
 def test_constant_features_and_fewer_images_than_features_give_finite_solutions() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from singreg.analysis import scores as module
+from singreg.analysis.fitting import fit_on_split
 from singreg.analysis.scores import CENTRED, analyze_model
 from singreg.analysis.statistics import mean_interval, paired_ratio
 from singreg.analysis.steering import measure_steering
@@ -33,7 +34,8 @@ def measure(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """All figures of the toy classifier by two translators, one of which was fitted on normalised targets."""
     mean = toy.features(toy.classifier(), toy.ToySplit(30)).mean(0).float()
-    options |= {"mean": mean, "settings": replace(toy.QUIET, batch_size=batch_size)}
+    fitted = fit_on_split(toy.classifier(), toy.ToySplit(60), toy.embeddings(60), ridges=(0.1,), settings=toy.QUIET)
+    options |= {"mean": mean, "auditor": fitted, "settings": replace(toy.QUIET, batch_size=batch_size)}
     split, z = toy.ToySplit(count, seed=1), toy.embeddings(count, seed=1)
     return analyze_model(toy.classifier(), split, z, toy.texts(), TRANSLATORS, **options)
 

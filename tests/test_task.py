@@ -1,10 +1,10 @@
-"""One step's module: views, L2-SP, compile, gradient norms; parameter groups, the schedule, batches and batch norms."""
+"""One step's module: views, L2-SP, compile; placebos; parameter groups, the schedule, batches and batch norms."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,26 +14,26 @@ from accelerate import Accelerator
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 
-from singreg.analysis.fitting import FittedTranslator
 from singreg.config import FinetuneConfig, overridden
+from singreg.data.classes import imagenet_names
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
+from singreg.ridge import RidgeStatistics
 from singreg.task import (
     FinetuneTask,
     Schedule,
-    balance,
+    loss_embeddings,
+    loss_texts,
     make_sing,
-    measure_gradients,
     micro_batch,
     parameter_groups,
-    ramp_begins,
     refuse_batch_norm,
     synchronise_batch_norm,
     train_head_only,
     trained_backbone,
 )
 from singreg.translator import LinearTranslator
-from tests.small_arm import CLASSES, DIM, SIDE, WIDTH, small_classifier, small_sing
+from tests.small_arm import CLASSES, DIM, SIDE, embeddings, small_classifier, small_fitted
 
 BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
@@ -51,17 +51,11 @@ def timm_task(**options: Any) -> FinetuneTask:
     torch.manual_seed(0)
     classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=4, drop_rate=0.5)
     classifier.tune("all", batch_norm="train")
-    translator = LinearTranslator(torch.randn(8, classifier.feature_dim), torch.zeros(8))
-    sing = SingLoss(classifier, translator, torch.nn.functional.normalize(torch.randn(4, 8), dim=1), weight=1.0)
+    f, z = torch.rand(200, classifier.feature_dim), torch.randn(200, 8)
+    statistics = RidgeStatistics(classifier.feature_dim, 8).update(f, z)
+    texts = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
+    sing = SingLoss(classifier, LinearTranslator.from_solution(statistics.solve(0.1)), texts, statistics)
     return FinetuneTask(classifier, sing, **options).train()
-
-
-def small_task(**options: Any) -> tuple[FinetuneTask, Tensor, Tensor]:
-    classifier = small_classifier()
-    generator = torch.Generator().manual_seed(3)
-    images = torch.randn(6, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
-    task = FinetuneTask(classifier, small_sing(classifier, **{"ramp_steps": 0, **options})).train()
-    return task, images, torch.arange(6) % CLASSES
 
 
 def test_sing_reads_the_clean_view_in_eval_mode_and_ce_the_augmented() -> None:
@@ -70,17 +64,19 @@ def test_sing_reads_the_clean_view_in_eval_mode_and_ce_the_augmented() -> None:
     assert sing is not None
     images, clean, labels = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.arange(4)
     seen: list[Tensor] = []
-    sing.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    sing.register_forward_pre_hook(lambda _, inputs: seen.extend((inputs[0], inputs[2])))
     buffers = {name: value.clone() for name, value in classifier.named_buffers()}
-    outputs = task(images, labels, clean)
+    z = torch.randn(4, 8)
+    outputs = task(images, labels, clean, z)
     assert any(not torch.equal(value, buffers[name]) for name, value in classifier.named_buffers())
     moved = {name: value.clone() for name, value in classifier.named_buffers()}
     assert classifier.training, "the mode is put back"
     torch.testing.assert_close(seen[0], classifier.eval().features(clean))
     assert all(torch.equal(value, moved[name]) for name, value in classifier.named_buffers())
     torch.testing.assert_close(outputs["loss"].detach(), outputs["ce"] + sing.weight * outputs["sing"])
-    task.train()(images, labels)
-    assert not torch.allclose(seen[1], classifier.features(images)), (
+    assert seen[1] is z
+    task.train()(images, labels, None, z)
+    assert not torch.allclose(seen[2], classifier.features(images)), (
         "without a clean view: the augmented one, dropout too"
     )
 
@@ -158,92 +154,69 @@ def test_micro_batches_are_even_or_refused(batch: int, accumulation: int, proces
 def sing_of(**values: Any) -> SingLoss:
     generator = torch.Generator().manual_seed(4)
     texts = torch.nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1)
-    translator = LinearTranslator(torch.randn(DIM, WIDTH), torch.zeros(DIM))
-    fitted = FittedTranslator(translator, torch.zeros(WIDTH), torch.zeros(CLASSES, WIDTH))
-    config = configured(training__batch_size=10, training__epochs=5, **values)
-    return make_sing(config, small_classifier().float(), fitted, texts, torch.full((CLASSES,), 10.0), 43, 2)
+    classifier = small_classifier()
+    fitted = small_fitted(classifier)
+    config = configured(**{"training__batch_size": 10, "training__epochs": 5, **values})
+    return make_sing(config, classifier.float(), fitted, texts, torch.full((CLASSES,), 10.0), 43, 2)
 
 
 def test_the_loss_is_what_the_configuration_says() -> None:
     sing = sing_of(loss__preset="sing", loss__weight=0.3)
     assert (sing.weight, sing.warmup_steps, sing.ramp_steps, sing.accumulation) == (0.3, 2, 4, 2)
     assert sing_of(loss__preset="label_only").terms == {"class_share": 1.0}
-    changed = sing_of(loss__preset="sing", loss__terms={"leak": 0.0, "steer": 2.0}).terms
-    assert changed == {**{name: weight for name, weight in sing.terms.items() if name != "leak"}, "steer": 2.0}
-    true, shuffled, random = (sing_of(loss__placebo=name).texts for name in ("none", "shuffled", "random"))
-    assert not any(torch.equal(a, b) for a, b in zip(true, shuffled, strict=True))
-    torch.testing.assert_close(shuffled.sum(0), true.sum(0))
-    assert not torch.allclose(random.sum(0), true.sum(0))
+    changed = sing_of(loss__preset="sing", loss__terms={"readout": 0.0, "leak": 2.0}).terms
+    assert changed == {"capacity": 10.0, "leak": 2.0}
 
 
-def slow_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
-    for parameter in parameters:
-        parameter.grad = None
-    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-    return float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm())
+def test_a_settled_head_is_a_copys_and_only_where_capacity_is_asked_for() -> None:
+    begun = small_classifier().float().weight
+    for values, moves in (
+        ({}, True),
+        ({"loss__start": 0.0}, False),
+        ({"loss__preset": "label_only"}, False),
+        ({"training__epochs": 0}, False),
+    ):
+        sing = sing_of(**values)
+        assert torch.equal(sing.head_weight, begun) != moves
+    assert sing_of(loss__floor=7.0).floor == 7
 
 
-@pytest.mark.parametrize("tuning", ["all", "head"])
-def test_norms_are_those_of_backward_over_the_backbone_or_head_alone(tuning: Any) -> None:
-    task, images, labels = small_task()
-    assert task.sing is not None
-    task.classifier.tune(tuning, batch_norm="train")
-    torch.manual_seed(5)
-    found = measure_gradients(task, images, labels)
-    task.sing.eval()
-    torch.manual_seed(5)  # the same dropout
-    ce, weighted, _ = task.losses(images, labels, None)
-    assert weighted is not None
-    named = task.classifier.model.named_parameters()
-    measured = [p for name, p in named if name.startswith("fc.") == (tuning == "head")]
-    assert found == pytest.approx([slow_norm(ce, measured), slow_norm(weighted, measured)])
-    if tuning == "all":
-        assert slow_norm(ce, list(task.classifier.parameters())) > 1.01 * found[0], "the head's gradient is left out"
+@pytest.fixture
+def setup() -> Any:
+    """What the placebos read: prompts, a vision-language model that embeds names, embeddings of the bank."""
+    names = (*imagenet_names()[:2], "a thing of one's own")
+    told: list[Any] = []
+
+    def embed(classes: Sequence[str], templates: tuple[str, ...]) -> Tensor:
+        told.append((list(classes), templates))
+        return torch.full((len(classes), DIM), 3.0)
+
+    texts = torch.nn.functional.normalize(torch.randn(3, DIM, generator=torch.Generator().manual_seed(0)), dim=1)
+    vlm = SimpleNamespace(embed_classes=embed, told=told)
+    splits = SimpleNamespace(class_names=names)
+    return SimpleNamespace(splits=splits, vlm=vlm, texts=texts, embeddings={"bank": embeddings()})
 
 
-def test_after_balancing_the_ratio_is_the_share_at_full_weight() -> None:
-    task, images, labels = small_task(ramp_steps=4)
-    sing = task.sing
-    assert sing is not None
-    torch.manual_seed(5)
-    before = measure_gradients(task, images, labels)
-    told = balance(sing, before, 0.2)
-    sing.step.fill_(99)
-    torch.manual_seed(5)
-    after = measure_gradients(task, images, labels)
-    assert after[1] / after[0] == pytest.approx(0.2)
-    assert before[1] / before[0] != pytest.approx(0.2, rel=0.5)
-    assert told[1] < after[1], "while the ramp rises the share is smaller"
-    with pytest.raises(ValueError, match=r"loss.balance = 0.2 cannot be reached.*use other terms"):
-        balance(sing, [1.0, 0.0], 0.2)
-
-
-def test_measuring_gradients_is_noticed_by_nothing() -> None:
-    task, images, labels = small_task()
-    assert task.sing is not None
-    task(images, labels)["loss"].backward()
-    state, random = copy.deepcopy(task.state_dict()), torch.get_rng_state()
-    gradients = [None if p.grad is None else p.grad.clone() for p in task.parameters()]
-    last, seen = task.sing.last_terms, task.seen_features
-    measure_gradients(task, images, labels, images.flip(0))
-    assert all(torch.equal(value, task.state_dict()[name]) for name, value in state.items())
-    assert torch.equal(random, torch.get_rng_state())
-    for parameter, gradient in zip(task.parameters(), gradients, strict=True):
-        assert parameter.grad is gradient is None or torch.equal(cast(Tensor, parameter.grad), cast(Tensor, gradient))
-    assert task.sing.last_terms is last
-    assert task.seen_features is seen
-    assert task.sing.training
-
-
-def test_the_ramp_begins_once_counted_in_forwards() -> None:
-    task, _, _ = small_task(warmup_steps=3, accumulation=2)
-    sing, found = task.sing, []
-    assert sing is not None
-    for forward in range(12):
-        sing.step.fill_(forward)
-        if ramp_begins(sing):
-            found.append(forward)
-    assert found == [6]
+def test_placebos_change_what_the_loss_is_given_and_nothing_else(setup: Any) -> None:
+    given = {
+        name: loss_texts(configured(loss__placebo=name), setup) for name in ("none", "shuffled", "random", "foreign")
+    }
+    assert given["none"] is given["shuffled"] is setup.texts
+    torch.testing.assert_close(given["random"].norm(dim=1), torch.ones(3))
+    assert torch.equal(given["random"], loss_texts(configured(loss__placebo="random", seed=8), setup))
+    assert not torch.allclose(given["random"], setup.texts, atol=0.1)
+    assert torch.equal(given["foreign"], torch.full((3, DIM), 3.0))
+    ((foreign, templates),) = setup.vlm.told
+    assert len(set(foreign)) == 3
+    assert not set(foreign) & set(setup.splits.class_names)
+    assert set(foreign) <= set(imagenet_names())
+    assert templates == ("an image of a {class}",)
+    rows = setup.embeddings["bank"]
+    for name in ("none", "random", "foreign"):
+        assert loss_embeddings(configured(loss__placebo=name), setup) is rows
+    shuffled = loss_embeddings(configured(loss__placebo="shuffled"), setup)
+    assert sorted(map(tuple, shuffled)) == sorted(map(tuple, rows))
+    assert (shuffled == rows).all(1).mean() < 0.2
 
 
 @BACKENDS
@@ -262,15 +235,12 @@ def test_a_compiled_step_has_the_loss_and_gradients_of_a_plain_one(
     images, clean, labels = torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64), torch.arange(4)
     for each in (plain, compiled):
         torch.manual_seed(1)
-        each(images, labels, clean)["loss"].backward()
+        each(images, labels, clean, torch.ones(4, 8))["loss"].backward()
     assert calls == [4, 4], "the image and its clean view"
     for (name, a), (_, b) in zip(plain.named_parameters(), compiled.named_parameters(), strict=True):
         assert a.grad is not None
         assert b.grad is not None
         torch.testing.assert_close(b.grad, a.grad, atol=1e-4 * float(a.grad.abs().max()), rtol=1e-3, msg=name)
-    # Two gradients of one graph, which a compiled one need not allow.
-    measure_gradients(compiled, images, labels, clean)
-    assert calls == [4, 4]
     assert "forward_features" not in vars(compiled.classifier.model), "copies made later find the plain one"
 
 

@@ -129,12 +129,14 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
         f"Top-1 is {kept}: {top1.value:+.2f} points [{top1.low:+.2f}, {top1.high:+.2f}] "
         f"(margin {100 * MARGIN:.1f} points)."
     )
-    confirmed = (
-        f"Audit: of the fall in AS⁻ that the loop's translator reads the auditor confirms {share.value:.0%} "
-        f"[{share.low:.0%}, {share.high:.0%}]"
-    )
-    gamed = not share.value >= CONFIRMED
-    confirmed += "; the loss was gamed: do not believe the loop's figure." if gamed else "."
+    confirmed = "Audit: the loop's translator reads no fall in AS⁻, so there is nothing to confirm."
+    loop = comparisons[(comparisons["translator"] == "loop") & (comparisons["name"] == "AS⁻ difference")]
+    if loop["value"].item() < 0:
+        gamed = "" if share.value >= CONFIRMED else "; the loss was gamed: do not believe the loop's figure"
+        confirmed = (
+            f"Audit: of the fall in AS⁻ that the loop's translator reads the auditor confirms {share.value:.0%} "
+            f"[{share.low:.0%}, {share.high:.0%}]{gamed}."
+        )
     refused = no_claim(after["translators"]["auditor"]["fit_images"], after["head"]["features"])
     refused = refused or _no_comparison(measurements)
     return [*lines, *([refused] if refused else [effect, confirmed]), price]

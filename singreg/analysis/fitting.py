@@ -21,6 +21,7 @@ from singreg.translator import (
     LinearTranslator,
     MLPTranslator,
     TranslatorInfo,
+    first_half,
     fit_mlp_translator,
     translator_from_statistics,
 )
@@ -39,7 +40,7 @@ ZERO_SHOT = 0.5
 class FittedTranslator:
     """A translator, with the mean feature (m,), class means (C, m; NaN where unseen) and sums of the images behind it.
 
-    `halves` are the sums over every other image, whose agreement chose the ridge.
+    `halves` are the sums over two disjoint halves of them, whose agreement chose the ridge.
     """
 
     translator: LinearTranslator
@@ -80,7 +81,7 @@ def fit_on_split(
     settings: PassSettings | None = None,
     description: str = "translator",
 ) -> FittedTranslator:
-    """Fit T on all images of a split in one pass, λ by the agreement of every other image. Exact over processes.
+    """Fit T on all images of a split in one pass, λ by the agreement of two halves. Exact over processes.
 
     The row-space and the null block of the head are brought to unit scale first, so that neither turning nor shrinking
     the null block moves the fit (METHOD section 8.6).
@@ -93,10 +94,9 @@ def fit_on_split(
     sums = torch.zeros(classifier.num_classes, width, dtype=torch.float64, device=device)
     counts = torch.zeros(classifier.num_classes, dtype=torch.float64, device=device)
     for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), description)):
-        # By position in the split, so that the halves are the same on any number of processes.
-        even = (batch.indices % 2 == 0).to(device)
-        first.update(batch.features[even], batch.embeddings[even])
-        second.update(batch.features[~even], batch.embeddings[~even])
+        mine = first_half(batch.indices).to(device)  # the same on any number of processes
+        first.update(batch.features[mine], batch.embeddings[mine])
+        second.update(batch.features[~mine], batch.embeddings[~mine])
         known = batch.labels >= 0
         sums.index_add_(0, batch.labels[known], batch.features[known].double())
         counts += torch.bincount(batch.labels[known], minlength=len(counts))

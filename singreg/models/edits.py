@@ -148,17 +148,13 @@ def settle_head_(
     optimizer = torch.optim.LBFGS([weight], max_iter=SETTLING, history_size=20, line_search_fn="strong_wolfe")
     before = float(parts()[1].detach())
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    change, capacity = (part.detach() for part in parts())
     with torch.no_grad():
+        change, capacity = parts()
         shift = (old - weight) @ (statistics.f / count)
         head.get_parameter("weight").copy_(weight.reshape(head.get_parameter("weight").shape))
         if bias is not None:
             bias += shift.to(bias)
-    return {
-        "capacity_before": before,
-        "capacity": float(capacity.detach()),
-        "logit_change": float(change.detach().sqrt()),
-    }
+    return {"capacity_before": before, "capacity": float(capacity), "logit_change": float(change.sqrt())}
 
 
 def _plain_head(classifier: Classifier) -> nn.Module:
@@ -212,14 +208,11 @@ class NullDroppedClassifier(Classifier):
         raise ValueError(f"{self.tag} has one layer more than timm builds; save what it was made from instead")
 
 
-def drop_null(classifier: Classifier, *, spare: int = 0) -> NullDroppedClassifier:
+def drop_null(classifier: Classifier) -> NullDroppedClassifier:
     """Return the trivial defence: features f → Qᵀf (r,), the head W → W Q, with identical logits and no null space.
 
     Q (m, r) is the orthonormal basis of W's row space. Steering in feature space becomes impossible; nothing changes in
     pixels. The given classifier stays as it is; a batch norm is folded in.
-
-    Args:
-        spare: features that are always 0 are added, so that what measures a null space finds an empty one.
 
     Example:
         >>> classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=10)
@@ -228,7 +221,7 @@ def drop_null(classifier: Classifier, *, spare: int = 0) -> NullDroppedClassifie
         (96, 10, 'fc.1')
     """
     weight, bias = classifier.weight.detach(), classifier.bias
-    basis = nn.functional.pad(NullSpace.from_weight(weight).basis, (0, spare))
+    basis = NullSpace.from_weight(weight).basis
     (classes, width), rank = weight.shape, basis.shape[1]
     layer: Any = partial(nn.Conv2d, kernel_size=1) if isinstance(classifier.head, nn.Conv2d) else nn.Linear
     down, up = layer(width, rank, bias=False), layer(rank, classes, bias=bias is not None)

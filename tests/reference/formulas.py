@@ -35,6 +35,23 @@ def ridge(f: np.ndarray, z: np.ndarray, ridge: float) -> tuple[np.ndarray, np.nd
     return matrix, z.mean(0) - matrix @ f.mean(0)
 
 
+def block_scale(f: np.ndarray, weight: Tensor) -> np.ndarray:
+    """The map (m, m) that divides row-space and null block each by the root of its energy-weighted variance."""
+    null, scatter = null_projector(weight).numpy(), np.cov(f.T, bias=True)
+    blocks = [(p, p @ scatter @ p) for p in (np.eye(len(null)) - null, null)]
+    return np.asarray(sum(p / np.sqrt(np.trace(s @ s) / np.trace(s)) for p, s in blocks))
+
+
+def agreement(halves: list[tuple[np.ndarray, np.ndarray]], scale: np.ndarray, size: float) -> tuple[float, float]:
+    """Mean R² of each half's ridge fit on the other, and the cosine of the two, both of features f · scale."""
+    pair, scores = [(f @ scale, z) for f, z in halves], []
+    fits = [ridge(f, z, size) for f, z in pair]
+    for (matrix, offset), (f, z) in zip(fits, pair[::-1], strict=True):
+        scores.append(1 - ((f @ matrix.T + offset - z) ** 2).sum() / ((z - z.mean(0)) ** 2).sum())
+    one, other = (matrix.ravel() for matrix, _ in fits)
+    return float(np.mean(scores)), float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+
+
 def projection(weight: Tensor, features: Tensor) -> Tensor:
     """Π_p f through the pseudo-inverse; differentiable in both."""
     return features @ (torch.linalg.pinv(weight) @ weight)
@@ -165,3 +182,68 @@ def concept_angles(pairs: list[tuple[Tensor, Tensor]], texts: Tensor) -> tuple[T
     before = [[degrees(z, text) for text in texts] for z, _ in pairs]
     after = [[degrees(z_eq, text) for text in texts] for _, z_eq in pairs]
     return torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64)
+
+
+def audited(
+    f: Tensor,
+    z: Tensor,
+    label: int,
+    target: int,
+    translators: list[tuple[Tensor, Tensor]],
+    texts: Tensor,
+    weight: Tensor,
+    bank: Tensor,
+    bank_z: Tensor,
+) -> dict[str, float]:
+    """The cross-fitted columns of one image; translators are the two halves', that of all images, that of Π_p f."""
+    null, mean = null_projector(weight), bank.mean(0)
+    one, other, whole, rows = translators
+
+    def apply(pair: tuple[Tensor, Tensor], feature: Tensor) -> Tensor:
+        return pair[0] @ feature + pair[1]
+
+    def without(v: Tensor, directions: Tensor) -> Tensor:
+        return v - torch.linalg.pinv(directions) @ (directions @ v)
+
+    contrasts, common = texts - texts.mean(0), texts.mean(0)[None]
+    seen, seen_eq = apply(whole, f), apply(whole, f - null @ f)
+    before, after, text = (without(v, common) for v in (seen, seen_eq, texts[label]))
+    errors = {"spread": z - bank_z.mean(0), "missed": z - seen, "missed by rows": z - apply(rows, f)}
+    found = {name: float((v - without(v, contrasts)).square().sum()) for name, v in errors.items()}
+    found |= {f"harmless {n}": float(without(errors[n], texts).square().sum()) for n in ("spread", "missed")}
+    for name, part in (("scores", f - mean), ("null scores", null @ (f - mean))):
+        found[name] = sum(float((t @ one[0] @ part) * (t @ other[0] @ part)) for t in texts)
+    found["contrast AS_abs"] = abs(degrees(before, text) - degrees(after, text))
+    found["orthogonal IS"] = degrees(without(seen, texts), without(seen_eq, texts))
+    covariance = torch.cov(bank.T, correction=0)
+    for attacked, judge in ((one, other), (other, one)):
+        for budget, step in crafted(f, texts[target], attacked, null, covariance).items():
+            for kind, reader in (("self", attacked), ("cross", judge)):
+                angles = [degrees(apply(reader, f + step), t) for t in texts]
+                hit = 0.5 * (angles.index(min(angles)) == target)
+                found[f"{kind} {budget}"] = found.get(f"{kind} {budget}", 0.0) + hit
+    return found
+
+
+def crafted(
+    f: Tensor, text: Tensor, translator: tuple[Tensor, Tensor], null: Tensor, covariance: Tensor
+) -> dict[str, Tensor]:
+    """Null steps of every budget towards a text: the Mahalanobis ones, and those of a long ascent in a ball."""
+
+    def gradient(step: Tensor) -> Tensor:
+        leaf = (f + step).requires_grad_()
+        torch.cosine_similarity(translator[0] @ leaf + translator[1], text, dim=0).backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        return null @ leaf.grad
+
+    g = gradient(torch.zeros_like(f))
+    direction = null @ covariance @ null @ g
+    found = {f"{k} sd": k * direction / (g @ direction).sqrt() for k in (1, 2, 4)}
+    for share in (0.1, 0.25):
+        limit, step = share * f.norm(), torch.zeros_like(f)
+        for turn in range(300):
+            slope = gradient(step)
+            step = step + 0.3 * 0.98**turn * limit * slope / slope.norm()
+            step = step * (limit / step.norm()).clamp_max(1)
+        found[f"{share:.0%} of |f|"] = step
+    return found
