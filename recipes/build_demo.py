@@ -44,12 +44,10 @@ PROMPTS = {
 CAPTIONS = (
     "a {size} {color} {texture} {shape} on a background of {background} at the {place}",
     "an image of a {color} {shape} with {background} in the background",
-    *(
-        "a {texture} {color} {shape}",
-        "a {color} {shape}",
-        "a {size} {shape} at the {place}",
-        "a {shape} on {background}",
-    ),
+    "a {texture} {color} {shape}",
+    "a {color} {shape}",
+    "a {size} {shape} at the {place}",
+    "a {shape} on {background}",
 )
 
 

@@ -25,7 +25,7 @@ from singreg.analysis.fitting import FittedTranslator, reference_image_scores
 from singreg.analysis.study import HARM, PAIRED, Summary, study_verdict, study_warnings, summarize_study, words
 from singreg.checkpoints import fingerprints
 from singreg.config import parse
-from singreg.data.corruption import KINDS
+from singreg.data.splits import KINDS
 from singreg.loop_translator import loop_bank
 from singreg.models.classifier import Classifier
 from singreg.models.edits import align_head_, drop_null, interpolate_weights, settle_head_

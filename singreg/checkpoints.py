@@ -116,10 +116,6 @@ def _whole(folder: Path) -> tuple[Position, int]:
     return Position(**{key: value for key, value in stored.items() if key != "processes"}), int(stored["processes"])
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
 @dataclass(frozen=True)
 class Stage:
     """What a finished stage of a run ("before", "control", "sing") leaves.
@@ -151,8 +147,9 @@ def stage(run: Run, name: str, compute: Callable[[], Stage]) -> Stage:
         found = compute()
     found = replace(found, figures=plain(found.figures))
     if run.accelerator.is_main_process:
+        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in found.tensors.items()}
         with atomic_write(folder / "tensors.safetensors") as temporary:
-            save_file(_on_cpu(found.tensors), temporary)
+            save_file(tensors, temporary)
         with atomic_write(folder / "rows.parquet") as temporary:
             found.rows.to_parquet(temporary)
         write_json(done, {"figures": found.figures, "notes": found.notes, "seconds": run.seconds[name]})

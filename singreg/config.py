@@ -83,9 +83,8 @@ class DataConfig:
         problems.keys("scenes", self.scenes, tuple(SCENES))
         counts = {f"{section}.{k}": v for section in ("per_class", "scenes") for k, v in getattr(self, section).items()}
         for name, count in counts.items():
-            problems.within(
-                int(name.endswith(("train", "test"))), 1 if name == "scenes.bias" else math.inf, **{name: count}
-            )
+            least, most = int(name.endswith(("train", "test"))), 1 if name == "scenes.bias" else math.inf
+            problems.within(least, most, **{name: count})
         problems.within(0, 1, unlabeled_to_audit=self.unlabeled_to_audit)
         problems.within(1, image_size=self.image_size)
         problems.within(0, workers=self.workers)

@@ -111,10 +111,8 @@ def _train(rows: _Rows, settings: MLPSettings, progress: bool) -> tuple[dict[str
 @torch.no_grad()
 def _error(network: MLPNetwork, rows: _Rows) -> float:
     network.eval()
-    total = 0.0
-    for chosen in _pieces(rows.held_out, CHUNK):
-        f, z = rows.batch(chosen)
-        total += float((network(f) - z).double().square().sum())
+    batches = (rows.batch(chosen) for chosen in _pieces(rows.held_out, CHUNK))
+    total = sum(float((network(f) - z).double().square().sum()) for f, z in batches)
     return total / (len(rows.held_out) * rows.arrays[1].shape[1])
 
 

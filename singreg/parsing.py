@@ -59,10 +59,8 @@ def build(kind: type[Config], values: Any, problems: list[str], prefix: str = ""
         if dataclasses.is_dataclass(hint):
             value = build(typing.cast(type, hint), value, problems, f"{path}.")
         elif items and dataclasses.is_dataclass(items[0]):
-            value = [
-                build(typing.cast(type, items[0]), each, problems, f"{path}[{place}].")
-                for place, each in enumerate(value)
-            ]
+            each = typing.cast(type, items[0])
+            value = [build(each, item, problems, f"{path}[{place}].") for place, item in enumerate(value)]
         elif value is None and type(None) not in typing.get_args(hint):
             problems.append(f"{path}: expected a value, got nothing")
             continue

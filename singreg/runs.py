@@ -18,13 +18,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    set_seed,
-)
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs as DDPArguments
+from accelerate.utils import InitProcessGroupKwargs as GroupArguments
 
 from singreg.config import RunConfig
 from singreg.parsing import dump
@@ -32,8 +28,7 @@ from singreg.utils import sweep, write_text
 
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-REPEATED = 5.0
-"""Seconds in which a further signal is the same request: a scheduler may signal the launcher and each process."""
+REPEATED = 5.0  # s in which a further signal is the same request: launcher and processes may each be signalled
 
 
 def start(config: RunConfig) -> Accelerator:
@@ -53,9 +48,9 @@ def start(config: RunConfig) -> Accelerator:
         log_with=None if config.dry_run else config.log_with,
         project_config=ProjectConfiguration(str(config.folder), str(config.folder / "tensorboard")),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # SingLoss keeps its buffers equal by itself
+            DDPArguments(broadcast_buffers=False),  # SingLoss keeps its buffers equal by itself
             # One process may embed a million images while the others wait; NCCL would give up after 10 minutes.
-            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
+            GroupArguments(timeout=timedelta(hours=3)),
         ],
         step_scheduler_with_optimizer=False,
     )
@@ -75,9 +70,7 @@ def _refuse_what_needs_other_weights() -> None:
         if os.environ.get(key, "").lower() in ("1", "true", "yes"):
             raise SystemExit(f"error: {name} shards the weights, but the null space is that of the whole head; use DDP")
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise SystemExit(
-            "error: accelerate's dynamo backend would compile the head too; set model.compile: true instead"
-        )
+        raise SystemExit("error: accelerate's dynamo backend compiles the head too; set model.compile: true instead")
 
 
 def _usable_cores() -> int:

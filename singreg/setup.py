@@ -25,8 +25,7 @@ from singreg.utils import cache_folder, sha256_of_json
 
 logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
-BATCH_SIZE = 64
-"""Images a batch where nothing is trained."""
+BATCH_SIZE = 64  # where nothing is trained
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,11 @@ def prepare(
     vlm = open_vlm(config.vlm, accelerator)
     passes = PassSettings(BATCH_SIZE, config.data.workers, progress=accelerator.is_local_main_process)
     if config.dry_run and accelerator.is_main_process:
-        _describe(classifier, model, labelled)
+        space = NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=True)
+        share = space.nullity / classifier.feature_dim
+        print(f"head: rank {space.rank}, nullity {space.nullity} ({share:.1%} of the dimensions)")
+        print(f"images: {', '.join(f'{split.name} {len(split)}' for split in labelled)}")
+        print(f"embedding those of bank, audit and test once; {cache_folder()} keeps them", flush=True)
     if before_embedding is not None:
         before_embedding(labelled, classifier)
     return Setup(
@@ -111,9 +114,7 @@ def build_classifier(
     NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=allow_empty)  # or say so now
     if model.gradient_checkpointing:
         if model.batch_norm == "train":
-            raise ValueError(
-                "model.gradient_checkpointing would update batch-norm statistics twice; set batch_norm: eval"
-            )
+            raise ValueError("model.gradient_checkpointing updates batch-norm statistics twice; set batch_norm: eval")
         try:
             classifier.model.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AssertionError, AttributeError) as error:
@@ -137,18 +138,15 @@ def labels_for_head(splits: Splits, classifier: Classifier, model: ModelConfig) 
         return splits
     among = splits.among_imagenet()
     if len(among.class_names) != rows:
-        raise ValueError(
-            f"model.head: keep needs to know what the {rows} rows of {tag} mean: they are neither the data's "
-            f"{len(splits.class_names)} classes nor ImageNet-1k's; use model.head: slice or new"
-        )
+        what = f"the {rows} rows of {tag} mean: neither the data's {len(splits.class_names)} classes nor ImageNet's"
+        raise ValueError(f"model.head: keep needs to know what {what}; use model.head: slice or new")
     return among
 
 
 def open_vlm(config: VLMConfig, accelerator: Accelerator) -> VisionLanguageModel:
     """Open the vision-language model on the accelerator's device."""
-    return VisionLanguageModel.from_open_clip(
-        model_name(config.name, "vlm"), config.pretrained, device=str(accelerator.device)
-    )
+    name = model_name(config.name, "vlm")
+    return VisionLanguageModel.from_open_clip(name, config.pretrained, device=str(accelerator.device))
 
 
 def embed_splits(vlm: VisionLanguageModel, splits: Sequence[ImageSplit], passes: PassSettings) -> dict[str, np.ndarray]:
@@ -167,12 +165,3 @@ def try_one_batch(setup: Setup) -> None:
         shapes = f"features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}"
         print(f"one batch: {shapes}, embeddings {tuple(batch.embeddings.shape)}")
         print("dry run: nothing was measured, no run folder was made")
-
-
-def _describe(classifier: Classifier, model: ModelConfig, splits: Splits) -> None:
-    """Print rank and nullity of the head and the number of images in each split, for a dry run."""
-    space = NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=True)
-    share = space.nullity / classifier.feature_dim
-    print(f"head: rank {space.rank}, nullity {space.nullity} ({share:.1%} of the dimensions)")
-    print(f"images: {', '.join(f'{split.name} {len(split)}' for split in splits)}")
-    print(f"embedding those of bank, audit and test once; {cache_folder()} keeps them", flush=True)

@@ -184,18 +184,12 @@ def gather_rows(batches: Sequence[Mapping[str, np.ndarray]], *, sort_by: str | N
     """Concatenate named numeric columns (B, ...) over batches and processes, in the order of the column `sort_by`."""
     mine = {name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else {})}
     if is_distributed():
-        mine = _gathered(mine)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, list(mine))
+        for name in next(filter(None, found), []):  # one at a time, so that a process holds the copies of one column
+            dist.all_gather_object(found, mine.get(name))
+            mine[name] = np.concatenate([part for part in found if part is not None])
     if not mine:
         raise ValueError("no process has any row to gather")
     order = slice(None) if sort_by is None else np.argsort(mine[sort_by], kind="stable")
     return {name: values[order] for name, values in mine.items()}
-
-
-def _gathered(mine: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, list(mine))
-    rows = {}
-    for name in next(filter(None, found), []):  # one at a time, so that a process holds the copies of one column
-        dist.all_gather_object(found, mine.get(name))
-        rows[name] = np.concatenate([part for part in found if part is not None])
-    return rows

@@ -23,8 +23,7 @@ from singreg.analysis.features import FeatureBatch, iterate_features
 from singreg.analysis.fitting import fit_on_split
 from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
 from singreg.analysis.scores import Rows, analyze_model
-from singreg.data.corruption import CorruptedSplit
-from singreg.data.splits import Splits
+from singreg.data.splits import CorruptedSplit, Splits
 from singreg.models.edits import drop_null
 from singreg.nullspace import NullSpace
 from singreg.setup import Setup

@@ -1,13 +1,15 @@
-"""Named sets against ImageNet's own tables; names, synonyms and lists; errors that name everything at once."""
+"""Classes against ImageNet's own tables, by names, synonyms and lists; concepts of banks, users' files and lists."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 from timm.data import ImageNetInfo
 
-from singreg.data.classes import expand_classes, named_sets, resolve_classes
+from singreg.data.classes import expand_classes, imagenet_names, named_sets, resolve_classes
+from singreg.data.concepts import BANK_TEMPLATES, CONCEPTS_FOLDER, ConceptBank, embed_concepts, load_concepts
 
 SYNSETS = ImageNetInfo().label_names()
 
@@ -18,8 +20,6 @@ def test_named_sets_are_complete_and_known() -> None:
         assert len(subset.keys) == count == len(set(subset.indices or ())) == len(set(subset.names))
         assert [SYNSETS[index] for index in subset.indices or ()] == list(subset.keys)
     assert resolve_classes("imagenette").names[:3] == ("tench", "English springer", "cassette player")
-    assert resolve_classes("imagewoof").names[-1] == "dingo"
-    assert resolve_classes("imagenet100").keys[0] == "n02869837"
     assert "sports car" in resolve_classes("imagenet16").names
 
 
@@ -78,5 +78,60 @@ def test_names_of_two_classes_and_repeats_are_refused() -> None:
     assert resolve_classes(["crane"], ["n03126707", "n02123394"]).names == ("construction crane",)
     with pytest.raises(ValueError, match=r"listed twice.*Carassius auratus, goldfish"):
         resolve_classes(["goldfish", "lion", "Carassius auratus"])
-    with pytest.raises(ValueError, match="lists no class"):
-        resolve_classes([])
+
+
+def test_the_banks_of_the_package_are_whole() -> None:
+    written = [path.stem for path in CONCEPTS_FOLDER.iterdir() if path.suffix == ".txt"]
+    assert {*written, "imagenet"} == {*BANK_TEMPLATES}
+    assert load_concepts(["imagenet"]).concepts == imagenet_names()
+    for name in written:
+        bank = load_concepts([name])
+        assert set(bank.banks) == {name}
+        assert 40 <= len(bank.concepts) <= 90
+    assert not load_concepts(written).omissions  # a word has one meaning, and one prompt, in all banks
+    assert '"concepts/*.txt"' in (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_a_list_mixes_banks_files_and_words(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_bytes("\ufeff# my own\r\nred car\r\n\r\n  Blue sky  # as seen\nRED  CAR\n \t\nblue sky\nC#\n".encode())
+    bank = load_concepts(["a zebra", "colours", str(file), "A Zebra", "colors"])
+    assert (bank.concepts[:2], bank.concepts[-4:]) == (("a zebra", "red"), ("red car", "Blue sky", "C#", "colors"))
+    assert (bank.banks[:2], bank.banks[-4:]) == (("own", "colours"), ("mine", "mine", "mine", "own"))
+    assert bank.omissions == ("3 repeated concepts were left out.",)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"# only\n\n   # comments\n", "no concept in .*bad.txt"),
+        (b'red\n""\n--\n', "bad.txt line 2: .*bad.txt line 3: "),
+        (b"x" * 201, "bad.txt line 1: .*"),
+    ],
+)
+def test_files_of_nothing_or_nonsense_are_refused(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        load_concepts([str(tmp_path / "bad.txt")])
+    with pytest.raises(FileNotFoundError, match=r"no concept file .*nowhere\.txt"):
+        load_concepts(["red", str(tmp_path / "nowhere.txt")])
+
+
+class Words:
+    """An encoder that remembers what it was asked, and answers with a row that tells the name's length."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+
+    def embed_classes(self, names: list[str], templates: list[str]) -> torch.Tensor:
+        self.asked.append((tuple(names), tuple(templates)))
+        return torch.tensor([[float(len(name))] for name in names])
+
+
+def test_every_concept_gets_the_prompt_of_its_bank_and_keeps_its_row() -> None:
+    bank, words = ConceptBank(("red", "a zebra", "blue"), ("colours", "own", "colours")), Words()
+    assert embed_concepts(words, bank)[:, 0].tolist() == [3.0, 7.0, 4.0]
+    assert words.asked[0] == (("red", "blue"), ("an image of something {class}",))
+    assert words.asked[1] == (("a zebra",), ("an image of {class}",))
+    embed_concepts(words, bank, ["{concept}!", "a {concept}"])
+    assert words.asked[2] == (("red", "a zebra", "blue"), ("{class}!", "a {class}"))

@@ -54,7 +54,6 @@ def check_disjoint(splits: Splits) -> None:
         ({}, [5, 4, 3], [4, 3, 2], [4, 3, 2]),
         ({"per_class": {"train": 2}}, [2, 2, 2], [7, 5, 3], [4, 3, 2]),
         ({"per_class": {"audit": 1, "test": 2}}, [8, 6, 4], [1, 1, 1], [2, 2, 2]),
-        ({"per_class": {"train": 3, "audit": 2, "test": 1}}, [3, 3, 3], [2, 2, 2], [1, 1, 1]),
         ({"per_class": {"audit": 0}}, [9, 7, 5], [0, 0, 0], [4, 3, 2]),
         ({"classes": ["Persian cat", "goldfish"]}, [3, 4], [2, 3], [2, 3]),
     ],
@@ -65,11 +64,6 @@ def test_counts_follow_the_rule(tree: Path, changes: Any, train: list[int], audi
     assert names(splits.bank) == names(splits.train)
     assert [split.name for split in splits] == ["train", "bank", "audit", "test"]
     check_disjoint(splits)
-
-
-def test_the_drawn_images_are_those_of_earlier_versions(tree: Path) -> None:
-    drawn = [name.removeprefix(f"{tree}/") for name in names(load(tree, per_class={"train": 2, "test": 1}).bank)]
-    assert drawn == [f"train/{name}.png" for name in ("my_thing/1", "my_thing/2", *GOLDFISH, *CATS)]
 
 
 def test_labels_names_and_images_belong_together(tree: Path) -> None:
@@ -100,14 +94,15 @@ def test_unlabelled_images_go_to_bank_and_auditor(tree: Path) -> None:
     assert len(load(tree, unlabeled=str(tree.parent / "pool"), unlabeled_to_audit=1.0).bank) == 12
 
 
-def test_a_class_keeps_its_images_whatever_else_is_chosen(tree: Path) -> None:
+def test_the_draw_is_that_of_earlier_versions_and_of_each_class_alone(tree: Path) -> None:
     both, alone = load(tree, per_class={"train": 2}), load(tree, per_class={"train": 2}, classes=["goldfish"])
-    assert names(alone.train) == [name for name in names(both.train) if "n01443537" in name]
-    assert both.train.fingerprint == load(tree, per_class={"train": 2}).train.fingerprint
+    drawn = [name.removeprefix(f"{tree}/train/").removesuffix(".png") for name in names(both.bank)]
+    assert drawn == ["my_thing/1", "my_thing/2", *GOLDFISH, *CATS]
+    assert names(alone.train) == names(both.train)[2:4]
 
 
 def test_the_fingerprint_is_of_content_not_of_place(tmp_path: Path) -> None:
-    one, moved, fewer = file_split(tmp_path / "a", 3), file_split(tmp_path / "b", 3), file_split(tmp_path / "c", 2)
+    one, moved, fewer = (file_split(tmp_path / name, count) for name, count in (("a", 3), ("b", 3), ("c", 2)))
     assert one.fingerprint == moved.fingerprint != fewer.fingerprint
     assert one.subset([1, 0]).fingerprint != fewer.fingerprint == one.subset([0, 1]).fingerprint
     relabelled = TableSplit("audit", one.table, ["x"], [-1, 0, 0])
@@ -128,9 +123,8 @@ def test_subset_and_concatenation_keep_rows_together(tree: Path) -> None:
     [
         (
             {"per_class": {"train": 4, "audit": 3, "test": 3}},
-            "data.per_class.*train: n02123394 has 5 for train 4 . audit 3.*validation: n02123394 has 2 for test 3",
+            "data.per_class.*has 5 for train 4 . audit 3.*2 for test 3",
         ),
-        ({"per_class": {"train": 5}}, "n02123394 has 5 for train 5 . audit 0"),
         ({"test_split": "val"}, r"no split 'val'.*: train, validation; set data\.test_split"),
         ({"source": "/nowhere"}, r"nowhere .data\.source"),
         ({"unlabeled": "/nowhere"}, r"no image below .*data\.unlabeled"),
@@ -176,19 +170,12 @@ def test_unreadable_images_stop_or_are_replaced(tmp_path: Path, caplog: pytest.L
         load(root, bad_images="drop", per_class={"train": 4, "audit": 1})
 
 
-def test_a_decompression_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    split = TableSplit.from_files("x", [str(write_image(tmp_path / "big.png", size=(60, 50)))], ["x"], [0])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert split.examine([0])
-    with pytest.raises(ValueError, match=r"big\.png: DecompressionBombError"):
-        split.image(0)
-
-
-def test_an_image_lost_after_loading_is_named(tmp_path: Path) -> None:
+def test_images_that_grow_or_get_lost_after_loading_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = file_split(tmp_path, 2)
     victim = Path(split.identifier(1))
-    for damage in (lambda: victim.write_bytes(b"gone bad"), victim.unlink):
+    for damage in (lambda: write_image(victim, size=(60, 50)), lambda: victim.write_bytes(b"gone bad"), victim.unlink):
         damage()
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # a decompression bomb
         with pytest.raises(ValueError, match=f"cannot read the image {victim}"):
             split.image(1)
 
@@ -270,11 +257,9 @@ def test_parquet_files_loaded_and_streamed(parquet: Path, streaming: bool) -> No
 
 
 def test_a_stream_is_read_as_far_as_wanted_and_once(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Any] = []
-    real = datasets.IterableDataset.__iter__
-    monkeypatch.setattr(
-        datasets.IterableDataset, "__iter__", lambda self: (read.append(1) or row for row in real(self))
-    )
+    read, real = list[Any](), datasets.IterableDataset.__iter__
+    counted = lambda self: (read.append(1) or row for row in real(self))  # noqa: E731
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", counted)
     counts = {"train": 4, "audit": 3, "test": 2}
     splits = load(parquet, classes=WANTED, streaming=True, per_class=counts)
     assert [per_class(split) for split in (splits.train, splits.audit, splits.test)] == [[4, 4], [3, 3], [2, 2]]

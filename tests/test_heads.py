@@ -10,18 +10,7 @@ from torch import Tensor, nn
 
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
-from tests.fakes import (
-    CLASSES,
-    HEADS,
-    WIDTH,
-    Net,
-    batch_norm_head,
-    check_contract,
-    images,
-    net,
-    on_meta,
-    used,
-)
+from tests.fakes import CLASSES, HEADS, WIDTH, Net, batch_norm_head, check_contract, images, net, on_meta, used
 from tests.reference import formulas
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -82,10 +71,8 @@ TIED = nn.Linear(48, 48)
         (Net(nn.BatchNorm1d(WIDTH, track_running_stats=False)), "head", "holds no linear layer"),
         (nn.Sequential(nn.Flatten(), CosineLinear(48, CLASSES)), "1", r"\(CosineLinear\) does not compute f W\^T \+ b"),
         (Wrapped(lambda a, b: (a + b) / 2), "fc", r"\(3, 5\) is not that of its head 'fc'.*Wrap the model"),
-        (Wrapped(lambda a, b: 3 * a), "fc", r"\(3, 5\) is not that of its head 'fc'"),
         (Wrapped(lambda a, b: a.softmax(1)), "fc", r"\(3, 5\) is not that of its head 'fc'"),
         (Wrapped(lambda a, b: {"logits": a}), "fc", "expected logits .* got dict"),
-        (nn.Sequential(nn.Flatten(), nn.Conv2d(4, 2, 3)), "1", "holds no linear layer"),
         (nn.Sequential(nn.Flatten(), nn.Conv2d(4, 2, 1, groups=2)), "1", "holds no linear layer"),
         (nn.Sequential(nn.Flatten(2), nn.Linear(16, CLASSES), nn.Flatten()), "1", r"\(3, 3, 16\).*pools before"),
         (nn.Sequential(nn.Flatten(), TIED, TIED), "1", "'1' was applied 2 times"),
@@ -103,7 +90,6 @@ def test_what_has_no_head_of_its_own_is_explained(model: nn.Module, head: Any, w
         ("vit_large_patch14_dinov2", r"head 'head' of VisionTransformer is Identity.*num_classes=0.*pass num_classes"),
         ("deit_tiny_distilled_patch16_224", r"2 heads \(head, head_dist\).*without distillation.*wrap"),
         ("levit_128s", r"2 heads \(head\.linear, .*from_module\(wrapper, head=\"model\.head\.linear\"\)"),
-        ("efficientvim_m1", "4 heads"),
         ("resnet5O", "timm has no model 'resnet5O'; near are: resnet50"),
     ],
 )
@@ -189,7 +175,6 @@ def test_statistics_without_parameters_follow_their_surroundings(norm: nn.Module
         *[("mobilenetv3_large_100", "blocks.6.", 0.330), ("vit_large_patch16_224", "blocks.23.", 0.042)],
         *[("convnext_base", "stages.3.", 0.313), ("swin_large_patch4_window7_224", "layers.3.", 0.315)],
         *[("densenet121", "features.denseblock4.", 0.311), ("vgg16", "pre_logits.", 0.890)],
-        *[("fastvit_t8", "stages.3.", 0.640), ("inception_next_atto", "stages.3.", 0.549)],
     ],
 )
 def test_last_stage_is_the_last_stage_and_all_that_follows(name: str, beginning: str, share: float) -> None:

@@ -97,8 +97,6 @@ def test_sums_stay_on_the_cpu_where_a_device_has_no_float64(monkeypatch: pytest.
     for state in (metric.columns, metric.histogram, image.count):
         assert (state.device.type, state.dtype) == ("cpu", torch.float64)
     assert metric.compute()["count"] == COUNT
-    metric.reset()
-    assert (metric.columns.device.type, float(metric.columns.sum())) == ("cpu", 0)
     monkeypatch.setattr(metrics, "NO_FLOAT64", ())
     assert leakage().to("meta").columns.device.type == "meta"  # the control
 
@@ -117,8 +115,6 @@ def test_bad_labels_and_shapes_are_named() -> None:
         metric.update(Z, Z_EQ, LABELS + 3)
     with pytest.raises(ValueError, match=r"\(B, 6\)"):
         metric.update(Z[:, :3], Z_EQ[:, :3], LABELS)
-    with pytest.raises(ValueError, match="sideways"):
-        AttributeScore("sideways")  # type: ignore[arg-type]
 
 
 def share(rank: int, world: int) -> tuple[dict[str, float], float]:

@@ -47,8 +47,7 @@ def test_values_are_equally_frequent_and_attributes_independent() -> None:
         table = np.zeros((len(ATTRIBUTES[one]), len(ATTRIBUTES[other])))
         np.add.at(table, (codes[one], codes[other]), 1)
         assert chi2_contingency(table).pvalue > 1e-3, (one, other)
-    skewed = np.bincount(codes["shape"] % 9)  # the control: one value in nine drawn twice as often is seen
-    assert chisquare(skewed).pvalue < 1e-100
+    assert chisquare(np.bincount(codes["shape"] % 9)).pvalue < 1e-100  # the control: one of nine drawn twice as often
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.6, 1.0])
@@ -59,8 +58,6 @@ def test_the_dial_ties_the_background_to_the_class_alone(bias: float) -> None:
     expected = bias + (1 - bias) / len(BACKGROUNDS)
     assert tied.mean() == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / count))
     np.testing.assert_array_equal(table.codes["background"][~tied], free.codes["background"][~tied])
-    counts = np.bincount(table.codes["background"][~tied], minlength=len(BACKGROUNDS))
-    assert bias == 1 or (counts > 0).all()
     for name in set(ATTRIBUTES) - {"background"}:
         np.testing.assert_array_equal(table.codes[name], free.codes[name])
     np.testing.assert_array_equal(table.noise, free.noise)
@@ -69,7 +66,6 @@ def test_the_dial_ties_the_background_to_the_class_alone(bias: float) -> None:
 def test_a_seed_gives_one_stream_and_other_seeds_give_others() -> None:
     table, longer = sample_scenes(300, seed=8), sample_scenes(700, seed=8)
     np.testing.assert_array_equal(longer.noise[:300], table.noise)
-    np.testing.assert_array_equal(longer.codes["color"][:300], table.codes["color"])
     seeds = [8, 9, 0, -1, 2**40, 2**64 - 2]
     noises = np.concatenate([sample_scenes(300, seed=seed).noise for seed in seeds])
     assert len(np.unique(noises[:, 0])) == len(seeds) * 300  # no scene of one seed comes back in another

@@ -69,7 +69,6 @@ def test_text_rows_are_unit_and_open_clips_own(vlm: VisionLanguageModel, folder:
         expected = F.normalize(tiny_state(0)[0].encode_text(tokens), dim=-1)  # type: ignore[operator]
     rows = vlm.embed_texts(prompts)
     assert torch.allclose(rows, expected, atol=1e-6)
-    assert torch.allclose(rows.norm(dim=1), torch.ones(257), atol=1e-6)
     assert not torch.allclose(rows[0], rows[1], atol=1e-3)
 
 
@@ -78,8 +77,7 @@ def test_a_prompt_ensemble_is_the_normalised_mean_of_unit_rows(vlm: VisionLangua
     for name, row in zip(names, vlm.embed_classes(names, templates), strict=True):
         mean = torch.stack([vlm.embed_texts([t.replace("{class}", name)])[0] for t in templates]).mean(0)
         assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
-    literal = vlm.embed_classes(["apple"])
-    assert torch.allclose(literal, vlm.embed_texts(["an image of a apple"]), atol=1e-6)
+    assert torch.allclose(vlm.embed_classes(["apple"]), vlm.embed_texts(["an image of a apple"]), atol=1e-6)
 
 
 def test_bad_prompts_names_and_templates_are_refused(vlm: VisionLanguageModel) -> None:

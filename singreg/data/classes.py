@@ -93,9 +93,7 @@ def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str
     missing = [entry for entry, match in found.items() if not match]
     if missing:
         close = {entry: difflib.get_close_matches(_normal(entry), owners, n=3) for entry in missing}
-        hints = ", ".join(
-            repr(entry) + (f" (near: {', '.join(near)})" if near else "") for entry, near in close.items()
-        )
+        hints = ", ".join(f"{entry!r} (near: {', '.join(near) or 'none'})" for entry, near in close.items())
         sets = f"; named sets are {', '.join(named_sets())}" if isinstance(classes, str) else ""
         raise ValueError(f"{len(missing)} of the classes are not among the {len(keys)} there: {hints}{sets}")
     vague = [f"{entry!r} ({', '.join(sorted(match))})" for entry, match in found.items() if len(match) > 1]

@@ -14,9 +14,18 @@ import numpy as np
 
 from singreg.config import DataConfig
 from singreg.data.classes import resolve_classes
-from singreg.data.loader import make_loader
 from singreg.data.scenes import sample_scenes
-from singreg.data.splits import UNLABELLED, ConcatSplit, ImageSplit, SceneSplit, Splits, TableSplit, cell_bytes, examine
+from singreg.data.splits import (
+    UNLABELLED,
+    ConcatSplit,
+    ImageSplit,
+    SceneSplit,
+    Splits,
+    TableSplit,
+    cell_bytes,
+    examine,
+    make_loader,
+)
 from singreg.utils import cache_folder, sha256_of_json, together
 
 __all__ = ["ImageSplit", "SceneSplit", "Splits", "load_splits", "make_loader"]
@@ -130,25 +139,19 @@ def _shares(place: int, count: int, config: DataConfig) -> dict[str, int]:
 
 def without_copies(groups: Sequence[Sequence[ImageSplit]], drop: bool) -> list[list[ImageSplit]]:
     """Refuse images with the bytes of an image in an earlier group, or drop them; within one group they are no leak."""
-    kept, lines = [list(groups[0])], []
-    for place, group in enumerate(groups[1:], start=1):
-        known = ConcatSplit("known", [split for before in groups[:place] for split in before])
-        codes = _codes(known)
+    kept, lines = list[list[ImageSplit]](), []
+    known: dict[bytes, tuple[ImageSplit, int]] = {}
+    for group in groups:
         kept.append([])
         for split in group:
-            own = _codes(split)
-            copied = np.isin(own, codes)
-            for index in np.flatnonzero(copied).tolist():
-                other, row = known.locate(int((codes == own[index]).argmax()))
-                lines.append(f"{split.identifier(index)} ({split.name}) = {other.identifier(row)} ({other.name})")
-            kept[-1].append(split.subset(np.flatnonzero(~copied)) if copied.any() else split)
+            found = {i: known[content] for i, content in enumerate(map(bytes, split.digests)) if content in known}
+            for i, (other, row) in found.items():
+                lines.append(f"{split.identifier(i)} ({split.name}) = {other.identifier(row)} ({other.name})")
+            kept[-1].append(split.subset(np.delete(np.arange(len(split)), list(found))) if found else split)
+        for split in group:  # last, since copies within a group may stay
+            known = {bytes(content): (split, i) for i, content in enumerate(split.digests)} | known
     _stop_or_warn(lines, "are copies of another split's (named second)", drop)
     return kept
-
-
-def _codes(split: ImageSplit) -> np.ndarray:
-    """The digests as one value an image, (N,)."""
-    return np.ascontiguousarray(split.digests).view("S32").reshape(-1)
 
 
 def _stop_or_warn(lines: Sequence[str], problem: str, drop: bool) -> None:
@@ -161,8 +164,7 @@ def _stop_or_warn(lines: Sequence[str], problem: str, drop: bool) -> None:
 
 
 def _joined(lines: Sequence[str]) -> str:
-    more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
-    return "\n  ".join([*lines[:NAMED], *more])
+    return "\n  ".join([*lines[:NAMED], *([f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else [])])
 
 
 def _open_split(config: DataConfig, split: str, option: str) -> _Folder | _HuggingFace:
@@ -194,9 +196,7 @@ class _Folder:
             raise FileNotFoundError(f"no split {split!r} in {root}; folders there: {there}; set {option} to one")
         self.keys = _subfolders(self.folder)
         if not self.keys:
-            raise ValueError(
-                f"{self.folder} ({option}) holds no class folder; expected {self.folder}/CLASS/image files"
-            )
+            raise ValueError(f"{self.folder} ({option}) holds no class folder; expected CLASS/image files in it")
 
     def read(self, keys: Sequence[str], class_names: Sequence[str]) -> TableSplit:
         """Return all images of the classes `keys`, labelled by their place in it."""
@@ -277,8 +277,7 @@ class _HuggingFace:
             name, cell = self._name(row[self.label]), row[self.column]
             if name not in place or (wanted is not None and not missing[place[name]]):
                 continue
-            empty = cell is None or (cell["bytes"] is None and cell["path"] is None)
-            cell = None if empty else {"bytes": cell_bytes(cell), "path": None}
+            cell = {"bytes": cell_bytes(cell), "path": None} if any((cell or {}).values()) else None
             yield {"image": cell, "label": place[name]}
             missing[place[name]] -= examine(cell)[1] is None
             if wanted is not None and not any(missing.values()):

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.data.loader import Transform, make_loader
-from singreg.data.splits import ImageSplit
+from singreg.data.splits import ImageSplit, Transform, make_loader
 from singreg.utils import atomic_write, cache_folder, rank_and_world, sha256_of_json, together
 from singreg.utils import progress as shown
 

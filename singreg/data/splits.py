@@ -1,30 +1,40 @@
-"""Image splits: numbered images with labels and a fingerprint of their content."""
+"""Image splits: numbered images with labels and a fingerprint of their content; corrupted ones, and their batches."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from datasets.utils.file_utils import xopen
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from singreg.data.classes import imagenet_names
 from singreg.data.scenes import SHAPES, SceneTable, render_scene
 from singreg.utils import progress
 
 Labels = Sequence[int] | np.ndarray
+Transform = Callable[[Image.Image], Tensor]
 UNLABELLED = -1
 SCENES_KEPT = 20_000  # drawing costs more than a small network's forward pass, and every pass asks for the same images
 # PIL knows stranger formats too, one of which starts another program.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+KINDS = ("blur", "noise", "contrast")  # of corruption; by severity 1 to 5:
+BLUR = (0.005, 0.01, 0.015, 0.02, 0.03)  # radius (standard deviation), as a share of the shorter side
+NOISE = (0.04, 0.08, 0.12, 0.18, 0.26)  # standard deviation, of values in [0, 1]
+CONTRAST = (0.75, 0.6, 0.45, 0.3, 0.15)  # what is left of the distance to the image's mean
 
 
 def cell_bytes(cell: Mapping[str, Any] | None) -> bytes:
@@ -117,17 +127,16 @@ class ConcatSplit(ImageSplit):
         super().__init__(name, splits[0].class_names, labels, np.concatenate([split.digests for split in splits]))
         self.splits, self.ends = tuple(splits), np.cumsum([len(split) for split in splits])
 
-    def locate(self, index: int) -> tuple[ImageSplit, int]:
-        """Return the split that image `index` is from, and its number there."""
+    def _locate(self, index: int) -> tuple[ImageSplit, int]:
         place = int(np.searchsorted(self.ends, index, side="right"))
         return self.splits[place], int(index - self.ends[place] + len(self.splits[place]))
 
     def image(self, index: int) -> Image.Image:
-        split, row = self.locate(index)
+        split, row = self._locate(index)
         return split.image(row)
 
     def identifier(self, index: int) -> str:
-        split, row = self.locate(index)
+        split, row = self._locate(index)
         return split.identifier(row)
 
 
@@ -196,6 +205,37 @@ class SceneSplit(ImageSplit):
         return f"scene-{self.table.seed}-{index}"
 
 
+def corrupt(image: Image.Image, kind: str, severity: int, seed: int = 0) -> Image.Image:
+    """Return one RGB image (H, W) corrupted; the same seed gives the same noise."""
+    if kind == "blur":
+        return image.filter(ImageFilter.GaussianBlur(BLUR[severity - 1] * min(image.size)))
+    values = np.asarray(image, dtype=np.float64)
+    if kind == "noise":
+        values = values + 255 * NOISE[severity - 1] * np.random.default_rng(seed).standard_normal(values.shape)
+    else:
+        values = values.mean() + CONTRAST[severity - 1] * (values - values.mean())
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+class CorruptedSplit(SubsetSplit):
+    """Another split's images, corrupted; an image always gets the same noise, and the fingerprint is one of its own."""
+
+    def __init__(self, parent: ImageSplit, kind: str, severity: int, *, seed: int = 0) -> None:
+        super().__init__(parent, np.arange(len(parent)), f"{parent.name} {kind}")
+        # The noise follows the content, not the place: an image is corrupted alike in every selection of it.
+        note = f"{kind} {severity} {seed}".encode()
+        rows = [hashlib.sha256(digest.tobytes() + note).digest() for digest in parent.digests]
+        self.digests = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 32)
+        self.kind, self.severity = kind, severity
+
+    def image(self, index: int) -> Image.Image:
+        drawn = int.from_bytes(self.digests[index, :8].tobytes(), "little")
+        return corrupt(super().image(index), self.kind, self.severity, seed=drawn)
+
+    def identifier(self, index: int) -> str:
+        return f"{super().identifier(index)} ({self.kind} {self.severity})"
+
+
 @dataclass(frozen=True)
 class Splits:
     """The four splits of a run: train, audit and test share no image; bank is train (first) and the unlabelled ones.
@@ -222,3 +262,76 @@ class Splits:
         for split in moved:
             split.labels, split.class_names = rows[split.labels], names
         return Splits(moved[0], moved[1], moved[2], moved[3], names, tuple(range(len(names))))
+
+
+@dataclass(eq=False)
+class _Views(Dataset[tuple[Any, ...]]):
+    """A split's images as (tensor, label, index), or (tensor, clean tensor, label, index) with a second transform."""
+
+    split: ImageSplit
+    transform: Transform
+    clean_transform: Transform | None
+    seed: int
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        image, label = self.split.image(index), int(self.split.labels[index])
+        with _seeded(self.seed, self.epoch, index):
+            view = self.transform(image)
+        clean = () if self.clean_transform is None else (self.clean_transform(image),)
+        return view, *clean, label, index
+
+
+@dataclass(eq=False)
+class EpochSampler(Sampler[int]):
+    """The order of one epoch; accelerate calls `set_epoch` on samplers alone, so the views hear of it from here."""
+
+    views: _Views
+    shuffle: bool
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.views.seed, self.views.epoch, 1])
+        return iter(generator.permutation(len(self)).tolist() if self.shuffle else range(len(self)))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.views.epoch = epoch
+
+
+def make_loader(
+    split: ImageSplit,
+    transform: Transform,
+    batch_size: int,
+    *,
+    clean_transform: Transform | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    drop_last: bool = False,
+) -> DataLoader[Any]:
+    """Return batches (images (B, 3, H, W), labels (B,), indices (B,)); `clean_transform` puts a clean view second."""
+    views = _Views(split, transform, clean_transform, seed)
+    sampler = EpochSampler(views, shuffle)
+    generator = torch.Generator().manual_seed(seed)  # or every pass would draw from the training's dropout
+    return DataLoader(views, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, generator=generator)
+
+
+@contextmanager
+def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Run with the CPU generators of torch, numpy and Python seeded; what they had before is put back."""
+    state = [int(word) for word in np.random.SeedSequence([seed, epoch, index, 2]).generate_state(3)]
+    kept = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(state[0])  # torch.manual_seed would reset a GPU's generator too
+            np.random.seed(state[1])
+            random.seed(state[2])
+            yield
+    finally:
+        np.random.set_state(kept[0])
+        random.setstate(kept[1])

@@ -17,7 +17,6 @@ from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from singreg.models import heads
@@ -241,8 +240,6 @@ class Classifier(nn.Module):
         """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, whole or not at all."""
         if self.data_config is None:
             raise ValueError(f"{self.tag} is not a timm model; save `classifier.model.state_dict()` with safetensors")
-        if is_parametrized(self.head):
-            raise ValueError(f"the head of {self.tag} is constrained, which timm cannot load; call release_rows first")
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         labels = {"label_names": list(self.class_names)} if self.class_names else {}
@@ -292,18 +289,18 @@ def _rows_to_keep(
     """Rows of a head that is sliced: those given, or those whose stored label names are the classes'."""
     if indices is not None and not (imagenet and names and set(names) <= set(labels.values())):
         if imagenet and model.num_classes != IMAGENET_CLASSES:
+            has = f"{model.tag} has {model.num_classes} rows and {'other' if labels else 'no'} class names"
             raise ValueError(
-                f"the head of {model.tag} has {model.num_classes} rows and {'other' if labels else 'no'} class names, "
-                "so ImageNet rows cannot be taken from it; set model.head to keep (rows in the data's order) or new"
+                f"the head of {has}, so ImageNet rows cannot be taken from it; set model.head to keep or new"
             )
         return list(indices)
     known = {name: [row for row, label in labels.items() if label == name] for name in names}
     if missing := [name for name in names if not known[name]]:
         has = f"its label names are {', '.join([*labels.values()][:6])}" if labels else "no label names are stored"
-        raise ValueError(
+        none = (
             f"{model.tag} has no head row for {', '.join(missing[:6])} ({len(missing)} of {len(names)} classes; {has})"
-            '; give class_indices, or a new head: head_mode="new" (model.head: new)'
         )
+        raise ValueError(f"{none}; give class_indices, or set head_mode (model.head) to new")
     if several := [f"{name} (rows {rows})" for name, rows in known.items() if len(rows) > 1]:
         raise ValueError(f"{model.tag} has several head rows of the same name: {', '.join(several[:6])}")
     return [known[name][0] for name in names]

@@ -154,7 +154,11 @@ def settle_head_(
         head.get_parameter("weight").copy_(weight.reshape(head.get_parameter("weight").shape))
         if bias is not None:
             bias += shift.to(bias)
-    return {"capacity_before": before, "capacity": float(capacity), "logit_change": float(change.sqrt())}
+    return {
+        "capacity_before": before,
+        "capacity": float(capacity.detach()),
+        "logit_change": float(change.detach().sqrt()),
+    }
 
 
 def _plain_head(classifier: Classifier) -> nn.Module:
@@ -208,11 +212,14 @@ class NullDroppedClassifier(Classifier):
         raise ValueError(f"{self.tag} has one layer more than timm builds; save what it was made from instead")
 
 
-def drop_null(classifier: Classifier) -> NullDroppedClassifier:
+def drop_null(classifier: Classifier, *, spare: int = 0) -> NullDroppedClassifier:
     """Return the trivial defence: features f → Qᵀf (r,), the head W → W Q, with identical logits and no null space.
 
     Q (m, r) is the orthonormal basis of W's row space. Steering in feature space becomes impossible; nothing changes in
     pixels. The given classifier stays as it is; a batch norm is folded in.
+
+    Args:
+        spare: features that are always 0 are added, so that what measures a null space finds an empty one.
 
     Example:
         >>> classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=10)
@@ -221,7 +228,7 @@ def drop_null(classifier: Classifier) -> NullDroppedClassifier:
         (96, 10, 'fc.1')
     """
     weight, bias = classifier.weight.detach(), classifier.bias
-    basis = NullSpace.from_weight(weight).basis
+    basis = nn.functional.pad(NullSpace.from_weight(weight).basis, (0, spare))
     (classes, width), rank = weight.shape, basis.shape[1]
     layer: Any = partial(nn.Conv2d, kernel_size=1) if isinstance(classifier.head, nn.Conv2d) else nn.Linear
     down, up = layer(width, rank, bias=False), layer(rank, classes, bias=bias is not None)

@@ -31,11 +31,9 @@ def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, 
     if not name:
         raise HeadError(f'{kind} names no classifier; use Classifier.from_module(model, head="NAME of its last layer")')
     if not isinstance(name, str):
-        raise HeadError(
-            f"{kind} combines the logits of {len(name)} heads ({', '.join(name)}); use the architecture without "
-            "distillation, or wrap the model in a module that returns one head's logits: "
-            f'Classifier.from_module(wrapper, head="model.{name[0]}")'
-        )
+        how = f'wrap it to return the logits of one: Classifier.from_module(wrapper, head="model.{name[0]}")'
+        heads = f"{len(name)} heads ({', '.join(name)})"
+        raise HeadError(f"{kind} combines the logits of {heads}; use one without distillation, or {how}")
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
@@ -107,14 +105,11 @@ def check_pass(features: Tensor, output: Tensor, logits: object, name: str) -> t
     if not isinstance(logits, Tensor):
         raise ValueError(f"expected logits (B, C), got {type(logits).__name__}; wrap the model to return them")
     flat = output.flatten(1)
-    same = flat.shape == logits.shape and (
+    if flat.shape != logits.shape or not (
         flat.data_ptr() == logits.data_ptr() or torch.allclose(flat.to(logits), logits, rtol=0, atol=0, equal_nan=True)
-    )
-    if not same:
-        raise ValueError(
-            f"the model's output {tuple(logits.shape)} is not that of its head {name!r} {tuple(output.shape)} (a "
-            "second head, a softmax, a scale?). Wrap the model in a module that returns the head's output alone"
-        )
+    ):
+        got = f"output {tuple(logits.shape)} is not that of its head {name!r} {tuple(output.shape)}"
+        raise ValueError(f"the model's {got} (a softmax, a scale?). Wrap the model to return the head's output alone")
     return features, logits
 
 

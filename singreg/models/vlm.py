@@ -125,9 +125,8 @@ def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
         folder = Path(identifier)
         if schema == "local-dir" and not (folder / "open_clip_config.json").is_file():
             raise FileNotFoundError(f"no open_clip_config.json in {folder}")
-        if schema == "local-dir" and not any(
-            path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()
-        ):
+        suffixes = (".safetensors", ".bin", ".pth")
+        if schema == "local-dir" and not any(path.suffix in suffixes for path in folder.iterdir()):
             raise FileNotFoundError(f"no weights in {folder}: expected {folder / 'open_clip_model.safetensors'}")
         return False
     name = identifier.replace("/", "-")
