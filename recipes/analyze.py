@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,14 +17,14 @@ from singreg import tables
 from singreg.analysis import levels, perturbation
 from singreg.analysis.chance import measure_chance
 from singreg.analysis.features import FeatureBatch, cached_features, evenly, iterate_features
-from singreg.analysis.fitting import fit_mlp_on_split, fit_translators, translator_agreement
+from singreg.analysis.fitting import fit_all, translator_agreement
 from singreg.analysis.passport import head_passport
 from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.analysis.scores import analyze_model
 from singreg.analysis.steering import steering_targets
 from singreg.config import ModelConfig, Problems, RunConfig, TranslatorConfig, parse
 from singreg.data.concepts import embed_concepts, load_concepts
-from singreg.mlp import MLPSettings
+from singreg.mlp import MLPKind
 from singreg.nullspace import NullSpace
 from singreg.plots.scores import plot_analysis
 from singreg.report import log, log_figures, track, write_report
@@ -57,7 +57,7 @@ class AnalyzeConfig(RunConfig):
     worst: int = 6
     neighbours: int = 3
     chance_draws: int = 8
-    mlp: list[Literal["mlp3", "mlp4", "residual"]] = field(default_factory=list)
+    mlp: list[MLPKind] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong with the values."""
@@ -93,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with run.guarded():
         space = NullSpace.from_weight(setup.classifier.weight, invariance=config.model.invariance).to(words.device)
         with run.timed("translators"):
-            translators, mean = fit(config, setup)
+            options: Any = {"ridge": config.translator.ridge, "invariance": config.model.invariance}
+            options |= {"seed": config.seed, "info": setup.info, "settings": setup.passes}
+            translators, mean = fit_all(setup.classifier, setup.splits, setup.embeddings, config.mlp, **options)
         rows, found = measure(run, config, setup, space, translators, mean)
         with run.timed("concepts"):
             reader: Any = {"null_space": space, "translator": translators["auditor"]}
@@ -110,18 +112,6 @@ def batches(setup: Setup, description: str, split: str = "test") -> Iterator[Fea
     """Pass once over a split, from the feature cache."""
     where = getattr(setup.splits, split), setup.embeddings[split]
     return iterate_features(setup.classifier, *where, setup.passes, description)
-
-
-def fit(config: AnalyzeConfig, setup: Setup) -> tuple[dict[str, Any], Tensor]:
-    """Fit the fitted translator, the auditor and the non-linear ones; return them and the auditor's mean feature."""
-    common: Any = {"info": setup.info, "settings": setup.passes}
-    options: Any = {"ridge": config.translator.ridge, "invariance": config.model.invariance}
-    fitted = fit_translators(setup.classifier, setup.splits, setup.embeddings, **options, **common)
-    translators: dict[str, Any] = {name: each.translator for name, each in fitted.items()}
-    for kind in config.mlp:
-        mlp, bank = MLPSettings(kind=kind, seed=config.seed), (setup.splits.bank, setup.embeddings["bank"])
-        translators[kind] = fit_mlp_on_split(setup.classifier, *bank, mlp=mlp, **common)
-    return translators, fitted["auditor"].mean
 
 
 def measure(

@@ -7,29 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
 from singreg.analysis import models_compared as between
 from singreg.analysis.chance import measure_chance
 from singreg.analysis.features import PassSettings, iterate_features
-from singreg.analysis.fitting import fit_mlp_on_split, fit_translators, translator_agreement
+from singreg.analysis.fitting import fit_all, translator_agreement
 from singreg.analysis.models_compared import FIGURES
 from singreg.analysis.passport import compare_passports
 from singreg.analysis.scores import analyze_model
 from singreg.config import Problems, RunConfig, TranslatorConfig, VLMConfig, parse
 from singreg.data.datasets import Splits, load_splits
-from singreg.mlp import MLPSettings
+from singreg.mlp import MLPKind
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.plots.study import save_comparison_plot
 from singreg.report import Section, log, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import BATCH_SIZE, labels_for_head
+from singreg.setup import BATCH_SIZE, describe_pair, labels_for_head
 from singreg.spaces import ComparedModel, Space, look_at_heads, open_model, open_spaces, refuse_unknown_names
 from singreg.tables import READING, analysis_warnings, passport_table, score_table
-from singreg.translator import Translator
 from singreg.utils import cache_folder
 
 CHANCE_DRAWS = 4  # random subspaces behind a model's chance level
@@ -61,7 +60,7 @@ class CompareConfig(RunConfig):
     )
     further_vlms: list[VLMConfig] = field(default_factory=list)
     translator: TranslatorConfig = field(default_factory=TranslatorConfig)
-    mlp: list[Literal["mlp3", "mlp4", "residual"]] = field(default_factory=list)
+    mlp: list[MLPKind] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 labelled = labels_for_head(splits, classifier, model)
                 classifier = classifier.to(accelerator.device).eval()
                 for space in spaces:
-                    read = measure(config, model, classifier, labelled, space, passes)
-                    measured[space.label, head["label"]] = read
+                    key = space.label, head["label"]
+                    measured[key] = measure(config, model, classifier, labelled, space, passes)
         if accelerator.is_main_process:
             report(config, run, heads, measured)
     accelerator.end_training()
@@ -121,21 +120,18 @@ def measure(
     passes: PassSettings,
 ) -> Read:
     """Fit translators to a model in a space and measure it on the test images, with its chance level."""
-    info, texts = space.info_for(classifier), space.texts[splits.class_names]
+    texts = space.texts[splits.class_names]
+    how: dict[str, Any] = {"ridge": config.translator.ridge, "seed": config.seed}
     options: dict[str, Any] = {"invariance": model.invariance, "settings": passes}
-    fitted = fit_translators(classifier, splits, space.embeddings, ridge=config.translator.ridge, info=info, **options)
-    auditor, mean = fitted["auditor"].translator, fitted["auditor"].mean
-    translators: dict[str, Translator] = {name: found.translator for name, found in fitted.items()}
-    for kind in config.mlp:
-        mlp, bank = MLPSettings(kind=kind, seed=config.seed), (splits.bank, space.embeddings["bank"])
-        translators[kind] = fit_mlp_on_split(classifier, *bank, mlp=mlp, info=info, settings=passes)
+    how |= {"info": describe_pair(classifier, space.vlm), **options}
+    translators, mean = fit_all(classifier, splits, space.embeddings, config.mlp, **how)
     test = splits.test, space.embeddings["test"]
     rows, figures = analyze_model(classifier, *test, texts, translators, mean=mean, **options)
     null_space = NullSpace.from_weight(classifier.weight, invariance=model.invariance).to(texts.device)
     random: Any = {"null_space": null_space, "mean": mean, "draws": CHANCE_DRAWS, "seed": config.seed}
     batches = iterate_features(classifier, *test, passes, "chance levels")
-    chance = measure_chance(batches, texts=texts, translator=auditor, **random)
-    agreement = translator_agreement(fitted["fitted"].translator, auditor, texts)
+    chance = measure_chance(batches, texts=texts, translator=translators["auditor"], **random)
+    agreement = translator_agreement(translators["fitted"], translators["auditor"], texts)
     return {"rows": rows, "measurements": figures, "chance": chance, "agreement": agreement}
 
 
@@ -172,12 +168,8 @@ def report(config: CompareConfig, run: Run, heads: list[Read], measured: Mapping
             Section("Does the order by AS⁻ hold?", [*map(order_table, orders[:1]), ORDER]),
             Section("Heads", [passport_table([head["passport"] for head in heads if head["passport"]])]),
         ],
-        figures={
-            "heads": heads,
-            **{name: each(name) for name in ("measurements", "chance", "agreement")},
-            "differences": differences,
-            "orders": orders,
-        },
+        figures={name: each(name) for name in ("measurements", "chance", "agreement")}
+        | {"heads": heads, "differences": differences, "orders": orders},
         rows=pd.concat(every) if every else None,
     )
 
@@ -211,14 +203,10 @@ def differences_table(differences: list[dict[str, Any]]) -> pd.DataFrame:
 
 def order_table(order: dict[str, Any]) -> pd.DataFrame:
     """The order in each view, τ against the first view, and how often resamples repeat it."""
-    columns = {
-        "view": order["views"],
-        "order, best first": [" › ".join(names) for names in order["orders"]],
-        "τ with the first view": [number(tau) for tau in order["tau"][0]],
-        "alike in resamples": [percent(share, 0) for share in order["same"][0]],
-        "own order again": [percent(share, 0) for share in order["stable"]],
-    }
-    table: pd.DataFrame = pd.DataFrame(columns)
+    table: pd.DataFrame = pd.DataFrame({"view": order["views"], "order, best first": map(" › ".join, order["orders"])})
+    table["τ with the first view"] = [number(tau) for tau in order["tau"][0]]
+    for title, shares in {"alike in resamples": order["same"][0], "own order again": order["stable"]}.items():
+        table[title] = [percent(share, 0) for share in shares]
     return table
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ import torch
 from singreg import tables
 from singreg.analysis import steering_curves as effort
 from singreg.analysis.features import iterate_features
-from singreg.analysis.fitting import fit_mlp_on_split, fit_translators
+from singreg.analysis.fitting import fit_all
 from singreg.analysis.scores import analyze_model
 from singreg.analysis.steering import PairPlan, plan_pairs, steer_pairs
 from singreg.config import ModelConfig, Problems, RunConfig, TranslatorConfig, parse
 from singreg.data.classes import resolve_classes
-from singreg.mlp import MLPSettings
+from singreg.mlp import MLPKind
 from singreg.nullspace import NullSpace
 from singreg.plots.steering import plot_steering
 from singreg.report import log, log_figures, track, write_report
@@ -51,7 +51,7 @@ class SteerConfig(RunConfig):
     image_score: float = 40.0
     images_per_class: int | None = 50
     max_pairs: int | None = None
-    mlp: list[Literal["mlp3", "mlp4", "residual"]] = field(default_factory=list)
+    mlp: list[MLPKind] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong with the values."""
@@ -111,15 +111,11 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
     both: dict[str, Any] = {"invariance": invariance, "settings": passes}
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
     with run.timed("translators"):
-        ridge = config.translator.ridge
-        fitted = fit_translators(classifier, setup.splits, setup.embeddings, ridge=ridge, info=setup.info, **both)
-        linear = {name: found.translator for name, found in fitted.items()}
-        translators: dict[str, Any] = dict(linear)
-        for kind in config.mlp:
-            mlp = MLPSettings(kind=kind, seed=config.seed)
-            translators[kind] = fit_mlp_on_split(classifier, *bank, mlp=mlp, info=setup.info, settings=passes)
+        options: Any = {"ridge": config.translator.ridge, "seed": config.seed, "info": setup.info, **both}
+        translators, mean = fit_all(classifier, setup.splits, setup.embeddings, config.mlp, **options)
+        linear = {name: translators[name] for name in ("fitted", "auditor")}
     with run.timed("measure"):
-        both |= {"mean": fitted["auditor"].mean, "steering_image_score": config.image_score}
+        both |= {"mean": mean, "steering_image_score": config.image_score}
         rows, measurement = analyze_model(classifier, *test, texts, translators, **both)
     with run.timed("radii"):
         gaussian = effort.fit_conditional(classifier, *bank, space, settings=passes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from singreg.utils import broadcast_from_first
 from singreg.utils import progress as with_progress
 
-KINDS = ("mlp3", "mlp4", "residual")
+MLPKind = Literal["mlp3", "mlp4", "residual"]
+KINDS: tuple[MLPKind, ...] = get_args(MLPKind)
 HELD_OUT_EVERY = 5  # every fifth row decides when to stop and takes no other part
 CHUNK = 4096  # rows read at once
 DEAD_FEATURE = 1e-11  # of the raw second moment: what the rounding of float64 sums leaves of a constant
@@ -31,7 +32,7 @@ class MLPSettings:
         seed: of the weights, the order of the images and the dropout.
     """
 
-    kind: Literal["mlp3", "mlp4", "residual"] = "mlp3"
+    kind: MLPKind = "mlp3"
     hidden: int = 1024
     dropout: float = 0.1
     learning_rate: float = 1e-4

@@ -20,8 +20,7 @@ from singreg.data.datasets import ImageSplit, Splits
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
 from singreg.models.vlm import VisionLanguageModel
-from singreg.setup import build_classifier, describe_pair, embed_splits, labels_for_head, open_vlm
-from singreg.translator import TranslatorInfo
+from singreg.setup import build_classifier, embed_splits, labels_for_head, open_vlm
 
 
 @dataclass
@@ -92,10 +91,6 @@ class Space:
     vlm: VisionLanguageModel
     texts: dict[tuple[str, ...], Tensor]
     embeddings: dict[str, np.ndarray]
-
-    def info_for(self, classifier: Classifier) -> TranslatorInfo:
-        """Return what a translator from the classifier into this space is fitted on."""
-        return describe_pair(classifier, self.vlm)
 
 
 def open_spaces(

@@ -232,22 +232,14 @@ def steering_warnings(found: Found) -> list[str]:
 
 def steering_sections(found: Found, figures: Mapping[str, Figure]) -> list[Section]:
     """Arrange a steering's tables and figures (`plot_steering`) as the sections of its report."""
-    table1 = [
-        {
-            **{name: pairs[name] for name in ("attacker", "judge")},
-            "|AS| °": pairs["overall"]["AS_abs"],
-            "sd": pairs["overall"]["AS_abs_std"],
-            "AS °": interval(pairs["overall"]["AS"], *pairs["intervals"]["AS"]),
-            "step / |f|": pairs["overall"]["step"],
-            **{name: percent(pairs["overall"][name]) for name in ("reachable", "success")},
-        }
-        for pairs in found["pairs"]
-    ]
-    areas = [
-        {name: curve[name] for name in ("budget", "attacker", "judge")}
-        | {f"mean {name}": interval(*curve["area"][name]) for name in ("AS", "success")}
-        for curve in found["curves"]
-    ]
+    table1 = _table([{**pairs, **pairs["overall"]} for pairs in found["pairs"]])
+    table1["AS °"] = [interval(pairs["overall"]["AS"], *pairs["intervals"]["AS"]) for pairs in found["pairs"]]
+    table1 = table1.rename(columns={"AS_abs": "|AS| °", "AS_abs_std": "sd", "step": "step / |f|"})
+    table1 = table1[["attacker", "judge", "|AS| °", "sd", "AS °", "step / |f|", "reachable", "success"]]
+    table1[["reachable", "success"]] = table1[["reachable", "success"]].map(percent)
+    areas = _table(found["curves"])[["budget", "attacker", "judge"]]
+    for name in ("AS", "success"):
+        areas[f"mean {name}"] = [interval(*curve["area"][name]) for curve in found["curves"]]
     reading = (
         "AS: angle gained towards the target prompt over steerings that reach the score; success: share of all "
         "steerings after which the target prompt outranks every class prompt. 95 % intervals over classes and images; "
@@ -258,8 +250,8 @@ def steering_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
         "component predicts, over its median on untouched test images. On-manifold: the covariance times the gradient."
     )
     return [
-        Section(f"Table 1: at an image score of {found['image_score']:g}°", [_table(table1), reading]),
-        Section("Steering at equal effort", [figures["curves"], _table(areas), effort]),
+        Section(f"Table 1: at an image score of {found['image_score']:g}°", [table1, reading]),
+        Section("Steering at equal effort", [figures["curves"], areas, effort]),
         Section("Pairs", [figures["pairs"]]),
         Section("Translators", [translator_table(found["measurement"])]),
     ]

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import compare as recipe
+from singreg.analysis import fitting
 from singreg.config import VLMConfig, parse
 from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
@@ -96,7 +97,7 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, folders: Path, capsys: pytes
 
 
 def test_a_model_compared_with_itself_differs_in_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "MLPSettings", partial(MLPSettings, hidden=16, epochs=2))
+    monkeypatch.setattr(fitting, "MLPSettings", partial(MLPSettings, hidden=16, epochs=2))
     models = [DEMO, {"name": "demo", "label": "twin"}, {"name": "demo", "label": "softmax", "invariance": "softmax"}]
     report = compare(tmp_path / "same", models, "--mlp", '["mlp3"]')
     twins = [d for d in report["differences"] if (d["first"], d["second"]) == ("demo", "twin")]
@@ -171,15 +172,10 @@ def test_models_and_spaces_are_known_by_the_last_part_of_their_names() -> None:
     names = ["resnet50.tv_in1k", "runs/demo/", "local-dir:runs/a/model", "hf-hub:someone/net"]
     assert [ComparedModel(name=name).known_as for name in names] == ["resnet50.tv_in1k", "demo", "a", "net"]
     assert ComparedModel(name=names[0], label="mine").known_as == "mine"
-    vlms = [
-        ("demo", None),
-        ("demo", None),
-        ("ViT-L-14", "openai"),
-        ("local-dir:/a/lite", None),
-        ("x", "weights/own.st"),
-    ]
+    plain = [(name, None) for name in ("demo", "demo", "local-dir:/a/lite")]
+    vlms = [*plain, ("ViT-L-14", "openai"), ("x", "weights/own.st")]
     labels = space_labels([VLMConfig(name, weights) for name, weights in vlms])
-    assert labels == ["demo", "demo (2)", "ViT-L-14 openai", "lite", "x own.st"]
+    assert labels == ["demo", "demo (2)", "lite", "ViT-L-14 openai", "x own.st"]
 
 
 def test_the_papers_models_are_timms() -> None:

@@ -53,14 +53,9 @@ def test_figures_and_differences_are_the_slow_ones() -> None:
     figures = paired_figures({"A": measured, "B": measured}, resamples=200, seed=3)
     assert figures.views == tuple((space, name) for space in "AB" for name in TRANSLATORS)
     assert (figures.models, figures.images, figures.primary) == (("good", "fair", "bad"), COUNT, 1)
-    found = {
-        tuple(d[name] for name in ("figure", "space", "translator", "first", "second")): (
-            d["value"],
-            d["low"],
-            d["high"],
-        )
-        for d in model_differences(figures)
-    }
+    keys = ["figure", "space", "translator", "first", "second"]
+    table = pd.DataFrame(model_differences(figures)).set_index(keys)[["value", "low", "high"]]
+    found = {key: tuple(row) for key, row in zip(table.index, table.to_numpy(), strict=True)}
     assert len(found) == 3 * (1 + 4 * len(FIGURES))
     good, bad = measured["good"], measured["bad"]
     options: dict[str, Any] = {"resamples": 200, "seed": 3, "groups": good["label"].to_numpy()}
@@ -90,9 +85,8 @@ def test_pairing_sees_what_unpaired_intervals_hide() -> None:
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=8))
 def test_tau_is_scipys_with_ties_too(pairs: list[tuple[int, int]]) -> None:
     first, second = (np.array(values, dtype=float) for values in zip(*pairs, strict=True))
-    assert kendall_tau(first, second) == pytest.approx(
-        float(kendalltau(first, second).statistic), nan_ok=True, abs=1e-6
-    )
+    expected = float(kendalltau(first, second).statistic)
+    assert kendall_tau(first, second) == pytest.approx(expected, nan_ok=True, abs=1e-6)
 
 
 def test_a_clear_order_holds_and_a_reversed_view_is_seen() -> None:

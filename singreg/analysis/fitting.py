@@ -13,7 +13,7 @@ from torch import Tensor
 from singreg.analysis.features import PassSettings, cached_features, gathered, iterate_features
 from singreg.data.datasets import ImageSplit, Splits
 from singreg.functional import image_score
-from singreg.mlp import MLPSettings
+from singreg.mlp import MLPKind, MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
@@ -148,6 +148,28 @@ def fit_mlp_on_split(
     """Fit an MLP translator on all images of a split, read from the cache once an epoch (METHOD section 2)."""
     options: Any = {"info": info, "device": classifier.weight.device, "progress": settings.progress}
     return fit_mlp_translator(cached_features(classifier, split, settings), embeddings, settings=mlp, **options)
+
+
+def fit_all(
+    classifier: Classifier,
+    splits: Splits,
+    embeddings: Mapping[str, np.ndarray],
+    kinds: Sequence[MLPKind],
+    *,
+    ridge: float | None,
+    invariance: Invariance,
+    info: TranslatorInfo,
+    settings: PassSettings,
+    seed: int,
+) -> tuple[dict[str, Any], Tensor]:
+    """Fit both linear translators and MLPs of some kinds on the bank; return them by name, and the auditor's mean."""
+    how: dict[str, Any] = {"info": info, "settings": settings}
+    linear = fit_translators(classifier, splits, embeddings, ridge=ridge, invariance=invariance, **how)
+    found: dict[str, Any] = {name: fitted.translator for name, fitted in linear.items()}
+    for kind in kinds:
+        mlp = MLPSettings(kind=kind, seed=seed)
+        found[kind] = fit_mlp_on_split(classifier, splits.bank, embeddings["bank"], mlp=mlp, **how)
+    return found, linear["auditor"].mean
 
 
 def reference_image_scores(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
-from singreg.analysis.statistics import mean_interval, paired_difference, resampled_means
+from singreg.analysis.statistics import ENDS, mean_interval, paired_difference, resampled_means
 from singreg.nullspace import NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
 from singreg.utils import all_reduce_sum, gather_rows, plain
@@ -157,7 +157,7 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
     means = np.concatenate([residuals.mean(0)[None], resampled_means(residuals, groups=table["label"])])
     r2 = 1 - means[:, :3] / (means[:, 3:] - shift)
     values = {f"r2 {name}": r2[:, place] for place, name in enumerate(BLOCKS)} | {"unique": r2[:, 0] - r2[:, 1]}
-    intervals: dict[str, Any] = {name: np.quantile(value[1:], [0.025, 0.975]) for name, value in values.items()}
+    intervals: dict[str, Any] = {name: np.quantile(value[1:], ENDS) for name, value in values.items()}
     hits = {name: table[f"accuracy {name}"][table["label"] >= 0] for name in BLOCKS}
     for name, hit in hits.items():
         _, *intervals[f"accuracy {name}"] = mean_interval(hit, groups=labels)
