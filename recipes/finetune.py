@@ -97,7 +97,8 @@ def measure_before(config: FinetuneConfig, setup: Setup, run: Run) -> Stage:
     classifier, bank = setup.classifier.eval(), loop_bank(setup.splits, setup.embeddings["bank"])
     loop = fit(config, setup, classifier, *bank, config.translator.ridge)
     options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
-    reference = reference_image_scores(classifier, *bank, loop, **options)
+    labelled = setup.splits.bank, setup.embeddings["bank"]  # with the training images: others may have no labels
+    reference = reference_image_scores(classifier, *labelled, loop, **options)
     _, measured = audit(config, setup, classifier, loop.translator, config.translator.ridge)
     if run.accelerator.is_main_process:
         loop.translator.save(run.folder / "translator-before.safetensors")

@@ -111,7 +111,8 @@ class Study:
         classifier, bank = own.classifier.eval(), loop_bank(own.splits, own.embeddings["bank"])
         fitted = fit(self.config, own, classifier, *bank, self.config.translator.ridge)
         how: Any = {"invariance": invariance, "settings": own.passes}
-        return fitted, reference_image_scores(classifier, *bank, fitted, **how)
+        labelled = own.splits.bank, own.embeddings["bank"]  # with the training images: others may have no labels
+        return fitted, reference_image_scores(classifier, *labelled, fitted, **how)
 
     @cached_property
     def ridge(self) -> float:

@@ -18,7 +18,6 @@ from singreg.analysis.features import FeatureBatch, PassSettings, evenly, iterat
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
 from singreg.analysis.scores import Rows, analyze_model
-from singreg.data.splits import KINDS, CorruptedSplit
 from singreg.data.datasets import ImageSplit
 from singreg.data.scenes import ATTRIBUTES
 from singreg.data.splits import KINDS, CorruptedSplit, SceneSplit, SubsetSplit

@@ -29,7 +29,6 @@ DEVIATIONS = (1, 2, 4)  # steps in standard deviations of the null component alo
 SHARES = (0.1, 0.25)  # steps in shares of |f|
 BUDGETS = tuple(f"{k} sd" for k in DEVIATIONS) + tuple(f"{share:.0%} of |f|" for share in SHARES)
 KINDS = ("cross", "self")
-ROW_RIDGE = 1e-3
 
 RATIOS = {
     "class_variance": (("null scores",), ("scores",)),
@@ -56,7 +55,9 @@ class CrossFit:
         # R² asks what can be predicted, so its ridge is the one that predicts best, not the one that points best.
         best, _ = auditor.halves[0].validate(auditor.halves[1], standardize=space.basis)
         self.full = LinearTranslator.from_solution(statistics.solve(best.ridge, standardize=space.basis))
-        inside = statistics.mapped(space.basis).solve(ROW_RIDGE)
+        first, second = (each.mapped(space.basis) for each in auditor.halves)
+        best, _ = first.validate(second)
+        inside = first.merge(second).solve(best.ridge)
         self.rows = LinearTranslator(inside.matrix @ space.basis.T, inside.offset)
         self.covariance = statistics.centred()[0] / statistics.count
         self.mean, self.embedding_mean = statistics.f / statistics.count, statistics.z / statistics.count

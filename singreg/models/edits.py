@@ -21,7 +21,7 @@ from singreg.translator import LinearTranslator
 
 RIDGE = 1e-3  # of the mean feature variance: with fewer images than features the rest of the space has none
 FLOOR = 1e-3  # of σ_1: a row direction below it would be lost when the head is stored in float32 or bfloat16
-SETTLING = 100  # steps of L-BFGS
+SETTLING = 1000  # steps of L-BFGS at most: short of its minimum it would multiply rounding
 
 
 @dataclass(frozen=True)
