@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singreg.analysis.crossfit import AUDITED, BUDGETS, ROW_RIDGE, CrossFit, figures, summarize
+from singreg.analysis.crossfit import AUDITED, BUDGETS, CrossFit, figures, summarize
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.steering import steering_targets
-from singreg.ridge import RidgeStatistics
+from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from singreg.translator import LinearTranslator
 from tests.planted import CLASSES, DIM, WIDTH, Planted, plant
 from tests.reference import formulas
@@ -49,9 +49,13 @@ def test_every_column_is_the_slow_one() -> None:
     assert set(got) == AUDITED
     scaled = [(p, formulas.block_scale(p.features.numpy(), bank.weight)) for p in (*split(bank), bank)]
     translators = [fitted(part, ridge, scale) for part, scale in scaled]
-    inside = bank.features @ bank.space.basis
-    rows, offset = formulas.ridge(inside.numpy(), bank.embeddings.numpy(), ROW_RIDGE)
-    translators.append((torch.from_numpy(rows) @ bank.space.basis.T, torch.from_numpy(offset)))
+    for maps in ([scale for _, scale in scaled], [bank.space.basis.numpy()] * 3):  # what predicts best: of f, of Π_p f
+        one, other = (
+            (p.features.numpy() @ m, p.embeddings.numpy()) for (p, _), m in zip(scaled[:2], maps, strict=False)
+        )
+        best = max(DEFAULT_RIDGES, key=lambda r: formulas.held_out_r2(one, other, r))
+        matrix, offset = formulas.ridge(bank.features.numpy() @ maps[2], bank.embeddings.numpy(), best)
+        translators.append((torch.from_numpy(matrix @ maps[2].T), torch.from_numpy(offset)))
     targets = steering_targets(test.labels, torch.arange(24), CLASSES)
     for place in range(24):
         image = (test.features[place], test.embeddings[place], int(test.labels[place]), int(targets[place]))

@@ -35,6 +35,12 @@ def ridge(f: np.ndarray, z: np.ndarray, ridge: float) -> tuple[np.ndarray, np.nd
     return matrix, z.mean(0) - matrix @ f.mean(0)
 
 
+def held_out_r2(fit: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], size: float) -> float:
+    """R² on other images of a fit."""
+    (matrix, offset), (f, z) = ridge(*fit, size), other
+    return float(1 - ((f @ matrix.T + offset - z) ** 2).sum() / ((z - z.mean(0)) ** 2).sum())
+
+
 def block_scale(f: np.ndarray, weight: Tensor) -> np.ndarray:
     """The map (m, m) that divides row-space and null block each by the root of its energy-weighted variance."""
     null, scatter = null_projector(weight).numpy(), np.cov(f.T, bias=True)
@@ -195,9 +201,9 @@ def audited(
     bank: Tensor,
     bank_z: Tensor,
 ) -> dict[str, float]:
-    """The cross-fitted columns of one image; translators are the two halves', that of all images, that of Π_p f."""
+    """The cross-fitted columns of one image; translators are the two halves', the whole, the predictors of f and Π_p f."""
     null, mean = null_projector(weight), bank.mean(0)
-    one, other, whole, rows = translators
+    one, other, whole, full, rows = translators
 
     def apply(pair: tuple[Tensor, Tensor], feature: Tensor) -> Tensor:
         return pair[0] @ feature + pair[1]
@@ -208,7 +214,7 @@ def audited(
     contrasts, common = texts - texts.mean(0), texts.mean(0)[None]
     seen, seen_eq = apply(whole, f), apply(whole, f - null @ f)
     before, after, text = (without(v, common) for v in (seen, seen_eq, texts[label]))
-    errors = {"spread": z - bank_z.mean(0), "missed": z - seen, "missed by rows": z - apply(rows, f)}
+    errors = {"spread": z - bank_z.mean(0), "missed": z - apply(full, f), "missed by rows": z - apply(rows, f)}
     found = {name: float((v - without(v, contrasts)).square().sum()) for name, v in errors.items()}
     found |= {f"harmless {n}": float(without(errors[n], texts).square().sum()) for n in ("spread", "missed")}
     for name, part in (("scores", f - mean), ("null scores", null @ (f - mean))):
