@@ -201,7 +201,7 @@ def audited(
     bank: Tensor,
     bank_z: Tensor,
 ) -> dict[str, float]:
-    """The cross-fitted columns of one image; translators are the two halves', the whole, the predictors of f and Π_p f."""
+    """The cross-fitted columns of one image; translators: the halves', the whole, the predictors of f and Π_p f."""
     null, mean = null_projector(weight), bank.mean(0)
     one, other, whole, full, rows = translators
 
