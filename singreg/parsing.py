@@ -53,6 +53,9 @@ def dump(config: Any) -> str:
 def build(kind: type[Config], values: Any, problems: list[str], prefix: str = "") -> Config:
     """Make a dataclass of nested values; what a section refuses goes to `problems`, its defaults stand in."""
     hints, inner = typing.get_type_hints(kind), {}
+    if not isinstance(values, Mapping):
+        problems.append(f"{prefix.rstrip('.')}: expected a section of keys and values, got {_shown(values)}")
+        return kind()
     for name, value in values.items():
         hint, path = hints[name], f"{prefix}{name}"
         items = typing.get_args(hint) if typing.get_origin(hint) is list else ()
@@ -70,6 +73,14 @@ def build(kind: type[Config], values: Any, problems: list[str], prefix: str = ""
     except ValueError as error:
         problems += [f"{prefix}{line}" for line in str(error).splitlines()]
     return kind()
+
+
+def _shown(value: Any) -> str:
+    """A value in at most 160 letters; Python itself refuses to write whole numbers of thousands of digits."""
+    try:
+        return repr(str(value)[:160])
+    except ValueError:
+        return f"a {type(value).__name__} too long to be shown"
 
 
 def _parser(kind: type, description: str = "") -> ArgumentParser:
@@ -98,7 +109,7 @@ def _changed(parser: ArgumentParser, config: Config, given: Iterable[tuple[str, 
         except WRONG as error:
             kind = getattr(wanted, "__name__", str(wanted)).replace("typing.", "")
             reason = " ".join(str(error).split())[-200:]
-            problems.append(f"{key}: expected {kind}, got {str(value)[:160]!r} ({reason})")
+            problems.append(f"{key}: expected {kind}, got {_shown(value)} ({reason})")
             continue
         target = values
         for part in parent.split(".") if parent else ():
