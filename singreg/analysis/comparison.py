@@ -159,6 +159,8 @@ def _no_comparison(measurements: Mapping[str, Measured]) -> str | None:
 
 def _change(row: Any) -> str:
     """A ratio with its interval, and in words where it supports no more than that."""
+    if math.isnan(row.value):
+        return "undefined (the control has none)"
     if row.low <= 1 <= row.high:
         return f"{row.value:.2f}× [{row.low:.2f}, {row.high:.2f}] (not distinguishable)"
     small = " (too little to matter)" if abs(row.value - 1) < SMALLEST else ""
