@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,9 +53,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove the temporary files that a killed process left anywhere below a folder."""
-    for path in Path(folder).rglob(".*"):
-        if path.is_file() and TEMPORARY.fullmatch(path.name):
+    """Remove the temporary files and folders that a killed process left anywhere below a folder."""
+    for path in [path for path in Path(folder).rglob(".*") if TEMPORARY.fullmatch(path.name)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 

@@ -41,8 +41,11 @@ def test_sweeping_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
     others = [tmp_path / "below" / ".keep", tmp_path / "b-writing-abcdefgh"]
     for path in (left, *others):
         path.write_text("")
+    folder = tmp_path / ".model-writing-abcdefgh" / "new"
+    folder.mkdir(parents=True)
     sweep(tmp_path)
     assert not left.exists()
+    assert not folder.parent.exists()
     assert all(path.exists() for path in others)
 
 
