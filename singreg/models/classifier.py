@@ -45,7 +45,9 @@ class Classifier(nn.Module):
     class_names: tuple[str, ...] | None = None
     batch_norm: BatchNormMode = "eval"
 
-    def __init__(self, model: nn.Module, head_name: str, *, tag: str, data_config: dict[str, Any] | None = None):
+    def __init__(
+        self, model: nn.Module, head_name: str, *, tag: str, data_config: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.model, self.head_name, self.tag, self.data_config = model, head_name, tag, data_config
         self.eval()  # timm's models come in train mode, in which a first look at the features would move batch norms
