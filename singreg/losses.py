@@ -52,6 +52,7 @@ class SingLoss(nn.Module):
             without a null space; on a CPU also labels outside 0..C-1 (a GPU stops at them with its own assertion).
 
     Example:
+        >>> from singreg import fit_translator
         >>> head, (f, z) = nn.Linear(8, 3), (torch.randn(100, 8), torch.randn(100, 5))
         >>> translator, statistics = fit_translator([(f, z)]), RidgeStatistics(8, 5).update(f, z)
         >>> sing = SingLoss(head, translator, torch.randn(3, 5), statistics)
