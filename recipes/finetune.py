@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from singreg.analysis.comparison import Measured, compare_arms, finetune_warnings, no_claim, verdict
-from singreg.analysis.fitting import FittedTranslator, fit_on_split, reference_image_scores
+from singreg.analysis.fitting import FittedTranslator, fit_on_split
 from singreg.analysis.scores import analyze_model
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
 from singreg.config import FinetuneConfig, parse
@@ -93,24 +92,20 @@ def audit(
 
 
 def measure_before(config: FinetuneConfig, setup: Setup, run: Run) -> Stage:
-    """Fit the loop's translator on the starting classifier, take the references of the loss and measure."""
+    """Fit the loop's translator on the starting classifier and measure."""
     classifier, bank = setup.classifier.eval(), loop_bank(setup.splits, setup.embeddings["bank"])
     loop = fit(config, setup, classifier, *bank, config.translator.ridge)
-    options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
-    labelled = setup.splits.bank, setup.embeddings["bank"]  # with the training images: others may have no labels
-    reference = reference_image_scores(classifier, *labelled, loop, **options)
     _, measured = audit(config, setup, classifier, loop.translator, config.translator.ridge)
     if run.accelerator.is_main_process:
         loop.translator.save(run.folder / "translator-before.safetensors")
-    return Stage(*measured, loop.state_dict() | {"image_score_ref": reference}, asdict(loop.translator.info))
+    return Stage(*measured, loop.state_dict(), asdict(loop.translator.info))
 
 
 def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: Stage, run: Run) -> Stage:
     """Train one arm from the common start and measure it with the loop's translator and a fresh auditor."""
     tensors = {key: tensor.to(run.accelerator.device) for key, tensor in before.tensors.items()}
     fitted = FittedTranslator.from_state(tensors, TranslatorInfo(**before.notes))
-    reference = tensors["image_score_ref"] if name == "sing" else None
-    classifier, loop = train_arm(name, config, setup, fitted, reference, run)
+    classifier, loop = train_arm(name, config, setup, fitted, run, regularised=name == "sing")
     ridge = before.figures["translators"]["auditor"]["ridge"]  # one for all stages, or a ratio would be of two scales
     auditor, measured = audit(config, setup, classifier, loop, ridge)
     if run.accelerator.is_main_process:
@@ -121,9 +116,9 @@ def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: S
 
 
 def train_arm(
-    name: str, config: FinetuneConfig, setup: Setup, fitted: FittedTranslator, reference: Tensor | None, run: Run
+    name: str, config: FinetuneConfig, setup: Setup, fitted: FittedTranslator, run: Run, *, regularised: bool
 ) -> tuple[Classifier, LinearTranslator]:
-    """Train a copy of the starting classifier, with SingLoss if its reference image scores (C,) are given.
+    """Train a copy of the starting classifier, with SingLoss where `regularised`.
 
     `fitted` is the loop's translator on the start. Returns also the one that the loop ends with.
     """
@@ -131,9 +126,9 @@ def train_arm(
     classifier.tune(config.model.tuning, batch_norm=config.model.batch_norm)
     keeper = LoopTranslator(fitted, setup.splits, embeddings, config.model.invariance, setup.passes)
     sing = None
-    if reference is not None:
+    if regularised:
         accumulation, prompts = run.accelerator.gradient_accumulation_steps, loss_texts(config, setup)
-        sing = make_sing(config, classifier, fitted, prompts, reference, len(setup.splits.train), accumulation)
+        sing = make_sing(config, classifier, fitted, prompts, len(setup.splits.train), accumulation)
         keeper.begin(classifier, sing, encode=config.loss.placebo == "shuffled")
     train(name, classifier, sing, keeper, config, setup, run)
     # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.

@@ -17,18 +17,17 @@ import numpy as np
 import pandas as pd
 from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from finetune import audit, fit, train_arm
 from singreg.analysis.arms import Measured, measure_arm
-from singreg.analysis.fitting import FittedTranslator, reference_image_scores
+from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.study import HARM, PAIRED, Summary, study_verdict, study_warnings, summarize_study, words
 from singreg.checkpoints import fingerprints
 from singreg.config import parse
 from singreg.data.splits import KINDS
 from singreg.loop_translator import loop_bank
 from singreg.models.classifier import Classifier
-from singreg.models.edits import align_head_, drop_null, interpolate_weights, settle_head_
+from singreg.models.edits import align_head_, drop_null, interpolate_weights
 from singreg.plots.study import save_pareto
 from singreg.report import Section, interval, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
@@ -105,14 +104,11 @@ class Study:
         return replace(self.setup, passes=replace(self.setup.passes, cache=folder))
 
     @cached_property
-    def start(self) -> tuple[FittedTranslator, Tensor]:
-        """The loop's translator and IS_ref (C,) in degrees."""
-        own, invariance = self.reader(), self.config.model.invariance
-        classifier, bank = own.classifier.eval(), loop_bank(own.splits, own.embeddings["bank"])
-        fitted = fit(self.config, own, classifier, *bank, self.config.translator.ridge)
-        how: Any = {"invariance": invariance, "settings": own.passes}
-        labelled = own.splits.bank, own.embeddings["bank"]  # with the training images: others may have no labels
-        return fitted, reference_image_scores(classifier, *labelled, fitted, **how)
+    def start(self) -> FittedTranslator:
+        """The loop's translator."""
+        own = self.reader()
+        bank = loop_bank(own.splits, own.embeddings["bank"])
+        return fit(self.config, own, own.classifier.eval(), *bank, self.config.translator.ridge)
 
     @cached_property
     def ridge(self) -> float:
@@ -124,21 +120,17 @@ class Study:
     def make(self, work: Work) -> tuple[Classifier, LinearTranslator, dict[str, Any]]:
         """Train or edit a copy of the starting classifier; return also the loop's translator of it, and notes."""
         config, setup, make = work.config, self.setup, work.arm.make
-        (fitted, reference), notes = self.start, dict[str, Any]()
+        fitted, notes = self.start, dict[str, Any]()
         if make == "train":
             inside = copy.copy(self.run)
             inside.folder, name = work.folder, f"{work.arm.name}-{work.seed}"
-            wanted = reference if config.loss.weight > 0 else None
-            return (*train_arm(name, config, setup, fitted, wanted, inside), notes)
+            return (*train_arm(name, config, setup, fitted, inside, regularised=config.loss.weight > 0), notes)
         classifier, own = copy.deepcopy(setup.classifier), (fitted.translator, setup.texts, fitted.statistics)
         if work.source is not None:
             classifier.model.load_state_dict(load_file(work.source.folder / "weights.safetensors"))
         if make == "align":
             aligned = align_head_(classifier, *own)
             notes = {name: getattr(aligned, name) for name in ("rank", "free_rows", "logit_change")}
-        elif make == "settle":
-            options: Any = {"floor": config.loss.floor, "invariance": config.model.invariance}
-            notes = settle_head_(classifier, *own, strength=config.loss.start, **options)
         elif make == "average":
             classifier = interpolate_weights(setup.classifier, classifier, 0.5)
         elif make == "drop":

@@ -12,7 +12,7 @@ from singreg.nullspace import Invariance
 from singreg.parsing import dump as dump
 from singreg.parsing import overridden as overridden
 from singreg.parsing import parse as parse
-from singreg.terms import PRESETS, TERMS
+from singreg.terms import TERMS, resolve_terms
 
 SCENES: dict[str, float] = {"train": 2000, "audit": 1600, "test": 1000, "bank": 0, "bias": 0.6, "seed": 0}
 
@@ -186,31 +186,23 @@ class LossConfig:
 
     Args:
         weight: λ after warm-up and ramp.
-        preset: named sum of terms to begin with.
-        terms: weights by term that replace or add to the preset's; 0 removes a term.
+        terms: weights by term that replace the usual ones, readout 1 and capacity 10; 0 removes a term.
         floor: ε of capacity's metric, which also counts directions that no feature takes; a large one is Euclidean.
-        start: how far the head's rows are moved to the translated prompts before training, against the change of
-            logits; 0 leaves the head as it is.
         placebo: a control that the true loss must beat. The loss is given random directions for prompts, the prompts
             of classes that are not in the data (foreign), or every image the embedding of another one (shuffled).
     """
 
     weight: float = 1.0
-    preset: str = "sing"
     terms: dict[str, float] = field(default_factory=dict)
     floor: float = 1.0
-    start: float = 0.3
     placebo: Literal["none", "random", "foreign", "shuffled"] = "none"
 
     def __post_init__(self) -> None:
         problems = Problems()
-        problems.within(0, weight=self.weight, floor=self.floor, start=self.start)
-        known = ", ".join(sorted(PRESETS))
-        problems.need(self.preset in PRESETS, f"preset: no preset {self.preset!r}; known are {known}")
+        problems.within(0, weight=self.weight, floor=self.floor)
         problems.keys("terms", self.terms, sorted(TERMS))
         problems.within(0, **{f"terms.{name}": weight for name, weight in self.terms.items()})
-        left = any({**PRESETS.get(self.preset, {}), **self.terms}.values())
-        problems.need(left, "terms: no term of the preset is left; give one a weight above 0")
+        problems.need(bool(resolve_terms(self.terms)), "terms: none is left; give one a weight above 0")
         problems.show()
 
 

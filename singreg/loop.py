@@ -14,14 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, synchronize_rng_states
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from torch import Tensor, nn
+from torch import Tensor
 
 from singreg import task as tasks
 from singreg.analysis.features import iterate_features
 from singreg.checkpoints import Checkpoints, Position
 from singreg.config import FinetuneConfig
 from singreg.data.datasets import ImageSplit, make_loader
-from singreg.data.embeddings import take_rows
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
 from singreg.metrics import SemanticLeakage
@@ -30,7 +29,7 @@ from singreg.nullspace import Invariance, NullSpace
 from singreg.plots import panels, styled
 from singreg.setup import Setup
 from singreg.translator import LinearTranslator
-from singreg.utils import broadcast_from_first, progress, seed_process
+from singreg.utils import progress, seed_process
 
 CLIP = 1.0  # the gradient's norm is clipped to this
 LOG_EVERY = 10  # optimiser steps between points of the curves
@@ -264,52 +263,3 @@ def own_random_numbers(accelerator: Accelerator, seed: int) -> Iterator[None]:
     yield
     # Not after a failure: the others may never come.
     synchronize_rng_states(["torch", "cuda"] if accelerator.device.type == "cuda" else ["torch"])
-
-
-def train_head(
-    name: str,
-    classifier: Classifier,
-    sing: SingLoss | None,
-    features: np.ndarray,
-    labels: np.ndarray,
-    embeddings: np.ndarray,
-    config: FinetuneConfig,
-) -> Classifier:
-    """Train W and b on stored features (N, m) by AdamW on CE + SingLoss, in place; return the classifier in eval mode.
-
-    The schedule is that of fine-tuning, and the loop's translator needs no refresh. Every process trains on whole
-    batches, and the first one's head goes to all. The order of the images depends on the seed.
-    """
-    training, schedule = config.training, tasks.Schedule(config, len(labels))
-    classifier.tune("head", batch_norm=config.model.batch_norm).train()
-    optimizer = torch.optim.AdamW(tasks.parameter_groups(classifier, config))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.learning_rate_factor)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if sing is not None:
-        sing.train()
-    for step, rows in enumerate(head_batches(len(labels), training.batch_size, training.epochs, config.seed)):
-        f = take_rows(features, rows).to(classifier.weight)
-        y, z = torch.from_numpy(labels[rows]).to(f.device), take_rows(embeddings, rows).to(f)
-        loss = nn.functional.cross_entropy(classifier.logits(f).float(), y)
-        if sing is not None:  # in as many forwards as fine-tuning takes a step, or λ's ramp would be too slow
-            chunks = zip(*(part.chunk(sing.accumulation) for part in (f, y, z)), strict=True)
-            loss = loss + torch.stack([sing(*chunk) for chunk in chunks]).mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(trained, CLIP)
-        if not bool(torch.isfinite(loss) and torch.isfinite(norm)):
-            raise TrainingFailed(
-                f"arm {name!r}: the loss ({float(loss.detach())}) or its gradient ({float(norm)}) is not finite at "
-                f"step {step + 1}; nothing was updated with it. Lower training.learning_rate or loss.weight"
-            )
-        optimizer.step()
-        scheduler.step()
-    broadcast_from_first([each.detach() for each in trained])
-    return classifier.eval()
-
-
-def head_batches(count: int, size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield the rows (size,) of every step: each epoch in an order that seed and epoch fix, no incomplete batch."""
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        yield from (order[start : start + size] for start in range(0, count - size + 1, size))

@@ -36,7 +36,7 @@ class ArmConfig:
         name: of the arm.
         note: what it is there for.
         role: method; baseline, which a method must beat; or placebo, which must not do what a method does.
-        make: train as recipes/finetune.py does; or, without training, leave the weights as they are, align or settle
+        make: train as recipes/finetune.py does; or, without training, leave the weights as they are, align
             the head (METHOD section 7), average the weights with the starting model's (WiSE-FT), drop the null space.
         weights_from: an earlier arm that trains, whose weights of the same seed are averaged or lose their null space.
         overrides: dotted keys of the fine-tuning configuration; loss.weight 0 trains without the loss.
@@ -45,7 +45,7 @@ class ArmConfig:
     name: str = "sing"
     note: str = ""
     role: Literal["method", "baseline", "placebo"] = "method"
-    make: Literal["train", "leave", "align", "settle", "average", "drop"] = "train"
+    make: Literal["train", "leave", "align", "average", "drop"] = "train"
     weights_from: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from singreg.analysis.fitting import FittedTranslator
 from singreg.config import FinetuneConfig
 from singreg.data.classes import imagenet_names
-from singreg.losses import SingLoss, resolve_terms
+from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.models.edits import settle_head_
 from singreg.setup import Setup
+from singreg.terms import resolve_terms
 
 LR_WARMUP = 0.1  # share of the steps with a linear warm-up of the learning rate
 PLACEBO_SEED = 20261  # fixed, so that every process and every resumed run draws the same
@@ -105,26 +105,18 @@ def make_sing(
     classifier: Classifier,
     fitted: FittedTranslator,
     texts: Tensor,
-    image_score_ref: Tensor,
     images: int,
     accumulation: int = 1,
 ) -> SingLoss:
-    """Build a configuration's SingLoss for a copy of the starting classifier, whose head is settled first, in place.
+    """Build a configuration's SingLoss from the loop's translator and prompts (C, n).
 
-    `fitted` is the loop's translator; λ's schedule follows from the number of training images and forwards a step.
-
-    Shape:
-        texts (C, n) unit rows, image_score_ref (C,) in degrees.
+    λ's schedule follows from the number of training images and forwards a step.
     """
     total, loss = Schedule(config, images).total, config.loss
-    options: dict[str, Any] = {"floor": loss.floor, "invariance": config.model.invariance}
-    terms = resolve_terms(loss.preset, loss.terms)
-    if loss.start and total and "capacity" in terms:
-        settle_head_(classifier, fitted.translator, texts, fitted.statistics, strength=loss.start, **options)
-    options |= {"weight": loss.weight, "terms": terms, "accumulation": accumulation}
+    options: dict[str, Any] = {"floor": loss.floor, "invariance": config.model.invariance, "weight": loss.weight}
+    options |= {"terms": resolve_terms(loss.terms), "accumulation": accumulation}
     options |= {"warmup_steps": round(WARMUP * total), "ramp_steps": round(RAMP * total)}
-    sing = SingLoss(classifier, fitted.translator, texts, fitted.statistics, **options)
-    return sing.to(texts.device).calibrate(fitted.mean, fitted.class_means, image_score_ref)
+    return SingLoss(classifier, fitted.translator, texts, fitted.statistics, **options).to(texts.device)
 
 
 def loss_texts(config: FinetuneConfig, setup: Setup) -> Tensor:
@@ -134,8 +126,12 @@ def loss_texts(config: FinetuneConfig, setup: Setup) -> Tensor:
         drawn = torch.randn(setup.texts.shape, generator=torch.Generator().manual_seed(PLACEBO_SEED))
         return nn.functional.normalize(drawn, dim=1).to(setup.texts)
     if placebo == "foreign":
-        others = [name for name in imagenet_names() if name not in classes][:: len(imagenet_names()) // len(classes)]
-        return setup.vlm.embed_classes(others[: len(classes)], tuple(config.vlm.templates)).to(setup.texts)
+        others = [name for name in imagenet_names() if name not in classes]
+        if len(others) < len(classes):
+            wanted = f"loss.placebo: foreign needs {len(classes)} ImageNet classes that are not in the data"
+            raise ValueError(f"{wanted}, got {len(others)}; use random or shuffled")
+        spaced = others[:: len(imagenet_names()) // len(classes)][: len(classes)]
+        return setup.vlm.embed_classes(spaced, tuple(config.vlm.templates)).to(setup.texts)
     return setup.texts
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import finetune
-from singreg import loop, losses
+from singreg import loop
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import FittedTranslator
 from singreg.config import FinetuneConfig, overridden
@@ -31,9 +31,7 @@ from singreg.runs import start
 from singreg.translator import LinearTranslator, TranslatorInfo
 
 COUNT, SIDE, CLASSES, WIDTH, DIM = 43, 4, 3, 12, 6
-# Plain means over images (with a mean feature that rests): accumulation and processes may not change them.
-PLAIN = {"terms": {"hinge": 1.0, "band": 0.3, "capacity": 10.0}}
-EVERY = {"readout": 1.0, "capacity": 10.0, "leak": 0.3, "hinge": 1.0, "band": 0.3, "class_share": 0.1}
+PLAIN = {"terms": {"capacity": 10.0}}  # no ratio over a batch's images: accumulation may not change it
 
 
 class Stop(Exception):
@@ -95,17 +93,15 @@ def small_fitted(classifier: Classifier) -> FittedTranslator:
     whole = RidgeStatistics(WIDTH, DIM).merge(halves[0]).merge(halves[1])
     solution = whole.solve(0.01, standardize=NullSpace.from_weight(classifier.weight).basis)
     translator = LinearTranslator.from_solution(solution, TranslatorInfo(by_block=True))
-    return FittedTranslator(translator, f.mean(0), torch.zeros(CLASSES, WIDTH), (halves[0], halves[1]))
+    return FittedTranslator(translator, f.mean(0), (halves[0], halves[1]))
 
 
 def small_sing(classifier: Classifier, **options: Any) -> SingLoss:
-    """SingLoss with every term, calibrated, in float64."""
+    """SingLoss in float64."""
     generator, fitted = torch.Generator().manual_seed(1), small_fitted(classifier)
     texts = nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1)
-    options = {"terms": EVERY, "weight": 0.5, "ramp_steps": 4, **options}
-    sing = SingLoss(classifier, fitted.translator, texts, fitted.statistics, **options).double()
-    class_means = torch.randn(CLASSES, WIDTH, generator=generator)
-    return sing.calibrate(class_means.mean(0), class_means, torch.full((CLASSES,), 10.0))
+    options = {"weight": 0.5, "ramp_steps": 4, **options}
+    return SingLoss(classifier, fitted.translator, texts, fitted.statistics, **options).double()
 
 
 @dataclass
@@ -159,8 +155,6 @@ class Arm:
                 patch.setattr(finetune, "log", log)
                 patch.setattr(finetune, "track", lambda *_: None)
                 patch.setattr(loop, "LOG_EVERY", 1)
-                if self.options.get("terms") == PLAIN["terms"]:
-                    patch.setattr(losses, "MOMENTUM", 1.0)
                 finetune.train(name, classifier, self.sing, self.keeper, config, setup, run)
         finally:
             torch.set_num_threads(threads)

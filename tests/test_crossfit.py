@@ -29,7 +29,7 @@ def auditor(bank: Planted, ridge: float) -> FittedTranslator:
     halves = [RidgeStatistics(WIDTH, DIM).update(p.features, p.embeddings) for p in split(bank)]
     whole = RidgeStatistics(WIDTH, DIM).merge(halves[0]).merge(halves[1])
     translator = LinearTranslator.from_solution(whole.solve(ridge, standardize=bank.space.basis))
-    return FittedTranslator(translator, bank.features.mean(0), torch.zeros(CLASSES, WIDTH), (halves[0], halves[1]))
+    return FittedTranslator(translator, bank.features.mean(0), (halves[0], halves[1]))
 
 
 def read(crossfit: CrossFit, images: Planted) -> dict[str, Tensor]:

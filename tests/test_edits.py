@@ -1,4 +1,4 @@
-"""Edited heads: aligned ones leave the null no prompt, settled ones less of them, dropping it keeps every logit."""
+"""Edited heads: aligned ones leave the null no prompt, dropping it keeps every logit."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ from singreg.models.edits import (
     drop_null,
     interpolate_weights,
     prompt_directions,
-    settle_head_,
 )
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.translator import LinearTranslator
 from tests.fakes import CLASSES, HEADS, WIDTH, images, net, shake
-from tests.reference import formulas
 
 M, N = 24, 9
 PLAIN = ("linear", "no bias", "convolution")
@@ -182,69 +180,6 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
-
-
-def settle(classifier: Classifier, f: Tensor, **options: Any) -> dict[str, float]:
-    T = translator(width=WIDTH)
-    return settle_head_(classifier, T, normal(CLASSES, N, seed=4), RidgeStatistics(WIDTH, N).update(f, T(f)), **options)
-
-
-def settling_loss(weight: Tensor, old: Tensor, f: Tensor, bias: bool, strength: float, floor: float) -> list[Tensor]:
-    """Both summands image by image: the logits' change, about their means with a bias, and capacity."""
-    x = f - f.mean(0) if bias else f
-    change = (x @ (weight - old).T).square().sum() / (x @ old.T).square().sum()
-    texts = normal(CLASSES, N, seed=4)
-    return [change, strength * formulas.capacity(weight, translator(width=WIDTH).matrix, texts, f, floor)]
-
-
-@pytest.mark.parametrize("kind", ["linear", "no bias"])
-def test_settling_ends_where_plain_descent_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier, twin, f = small(kind), small(kind), features(200, WIDTH)
-    old, strength, floor = classifier.weight.detach().clone(), 0.3, 1.0
-    settle(twin, f, strength=strength, floor=floor)
-    monkeypatch.setattr(edits, "SETTLING", 1000)
-    told = settle(classifier, f, strength=strength, floor=floor)
-    weight, options = old.clone().requires_grad_(), (old, f, kind != "no bias", strength, floor)
-    optimizer = torch.optim.Adam([weight], lr=0.02)
-    for step in range(2000):
-        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 2000)
-        optimizer.zero_grad()
-        torch.stack(settling_loss(weight, *options)).sum().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    change, capacity = settling_loss(classifier.weight.detach(), *options)
-    slow, begun, usual = (
-        float(torch.stack(settling_loss(each.detach(), *options)).sum()) for each in (weight, old, twin.weight)
-    )
-    assert float(change + capacity) == pytest.approx(slow, rel=1e-3)
-    assert slow < 1.001 * usual < 1.05 * slow < 0.5 * begun
-    assert told["capacity"] == pytest.approx(float(capacity) / strength)
-    assert told["capacity_before"] == pytest.approx(begun / strength)
-    assert told["logit_change"] == pytest.approx(float(change.sqrt()))
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-def test_settling_lowers_capacity_and_hardly_moves_the_logits(kind: str) -> None:
-    classifier, x = small(kind), images(60).double()
-    f, before, begun = classifier.features(x).detach(), classifier(x).detach(), classifier.weight.detach().clone()
-    parameters = dict(classifier.named_parameters())
-    found = [settle(copy.deepcopy(classifier), f, strength=strength) for strength in (0.1, 1.0)]
-    assert found[1]["capacity"] < found[0]["capacity"] < found[0]["capacity_before"]
-    told = settle(classifier, f, strength=0.3)
-    after = classifier(x).detach()
-    assert told["capacity"] < 0.8 * told["capacity_before"]
-    assert told["logit_change"] < 0.35
-    if kind != "no bias":  # without one there is nothing that could keep the mean
-        torch.testing.assert_close(after.mean(0), before.mean(0))
-        assert told["logit_change"] == pytest.approx(float(rms(after - before) / rms(before)), rel=1e-6)
-    assert (classifier.weight - begun).norm() > 1e-2
-    assert all(parameter is parameters[name] for name, parameter in classifier.named_parameters())
-
-
-def test_without_strength_the_head_stays() -> None:
-    classifier = small()
-    before = copy.deepcopy(classifier.state_dict())
-    assert settle(classifier, features(100, WIDTH), strength=0.0)["logit_change"] == 0
-    assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
 
 def timm_model(seed: int = 0, **arguments: Any) -> Classifier:

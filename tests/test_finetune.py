@@ -114,7 +114,7 @@ def test_the_curves_of_both_arms(finished: Path) -> None:
 
 def test_the_arms_differ_by_the_loss_alone(finished: Path, tmp_path: Path) -> None:
     """With a weight of 0 the regularised arm must be the control, bit for bit."""
-    finetune(tmp_path / "zero", "--loss.weight", "0", "--loss.start", "0", "--training.epochs", "1")
+    finetune(tmp_path / "zero", "--loss.weight", "0", "--training.epochs", "1")
     for folder, alike in ((tmp_path / "zero", True), (finished, False)):
         control, sing = (load_file(folder / name / "model.safetensors") for name in ("model-control", "model"))
         assert all(torch.equal(control[name], sing[name]) for name in control) == alike

@@ -13,14 +13,12 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from singreg.analysis import fitting as module
 from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import (
     FittedTranslator,
     fit_mlp_on_split,
     fit_on_split,
     fit_translators,
-    reference_image_scores,
     translator_agreement,
 )
 from singreg.data.datasets import Splits
@@ -82,17 +80,6 @@ def test_the_fit_is_scikit_learns_with_the_ridge_on_which_two_halves_agree() -> 
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
-def test_means_are_plain_means_and_a_class_without_images_has_none() -> None:
-    f, _ = as_arrays()
-    got, labels = fitted(), toy.ToySplit(COUNT, unlabelled=UNLABELLED).labels
-    np.testing.assert_allclose(got.mean.numpy(), f.mean(0), atol=1e-6)  # unlabelled images have features too
-    for label in range(toy.CLASSES):
-        np.testing.assert_allclose(got.class_means[label].numpy(), f[labels == label].mean(0), atol=1e-6)
-    few = toy.ToySplit(12, classes=toy.CLASSES - 1)
-    means = fit_on_split(toy.classifier(), few, toy.embeddings(12), settings=toy.QUIET, ridges=(1.0,)).class_means
-    assert torch.isnan(means).all(1).tolist() == [False] * (toy.CLASSES - 1) + [True]
-
-
 def test_batch_size_does_not_matter_and_bad_input_is_refused() -> None:
     one, all_ = (fitted(batch_size=size).translator.matrix for size in (1, 64))
     torch.testing.assert_close(one, all_, atol=1e-5, rtol=1e-5)
@@ -100,56 +87,18 @@ def test_batch_size_does_not_matter_and_bad_input_is_refused() -> None:
         fit_on_split(toy.classifier(), toy.ToySplit(3), toy.embeddings(3), settings=toy.QUIET)
 
 
-def fit_in_process(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor, TranslatorInfo]:
+def fit_in_process(rank: int, world: int) -> tuple[Tensor, Tensor, TranslatorInfo]:
     got = fitted()
-    return got.translator.matrix, got.mean, got.class_means, got.translator.info
+    return got.translator.matrix, got.mean, got.translator.info
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_fit_what_one_fits(world: int) -> None:
     expected = fitted()
-    for matrix, mean, class_means, info in run_processes(world, fit_in_process):
+    for matrix, mean, info in run_processes(world, fit_in_process):
         torch.testing.assert_close(matrix, expected.translator.matrix, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(mean, expected.mean)
-        torch.testing.assert_close(class_means, expected.class_means)
         assert (info.images, info.ridge) == (COUNT, expected.translator.info.ridge)
-
-
-def slow_reference(per_class: int, fit: FittedTranslator, split: toy.ToySplit) -> list[float]:
-    """Mean angle of the centred removal over each class's first images, image by image."""
-    f, project = toy.features(toy.classifier(), split), formulas.null_projector(toy.classifier().weight)
-    matrix, offset = fit.translator.matrix.double(), fit.translator.offset.double()
-    found: list[list[float]] = [[] for _ in range(toy.CLASSES)]
-    for feature, label in zip(f, split.labels.tolist(), strict=True):
-        if label >= 0 and len(found[label]) < per_class:
-            removed = feature - project @ (feature - fit.mean.double())
-            found[label].append(float(formulas.angle_degrees(matrix @ feature + offset, matrix @ removed + offset)))
-    return [float(np.mean(scores)) if scores else math.nan for scores in found]
-
-
-@pytest.mark.parametrize("per_class", [1, 4, 100])
-def test_reference_scores_are_slow_means_of_a_classes_first_images(
-    per_class: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "REFERENCE_IMAGES", per_class)
-    fit, split = fitted(), toy.ToySplit(COUNT, unlabelled=UNLABELLED)
-    got = reference_image_scores(toy.classifier(), split, toy.embeddings(COUNT), fit, settings=toy.QUIET)
-    assert got.tolist() == pytest.approx(slow_reference(per_class, fit, split), abs=1e-3)
-    assert (got > 5).all()
-
-
-def reference_in_process(rank: int, world: int, count: int) -> Tensor:
-    fit = fit_on_split(toy.classifier(), toy.ToySplit(30), toy.embeddings(30), settings=toy.QUIET)
-    split = toy.ToySplit(count)
-    return reference_image_scores(toy.classifier(), split, toy.embeddings(count), fit, settings=toy.QUIET)
-
-
-@pytest.mark.parametrize(("world", "count"), [(2, 11), (3, 2)], ids=["odd over 2", "one idle of 3"])
-def test_reference_scores_over_processes_are_those_of_one(world: int, count: int) -> None:
-    expected = reference_in_process(0, 1, count)
-    assert torch.isnan(expected).tolist() == [label >= count for label in range(toy.CLASSES)]
-    for got in run_processes(world, reference_in_process, count):
-        torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 def test_the_two_translators_of_a_measurement_come_from_bank_and_audit() -> None:

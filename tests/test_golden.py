@@ -20,10 +20,9 @@ def test_the_demo_gives_its_frozen_figures(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "demo" / "report.json").read_text(encoding="utf-8"))["measurements"]
     assert set(found) == set(FROZEN)
     for stage, wanted in FROZEN.items():
-        # The settled head is found by line searches, which multiply the rounding of another processor.
-        measured, degrees = found[stage], 0.1 if stage == "sing" else 1e-3
-        assert measured["top1"] == pytest.approx(wanted["top1"], abs=2e-3 if stage == "sing" else 1e-6)
-        assert measured["null_share"] == pytest.approx(wanted["null_share"], abs=1e-2 if stage == "sing" else 1e-4)
+        measured, degrees = found[stage], 1e-3
+        assert measured["top1"] == pytest.approx(wanted["top1"], abs=1e-6)
+        assert measured["null_share"] == pytest.approx(wanted["null_share"], abs=1e-4)
         assert measured["audit"]["class_variance"] == pytest.approx(wanted["class_variance"], abs=degrees / 20)
         for name in measured["translators"]:
             overall = measured["translators"][name]["overall"]

@@ -1,4 +1,4 @@
-"""SingLoss: its gradients, schedule, references, state, processes, bad input, and that it never waits for a device."""
+"""SingLoss: its gradients, schedule, state, processes, bad input, and that it never waits for a device."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from singreg.losses import SingLoss
 from singreg.ridge import RidgeStatistics
-from singreg.terms import TERMS, contrast_directions
+from singreg.terms import TERMS
 from singreg.translator import LinearTranslator
 from tests.processes import run_processes
 from tests.reference import formulas
 
-C, M, N, B, NEAR = 5, 14, 7, 12, 3
+C, M, N, B = 5, 14, 7, 12
 Setup = tuple[SingLoss, nn.Linear, Tensor, Tensor]
 
 
-def setup(seed: int = 0, *, calibrated: bool = True, **options: Any) -> Setup:
-    """A calibrated loss in eval mode and float64, its head, features that take a gradient, and labels.
+def setup(seed: int = 0, **options: Any) -> Setup:
+    """A loss in eval mode and float64, its head, features that take a gradient, and labels.
 
     `sing.bank` and `sing.bank_z` are the images behind its statistics, `sing.batch_z` the batch's embeddings.
     """
@@ -38,10 +38,7 @@ def setup(seed: int = 0, *, calibrated: bool = True, **options: Any) -> Setup:
     sing = SingLoss(head, translator, texts, statistics, **{"weight": 1.0, **options}).double()
     sing.set_translator(translator, statistics)  # again, in float64
     sing.bank, sing.bank_z, sing.batch_z = bank, bank_z, bank_z[:B].clone()
-    sing.contrast = contrast_directions(sing.texts, NEAR)  # of five classes there is something to choose
     features = torch.randn(B, M, dtype=torch.float64) + 1
-    if calibrated:
-        sing.calibrate(features.mean(0), torch.randn(C, M).double(), torch.linspace(20, 60, C).double())
     return sing.eval(), head, features.requires_grad_(), torch.arange(B) % C
 
 
@@ -67,14 +64,9 @@ def test_value_and_gradients_are_those_of_the_slow_formula(term: str) -> None:
     fast = sing(features, labels, sing.batch_z)
     if term == "capacity":
         slow = formulas.capacity(head.weight, sing.matrix, sing.texts, sing.bank, 0.3)
-    elif term == "readout":
+    else:
         bank: dict[str, Tensor] = {"texts": sing.texts, "bank": sing.bank, "bank_z": sing.bank_z, "fitted": fitted}
         slow = formulas.readout(features=features, embeddings=sing.batch_z, weight=head.weight, **bank)
-    else:
-        slow = formulas.sing_terms(
-            *(features, labels, head.weight, sing.matrix, sing.offset, sing.texts, sing.mean, sing.class_means),
-            *(sing.image_score_ref, NEAR),
-        )[term]
     torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
     wanted = (head.weight,) if term == "capacity" else (head.weight, features)
     for mine, theirs in zip(torch.autograd.grad(fast, wanted), torch.autograd.grad(slow, wanted), strict=True):
@@ -83,11 +75,8 @@ def test_value_and_gradients_are_those_of_the_slow_formula(term: str) -> None:
 
 
 @pytest.mark.parametrize("term", sorted(TERMS))
-def test_gradcheck_to_weight_and_features(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numerical and analytic derivatives agree in float64; a scale that is held fixed is a constant for both."""
+def test_gradcheck_to_weight_and_features(term: str) -> None:
     sing, head, features, labels = setup(terms={term: 1.0})
-    if term in ("leak", "null_energy"):
-        monkeypatch.setattr("singreg.terms.all_reduce_mean", lambda values: values.new_tensor(0.7))
 
     def loss(weight: Tensor, f: Tensor) -> Tensor:
         stand_in = nn.Module()
@@ -100,8 +89,6 @@ def test_gradcheck_to_weight_and_features(term: str, monkeypatch: pytest.MonkeyP
         assert torch.autograd.gradcheck(lambda w: loss(w, features.detach()), (weight,), atol=1e-6)
         unused = torch.autograd.grad(loss(weight, features), features, allow_unused=True, materialize_grads=True)[0]
         assert unused.abs().max() == 0
-    elif term == "class_share":  # its class means are projected with the current W but held fixed: check to f only
-        assert torch.autograd.gradcheck(lambda f: loss(head.weight.detach(), f), (features,), atol=1e-6)
     else:
         assert torch.autograd.gradcheck(loss, (weight, features), atol=1e-6)
     assert torch.autograd.grad(loss(weight, features), weight)[0].abs().max() > 1e-6
@@ -119,49 +106,17 @@ def test_a_rank_deficient_head_still_gives_gradients(deficient: bool) -> None:
         assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("calibrated", [True, False])
-def test_the_forward_never_waits_for_a_device(calibrated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forward_never_waits_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on "meta" have no values, so that whatever reads one back, and would make a GPU wait, raises."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no "meta"
     monkeypatch.setattr("singreg.losses.row_space_projection", lambda w, f, invariance: f @ (w.T @ w))
-    sing, head, features, labels = setup(calibrated=calibrated, terms=dict.fromkeys(TERMS, 1.0))
+    sing, head, features, labels = setup()
     sing, _ = sing.to("meta").train(), head.to("meta")
     for _ in range(2):
         loss = sing(features.to("meta"), labels.to("meta"), sing.batch_z.to("meta"))
     assert (loss.shape, sing.step) == ((), 2)
     with pytest.raises(RuntimeError):  # the control
         float(loss.detach())
-
-
-def test_references_are_kept_only_from_training_batches_in_which_something_moves() -> None:
-    sing, _, features, labels = setup(calibrated=False, terms={"band": 1.0, "hinge": 1.0})
-    assert torch.isfinite(sing(features, labels))
-    assert torch.isnan(sing.image_score_ref).all()  # looking does not set a reference
-    single = sing.train()(features[:1], labels[:1])  # its own mean: nothing moves
-    assert torch.isfinite(single)
-    assert torch.isnan(sing.image_score_ref).all()
-    assert value(sing, features, labels) < 100
-    assert (sing.image_score_ref > 0.1).all()
-    assert float(sing.last_terms["band"]) < 0.3  # two lines without calibration: the first batch is the reference
-    kept = sing.image_score_ref.clone()
-    sing(features + 1, labels)
-    assert torch.equal(sing.image_score_ref, kept)
-
-
-def test_a_class_without_a_mean_begins_with_its_first_batch() -> None:
-    sing, _, features, labels = setup(terms={"class_share": 1.0})
-    means, mean = torch.randn(C, M), features.detach().mean(0)
-    means[2] = math.nan
-    sing.calibrate(mean, means, torch.tensor([30.0, math.nan, 50, 40, 40]))
-    assert float(sing.image_score_ref[1]) == 40
-    assert torch.isfinite(sing(features, labels))
-    sing.train()(features, labels)
-    torch.testing.assert_close(sing.class_means[2], features.detach()[labels == 2].mean(0))
-    torch.testing.assert_close(sing.mean, mean)
-    with pytest.raises(ValueError, match="mean feature holds NaN"):
-        sing.calibrate(torch.full((M,), math.nan), means, torch.ones(C))
-    with pytest.raises(ValueError, match="no class has a finite reference"):
-        sing.calibrate(mean, means, torch.full((C,), math.nan))
 
 
 def test_weight_warms_up_then_ramps_as_a_cosine() -> None:
@@ -185,7 +140,7 @@ def test_the_weight_is_the_same_in_all_forwards_of_an_accumulated_step() -> None
 
 
 def test_runs_in_float32_outside_autocast() -> None:
-    sing, head, features, labels = setup(terms=dict.fromkeys(TERMS, 1.0))
+    sing, head, features, labels = setup()
     (sing, _), z = (sing.float(), head.float()), sing.batch_z
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = sing(features.detach().bfloat16(), labels, z)
@@ -193,12 +148,12 @@ def test_runs_in_float32_outside_autocast() -> None:
     torch.testing.assert_close(loss, sing(features.detach().bfloat16().float(), labels, z))
 
 
-def test_a_state_brings_translator_metric_readout_step_and_references() -> None:
-    """Through safetensors, as checkpoints keep it, and into a loss that was neither calibrated nor given these."""
-    saved, _, features, labels = setup(weight=0.3, ramp_steps=5, terms=dict.fromkeys(TERMS, 1.0))
+def test_a_state_brings_translator_metric_readout_and_step() -> None:
+    """Through safetensors, as checkpoints keep it, and into a loss that was not given these."""
+    saved, _, features, labels = setup(weight=0.3, ramp_steps=5)
     saved.set_translator(other_translator(), RidgeStatistics(M, N).update(saved.bank[:30], saved.bank_z[:30]))
     value(saved.train(), features, labels)
-    other, *_ = setup(calibrated=False, weight=0.3, ramp_steps=5, terms=dict.fromkeys(TERMS, 1.0))
+    other, *_ = setup(weight=0.3, ramp_steps=5)
     nested = nn.ModuleDict({"sing": other})
     nested.load_state_dict(load(save(nn.ModuleDict({"sing": saved}).state_dict())))
     assert other.step == 1
@@ -210,15 +165,15 @@ def test_a_state_brings_translator_metric_readout_step_and_references() -> None:
 def test_a_head_without_a_null_space_is_refused(width: int) -> None:
     with pytest.raises(ValueError, match="no null space"):
         translator = LinearTranslator(torch.randn(N, width), torch.zeros(N))
-        SingLoss(nn.Linear(width, C), translator, torch.randn(C, N), terms={"leak": 1.0})
+        SingLoss(nn.Linear(width, C), translator, torch.randn(C, N), RidgeStatistics(width, N))
 
 
 def test_a_head_with_an_adapter_is_refused() -> None:
-    sing, head, _, _ = setup(terms={"leak": 1.0})
+    sing, head, _, _ = setup()
     adapted = nn.Module()
     adapted.base_layer, adapted.weight = head, head.weight
     with pytest.raises(ValueError, match=r"adapter.*merge"):
-        SingLoss(adapted, other_translator(), sing.texts, terms={"leak": 1.0})
+        SingLoss(adapted, other_translator(), sing.texts, RidgeStatistics(M, N))
 
 
 @pytest.mark.parametrize(
@@ -230,13 +185,17 @@ def test_a_head_with_an_adapter_is_refused() -> None:
         (lambda s, f, y: s(f, y - 1), "0..4"),
         (lambda s, f, y: s(f, torch.rand(B)), "not mixed ones"),
         (lambda s, f, y: s(f, torch.eye(C)[y]), "not mixed ones"),
-        (lambda s, f, y: s.set_translator(LinearTranslator(torch.ones(N, 3), torch.ones(N))), r"\(7, 14\).*\(7, 3\)"),
-        (lambda s, f, y: s.calibrate(torch.ones(2), torch.ones(C, M), torch.ones(C)), r"mean \(14,\)"),
+        (
+            lambda s, f, y: s.set_translator(LinearTranslator(torch.ones(N, 3), torch.ones(N)), RidgeStatistics(3, N)),
+            r"\(7, 14\).*\(7, 3\)",
+        ),
         (lambda s, f, y: setup(terms={"leek": 1.0}), "leek.*known"),
         (lambda s, f, y: s(f, y), r"readout.*embeddings \(12, 7\), got none.*pass"),
         (lambda s, f, y: s(f, y, torch.ones(B, 3)), r"embeddings \(12, 7\), got \(12, 3\)"),
-        (lambda s, f, y: s.set_translator(other_translator()), r"capacity.*statistics of m, n = \(14, 7\), got none"),
-        (lambda s, f, y: s.set_translator(other_translator(), RidgeStatistics(3, N)), r"got \(3, 7\)"),
+        (
+            lambda s, f, y: s.set_translator(other_translator(), RidgeStatistics(3, N)),
+            r"m, n = \(14, 7\), got \(3, 7\)",
+        ),
     ],
 )
 def test_bad_input_is_named(call: Any, words: str) -> None:
@@ -258,7 +217,7 @@ class Task(nn.Module):
 
 
 def gradients(rank: int, world: int, options: dict[str, Any]) -> list[Tensor]:
-    """Two steps on this rank's share of the images: gradients to W and the backbone, and what the loss remembers."""
+    """Two steps on this rank's share of the images: gradients to W and the backbone."""
     sing, head, features, labels = setup(**options)
     task = Task(head, sing.train())
     model = nn.parallel.DistributedDataParallel(task) if world > 1 else task
@@ -267,15 +226,12 @@ def gradients(rank: int, world: int, options: dict[str, Any]) -> list[Tensor]:
         model(features.detach()[mine], labels[mine], sing.batch_z[mine]).backward()
     assert head.weight.grad is not None
     assert task.factor.grad is not None
-    return [head.weight.grad, task.factor.grad, sing.mean, sing.class_means, sing.image_score_ref]
-
-
-EVERY = {"terms": dict.fromkeys(TERMS, 1.0)}
+    return [head.weight.grad, task.factor.grad]
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("options", [{"calibrated": False}, {"terms": {"readout": 1.0}}, EVERY])
-def test_gradients_and_references_over_processes_are_those_of_one(world: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"terms": {"readout": 1.0}}])
+def test_gradients_over_processes_are_those_of_one(world: int, options: dict[str, Any]) -> None:
     expected = gradients(0, 1, options)
     for got in run_processes(world, gradients, options):
         for mine, theirs in zip(got, expected, strict=True):

@@ -16,10 +16,10 @@ from accelerate.state import AcceleratorState
 import study as recipe
 from singreg.analysis.crossfit import BUDGETS
 from singreg.analysis.study import HARM, PAIRED
-from singreg.config import FinetuneConfig, parse
+from singreg.config import parse
 from singreg.data.splits import Splits
 from singreg.setup import Setup
-from singreg.study import ArmConfig, StudyConfig, Work, arm_config, hold_out, plan_study
+from singreg.study import ArmConfig, StudyConfig, Work, hold_out, plan_study
 from tests import toy
 
 SETTINGS: dict[str, Any] = {
@@ -224,12 +224,6 @@ def test_every_arm_of_the_shipped_studies_can_be_built() -> None:
         config = parse(StudyConfig, ["--config", str(Path(__file__).parents[1] / "configs" / f"{name}.yaml")])
         assert {arm.config.loss.placebo for arm in plan_study(config, {})} == {"none", "random", "foreign", "shuffled"}
         assert len(config.seeds) == 3
-        assert by(config, "first").loss.preset == "first"
-        assert (by(config, "first").loss.floor, by(config, "first").loss.start) == (1e6, 0)
-
-
-def by(config: StudyConfig, name: str) -> FinetuneConfig:
-    return arm_config(config, next(arm for arm in config.arms if arm.name == name), 0)
 
 
 def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:

@@ -157,28 +157,14 @@ def sing_of(**values: Any) -> SingLoss:
     classifier = small_classifier()
     fitted = small_fitted(classifier)
     config = configured(**{"training__batch_size": 10, "training__epochs": 5, **values})
-    return make_sing(config, classifier.float(), fitted, texts, torch.full((CLASSES,), 10.0), 43, 2)
+    return make_sing(config, classifier.float(), fitted, texts, 43, 2)
 
 
 def test_the_loss_is_what_the_configuration_says() -> None:
-    sing = sing_of(loss__preset="sing", loss__weight=0.3)
+    sing = sing_of(loss__weight=0.3, loss__floor=7.0)
     assert (sing.weight, sing.warmup_steps, sing.ramp_steps, sing.accumulation) == (0.3, 2, 4, 2)
-    assert sing_of(loss__preset="label_only").terms == {"class_share": 1.0}
-    changed = sing_of(loss__preset="sing", loss__terms={"readout": 0.0, "leak": 2.0}).terms
-    assert changed == {"capacity": 10.0, "leak": 2.0}
-
-
-def test_a_settled_head_is_a_copys_and_only_where_capacity_is_asked_for() -> None:
-    begun = small_classifier().float().weight
-    for values, moves in (
-        ({}, True),
-        ({"loss__start": 0.0}, False),
-        ({"loss__preset": "label_only"}, False),
-        ({"training__epochs": 0}, False),
-    ):
-        sing = sing_of(**values)
-        assert torch.equal(sing.head_weight, begun) != moves
-    assert sing_of(loss__floor=7.0).floor == 7
+    assert (sing.floor, sing.terms) == (7.0, {"readout": 1.0, "capacity": 10.0})
+    assert sing_of(loss__terms={"readout": 0.0, "capacity": 2.0}).terms == {"capacity": 2.0}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Fit translators on a split, and the reference figures a SingLoss starts from (METHOD sections 2, 6 and 8.6)."""
+"""Fit translators on a split (METHOD sections 2 and 8.6)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from singreg.analysis.features import PassSettings, cached_features, gathered, iterate_features
 from singreg.data.datasets import ImageSplit, Splits
-from singreg.functional import image_score
 from singreg.mlp import MLPKind, MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
@@ -25,9 +24,7 @@ from singreg.translator import (
     fit_mlp_translator,
     translator_from_statistics,
 )
-from singreg.utils import all_reduce_sum
 
-REFERENCE_IMAGES = 32  # of a class, behind its reference image score
 IMAGES_PER_FEATURE = 6.0
 """With fewer images a feature an auditor is not identified well, AS⁻ reads too high, and a report makes no claim."""
 AGREEMENT = 0.75
@@ -38,14 +35,13 @@ ZERO_SHOT = 0.5
 
 @dataclass(frozen=True)
 class FittedTranslator:
-    """A translator, with the mean feature (m,), class means (C, m; NaN where unseen) and sums of the images behind it.
+    """A translator, with the mean feature (m,) and the sums of the images behind it.
 
-    `halves` are the sums over two disjoint halves of them, whose agreement chose the ridge.
+    `halves` are those over two disjoint halves of them, whose agreement chose the ridge.
     """
 
     translator: LinearTranslator
     mean: Tensor
-    class_means: Tensor
     halves: tuple[RidgeStatistics, RidgeStatistics]
 
     @property
@@ -58,7 +54,7 @@ class FittedTranslator:
         """Return all tensors by name, to be kept in a file."""
         linear = {"matrix": self.translator.matrix, "offset": self.translator.offset}
         halves = {f"{half}.{key}": each for half in (0, 1) for key, each in self.halves[half].state_dict().items()}
-        return {**linear, "mean": self.mean, "class_means": self.class_means, **halves}
+        return {**linear, "mean": self.mean, **halves}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], info: TranslatorInfo) -> FittedTranslator:
@@ -67,7 +63,7 @@ class FittedTranslator:
         halves = [RidgeStatistics(*state["0.fz"].shape, device=state["matrix"].device) for _ in range(2)]
         for half, sums in enumerate(halves):
             sums.load_state_dict({key: state[f"{half}.{key}"] for key in sums.state_dict()})
-        return cls(translator, state["mean"], state["class_means"], (halves[0], halves[1]))
+        return cls(translator, state["mean"], (halves[0], halves[1]))
 
 
 def fit_on_split(
@@ -91,20 +87,14 @@ def fit_on_split(
     basis = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).basis
     width, device = classifier.feature_dim, classifier.weight.device
     first, second = (RidgeStatistics(width, embeddings.shape[1], device=device) for _ in range(2))
-    sums = torch.zeros(classifier.num_classes, width, dtype=torch.float64, device=device)
-    counts = torch.zeros(classifier.num_classes, dtype=torch.float64, device=device)
     for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), description)):
         mine = first_half(batch.indices).to(device)  # the same on any number of processes
         first.update(batch.features[mine], batch.embeddings[mine])
         second.update(batch.features[~mine], batch.embeddings[~mine])
-        known = batch.labels >= 0
-        sums.index_add_(0, batch.labels[known], batch.features[known].double())
-        counts += torch.bincount(batch.labels[known], minlength=len(counts))
     halves = first.reduce(), second.reduce()
-    sums, counts = all_reduce_sum(sums), all_reduce_sum(counts)
     translator = translator_from_statistics(*halves, ridges=ridges, standardize=basis, info=info)
     mean = (first.f + second.f) / (first.count + second.count)
-    return FittedTranslator(translator.to(device), mean.float(), (sums / counts[:, None]).float(), halves)
+    return FittedTranslator(translator.to(device), mean.float(), halves)
 
 
 def fit_translators(
@@ -170,28 +160,3 @@ def fit_all(
         mlp = MLPSettings(kind=kind, seed=seed)
         found[kind] = fit_mlp_on_split(classifier, splits.bank, embeddings["bank"], mlp=mlp, **how)
     return found, linear["auditor"].mean
-
-
-def reference_image_scores(
-    classifier: Classifier,
-    split: ImageSplit,
-    embeddings: np.ndarray,
-    fitted: FittedTranslator,
-    *,
-    invariance: Invariance = "logits",
-    settings: PassSettings | None = None,
-) -> Tensor:
-    """Return IS_ref (C,) in degrees, a class's mean centred image score over its first images; NaN without images."""
-    labels = np.asarray(split.labels)
-    firsts = [np.flatnonzero(labels == label)[:REFERENCE_IMAGES] for label in np.unique(labels[labels >= 0])]
-    chosen = np.sort(np.concatenate(firsts))
-    space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(classifier.weight.device)
-    sums = torch.zeros(2, classifier.num_classes, dtype=torch.float64, device=classifier.weight.device)
-    passes = settings or PassSettings()
-    for batch in iterate_features(classifier, split.subset(chosen), embeddings[chosen], passes, "reference IS"):
-        equivalent = space.remove(batch.features, mean=fitted.mean)
-        scores = image_score(fitted.translator(batch.features), fitted.translator(equivalent)).double()
-        sums[0].index_add_(0, batch.labels, scores)
-        sums[1] += torch.bincount(batch.labels, minlength=sums.shape[1])
-    sums = all_reduce_sum(sums)
-    return (sums[0] / sums[1]).float()

@@ -14,14 +14,12 @@ from torch.nn.utils import parametrize
 
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError, batch_norm_and_linear
-from singreg.nullspace import Invariance, NullSpace, row_space_projection
+from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
-from singreg.terms import score_variance
 from singreg.translator import LinearTranslator
 
 RIDGE = 1e-3  # of the mean feature variance: with fewer images than features the rest of the space has none
 FLOOR = 1e-3  # of σ_1: a row direction below it would be lost when the head is stored in float32 or bfloat16
-SETTLING = 1000  # steps of L-BFGS at most: short of its minimum it would multiply rounding
 
 
 @dataclass(frozen=True)
@@ -100,65 +98,6 @@ def align_head_(
         if bias is not None:
             bias += found.bias_shift.to(bias)
     return found
-
-
-def settle_head_(
-    classifier: Classifier,
-    translator: LinearTranslator,
-    texts: Tensor,
-    statistics: RidgeStatistics,
-    *,
-    strength: float = 0.3,
-    floor: float = 1.0,
-    invariance: Invariance = "logits",
-) -> dict[str, float]:
-    """Move the head's rows towards the translated prompts as far as the logits allow, in place (METHOD section 7).
-
-    Minimises E|ΔW (f - μ)|² / E|W (f - μ)|² + strength · capacity(W) from the images' sums alone, by L-BFGS in float64
-    from the weight as it is. Mean logits stay. An aligned head is the other end: capacity 0 at any change of logits.
-
-    Args:
-        texts: prompts of the classes, (C, n).
-        statistics: of the images behind the translator.
-        floor: ε of capacity's metric.
-
-    Returns:
-        capacity before and after, and logit_change, the root of the first summand.
-    """
-    head, bias = _plain_head(classifier), classifier.bias
-    old, count = classifier.weight.detach().to(torch.float64), statistics.count.clamp_min(1)
-    moments = (statistics.ff if bias is None else statistics.centred()[0]) / count
-    metric = statistics.centred()[0] / count
-    pulled = texts.to(old) @ translator.matrix.to(old)
-    whole, energy = score_variance(pulled, metric, floor), ((old @ moments) * old).sum()
-    weight = old.clone().requires_grad_()
-
-    def parts() -> tuple[Tensor, Tensor]:
-        change = weight - old
-        null = pulled - row_space_projection(weight, pulled, invariance=invariance)
-        return ((change @ moments) * change).sum() / energy, score_variance(null, metric, floor) / whole
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        change, capacity = parts()
-        total = change + strength * capacity
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
-
-    optimizer = torch.optim.LBFGS([weight], max_iter=SETTLING, history_size=20, line_search_fn="strong_wolfe")
-    before = float(parts()[1].detach())
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        change, capacity = parts()
-        shift = (old - weight) @ (statistics.f / count)
-        head.get_parameter("weight").copy_(weight.reshape(head.get_parameter("weight").shape))
-        if bias is not None:
-            bias += shift.to(bias)
-    return {
-        "capacity_before": before,
-        "capacity": float(capacity.detach()),
-        "logit_change": float(change.detach().sqrt()),
-    }
 
 
 def _plain_head(classifier: Classifier) -> nn.Module:
