@@ -9,32 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pandas as pd
-import torch
-from torch import Tensor
-
-from singreg import tables
-from singreg.analysis import levels, perturbation
-from singreg.analysis.chance import measure_chance
-from singreg.analysis.features import FeatureBatch, cached_features, evenly, iterate_features
-from singreg.analysis.fitting import fit_all, translator_agreement
-from singreg.analysis.passport import head_passport
-from singreg.analysis.probes import fit_blocks, measure_information
-from singreg.analysis.scores import analyze_model
-from singreg.analysis.steering import steering_targets
-from singreg.config import ModelConfig, Problems, RunConfig, TranslatorConfig, parse
-from singreg.data.concepts import embed_concepts, load_concepts
-from singreg.mlp import MLPKind
-from singreg.nullspace import NullSpace
-from singreg.plots.scores import plot_analysis
-from singreg.report import log, log_figures, track, write_report
-from singreg.runs import Run, explained, start
-from singreg.setup import Setup, prepare, try_one_batch
-from singreg.steering import steer
-from singreg.utils import cache_folder
-
-STEERED_TO = 40.0  # image score in degrees of the steered features shown, the paper's
-Found = dict[str, Any]
+from singreg.config import MLPKind, ModelConfig, Problems, RunConfig, TranslatorConfig, parse
 
 
 @dataclass
@@ -59,17 +34,43 @@ class AnalyzeConfig(RunConfig):
     chance_draws: int = 8
     mlp: list[MLPKind] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
-        super().__post_init__()
-        problems = Problems()
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
         problems.within(1, worst=self.worst, neighbours=self.neighbours)
         problems.within(2, chance_draws=self.chance_draws)
         problems.need(bool(self.concepts), "concepts: expected at least one bank, file or concept")
         for template in self.concept_templates or []:
             problems.need("{concept}" in template, f'concept_templates: {template!r} has no "{{concept}}" in it')
-        problems.need(len(set(self.mlp)) == len(self.mlp), f"mlp: a kind is listed twice in {self.mlp}")
-        problems.show()
+        problems.once("mlp", self.mlp)
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before the seconds that these imports take
+    parse(AnalyzeConfig, description=__doc__)
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from singreg import tables
+from singreg.analysis import levels, perturbation
+from singreg.analysis.chance import measure_chance
+from singreg.analysis.features import FeatureBatch, cached_features, evenly, iterate_features
+from singreg.analysis.fitting import fit_all, translator_agreement
+from singreg.analysis.passport import head_passport
+from singreg.analysis.probes import fit_blocks, measure_information
+from singreg.analysis.scores import analyze_model
+from singreg.analysis.steering import steering_targets
+from singreg.data.concepts import embed_concepts, load_concepts
+from singreg.nullspace import NullSpace
+from singreg.plots.scores import plot_analysis
+from singreg.report import log, log_figures, track, write_report
+from singreg.runs import Run, explained, start
+from singreg.setup import Setup, prepare, try_one_batch
+from singreg.steering import steer
+from singreg.utils import cache_folder
+
+STEERED_TO = 40.0  # image score in degrees of the steered features shown, the paper's
+Found = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,26 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pandas as pd
-import torch
-
-from singreg.analysis import attack_judges as judging
-from singreg.analysis.attack_images import PixelModel, attack_split, choose_images
-from singreg.analysis.features import PassSettings
-from singreg.analysis.fitting import fit_translators
-from singreg.checkpoints import refuse_other_inputs
-from singreg.config import Problems, RunConfig, TranslatorConfig, VLMConfig, parse
-from singreg.data.datasets import Splits, load_splits
-from singreg.models.edits import drop_null
-from singreg.models.vlm import hash_of_state
-from singreg.plots.attack import attack_page, attack_plots
-from singreg.report import log_figures, track, write_report
-from singreg.runs import Run, explained, start
-from singreg.setup import BATCH_SIZE, labels_for_head
-from singreg.spaces import ComparedModel, Space, open_model, open_spaces, refuse_unknown_names
-from singreg.utils import cache_folder
-
-KNOWS = 0.5  # an image encoder that names fewer of the untouched images rightly is no witness
+from singreg.config import ComparedModel, Problems, RunConfig, TranslatorConfig, VLMConfig, parse
 
 
 @dataclass
@@ -67,16 +48,37 @@ class AttackConfig(RunConfig):
     restarts: int = 2
     batch_size: int = 32
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        problems, labels = Problems(), [model.known_as for model in self.models]
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
         counts = {name: getattr(self, name) for name in ("images", "steps", "restarts", "batch_size")}
-        problems.within(1, models=len(labels), linf=min(self.linf, default=0), **counts)
+        problems.within(1, models=len(self.models), linf=min(self.linf, default=0), **counts)
         problems.within(1e-9, tau=self.tau)
         problems.need(self.linf == sorted(set(self.linf)), f"linf: expected rising budgets, got {self.linf}")
-        twice = {label for label in labels if labels.count(label) > 1}
-        problems.need(not twice, f"models: listed twice: {', '.join(twice)}; give each a label of its own")
-        problems.show()
+        problems.once("models", [model.known_as for model in self.models])
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before the seconds that these imports take
+    parse(AttackConfig, description=__doc__)
+
+import pandas as pd
+import torch
+
+from singreg.analysis import attack_judges as judging
+from singreg.analysis.attack_images import PixelModel, attack_split, choose_images
+from singreg.analysis.features import PassSettings
+from singreg.analysis.fitting import fit_translators
+from singreg.checkpoints import refuse_other_inputs
+from singreg.data.datasets import Splits, load_splits
+from singreg.models.edits import drop_null
+from singreg.models.vlm import hash_of_state
+from singreg.plots.attack import attack_page, attack_plots
+from singreg.report import log_figures, track, write_report
+from singreg.runs import Run, explained, start
+from singreg.setup import BATCH_SIZE, labels_for_head
+from singreg.spaces import Space, open_model, open_spaces
+from singreg.utils import cache_folder
+
+KNOWS = 0.5  # an image encoder that names fewer of the untouched images rightly is no witness
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,7 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = Run(config, accelerator, "attack")
         if not config.dry_run:
             run.check()
-        refuse_unknown_names(config.models)
         splits = load_splits(config.data)
         if not len(splits.audit):
             raise ValueError("the audit split is empty, so no auditor can be fitted; give data.per_class.audit")

@@ -9,6 +9,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from singreg.config import ComparedModel, MLPKind, Problems, RunConfig, TranslatorConfig, VLMConfig, parse
+
+
+@dataclass
+class CompareConfig(RunConfig):
+    """A run of recipes/compare.py; every field is a key of the YAML and a flag of the command line.
+
+    Args:
+        models: the classifiers, all measured on the same images; names alone do, such as runs/mine,runs/other. A run
+            alone is compared with its control.
+        further_vlms: more vision-language models after `vlm`; each is a space in which all models are read.
+        mlp: non-linear translators besides the two linear ones; each takes minutes a model and space.
+    """
+
+    models: list[ComparedModel] = field(
+        default_factory=lambda: [ComparedModel(), ComparedModel(label="demo (softmax)", invariance="softmax")]
+    )
+    further_vlms: list[VLMConfig] = field(default_factory=list)
+    translator: TranslatorConfig = field(default_factory=TranslatorConfig)
+    mlp: list[MLPKind] = field(default_factory=list)
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        if len(self.models) == 1 and self.models[0].control is not None:
+            self.models.append(ComparedModel(name=str(self.models[0].control)))
+        problems.need(len(self.models) >= 2, f"models: expected at least two to compare, got {len(self.models)}")
+        problems.once("models", [model.known_as for model in self.models])
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before the seconds that these imports take
+    parse(CompareConfig, description=__doc__)
+
 import pandas as pd
 
 from singreg.analysis import models_compared as between
@@ -18,16 +50,14 @@ from singreg.analysis.fitting import fit_all, translator_agreement
 from singreg.analysis.models_compared import FIGURES
 from singreg.analysis.passport import compare_passports
 from singreg.analysis.scores import analyze_model
-from singreg.config import Problems, RunConfig, TranslatorConfig, VLMConfig, parse
 from singreg.data.datasets import Splits, load_splits
-from singreg.mlp import MLPKind
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.plots.study import save_comparison_plot
 from singreg.report import Section, log, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import BATCH_SIZE, describe_pair, labels_for_head
-from singreg.spaces import ComparedModel, Space, look_at_heads, open_model, open_spaces, refuse_unknown_names
+from singreg.spaces import Space, look_at_heads, open_model, open_spaces
 from singreg.tables import READING, analysis_warnings, passport_table, score_table
 from singreg.utils import cache_folder
 
@@ -45,32 +75,6 @@ Read = dict[str, Any]
 """One model in one space: rows and figures of `analyze_model`, chance level, agreement of its two translators."""
 
 
-@dataclass
-class CompareConfig(RunConfig):
-    """A run of recipes/compare.py; every field is a key of the YAML and a flag of the command line.
-
-    Args:
-        models: the classifiers, all measured on the same images.
-        further_vlms: more vision-language models after `vlm`; each is a space in which all models are read.
-        mlp: non-linear translators besides the two linear ones; each takes minutes a model and space.
-    """
-
-    models: list[ComparedModel] = field(
-        default_factory=lambda: [ComparedModel(), ComparedModel(label="demo (softmax)", invariance="softmax")]
-    )
-    further_vlms: list[VLMConfig] = field(default_factory=list)
-    translator: TranslatorConfig = field(default_factory=TranslatorConfig)
-    mlp: list[MLPKind] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        problems, labels = Problems(), [model.known_as for model in self.models]
-        problems.need(len(labels) >= 2, f"models: expected at least two to compare, got {len(labels)}")
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        problems.need(not twice, f"models: listed twice: {', '.join(twice)}; give each a label of its own")
-        problems.show()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, look at every head, embed in every space, measure every model, compare, report."""
     config = parse(CompareConfig, arguments, description=__doc__ or "")
@@ -79,7 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = Run(config, accelerator, "compare")
         if not config.dry_run:
             run.check()
-        refuse_unknown_names(config.models)
         splits = load_splits(config.data)
         if not len(splits.audit):
             raise ValueError("the audit split is empty, so no auditor can be fitted; give data.per_class.audit")

@@ -9,24 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
-
-from singreg import tables
-from singreg.analysis import steering_curves as effort
-from singreg.analysis.features import iterate_features
-from singreg.analysis.fitting import fit_all
-from singreg.analysis.scores import analyze_model
-from singreg.analysis.steering import PairPlan, plan_pairs, steer_pairs
-from singreg.config import ModelConfig, Problems, RunConfig, TranslatorConfig, parse
-from singreg.data.classes import resolve_classes
-from singreg.mlp import MLPKind
-from singreg.nullspace import NullSpace
-from singreg.plots.steering import plot_steering
-from singreg.report import log, log_figures, track, write_report
-from singreg.runs import Run, explained, start
-from singreg.setup import Setup, prepare, try_one_batch
-from singreg.utils import cache_folder
+from singreg.config import MLPKind, ModelConfig, Problems, RunConfig, TranslatorConfig, parse
 
 
 @dataclass
@@ -53,17 +36,35 @@ class SteerConfig(RunConfig):
     max_pairs: int | None = None
     mlp: list[MLPKind] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        """Raise one ValueError that names everything wrong with the values."""
-        super().__post_init__()
-        problems = Problems()
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
         problems.need(0 < self.image_score < 180, f"image_score: expected degrees in (0, 180), got {self.image_score}")
         problems.within(1, images_per_class=self.images_per_class, max_pairs=self.max_pairs)
         problems.need(bool(self.sources), 'sources: expected class names or "all"')
         problems.need(bool(self.targets or self.prompts), 'targets: expected class names, "all", or one of prompts')
         for prompt in self.prompts:
             problems.need(any(map(str.isalnum, prompt)), f"prompts: no text in {prompt!r}")
-        problems.show()
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before the seconds that these imports take
+    parse(SteerConfig, description=__doc__)
+
+import numpy as np
+import torch
+
+from singreg import tables
+from singreg.analysis import steering_curves as effort
+from singreg.analysis.features import iterate_features
+from singreg.analysis.fitting import fit_all
+from singreg.analysis.scores import analyze_model
+from singreg.analysis.steering import PairPlan, plan_pairs, steer_pairs
+from singreg.data.classes import resolve_classes
+from singreg.nullspace import NullSpace
+from singreg.plots.steering import plot_steering
+from singreg.report import log, log_figures, track, write_report
+from singreg.runs import Run, explained, start
+from singreg.setup import Setup, prepare, try_one_batch
+from singreg.utils import cache_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from singreg.nullspace import Invariance
 from singreg.parsing import dump as dump
 from singreg.parsing import overridden as overridden
 from singreg.parsing import parse as parse
-from singreg.terms import TERMS, resolve_terms
 
+# Nothing here imports torch: --help and mistakes are answered before the seconds that takes.
+MLPKind = Literal["mlp3", "mlp4", "residual"]
+ASSETS = Path(__file__).parent / "assets"
 SCENES: dict[str, float] = {"train": 2000, "audit": 1600, "test": 1000, "bank": 0, "bias": 0.6, "seed": 0}
 
 
@@ -36,13 +37,30 @@ class Problems(list[str]):
         """A mapping may have these keys only."""
         self += [f"{name}.{key}: no such key; known are {', '.join(known)}" for key in sorted(set(given) - set(known))]
 
+    def once(self, name: str, given: Sequence[str]) -> None:
+        """Nothing may be listed twice."""
+        twice = sorted({each for each in given if given.count(each) > 1})
+        self.need(not twice, f"{name}: listed twice: {', '.join(twice)}; leave one out, or call it otherwise")
+
     def show(self) -> None:
         if self:
             raise ValueError("\n".join(self))
 
 
+class Checked:
+    """A section of a configuration that says all that is wrong with its values at once."""
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        self.check(problems)
+        problems.show()
+
+    def check(self, problems: Problems) -> None:
+        """Add what is wrong to `problems`."""
+
+
 @dataclass
-class DataConfig:
+class DataConfig(Checked):
     """Which images a run uses.
 
     Args:
@@ -77,8 +95,7 @@ class DataConfig:
     workers: int = 0
     bad_images: Literal["stop", "drop"] = "stop"
 
-    def __post_init__(self) -> None:
-        problems = Problems()
+    def check(self, problems: Problems) -> None:
         problems.keys("per_class", self.per_class, ("train", "audit", "test"))
         problems.keys("scenes", self.scenes, tuple(SCENES))
         counts = {f"{section}.{k}": v for section in ("per_class", "scenes") for k, v in getattr(self, section).items()}
@@ -92,7 +109,6 @@ class DataConfig:
             own = self.classes is not None or self.unlabeled is not None or bool(self.per_class)
             problems.need(not own, "source: scenes has no classes, per_class or unlabeled; leave them out")
             problems.need(not self.streaming, "streaming: needs a Hugging Face data set as source, got scenes")
-        problems.show()
 
     @property
     def scene_counts(self) -> dict[str, float]:
@@ -101,11 +117,12 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Checked):
     """The classifier.
 
     Args:
-        name: any timm name, local-dir:FOLDER or hf-hub:USER/MODEL; demo is the small one inside the package.
+        name: any timm name, hf-hub:USER/MODEL, a timm folder or that of a finished fine-tuning run; demo is the small
+            one inside the package.
         pretrained: load its weights.
         head: keep all rows of the pretrained head, slice it to the data's classes, or make a new one.
         tuning: train the head only, the last stage and the head, or all.
@@ -120,17 +137,70 @@ class ModelConfig:
     head: Literal["keep", "slice", "new"] = "slice"
     tuning: Literal["head", "last_stage", "all"] = "all"
     batch_norm: Literal["eval", "train"] = "eval"
-    invariance: Invariance = "logits"
+    invariance: Literal["logits", "softmax"] = "logits"
     compile: bool = False
     gradient_checkpointing: bool = False
 
+    def check(self, problems: Problems) -> None:
+        problems.need(bool(self.name.strip()), "name: expected words, got a blank")
+
+    @property
+    def source(self) -> str:
+        """The name as timm takes it (`located`)."""
+        return located(self.name, "classifier")
+
+    @property
+    def translator(self) -> Path:
+        """Where a fine-tuning run keeps the auditor's translator of this model, if it is one of a run."""
+        folder = Path(self.source.removeprefix("local-dir:"))
+        return folder.with_name(folder.name.replace("model", "translator-after") + ".safetensors")
+
+    @property
+    def control(self) -> Path | None:
+        """The model that a fine-tuning run trained without the loss, if this is a run's folder."""
+        folder = Path(self.name).expanduser() / "model-control"
+        return folder if folder.is_dir() else None
+
 
 @dataclass
-class VLMConfig:
+class ComparedModel(ModelConfig):
+    """One of several classifiers.
+
+    Args:
+        label: how it is called in the report; null takes the last part of the name.
+    """
+
+    label: str | None = None
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        problems.need(self.label is None or bool(self.label.strip()), "label: expected words, got a blank")
+
+    @property
+    def known_as(self) -> str:
+        """The label, or the last part of the name; a run's model is called as the run."""
+        path = Path(self.name.partition(":")[2] or self.name)
+        run = f"{path.parent.name}{path.name[5:]}" if path.name in ("model", "model-control") else ""
+        return self.label or run or path.name or self.name
+
+
+def located(name: str, kind: str) -> str:
+    """Return a model's name as timm or open_clip takes it: a folder, the model in a run's, the packaged one."""
+    given = Path(name.removeprefix("local-dir:")).expanduser()
+    if name == "demo" and not given.is_dir():
+        given = ASSETS / f"demo_{kind}"
+    elif not given.is_dir():
+        return name
+    inner = given / "model"
+    return f"local-dir:{inner if (inner / 'config.json').is_file() else given}"
+
+
+@dataclass
+class VLMConfig(Checked):
     """The vision-language model that says what features mean.
 
     Args:
-        name: an open_clip name or local-dir:FOLDER; demo is the small one inside the package.
+        name: an open_clip name or a folder of open_clip's; demo is the small one inside the package.
         pretrained: open_clip tag or weights file; null for folders.
         templates: class prompts, each with {class}; several make an ensemble.
     """
@@ -139,16 +209,14 @@ class VLMConfig:
     pretrained: str | None = None
     templates: list[str] = field(default_factory=lambda: ["an image of a {class}"])
 
-    def __post_init__(self) -> None:
-        problems = Problems()
+    def check(self, problems: Problems) -> None:
         problems.need(bool(self.templates), "templates: expected at least one class prompt")
         for template in self.templates:
             problems.need("{class}" in template, f'templates: {template!r} has no "{{class}}" in it')
-        problems.show()
 
 
 @dataclass
-class TranslatorConfig:
+class TranslatorConfig(Checked):
     """The translators: one fitted on the bank, the auditor on images of its own.
 
     Args:
@@ -157,10 +225,8 @@ class TranslatorConfig:
 
     ridge: float | None = None
 
-    def __post_init__(self) -> None:
-        problems = Problems()
+    def check(self, problems: Problems) -> None:
         problems.within(0, ridge=self.ridge)
-        problems.show()
 
 
 @dataclass
@@ -174,14 +240,13 @@ class LoopTranslatorConfig(TranslatorConfig):
 
     refreshes: int = 6
 
-    def __post_init__(self) -> None:
-        problems = Problems()
-        problems.within(0, ridge=self.ridge, refreshes=self.refreshes)
-        problems.show()
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        problems.within(0, refreshes=self.refreshes)
 
 
 @dataclass
-class LossConfig:
+class LossConfig(Checked):
     """SingLoss (METHOD section 6).
 
     Args:
@@ -197,17 +262,17 @@ class LossConfig:
     floor: float = 1.0
     placebo: Literal["none", "random", "foreign", "shuffled"] = "none"
 
-    def __post_init__(self) -> None:
-        problems = Problems()
-        problems.within(0, weight=self.weight, floor=self.floor)
+        if not self.terms:
+            return
+        from singreg.terms import TERMS, resolve_terms  # torch, after all
+
         problems.keys("terms", self.terms, sorted(TERMS))
         problems.within(0, **{f"terms.{name}": weight for name, weight in self.terms.items()})
         problems.need(bool(resolve_terms(self.terms)), "terms: none is left; give one a weight above 0")
-        problems.show()
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Checked):
     """Optimisation by AdamW with warm-up and cosine decay, the same for both arms.
 
     Mixed precision and gradient accumulation are accelerate's own: accelerate launch --mixed_precision bf16, and
@@ -233,18 +298,16 @@ class TrainingConfig:
     head_first: float = 0.0
     checkpoint_every: int = 200
 
-    def __post_init__(self) -> None:
-        problems = Problems()
+    def check(self, problems: Problems) -> None:
         for name, rate in (("learning_rate", self.learning_rate), ("head_factor", self.head_factor)):
             problems.need(0 < rate < math.inf, f"{name}: expected a number above 0, got {rate}")
         problems.within(1, batch_size=self.batch_size, checkpoint_every=self.checkpoint_every)
         problems.within(0, epochs=self.epochs, weight_decay=self.weight_decay, l2_sp=self.l2_sp)
         problems.within(0, 1, head_first=self.head_first)
-        problems.show()
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Checked):
     """What every recipe has.
 
     Args:
@@ -263,11 +326,9 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     vlm: VLMConfig = field(default_factory=VLMConfig)
 
-    def __post_init__(self) -> None:
-        problems = Problems()
+    def check(self, problems: Problems) -> None:
         problems.need(bool(Path(self.out).name), f"out: expected a folder, got {self.out!r}")
         problems.need(0 <= self.seed < 2**32, f"seed: expected a whole number from 0 to {2**32 - 1}, got {self.seed}")
-        problems.show()
 
     @property
     def folder(self) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from singreg.analysis.features import PassSettings, iterate_features
-from singreg.config import ModelConfig, RunConfig, VLMConfig
+from singreg.config import ModelConfig, RunConfig, VLMConfig, located
 from singreg.data.datasets import ImageSplit, Splits, load_splits
 from singreg.data.embeddings import cached_embeddings
 from singreg.models.classifier import Classifier, label_names
@@ -24,7 +23,6 @@ from singreg.translator import TranslatorInfo
 from singreg.utils import cache_folder, sha256_of_json
 
 logger = logging.getLogger(__name__)
-ASSETS = Path(__file__).parent / "assets"
 BATCH_SIZE = 64  # where nothing is trained
 
 
@@ -91,18 +89,13 @@ def describe_pair(classifier: Classifier, vlm: VisionLanguageModel) -> Translato
     )
 
 
-def model_name(name: str, kind: str) -> str:
-    """Return the packaged folder of a kind (classifier, vlm) for "demo", any other name as it is."""
-    return f"local-dir:{ASSETS / f'demo_{kind}'}" if name == "demo" else name
-
-
 def build_classifier(
     model: ModelConfig, splits: Splits, *, image_size: int | None = None, allow_empty: bool = False
 ) -> Classifier:
     """Build the classifier with its head kept, sliced to the splits' classes, or new."""
     sliced = model.head == "slice"
     classifier = Classifier.from_timm(
-        model_name(model.name, "classifier"),
+        model.source,
         pretrained=model.pretrained,
         head_mode=model.head,
         class_indices=splits.class_indices if sliced else None,
@@ -145,8 +138,9 @@ def labels_for_head(splits: Splits, classifier: Classifier, model: ModelConfig) 
 
 def open_vlm(config: VLMConfig, accelerator: Accelerator) -> VisionLanguageModel:
     """Open the vision-language model on the accelerator's device."""
-    name = model_name(config.name, "vlm")
-    return VisionLanguageModel.from_open_clip(name, config.pretrained, device=str(accelerator.device))
+    return VisionLanguageModel.from_open_clip(
+        located(config.name, "vlm"), config.pretrained, device=str(accelerator.device)
+    )
 
 
 def embed_splits(vlm: VisionLanguageModel, splits: Sequence[ImageSplit], passes: PassSettings) -> dict[str, np.ndarray]:

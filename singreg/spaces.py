@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from singreg.analysis.features import PassSettings
 from singreg.analysis.passport import head_passport
-from singreg.config import ModelConfig, RunConfig, VLMConfig
+from singreg.config import ComparedModel, RunConfig, VLMConfig
 from singreg.data.datasets import ImageSplit, Splits
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
@@ -23,60 +22,11 @@ from singreg.models.vlm import VisionLanguageModel
 from singreg.setup import build_classifier, embed_splits, labels_for_head, open_vlm
 
 
-@dataclass
-class ComparedModel(ModelConfig):
-    """One of several classifiers.
-
-    Args:
-        name: as ModelConfig's, or the folder of a finished fine-tuning run, whose model/ is taken.
-        label: how it is called in the report; null takes the last part of the name.
-    """
-
-    label: str | None = None
-
-    def __post_init__(self) -> None:
-        for key, value in (("name", self.name), ("label", self.label)):
-            if value is not None and not value.strip():
-                raise ValueError(f"{key}: expected words, got a blank")
-
-    @property
-    def known_as(self) -> str:
-        """The label, or the last part of the name that is not "model"."""
-        parts = [part for part in Path(self.name.partition(":")[2] or self.name).parts if part not in ("/", "model")]
-        return self.label or (parts[-1] if parts else self.name)
-
-    def resolved(self) -> ComparedModel:
-        """Return it with a run's folder as the timm folder inside it."""
-        folder = Path(self.name).expanduser()
-        if ":" in self.name or not folder.is_dir():
-            return self
-        if not (folder / "model" / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no model/config.json, so it is no finished fine-tuning run's folder; a timm folder "
-                f"is given as local-dir:{folder}"
-            )
-        return replace(self, name=f"local-dir:{folder / 'model'}")
-
-
-def refuse_unknown_names(models: Sequence[ComparedModel]) -> None:
-    """Refuse, before anything is downloaded, plain names that are not timm's and folders without a model."""
-    problems = []
-    for place, model in enumerate(models):
-        try:
-            name = model.resolved().name
-            if name != "demo" and ":" not in name and ("/" in name or not timm.is_model(name.partition(".")[0])):
-                problems.append(f"models[{place}].name: {name!r} is neither a folder nor a model that timm knows")
-        except FileNotFoundError as error:
-            problems.append(f"models[{place}].name: {error}")
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
 def open_model(model: ComparedModel, splits: Splits, config: RunConfig) -> Classifier:
     """Build a classifier, with or without a null space; what is untrained in it depends on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build_classifier(model.resolved(), splits, image_size=config.data.image_size, allow_empty=True)
+        return build_classifier(model, splits, image_size=config.data.image_size, allow_empty=True)
 
 
 @dataclass(frozen=True)
