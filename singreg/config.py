@@ -262,6 +262,8 @@ class LossConfig(Checked):
     floor: float = 1.0
     placebo: Literal["none", "random", "foreign", "shuffled"] = "none"
 
+    def check(self, problems: Problems) -> None:
+        problems.within(0, weight=self.weight, floor=self.floor)
         if not self.terms:
             return
         from singreg.terms import TERMS, resolve_terms  # torch, after all
