@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with run.timed("translators"):
             options: Any = {"ridge": config.translator.ridge, "invariance": config.model.invariance}
             options |= {"seed": config.seed, "info": setup.info, "settings": setup.passes}
+            options["stored"] = config.model.translator
             translators, mean = fit_all(setup.classifier, setup.splits, setup.embeddings, config.mlp, **options)
         rows, found = measure(run, config, setup, space, translators, mean)
         with run.timed("concepts"):

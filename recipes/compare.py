@@ -124,7 +124,7 @@ def measure(
 ) -> Read:
     """Fit translators to a model in a space and measure it on the test images, with its chance level."""
     texts = space.texts[splits.class_names]
-    how: dict[str, Any] = {"ridge": config.translator.ridge, "seed": config.seed}
+    how: dict[str, Any] = {"ridge": config.translator.ridge, "seed": config.seed, "stored": model.translator}
     options: dict[str, Any] = {"invariance": model.invariance, "settings": passes}
     how |= {"info": describe_pair(classifier, space.vlm), **options}
     translators, mean = fit_all(classifier, splits, space.embeddings, config.mlp, **how)

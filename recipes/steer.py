@@ -113,6 +113,7 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
     with run.timed("translators"):
         options: Any = {"ridge": config.translator.ridge, "seed": config.seed, "info": setup.info, **both}
+        options["stored"] = config.model.translator
         translators, mean = fit_all(classifier, setup.splits, setup.embeddings, config.mlp, **options)
         linear = {name: translators[name] for name in ("fitted", "auditor")}
     with run.timed("measure"):

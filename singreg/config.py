@@ -47,6 +47,7 @@ class Problems(list[str]):
             raise ValueError("\n".join(self))
 
 
+@dataclass
 class Checked:
     """A section of a configuration that says all that is wrong with its values at once."""
 
@@ -158,7 +159,7 @@ class ModelConfig(Checked):
     @property
     def control(self) -> Path | None:
         """The model that a fine-tuning run trained without the loss, if this is a run's folder."""
-        folder = Path(self.name).expanduser() / "model-control"
+        folder = Path(self.name) / "model-control"
         return folder if folder.is_dir() else None
 
 
@@ -186,7 +187,7 @@ class ComparedModel(ModelConfig):
 
 def located(name: str, kind: str) -> str:
     """Return a model's name as timm or open_clip takes it: a folder, the model in a run's, the packaged one."""
-    given = Path(name.removeprefix("local-dir:")).expanduser()
+    given = Path(name.removeprefix("local-dir:"))
     if name == "demo" and not given.is_dir():
         given = ASSETS / f"demo_{kind}"
     elif not given.is_dir():
@@ -335,7 +336,7 @@ class RunConfig(Checked):
     @property
     def folder(self) -> Path:
         """The run's folder as a path."""
-        return Path(self.out).expanduser()
+        return Path(self.out)
 
 
 @dataclass

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import difflib
+import io
+import os
+import re
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 Config = TypeVar("Config")
 # What jsonargparse and YAML's own constructors raise of values that they did not expect.
 WRONG = (ArgumentError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, yaml.YAMLError)
+ASCII = {"⁻": "_neg", "°": " deg", "λ": "lambda", "κ": "kappa", "τ": "tau", "–": "-", "±": "+-", "×": "x", "…": "..."}
 
 
 def parse(kind: type[Config], arguments: Sequence[str] | None = None, *, description: str = "") -> Config:
@@ -23,6 +28,9 @@ def parse(kind: type[Config], arguments: Sequence[str] | None = None, *, descrip
 
     Unknown keys, wrong types and bad values are all shown together; the process then exits with status 2.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="singreg")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser(kind, description)
     if {"-h", "--help", "--print_config"} & set(arguments):
@@ -33,6 +41,16 @@ def parse(kind: type[Config], arguments: Sequence[str] | None = None, *, descrip
         listed = "".join(f"  - {problem}\n" for problem in problems)
         parser.exit(2, f"the configuration has {len(problems)} problem(s):\n{listed}--help explains every key\n")
     return config
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What stands for letters that a terminal does not have, and for bytes of a file's name that are not UTF-8."""
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return "".join(ASCII.get(x) or x.encode("ascii", "backslashreplace").decode() for x in letters), error.end
+
+
+codecs.register_error("singreg", _in_ascii)
 
 
 def overridden(config: Config, values: Mapping[str, Any]) -> Config:
@@ -67,7 +85,7 @@ def build(kind: type[Config], values: Any, problems: list[str], prefix: str = ""
         elif value is None and type(None) not in typing.get_args(hint):
             problems.append(f"{path}: expected a value, got nothing")
             continue
-        inner[name] = value
+        inner[name] = _at_home(value)
     try:
         return kind(**inner)
     except ValueError as error:
@@ -75,10 +93,25 @@ def build(kind: type[Config], values: Any, problems: list[str], prefix: str = ""
     return kind()
 
 
+def _at_home(value: Any) -> Any:
+    """A value, or list of them, with the home directory for `~` where a path begins with it."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    path = re.match("(local-dir:)?(~[^/]*/.*)", value) if isinstance(value, str) else None
+    return f"{path[1] or ''}{os.path.expanduser(path[2])}" if path else value
+
+
+def _sections(value: Any) -> Any:
+    """A list of sections of which some, or all separated by commas, are only named: runs/mine,runs/other."""
+    value = yaml.load(value, _Once) if isinstance(value, str) else value
+    value = value.split(",") if isinstance(value, str) else value
+    return [{"name": each} if isinstance(each, str) else each for each in value] if isinstance(value, list) else value
+
+
 def _shown(value: Any) -> str:
-    """A value in at most 160 letters; Python itself refuses to write whole numbers of thousands of digits."""
+    """A value in at most 60 letters; Python itself refuses to write whole numbers of thousands of digits."""
     try:
-        return repr(str(value)[:160])
+        return repr(str(value)[:60])
     except ValueError:
         return f"a {type(value).__name__} too long to be shown"
 
@@ -101,14 +134,15 @@ def _changed(parser: ArgumentParser, config: Config, given: Iterable[tuple[str, 
             near = difflib.get_close_matches(key, known, n=1)
             problems.append(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
             continue
-        wanted, nested = known[parent if entry else key], value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
+        wanted = known[parent if entry else key]
         try:
+            nested = _sections(value) if any(map(dataclasses.is_dataclass, typing.get_args(wanted))) else value
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
             found = parser.parse_object(nested, defaults=False).as_dict()
         except WRONG as error:
             kind = getattr(wanted, "__name__", str(wanted)).replace("typing.", "")
-            reason = " ".join(str(error).split())[-200:]
+            reason = " ".join(str(error).split())[-60:]
             problems.append(f"{key}: expected {kind}, got {_shown(value)} ({reason})")
             continue
         target = values
@@ -131,9 +165,10 @@ def _given(kind: type, arguments: Sequence[str], problems: list[str]) -> Iterato
             yield key, value
             continue
         try:
-            content = yaml.load(Path(value).read_text(encoding="utf-8-sig"), _Once)
+            content = yaml.load(Path(os.path.expanduser(value)).read_text(encoding="utf-8-sig"), _Once)
         except WRONG as error:
-            problems.append(f"--config: cannot read {value}: {' '.join(str(error).split())}")
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            problems.append(f"--config: cannot read {value}: {reason[:120]}")
             continue
         if isinstance(content, dict):
             yield from _leaves(content, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -71,7 +72,7 @@ def write_report(
     """
     if not run.accelerator.is_main_process:
         return
-    settings = {**asdict(run.config), "command": " ".join([f"recipes/{run.recipe}.py", *sys.argv[1:]])}
+    settings = {**asdict(run.config), "command": shlex.join([f"recipes/{run.recipe}.py", *sys.argv[1:]])}
     machine, stages = describe_machine(run.accelerator), run.seconds
     if rows is not None:
         with atomic_write(run.folder / "scores.parquet") as temporary:
@@ -87,14 +88,14 @@ def write_report(
     write_json(run.folder / "report.json", report)  # last: a run with a report.json is whole
     print("\n".join([*warnings, *verdict]))  # the verdict is what the last lines on the screen say
     print(f"report       {run.folder / 'report.html'}")
-    print(f"tensorboard  tensorboard --logdir {run.folder / 'tensorboard'}", flush=True)
+    print(f"tensorboard  tensorboard --logdir {shlex.quote(str(run.folder / 'tensorboard'))}", flush=True)
 
 
 def _cell(value: Any) -> str:
     """A table's cell as text: floats with three digits, nothing as a dash."""
     if isinstance(value, (float, np.floating)):
         return number(float(value), 3)
-    return "–" if value is None else str(value).encode("utf-8", "backslashreplace").decode()
+    return "–" if value is None else str(value)
 
 
 def _markdown(
@@ -129,8 +130,7 @@ def _html(title: str, verdict: Sequence[str], warnings: Sequence[str], sections:
     loader = PackageLoader("singreg", "templates")
     template = Environment(loader=loader, autoescape=select_autoescape(["html", "j2"])).get_template("report.html.j2")
     blocks = [{"title": section.title, "blocks": list(map(block, section.blocks))} for section in sections]
-    page = template.render(title=title, verdict=verdict, warnings=warnings, sections=blocks)
-    return page.encode("utf-8", "backslashreplace").decode()
+    return template.render(title=title, verdict=verdict, warnings=warnings, sections=blocks)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -123,8 +124,7 @@ class Run:
         if not self.config.resume:
             raise FileExistsError(f"{self.folder} already holds a run; go on with --resume true or use another --out")
         if resolved.read_text(encoding="utf-8") != self._resolved():
-            how = f"resume with --config {resolved} --resume true, or use another --out"
-            raise ValueError(f"{resolved} differs from the configuration given; {how}")
+            raise ValueError(f"{resolved} differs from the configuration given; go on with {self.command}")
         return self
 
     def open(self) -> Run:
@@ -142,8 +142,9 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The command that goes on with this run."""
-        return f"accelerate launch recipes/{self.recipe}.py --config {self.folder / 'config.yaml'} --resume true"
+        """The command that goes on with this run, as it can be pasted."""
+        words = [sys.argv[0], "--config", str(self.folder / "config.yaml"), "--resume", "true"]
+        return f"accelerate launch --quiet {shlex.join(words)}"
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -28,7 +28,10 @@ TEMPORARY = re.compile(r"\..*-writing-[a-z0-9_]{8}(\.[^.]+)?")  # the names that
 
 def cache_folder() -> Path:
     """Return the folder of embeddings and features that all runs reuse: $SINGREG_CACHE, else ~/.cache/singreg."""
-    return Path(os.environ.get("SINGREG_CACHE") or "~/.cache/singreg").expanduser()
+    try:
+        return Path(os.environ.get("SINGREG_CACHE") or "~/.cache/singreg").expanduser()
+    except RuntimeError as error:
+        raise ValueError("there is no home directory to keep embeddings in; set SINGREG_CACHE to a folder") from error
 
 
 @contextmanager
@@ -62,9 +65,9 @@ def sweep(folder: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write text (UTF-8) to a path, whole or not at all."""
+    """Write text to a path as UTF-8, whole or not at all; bytes of file names that are not UTF-8 are escaped."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any) -> None:

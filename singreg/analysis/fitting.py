@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,11 @@ from singreg.translator import (
     TranslatorInfo,
     first_half,
     fit_mlp_translator,
+    load_translator,
     translator_from_statistics,
 )
 
+logger = logging.getLogger(__name__)
 IMAGES_PER_FEATURE = 6.0
 """With fewer images a feature an auditor is not identified well, AS⁻ reads too high, and a report makes no claim."""
 AGREEMENT = 0.75
@@ -151,12 +155,22 @@ def fit_all(
     info: TranslatorInfo,
     settings: PassSettings,
     seed: int,
+    stored: Path,
 ) -> tuple[dict[str, Any], Tensor]:
-    """Fit both linear translators and MLPs of some kinds on the bank; return them by name, and the auditor's mean."""
+    """Fit both linear translators and MLPs of some kinds on the bank; return them by name, and the auditor's mean.
+
+    "run" is the translator in the file `stored`, if it is there and of this classifier and these images' embeddings.
+    """
     how: dict[str, Any] = {"info": info, "settings": settings}
     linear = fit_translators(classifier, splits, embeddings, ridge=ridge, invariance=invariance, **how)
     found: dict[str, Any] = {name: fitted.translator for name, fitted in linear.items()}
     for kind in kinds:
         mlp = MLPSettings(kind=kind, seed=seed)
         found[kind] = fit_mlp_on_split(classifier, splits.bank, embeddings["bank"], mlp=mlp, **how)
+    if stored.is_file():
+        fits = replace(info, classifier="", vlm="")  # folders may move; hashes say what is in them
+        try:
+            found["run"] = load_translator(stored, expected=fits).to(classifier.weight.device)
+        except ValueError as error:
+            logger.warning("the run's translator is left out: %s", error)
     return found, linear["auditor"].mean

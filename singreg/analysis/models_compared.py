@@ -49,7 +49,9 @@ def paired_figures(
     """
     first = next(iter(rows.values()))
     models, reference = tuple(first), next(iter(first.values()))
-    translators = [name.removeprefix("AS/") for name in map(str, reference.columns) if name.startswith("AS/")]
+    every = [table for tables in rows.values() for table in tables.values()]
+    scores = [name for name in map(str, reference.columns) if name.startswith("AS/") and all(name in t for t in every)]
+    translators = [name.removeprefix("AS/") for name in scores]
     views = tuple(itertools.product(rows, translators))
     columns = [first[model]["correct"].to_numpy(np.float64) for model in models]
     for (space, translator), model in itertools.product(views, models):
@@ -61,10 +63,10 @@ def paired_figures(
     values = np.stack(columns, axis=1)
     drawn = resampled_means(values, groups=reference["label"].to_numpy(), resamples=resamples, seed=seed)
     means = np.concatenate([values.mean(0, keepdims=True), drawn])
-    scores = means[:, len(models) :].reshape(1 + resamples, len(views), len(models), 3)
+    read = means[:, len(models) :].reshape(1 + resamples, len(views), len(models), 3)
     with np.errstate(divide="ignore", invalid="ignore"):
-        every = dict(zip(FIGURES, (*np.moveaxis(scores, 3, 0), scores[..., 2] / scores[..., 1]), strict=True))
-    return PairedFigures(models, views, len(reference), {"top1": means[:, : len(models)], **every})
+        figures = dict(zip(FIGURES, (*np.moveaxis(read, 3, 0), read[..., 2] / read[..., 1]), strict=True))
+    return PairedFigures(models, views, len(reference), {"top1": means[:, : len(models)], **figures})
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
