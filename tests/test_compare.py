@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import compare as recipe
 from singreg.analysis import fitting
-from singreg.config import VLMConfig, parse
+from singreg.config import ComparedModel, VLMConfig, parse
 from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
-from singreg.spaces import ComparedModel, space_labels
+from singreg.spaces import space_labels
 from tests.demo import ASSETS
 from tests.fakes import write_tiny_vlm
 from tests.processes import run_processes
@@ -141,7 +141,7 @@ def test_the_same_again_on_two_processes_finds_the_same(tmp_path: Path, folders:
     ("models", "expected"),
     [
         ([DEMO], "models: expected at least two to compare, got 1"),
-        ([DEMO, DEMO], "models: listed twice: demo; give each a label"),
+        ([DEMO, DEMO], "models: listed twice: demo"),
         ([DEMO, {"name": " "}], "models[1].name: expected words"),
         ([DEMO, {"naem": "x"}], "naem"),
     ],
@@ -157,20 +157,17 @@ def test_bad_values_are_shown(
 
 
 def test_models_that_do_not_exist_are_all_named_before_any_work(tmp_path: Path, folders: Path) -> None:
-    wrong = ["resnet5000", str(folders / "empty"), "some/where"]
-    said = ["'resnet5000' is neither", ".*empty has no model/config", "'some/where' is neither"]
-    expected = r"(.|\n)*".join(rf"models\[{place}\]\.name: {words}" for place, words in enumerate(said))
-    with pytest.raises(SystemExit, match=expected):
-        compare(tmp_path / "wrong", [{"name": name} for name in wrong])
-    foreign = [{"name": "test_resnet", "pretrained": False, "label": "a"}, {"name": "local-dir:/nowhere", "label": "b"}]
-    with pytest.raises(SystemExit, match=r"models\[0\] \(a\): .*head(.|\n)*models\[1\] \(b\): "):
-        compare(tmp_path / "wrong", foreign)
+    wrong = ["resnet5000", str(folders / "empty"), "some/where", "local-dir:/nowhere"]
+    models = [{"name": "test_resnet", "pretrained": False}, *({"name": name} for name in wrong)]
+    places = r"(.|\n)*".join(rf"models\[{place}\] \(.*\): " for place in range(5))
+    with pytest.raises(SystemExit, match=places):
+        compare(tmp_path / "wrong", models)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_models_and_spaces_are_known_by_the_last_part_of_their_names() -> None:
-    names = ["resnet50.tv_in1k", "runs/demo/", "local-dir:runs/a/model", "hf-hub:someone/net"]
-    assert [ComparedModel(name=name).known_as for name in names] == ["resnet50.tv_in1k", "demo", "a", "net"]
+    names = ["resnet50.tv_in1k", "runs/demo/", "local-dir:runs/a/model", "runs/a/model-control", "hf-hub:someone/net"]
+    assert [ComparedModel(name=name).known_as for name in names] == [names[0], "demo", "a", "a-control", "net"]
     assert ComparedModel(name=names[0], label="mine").known_as == "mine"
     plain = [(name, None) for name in ("demo", "demo", "local-dir:/a/lite")]
     vlms = [*plain, ("ViT-L-14", "openai"), ("x", "weights/own.st")]

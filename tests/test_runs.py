@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,14 +56,20 @@ class Failure(Exception):
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Failure])
 def test_what_ends_a_run_says_how_to_go_on(
-    kind: type[BaseException], accelerator: Accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: type[BaseException],
+    accelerator: Accelerator,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = open_run(tmp_path, accelerator)
+    """A folder with a space and a quote in its name too; the script is the one that was started."""
+    monkeypatch.setattr("sys.argv", ["/my scripts/finetune.py", "--seed", "0"])
+    run = open_run(tmp_path, accelerator, out=str(tmp_path / "anna's run"))
     with pytest.raises(kind), run.guarded():
         raise kind
-    command = capsys.readouterr().err.partition("go on with: ")[2].strip()
-    resumed = parse(FinetuneConfig, command.split()[3:])
-    assert Run(resumed, accelerator, "finetune").open().folder == run.folder
+    script, *given = shlex.split(capsys.readouterr().err.partition("go on with: accelerate launch --quiet ")[2])
+    assert script == "/my scripts/finetune.py"
+    assert Run(parse(FinetuneConfig, given), accelerator, "finetune").open().folder == run.folder
 
 
 def test_other_inputs_are_a_sentence(accelerator: Accelerator, tmp_path: Path) -> None:
