@@ -25,11 +25,10 @@ from torch import Tensor
 import finetune as recipe
 from singreg import checkpoints, loop, runs, utils
 from singreg.checkpoints import Checkpoints
-from singreg.config import FinetuneConfig, parse
+from singreg.config import FinetuneConfig, located, parse
 from singreg.data.classes import expand_classes
 from singreg.loop_translator import LoopTranslator
 from singreg.models.classifier import Classifier
-from singreg.setup import model_name
 from singreg.translator import load_translator
 from tests.images import write_tree
 from tests.processes import run_processes
@@ -369,7 +368,7 @@ def test_configurations_for_real_images_are_built_on_a_made_up_folder(
     source, pool = write_tree(tmp_path / "source", counts), write_tree(tmp_path / "pool", {"a": {"b": 6}})
     given = {"data.source": source, "data.per_class": "{train: 2, audit: 2, test: 1}", "data.workers": 0}
     given |= {"model.name": "test_efficientnet", "model.pretrained": False, "model.head": "new", "data.image_size": 32}
-    given |= {"vlm.name": model_name("demo", "vlm"), "vlm.pretrained": None, "training.batch_size": 4, "dry_run": True}
+    given |= {"vlm.name": located("demo", "vlm"), "vlm.pretrained": None, "training.batch_size": 4, "dry_run": True}
     given |= {"data.unlabeled": pool} if data.unlabeled else {}
     words = [word for key, value in given.items() for word in (f"--{key}", "null" if value is None else str(value))]
     finetune(tmp_path / "run", "--config", file, *words, "--out", str(tmp_path / "run"))
