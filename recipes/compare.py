@@ -150,8 +150,8 @@ def report(config: CompareConfig, run: Run, heads: list[Read], measured: Mapping
     rows, figures = each("rows"), each("measurements")
     paired = between.paired_figures(rows, seed=config.seed) if rows else None
     differences = between.model_differences(paired) if paired else []
-    orders = [between.order_check(paired, figure) for figure in FIGURES] if paired and len(paired.models) > 1 else []
-    plots = [save_comparison_plot(figures, orders, run.folder / "plots" / "comparison.png")] if paired else []
+    order = between.order_check(paired) if paired and len(paired.models) > 1 else None
+    plots = [save_comparison_plot(figures, order, run.folder / "plots" / "comparison.png")] if paired else []
     warnings = compare_passports([head["passport"] for head in heads if head["omitted"] is None])
     track(run.accelerator, "compare", config)
     for (space, label), read in measured.items():
@@ -168,11 +168,11 @@ def report(config: CompareConfig, run: Run, heads: list[Read], measured: Mapping
         sections=[
             Section("The models", [models_table(heads, measured), READING, CHANCE, *plots]),
             Section("Differences", [differences_table(differences), "Model minus the other, paired by image."]),
-            Section("Does the order by AS⁻ hold?", [*map(order_table, orders[:1]), ORDER]),
+            Section("Does the order by AS⁻ hold?", [*([order_table(order)] if order else []), ORDER]),
             Section("Heads", [passport_table([head["passport"] for head in heads if head["passport"]])]),
         ],
         figures={name: each(name) for name in ("measurements", "chance", "agreement")}
-        | {"heads": heads, "differences": differences, "orders": orders},
+        | {"heads": heads, "differences": differences, "order": order},
         rows=pd.concat(every) if every else None,
     )
 

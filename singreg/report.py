@@ -133,19 +133,6 @@ def _html(title: str, verdict: Sequence[str], warnings: Sequence[str], sections:
     return template.render(title=title, verdict=verdict, warnings=warnings, sections=blocks)
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Flatten nested settings to what trackers take; TensorBoard drops or refuses the rest (None, lists, nested)."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, (list, tuple)):
-            flat[f"{prefix}{key}"] = ", ".join(map(str, value))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float, str)) else str(value).lower()
-    return flat
-
-
 def track(accelerator: Accelerator, name: str, config: Any) -> None:
     """Begin a tracker run of that name (a curve's colour in TensorBoard) with the configuration, on every tracker."""
     for tracker in accelerator.trackers:  # accelerate would go on logging to the runs begun before
@@ -153,7 +140,7 @@ def track(accelerator: Accelerator, name: str, config: Any) -> None:
     accelerator.trackers.clear()
     if accelerator.log_with:
         accelerator.init_trackers(name)
-    settings = flatten(asdict(config))
+    settings = pd.json_normalize(asdict(config)).map(str).iloc[0].to_dict()  # trackers take no nested ones
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":  # whose own way would add a run in a folder named by the clock
             tracker.log({"config": "\n".join(f"    {key}: {value}" for key, value in settings.items())}, step=0)

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from singreg.config import RunConfig
-from singreg.report import Figure, Section, flatten, interval, log, log_figures, number, percent, track, write_report
+from singreg.report import Figure, Section, interval, log, log_figures, number, percent, track, write_report
 from singreg.runs import Run, start
 
 NASTY = 'a|b <script>alert("x")</script> `c`'
@@ -97,9 +97,5 @@ def test_trackers_get_flat_settings_and_plain_numbers(run: Run) -> None:
     assert sorted(events.Tags()["scalars"]) == ["a", "b", "d"]
     assert [(event.step, event.value) for event in events.Scalars("a")] == [(1, 0.5), (2, 0.25)]
     assert events.Tags()["images"] == ["plots/a"]
-
-
-def test_settings_are_flattened() -> None:
-    settings = {"loss": {"weight": 0.1, "terms": None}, "on": True, "templates": ["a", "b"], "empty": []}
-    flat = {"loss.weight": 0.1, "loss.terms": "none", "on": True, "templates": "a, b", "empty": ""}
-    assert flatten(settings) == flat
+    (said,) = events.Tensors("config/text_summary")
+    assert "data.source: scenes" in said.tensor_proto.string_val[0].decode()

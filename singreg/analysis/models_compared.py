@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torchmetrics.functional.regression import kendall_rank_corrcoef
 
 from singreg.analysis.statistics import ENDS, resampled_means
 
 FIGURES = ("AS_neg", "AS_abs", "IS", "ratio")
 """Mean relu(-AS), mean |AS|, mean IS (degrees), and the ratio of means IS / |AS|: what models are compared by."""
-LARGE_IS_GOOD = ("IS", "ratio")
 PRIMARY = "auditor"
 
 
@@ -94,38 +91,35 @@ def model_differences(figures: PairedFigures) -> list[dict[str, Any]]:
     return found
 
 
-def order_check(figures: PairedFigures, figure: str) -> dict[str, Any]:
-    """Check whether a figure orders the models alike in all V views, in the values and in the resamples.
-
-    AS⁻ and |AS|: lowest first; IS and the ratio: highest first.
+def order_check(figures: PairedFigures) -> dict[str, Any]:
+    """Check whether AS⁻ orders the models alike in all V views, lowest first, in the values and in the resamples.
 
     Returns:
-        views: their names; orders: the models in each, best first; tau: Kendall's τ-b between views (V, V); same: share
-        of the resamples in which two views order all models alike (V, V); stable: share in which a view's own order
-        comes again (V,).
+        views: their names; orders: the models in each; tau: Kendall's τ-b between views (V, V); lowest: the least of
+        them; same: share of the resamples in which two views order all models alike (V, V); stable: share in which a
+        view's own order comes again (V,).
     """
-    values = figures.figures[figure] * (-1.0 if figure in LARGE_IS_GOOD else 1.0)
+    values = figures.figures["AS_neg"]
     orders = np.argsort(values, axis=2, kind="stable")
     order, resampled = orders[0], orders[1:]
+    tau = kendall_tau(values[0])
     return {
-        "figure": figure,
         "views": [f"{space}, {translator}" for space, translator in figures.views],
         "orders": [[figures.models[model] for model in row] for row in order],
-        "tau": [[kendall_tau(a, b) for b in values[0]] for a in values[0]],
+        "tau": tau.tolist(),
+        "lowest": float(tau.min()),
         "same": (resampled[:, :, None] == resampled[:, None]).all(3).mean(0).tolist(),
         "stable": (resampled == order).all(2).mean(0).tolist(),
     }
 
 
-def kendall_tau(first: np.ndarray, second: np.ndarray) -> float:
-    """Return Kendall's τ-b of two rows of figures (M,); NaN when one of them ties everything."""
-    one, other = (torch.from_numpy(np.ascontiguousarray(row, np.float64)) for row in (first, second))
-    return float(torch.as_tensor(kendall_rank_corrcoef(one, other, variant="b")))
-
-
-def lowest_tau(order: Mapping[str, Any]) -> float:
-    """Return the least agreement between two views; 1 with a single view."""
-    return min((tau for place, row in enumerate(order["tau"]) for tau in row[:place]), default=1.0)
+def kendall_tau(values: np.ndarray) -> np.ndarray:
+    """Return Kendall's τ-b between rows of figures. Shape: (V, M) -> (V, V); NaN where a row ties everything."""
+    signs = np.sign(values[:, :, None] - values[:, None]).reshape(len(values), -1)
+    agreed = signs @ signs.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: np.ndarray = agreed / np.sqrt(np.outer(np.diag(agreed), np.diag(agreed)))
+    return found
 
 
 def comparison_verdict(figures: PairedFigures | None, heads: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -135,7 +129,7 @@ def comparison_verdict(figures: PairedFigures | None, heads: Sequence[Mapping[st
     if figures is None:
         return ["None of the models has a null space, so no score exists for any of them.", *left_out]
     (space, translator), harm = figures.views[figures.primary], figures.figures["AS_neg"][:, figures.primary]
-    order = order_check(figures, "AS_neg")
+    order = order_check(figures)
     names = order["orders"][figures.primary]
     best, worst = (harm[:, figures.models.index(name)] for name in (names[0], names[-1]))
     read = ["{:.2f}° [{:.2f}, {:.2f}]".format(*interval(values)) for values in (best, worst, worst - best)]
@@ -146,7 +140,7 @@ def comparison_verdict(figures: PairedFigures | None, heads: Sequence[Mapping[st
         f"Of {len(names)} models on the same {figures.images} images, {names[0]} loses least of the true class when "
         f"its null space is removed (AS⁻ {read[0]}), {names[-1]} most ({read[1]}), in {space} by the {translator}: "
         f"paired, they are {read[2]} apart.",
-        f"The order by AS⁻ {holds} in all {len(figures.views)} views (lowest Kendall τ {lowest_tau(order):.2f}); it "
+        f"The order by AS⁻ {holds} in all {len(figures.views)} views (lowest Kendall τ {order['lowest']:.2f}); it "
         f"comes again in {order['stable'][figures.primary]:.0%} of bootstrap resamples.",
         *left_out,
     ]

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from singreg.analysis.models_compared import PRIMARY, lowest_tau
+from singreg.analysis.models_compared import PRIMARY
 from singreg.analysis.study import HARM, Summary
 from singreg.plots import BLUE, GREY, ORANGE, RED, drawable, panels, save, styled
 from singreg.report import Figure
@@ -54,22 +54,22 @@ def save_pareto(arms: Sequence[Summary], reference: str, path: Path) -> Figure:
 
 
 def save_comparison_plot(
-    measured: Mapping[str, Mapping[str, Mapping[str, Any]]], orders: Sequence[Mapping[str, Any]], path: Path
+    measured: Mapping[str, Mapping[str, Mapping[str, Any]]], order: Mapping[str, Any] | None, path: Path
 ) -> Figure:
     """Draw mean IS over mean |AS| in every space, bubbles by AS⁻, and the ranks by AS⁻ in all views.
 
     Args:
         measured: figures of `analyze_model` by space and model.
-        orders: see `order_check`; the first is that by AS⁻.
+        order: see `order_check`.
     """
     names = list(next(iter(measured.values())))
     palette = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"](np.arange(len(names)))
     colours = dict(zip(names, palette, strict=True))
-    figure, axes = panels(len(measured) + bool(orders), width=4.6, height=max(4.2, 0.3 * len(names) + 1.5))
+    figure, axes = panels(len(measured) + (order is not None), width=4.6, height=max(4.2, 0.3 * len(names) + 1.5))
     for panel, (space, models) in zip(axes, measured.items(), strict=False):
         _draw_space(panel, space, models, colours)
-    if orders:
-        order, places = orders[0], np.arange(len(orders[0]["views"]))
+    if order is not None:
+        places = np.arange(len(order["views"]))
         for name, colour in colours.items():
             ranks = [row.index(name) + 1 for row in order["orders"]]
             axes[-1].plot(places, ranks, "o-", color=colour, linewidth=1.8)
@@ -77,7 +77,7 @@ def save_comparison_plot(
         axes[-1].set_xticks(places, views, fontsize=8)
         axes[-1].set_yticks(range(1, len(names) + 1))
         axes[-1].set(xlim=(-0.4, len(places) - 0.6), ylim=(len(names) + 0.4, 0.6), ylabel="rank by AS⁻, 1 leaks least")
-        styled(axes[-1], f"order in every view (lowest τ {lowest_tau(order):.2f})")
+        styled(axes[-1], f"order in every view (lowest τ {order['lowest']:.2f})")
     handles = [axes[0].plot([], [], "o", color=colour, label=drawable(name))[0] for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     caption = "IS against |AS| of every model in every space (area: AS⁻), and its rank by AS⁻ in every view."
