@@ -12,6 +12,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+from singreg.config import FinetuneConfig, parse
+
+if __name__ == "__main__":  # --help and mistakes are answered before the seconds that these imports take
+    parse(FinetuneConfig, description=__doc__)
+
 import numpy as np
 import pandas as pd
 
@@ -19,7 +24,6 @@ from singreg.analysis.comparison import Measured, compare_arms, finetune_warning
 from singreg.analysis.fitting import FittedTranslator, fit_on_split
 from singreg.analysis.scores import analyze_model
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
-from singreg.config import FinetuneConfig, parse
 from singreg.data.datasets import ImageSplit, Splits
 from singreg.loop import Arm, own_random_numbers, watch
 from singreg.loop_translator import LoopTranslator, loop_bank

@@ -119,6 +119,8 @@ def build_classifier(
 
 def labels_for_head(splits: Splits, classifier: Classifier, model: ModelConfig) -> Splits:
     """With a kept head, give labels and names among all its rows; rows without names count in the data's order."""
+    if classifier.num_classes < 2:
+        raise ValueError(f"the data has one class alone, {splits.class_names[0]!r}; leakage is between at least two")
     if model.head != "keep":
         return splits
     tag, rows = classifier.tag, classifier.num_classes
