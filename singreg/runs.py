@@ -100,6 +100,9 @@ def explained() -> Iterator[None]:
     """While a run is set up, turn what is wrong with a user's files or settings into its message and exit status 1."""
     try:
         yield
+    except UnicodeEncodeError as error:  # of a file's name, in whatever is made of it
+        name = error.object[max(0, error.start - 80) : error.start + 40]
+        raise SystemExit(f"error: a file or folder has a name that is not UTF-8: {name!r}; rename it") from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
