@@ -31,7 +31,7 @@ from singreg.models.edits import align_head_, drop_null, interpolate_weights
 from singreg.plots.study import save_pareto
 from singreg.report import Section, interval, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, prepare, try_one_batch
+from singreg.setup import Setup, end_dry_run, prepare
 from singreg.study import StudyConfig, StudyRun, Work, hold_out, plan_study
 from singreg.task import describe_training
 from singreg.translator import LinearTranslator
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{arm.name}, seed {work.seed}: {arm.make}{source}; {told.splitlines()[0]}; {arm.note}")
         study = Study(config, run, setup)
         if config.dry_run:
-            try_one_batch(setup)
+            end_dry_run(setup)
             return
         run.open()
     with run.guarded():

@@ -70,6 +70,8 @@ class DataConfig(Checked):
         train_split: split that training and audit images are drawn from.
         test_split: split that the test images are drawn from.
         classes: wnids or names, a named set (imagenet16, imagenette, imagewoof, imagenet100) or a file; null for all.
+        class_names: file of names for prompts and tables, one a line for all classes in order, or "folder: name" lines.
+        label_column: column of the labels in Parquet files or a data set; null where there is one, or one called label.
         per_class: images a class for train, audit and test, such as {train: 150}; where a key is missing, test takes
             all, train what audit leaves, audit what train leaves (half if both are missing).
         unlabeled: folder of further images without labels, for the translators and the auditor.
@@ -87,6 +89,8 @@ class DataConfig(Checked):
     train_split: str = "train"
     test_split: str = "validation"
     classes: list[str] | str | None = None
+    class_names: str | None = None
+    label_column: str | None = None
     per_class: dict[str, int] = field(default_factory=dict)
     unlabeled: str | None = None
     unlabeled_to_audit: float = 0.5
@@ -107,8 +111,8 @@ class DataConfig(Checked):
         problems.within(1, image_size=self.image_size)
         problems.within(0, workers=self.workers)
         if self.source == "scenes":
-            own = self.classes is not None or self.unlabeled is not None or bool(self.per_class)
-            problems.need(not own, "source: scenes has no classes, per_class or unlabeled; leave them out")
+            own = self.classes or self.class_names or self.unlabeled or self.per_class
+            problems.need(not own, "source: scenes has no classes, class_names, per_class or unlabeled; leave them out")
             problems.need(not self.streaming, "streaming: needs a Hugging Face data set as source, got scenes")
 
     @property
@@ -125,7 +129,9 @@ class ModelConfig(Checked):
         name: any timm name, hf-hub:USER/MODEL, a timm folder or that of a finished fine-tuning run; demo is the small
             one inside the package.
         pretrained: load its weights.
-        head: keep all rows of the pretrained head, slice it to the data's classes, or make a new one.
+        head: keep all rows of the pretrained head, slice it to the data's classes, or make a new one; auto slices, or
+            makes a new one where no row is known to be one of the classes.
+        label_names: file that names the rows of the pretrained head, one a line; null for the names stored with it.
         tuning: train the head only, the last stage and the head, or all.
         batch_norm: keep batch-norm statistics (eval) or update them (train).
         invariance: null space of the logits, or of the softmax (one dimension more).
@@ -135,7 +141,8 @@ class ModelConfig(Checked):
 
     name: str = "demo"
     pretrained: bool = True
-    head: Literal["keep", "slice", "new"] = "slice"
+    head: Literal["auto", "keep", "slice", "new"] = "auto"
+    label_names: str | None = None
     tuning: Literal["head", "last_stage", "all"] = "all"
     batch_norm: Literal["eval", "train"] = "eval"
     invariance: Literal["logits", "softmax"] = "logits"

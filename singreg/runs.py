@@ -25,7 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs as GroupArguments
 
 from singreg.config import RunConfig
 from singreg.parsing import dump
-from singreg.utils import sweep, write_text
+from singreg.utils import sweep, usable_cores, write_text
 
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -40,7 +40,7 @@ def start(config: RunConfig) -> Accelerator:
     gpu = torch.cuda.is_available() or torch.xpu.is_available()
     if not torch.cuda.is_available():
         # The launcher pins CPU runs to one thread a process; share the cores among the local processes instead.
-        torch.set_num_threads(max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     accelerator = Accelerator(
         # Unasked, accelerate takes several processes without a GPU for as many runs of one process each. Apple's GPU
         # has no float64, which null spaces and ridge solves need.
@@ -74,17 +74,12 @@ def _refuse_what_needs_other_weights() -> None:
         raise SystemExit("error: accelerate's dynamo backend compiles the head too; set model.compile: true instead")
 
 
-def _usable_cores() -> int:
-    """How many cores this process may run on, fewer than the machine has inside a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
     """Return what a run ran on: processor, cores, memory in GiB, device, processes, precision, versions."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {
         "processor": platform.machine(),
-        "cores": _usable_cores(),
+        "cores": usable_cores(),
         "memory_gib": round(pages / 2**30, 1),
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from singreg.analysis.features import PassSettings, iterate_features
+from singreg.analysis.features import PassSettings
 from singreg.config import ModelConfig, RunConfig, VLMConfig, located
-from singreg.data.datasets import ImageSplit, Splits, load_splits
+from singreg.data.classes import NoRows, head_rows, imagenet_names, read_list, subset_of
+from singreg.data.datasets import NAMED, ImageSplit, Splits, load_splits, make_loader
 from singreg.data.embeddings import cached_embeddings
-from singreg.models.classifier import Classifier, label_names
-from singreg.models.vlm import VisionLanguageModel
+from singreg.models.classifier import Classifier
+from singreg.models.vlm import VisionLanguageModel, needs_quick_gelu
 from singreg.nullspace import NullSpace
 from singreg.translator import TranslatorInfo
 from singreg.utils import cache_folder, sha256_of_json
 
 logger = logging.getLogger(__name__)
+IMAGENET_CLASSES = 1000
 BATCH_SIZE = 64  # where nothing is trained
 
 
@@ -51,24 +53,27 @@ def prepare(
     Args:
         before_embedding: called when splits and classifier are there and the long work is not begun.
     """
+    needs_quick_gelu(located(config.vlm.name, "vlm"), config.vlm.pretrained)  # or say now what is wrong with them
     splits = load_splits(config.data)
     if not len(splits.audit):
         raise ValueError("the audit split is empty: no auditor can be fitted; give data.per_class.audit or unlabeled")
-    classifier = build_classifier(model, splits, image_size=config.data.image_size)
+    fit_batch(config, len(splits.train), accelerator)
+    classifier = build_classifier(model, splits, image_size=config.data.image_size).to(accelerator.device)
     labelled = labels_for_head(splits, classifier, model)
+    told = "" if config.resume else try_one_batch(labelled, classifier, model)
     vlm = open_vlm(config.vlm, accelerator)
     passes = PassSettings(BATCH_SIZE, config.data.workers, progress=accelerator.is_local_main_process)
     if config.dry_run and accelerator.is_main_process:
         space = NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=True)
         share = space.nullity / classifier.feature_dim
         print(f"head: rank {space.rank}, nullity {space.nullity} ({share:.1%} of the dimensions)")
-        print(f"images: {', '.join(f'{split.name} {len(split)}' for split in labelled)}")
+        print(f"images: {', '.join(f'{split.name} {len(split)}' for split in labelled)}\n{told}")
         print(f"embedding those of bank, audit and test once; {cache_folder()} keeps them", flush=True)
     if before_embedding is not None:
         before_embedding(labelled, classifier)
     return Setup(
         splits=labelled,
-        classifier=classifier.to(accelerator.device),
+        classifier=classifier,
         vlm=vlm,
         texts=vlm.embed_classes(labelled.class_names, tuple(config.vlm.templates)).to(accelerator.device),
         embeddings=embed_splits(vlm, (splits.bank, splits.audit, splits.test), passes),  # the labels do not matter
@@ -93,17 +98,25 @@ def build_classifier(
     model: ModelConfig, splits: Splits, *, image_size: int | None = None, allow_empty: bool = False
 ) -> Classifier:
     """Build the classifier with its head kept, sliced to the splits' classes, or new."""
-    sliced = model.head == "slice"
-    classifier = Classifier.from_timm(
-        model.source,
-        pretrained=model.pretrained,
-        head_mode=model.head,
-        class_indices=splits.class_indices if sliced else None,
-        class_names=splits.class_names,
-        imagenet_rows=sliced,
-        num_classes=len(splits.class_names) if model.head == "new" else None,
-        image_size=image_size,
-    )
+    options: dict[str, Any] = {"pretrained": model.pretrained, "image_size": image_size}
+    name, names = model.source, splits.class_names
+    new = model.head == "new"
+    if not new:
+        classifier = Classifier.from_timm(name, **options)
+        try:
+            if model.head != "keep":
+                classifier.slice_head(find_rows(splits, classifier, model)[0])
+        except NoRows as error:
+            if model.head == "slice":
+                raise
+            logger.warning("model.head: auto takes new, since %s", error)
+            new = True
+    if new:
+        classifier = Classifier.from_timm(name, head_mode="new", num_classes=len(names), **options)
+    if model.head != "keep":
+        classifier.class_names = names
+    if classifier.num_classes < 2:
+        raise ValueError(f"the data have one class ({names[0]}), and a head of one row separates nothing; give two")
     NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=allow_empty)  # or say so now
     if model.gradient_checkpointing:
         if model.batch_norm == "train":
@@ -117,25 +130,32 @@ def build_classifier(
     return classifier.to(memory_format=torch.channels_last)
 
 
+def find_rows(splits: Splits, classifier: Classifier, model: ModelConfig) -> tuple[list[int], dict[int, str]]:
+    """Return which rows of a pretrained head are the splits' classes, and the names of its rows as far as known."""
+    labels, count = classifier.label_names, classifier.num_classes
+    if model.label_names is not None:
+        labels = dict(enumerate(read_list(model.label_names)))
+        if len(labels) != count:
+            raise ValueError(f"model.label_names: {model.label_names} has {len(labels)} lines, the head {count} rows")
+    classes = splits.classes or subset_of(splits.class_names)
+    rows = head_rows(classes, labels, count)
+    words = subset_of(tuple(labels.values())).names if labels else imagenet_names() if count == IMAGENET_CLASSES else ()
+    names = dict(zip(labels or range(count), words, strict=False))
+    told = [
+        f"{key} {row}" + (f" ({labels[row]})" if labels else "") for key, row in zip(classes.keys, rows, strict=True)
+    ]
+    logger.info("rows of the head by class: %s", ", ".join(told[:NAMED] + ["..."] * (len(told) > NAMED)))
+    return rows, {**names, **dict(zip(rows, splits.class_names, strict=True))}
+
+
 def labels_for_head(splits: Splits, classifier: Classifier, model: ModelConfig) -> Splits:
-    """With a kept head, give labels and names among all its rows; rows without names count in the data's order."""
-    if classifier.num_classes < 2:
-        raise ValueError(f"the data has one class alone, {splits.class_names[0]!r}; leakage is between at least two")
+    """With a kept head, give labels and names among all its rows."""
     if model.head != "keep":
         return splits
-    tag, rows = classifier.tag, classifier.num_classes
-    own = tuple(name for _, name in sorted(label_names(getattr(classifier.model, "pretrained_cfg", {})).items()))
-    if own != splits.class_names and sorted(own) == sorted(splits.class_names):
-        raise ValueError(f"the head of {tag} has the data's classes in another order; use model.head: slice")
-    if rows == len(splits.class_names):
-        if not own and splits.class_indices != tuple(range(rows)):
-            logger.warning("no class names are stored with %s: its %d rows are taken in the data's order", tag, rows)
+    rows, names = find_rows(splits, classifier, model)
+    if rows == list(range(classifier.num_classes)):
         return splits
-    among = splits.among_imagenet()
-    if len(among.class_names) != rows:
-        what = f"the {rows} rows of {tag} mean: neither the data's {len(splits.class_names)} classes nor ImageNet's"
-        raise ValueError(f"model.head: keep needs to know what {what}; use model.head: slice or new")
-    return among
+    return splits.among(rows, [names.get(row, f"row {row}") for row in range(classifier.num_classes)])
 
 
 def open_vlm(config: VLMConfig, accelerator: Accelerator) -> VisionLanguageModel:
@@ -151,13 +171,45 @@ def embed_splits(vlm: VisionLanguageModel, splits: Sequence[ImageSplit], passes:
     return {split.name: cached_embeddings(vlm, split, **settings) for split in splits}
 
 
-def try_one_batch(setup: Setup) -> None:
-    """Run one batch of test images through the classifier and print its shapes: a dry run's last step."""
-    count = min(BATCH_SIZE, len(setup.splits.test))
-    split, embeddings = setup.splits.test.subset(range(count)), setup.embeddings["test"][:count]
-    passes = replace(setup.passes, progress=False)
-    batch = next(iterate_features(setup.classifier, split, embeddings, passes, "dry run"))
+def try_one_batch(splits: Splits, classifier: Classifier, model: ModelConfig) -> str:
+    """Classify test images from all over the split, warn where hardly any is right, and return figures to print.
+
+    Raises:
+        ValueError: the classifier cannot take such images.
+    """
+    split, device = splits.test, classifier.weight.device
+    places = np.linspace(0, len(split) - 1, min(BATCH_SIZE, len(split))).astype(int)
+    images, labels, _ = next(iter(make_loader(split.subset(places), classifier.transform, len(places))))
+    try:
+        with torch.no_grad():
+            features, logits = classifier.features_and_logits(images.to(device))
+    except (AssertionError, RuntimeError) as error:
+        why = str(error).splitlines()[0][:90]
+        raise ValueError(
+            f"{classifier.tag} cannot take images {tuple(images.shape[1:])}, data.image_size: {why}"
+        ) from error
+    right, count = int((logits.argmax(1).cpu() == labels).sum()), len(labels)
+    classes = len(labels.unique())
+    if right <= count / classes + 2 * (count / classes) ** 0.5 and model.pretrained and not classifier.new_head:
+        logger.warning(
+            "before training %d of %d test images are right: are the head's rows those classes?", right, count
+        )
+    shapes = f"features {tuple(features.shape)}, logits {tuple(logits.shape)}"
+    return f"one batch: {shapes}; top-1 before training {right / count:.1%}"
+
+
+def end_dry_run(setup: Setup) -> None:
+    """Say that a dry run is over."""
     if setup.passes.progress:
-        shapes = f"features {tuple(batch.features.shape)}, logits {tuple(batch.logits.shape)}"
-        print(f"one batch: {shapes}, embeddings {tuple(batch.embeddings.shape)}")
         print("dry run: nothing was measured, no run folder was made")
+
+
+def fit_batch(config: RunConfig, images: int, accelerator: Accelerator) -> None:
+    """Lower `training.batch_size`, where a recipe has it, to the number of training images."""
+    training, step = (
+        getattr(config, "training", None),
+        accelerator.gradient_accumulation_steps * accelerator.num_processes,
+    )
+    if training is not None and step <= images < training.batch_size:
+        training.batch_size = images // step * step
+        logger.warning("training.batch_size is lowered to %d, as there are %d images", training.batch_size, images)

@@ -34,6 +34,11 @@ def cache_folder() -> Path:
         raise ValueError("there is no home directory to keep embeddings in; set SINGREG_CACHE to a folder") from error
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may run on, fewer than the machine has inside a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it is flushed to disk and renamed onto `path`.

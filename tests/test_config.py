@@ -50,7 +50,7 @@ def test_dump_reads_back_as_the_same_run(tmp_path: Path) -> None:
     config = parse(FinetuneConfig, ["--data.scenes.test", "50", "--vlm.templates", '["a {class}", "the {class}"]'])
     assert parse(FinetuneConfig, ["--config", written(tmp_path, dump(config))]) == config
     models = parse(Listed, ["--models", "[{name: a}, {name: b, head: keep}]"])
-    assert [model.head for model in models.models] == ["slice", "keep"]
+    assert [model.head for model in models.models] == ["auto", "keep"]
     assert parse(Listed, ["--config", written(tmp_path, dump(models))]) == models
 
 
@@ -111,13 +111,13 @@ def test_overridden_copies_with_other_values() -> None:
         overridden(config, {"loss.weigh": 0.5, "training.epochs": "x"})
 
 
-def test_finetune_has_at_most_45_options_and_each_has_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetune_has_at_most_48_options_and_each_has_a_text(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(FinetuneConfig, ["--help"])
     text = capsys.readouterr().out
     options = [line for line in text.splitlines() if line.startswith("  --") and "CONFIG" not in line]
     options = [line for line in options if "--print_config" not in line]
-    assert 40 <= len(options) <= 45
+    assert 40 <= len(options) <= 48
     assert "(type: str, default: null)" not in text.replace("\n", " ").split("--seed")[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from singreg.config import DataConfig
+from singreg.data.classes import imagenet_names
 from singreg.data.datasets import ImageSplit, SceneSplit, Splits, load_splits, without_copies
 from singreg.data.scenes import sample_scenes
 from singreg.data.splits import ConcatSplit, TableSplit
@@ -69,19 +71,18 @@ def test_counts_follow_the_rule(tree: Path, changes: Any, train: list[int], audi
 def test_labels_names_and_images_belong_together(tree: Path) -> None:
     splits = load(tree)
     assert splits.class_names == ("my thing", "goldfish", "Persian cat")
-    assert splits.class_indices is None
+    assert splits.classes.indices is None
     for split in splits:
         for index, name in enumerate(names(split)):
             assert ["my_thing", "n01443537", "n02123394"][split.labels[index]] == Path(name).parent.name
             assert np.array_equal(split.image(index), Image.open(name))
     subset = load(tree, classes=["n02123394", "goldfish"])
-    assert subset.class_indices == (283, 1)
-    among = subset.among_imagenet()
+    assert subset.classes.indices == (283, 1)
+    assert subset.classes.order == ("my_thing", "n01443537", "n02123394")
+    among = subset.among([283, 1], imagenet_names())
     assert set(among.test.labels.tolist()) == {1, 283}
     assert among.test.class_names[283] == "Persian cat"
     assert np.array_equal(among.test.image(0), subset.test.image(0))
-    with pytest.raises(ValueError, match=r"model\.head: new"):
-        splits.among_imagenet()
 
 
 def test_unlabelled_images_go_to_bank_and_auditor(tree: Path) -> None:
@@ -125,7 +126,7 @@ def test_subset_and_concatenation_keep_rows_together(tree: Path) -> None:
             {"per_class": {"train": 4, "audit": 3, "test": 3}},
             "data.per_class.*has 5 for train 4 . audit 3.*2 for test 3",
         ),
-        ({"test_split": "val"}, r"no split 'val'.*: train, validation; set data\.test_split"),
+        ({"test_split": "val"}, r"no split 'val'.*set data\.test_split to one of .*: train, validation"),
         ({"source": "/nowhere"}, r"nowhere .data\.source"),
         ({"unlabeled": "/nowhere"}, r"no image below .*data\.unlabeled"),
         ({"test_split": "../odd/train"}, "1 of the classes are not among the 3 there: 'my_thing'"),
@@ -148,6 +149,84 @@ def test_every_mode_becomes_rgb_and_upright(tmp_path: Path, mode: str) -> None:
     split = TableSplit.from_files("x", [str(path)], ["x"], [0])
     assert not split.examine([0])
     assert (split.image(0).mode, split.image(0).size) == ("RGB", (4, 5))
+
+
+RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("16.png", RAMP.astype(np.uint16), None),
+        ("16.tif", RAMP.astype(np.uint16), None),
+        ("16.pgm", RAMP.astype(np.uint16), None),
+        ("8.png", (RAMP / 257).astype(np.uint8), None),
+        ("12.png", (RAMP / 16).astype(np.uint16), "16-bit values up to 4095"),
+        ("int32.tif", RAMP.astype(np.int32), "32-bit values"),
+        ("float.tif", (RAMP / 65535).astype(np.float32), "32-bit values"),
+    ],
+)
+def test_wide_values_are_scaled_or_refused(name: str, values: np.ndarray, words: str | None, tmp_path: Path) -> None:
+    Image.fromarray(values).save(tmp_path / name)
+    split = TableSplit.from_files("x", [str(tmp_path / name)], ["x"], [0])
+    assert split.examine([0]) == bool(words)
+    if words:
+        assert words in split.bad[0]
+    else:
+        assert np.array_equal(np.asarray(split.image(0))[..., 0], (RAMP / 257).astype(int)) or name != "8.png"
+        assert np.abs(np.asarray(split.image(0), float)[..., 1] - RAMP / 257).max() <= 1
+
+
+def test_what_can_be_opened_is_used_and_the_rest_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_tree(tmp_path / "data", {"train": {"a": 2}, "val": {"a": 1, "b": 1, "only here": 1}})
+    write_tree(tmp_path, {"elsewhere": {"b": 4}})
+    (root / "train/b").symlink_to(tmp_path / "elsewhere/b")  # a class folder may be a link
+    (root / "train/a/again").symlink_to(root / "train/a")  # and a link may lead back
+    for old, new in (("a/0.png", "a/one.jfif"), ("a/1.png", "a/two"), ("b/1.png", "b/x.weird")):
+        (root / "train" / old).rename(root / "train" / new)
+    for name in ("a/notes.txt", "loose.png", ".hidden"):
+        (root / "train" / name).write_text("no image")
+    splits = load(root, test_split="val")
+    assert [per_class(split) for split in (splits.train, splits.audit)] == [[1, 2], [1, 2]]
+    assert "notes.txt" in caplog.text
+    assert "loose.png" in caplog.text
+    assert "2 files are no images in a class folder and are left out" in caplog.text
+    assert "1 classes are in val alone and are left out:\n  only here" in caplog.text
+    assert "hidden" not in caplog.text
+    with pytest.raises(FileNotFoundError, match=f"no split 'train' in .*set data.source to {root}$"):
+        load(root / "train", test_split="val")
+
+
+def test_a_file_gives_classes_their_names(tmp_path: Path) -> None:
+    keys = [str(n) for n in range(1, 11)]
+    root = write_tree(tmp_path, {"train": dict.fromkeys(keys, 2), "validation": dict.fromkeys(keys, 1)})
+    file = tmp_path / "names.txt"
+    file.write_text("\n".join(f"name {key}" for key in keys))
+    given: dict[str, Any] = {"class_names": str(file)}
+    assert load(root, **given).class_names[:3] == ("name 1", "name 10", "name 2")
+    assert load(root, classes=["10", "3"], **given).class_names == ("name 10", "name 3")
+    file.write_text("# some\n3: red kite\n10: owl\n")
+    named = load(root, classes=["10", "3", "4"], **given)
+    assert (named.class_names, named.classes.keys) == (("owl", "red kite", "4"), ("10", "3", "4"))
+    for text, words in (("owl\nkite\n", "2 lines, expected a name for each of 10"), ("3: owl\n4: owl\n", "several")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"data.class_names: .*{words}"):
+            load(root, **given)
+
+
+def test_a_folder_goes_before_the_built_in_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tree(tmp_path / "scenes", {"train": {"a": 2, "b": 2}, "validation": {"a": 1, "b": 1}})
+    assert load_splits(DataConfig()).class_names == ("a", "b")
+
+
+def test_labelled_images_set_aside_are_told(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    load(tree)
+    load(tree, per_class={"audit": 0}, unlabeled=str(tree.parent / "pool"))
+    told = [record for record in caplog.records if "labelled training images fit the auditor" in record.message]
+    assert [record.message.partition(" labelled")[0] for record in told] == ["9 of the 21", "0 of the 21"]
+    assert [record.levelname for record in told] == ["INFO", "WARNING"]
 
 
 def test_unreadable_images_stop_or_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,7 +322,7 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_files_loaded_and_streamed(parquet: Path, streaming: bool) -> None:
     splits = load(parquet, classes=WANTED, streaming=streaming)
-    assert (splits.class_names, splits.class_indices) == (tuple(WANTED), (1, 291))
+    assert (splits.class_names, splits.classes.indices) == (tuple(WANTED), (1, 291))
     counts = [per_class(split) for split in (splits.train, splits.audit, splits.test)]
     assert counts == [[10, 10], [10, 10], [5, 5]]
     check_disjoint(splits)
@@ -287,6 +366,47 @@ def test_rows_without_image_or_label_are_named(
     write_parquet(tmp_path / "none/train.parquet", paths[:1], [None])
     with pytest.raises(ValueError, match="'class' has no class name, only nulls"):
         load(tmp_path / "none", streaming=streaming)
+
+
+def test_columns_are_chosen_by_name_or_refused(tmp_path: Path) -> None:
+    paths = [write_image(tmp_path / f"{i}.png") for i in range(12)]
+    columns = {"fine": [0, 1] * 6, "coarse": [1, 0] * 6, "large": ["b", "a"] * 6}
+    kinds = {name: datasets.ClassLabel(names=[f"{name} {n}" for n in "xy"]) for name in ("fine", "coarse")}
+    kinds |= {"large": datasets.Value("large_string"), "image": datasets.Image()}
+    table = datasets.Dataset.from_dict({"image": [str(path) for path in paths], **columns}, datasets.Features(kinds))
+    for split, rows in (("train", range(8)), ("validation", range(8, 12))):
+        table.select(rows).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    with pytest.raises(ValueError, match=r"one column of labels \(data.label_column.*got fine, coarse among"):
+        load(tmp_path / "set")
+    with pytest.raises(ValueError, match="got none among"):
+        load(tmp_path / "set", label_column="colour")
+    assert load(tmp_path / "set", label_column="coarse").classes.order == ("coarse x", "coarse y")
+    splits = load(tmp_path / "set", label_column="large")
+    assert splits.class_names == ("a", "b")
+    table.rename_column("large", "label").to_parquet(tmp_path / "named/train.parquet")
+    table.rename_column("large", "label").to_parquet(tmp_path / "named/validation.parquet")
+    assert load(tmp_path / "named", bad_images="drop", per_class={"test": 1}).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_tars_take_their_names_from_a_file(tmp_path: Path, streaming: bool) -> None:
+    for split, count in (("train", 12), ("validation", 4)):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "set" / f"{split}-0000.tar", "w") as archive:
+            for i in range(count):
+                (tmp_path / "x.cls").write_text(str(i % 2))
+                archive.add(write_image(tmp_path / f"{split}{i}.png"), f"{i:03d}.png")
+                archive.add(tmp_path / "x.cls", f"{i:03d}.cls")
+    with pytest.raises(ValueError, match=r"cls holds numbers; set data\.class_names"):
+        load(tmp_path / "set", streaming=streaming)
+    (tmp_path / "names.txt").write_text("red kite\nowl\n")
+    splits = load(tmp_path / "set", class_names=str(tmp_path / "names.txt"), streaming=streaming)
+    assert splits.classes.order == ("red kite", "owl")
+    assert [per_class(split) for split in (splits.train, splits.audit, splits.test)] == [[3, 3], [3, 3], [2, 2]]
+    row = next(i for i in range(2) if splits.class_names[splits.test.labels[0]] == ("red kite", "owl")[i])
+    raw = {(tmp_path / f"validation{i}.png").read_bytes() for i in range(row, 4, 2)}
+    assert hashlib.sha256(b"").digest() not in contents(splits.test)
+    assert bytes(splits.test.digests[0]) in {hashlib.sha256(content).digest() for content in raw}
 
 
 @pytest.mark.parametrize("streaming", [False, True])

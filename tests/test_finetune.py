@@ -320,7 +320,7 @@ def test_a_signal_from_outside_leaves_a_run_that_resumes(number: int, finished: 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--training.batch_size", "500"], "training.batch_size = 500 training images, got 80"),
+        (["--vlm.pretrained", "openai"], "brings its own weights: set vlm.pretrained to null"),
         (["--data.scenes", "{train: 80, audit: 0, test: 9}"], "audit split is empty"),
         (["--vlm.name", "local-dir:no/such/folder"], "no/such/folder"),
         (["--model.name", "no_such_model"], "no_such_model"),

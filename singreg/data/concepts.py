@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from singreg.data.classes import imagenet_names
+from singreg.data.classes import imagenet_names, read_list
 
 if TYPE_CHECKING:
     from singreg.models.vlm import VisionLanguageModel
@@ -79,8 +78,6 @@ def _entries(source: str) -> Iterator[tuple[str, str, str]]:
         path = CONCEPTS_FOLDER / f"{source}.txt" if source in banks else Path(source).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"there is no concept file {source}")
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-            if concept := re.split(r"(?:^|\s)#", line)[0].strip():
-                yield f"{path} line {number}", path.stem, concept
+        yield from ((str(path), path.stem, concept) for concept in read_list(path))
     else:
         yield "concepts", "own", source.strip()

@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from PIL import Image
+from timm.utils.misc import natural_key
 
 from singreg.config import DataConfig
-from singreg.data.classes import resolve_classes
-from singreg.data.scenes import sample_scenes
+from singreg.data.classes import ClassSubset, read_list, renamed, resolve_classes
+from singreg.data.scenes import SHAPES, sample_scenes
 from singreg.data.splits import (
+    FORMATS,
     UNLABELLED,
     ConcatSplit,
     ImageSplit,
@@ -25,13 +30,16 @@ from singreg.data.splits import (
     cell_bytes,
     examine,
     make_loader,
+    open_image,
 )
 from singreg.utils import cache_folder, sha256_of_json, together
 
 __all__ = ["ImageSplit", "SceneSplit", "Splits", "load_splits", "make_loader"]
 
 logger = logging.getLogger(__name__)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+TABLES = ("*.parquet", "*/*.parquet", "*.tar", "*/*.tar")  # that `datasets` reads
+TEXTS = ("string", "large_string", "string_view")  # polars' and pandas' Parquet files have the longer ones
+LABELS = ("label", "class", "category", "cls")  # columns of labels by their names
 NAMED = 20  # a message that lists more than this is read by nobody
 
 
@@ -49,7 +57,9 @@ def load_splits(config: DataConfig) -> Splits:
         >>> [len(split) for split in splits]
         [12, 12, 6, 5]
     """
-    scenes = config.source == "scenes"
+    scenes = (
+        config.source == "scenes" and not Path("scenes").is_dir()
+    )  # a folder of the user goes before a built-in name
     splits = _scenes(config) if scenes else together(lambda: _stored(config), "reading the data", first_only=True)
     sizes = ", ".join(f"{split.name} {len(split)}" for split in splits)
     logger.info("data %s: %d classes; images: %s", config.source, len(splits.class_names), sizes)
@@ -65,18 +75,22 @@ def _scenes(config: DataConfig) -> Splits:
 
     train, audit, bank = (scenes(name, i, options["bias"]) for name, i in (("train", 0), ("audit", 1), ("bank", 3)))
     whole = ConcatSplit("bank", [train, bank] if len(bank) else [train])
-    return Splits(train, whole, audit, scenes("test", 2, 0.0), train.class_names, None)
+    return Splits(train, whole, audit, scenes("test", 2, 0.0), SHAPES, ClassSubset(SHAPES, SHAPES, None, SHAPES))
 
 
 def _stored(config: DataConfig) -> Splits:
     """Draw the splits' images, look at those drawn, and draw again without bad ones until all are readable."""
     train = _open_split(config, config.train_split, "data.train_split")
     test = _open_split(config, config.test_split, "data.test_split")
-    subset, drop = resolve_classes(config.classes, train.keys), config.bad_images == "drop"
+    subset, drop = replace(resolve_classes(config.classes, train.keys), order=train.keys), config.bad_images == "drop"
     try:
         there = resolve_classes(subset.keys, test.keys)
     except ValueError as error:
         raise ValueError(f"split {config.test_split!r} of {config.source} (data.test_split): {error}") from error
+    if config.class_names is not None:
+        subset = renamed(subset, config.class_names)
+    if config.classes is None:
+        _tell_left_out(sorted(set(test.keys) - set(there.keys)), f"classes are in {config.test_split} alone")
     read = [train.read(subset.keys, subset.names), test.read(there.keys, subset.names)]
     if config.unlabeled is not None:
         read.append(_read_unlabelled(config.unlabeled, subset.names))
@@ -96,7 +110,10 @@ def _stored(config: DataConfig) -> Splits:
     empty = [name for label, name in enumerate(subset.names) if label not in present]
     if empty:
         raise ValueError(f"no training image is left without copies of other splits' images: {', '.join(empty)}")
-    return Splits(bank[0], ConcatSplit("bank", bank), ConcatSplit("audit", audit), tested, subset.names, subset.indices)
+    aside, labelled = len(audit[0]), len(audit[0]) + len(bank[0])
+    said = f"{aside} of the {labelled} labelled training images fit the auditor (data.per_class.audit)"
+    logger.log(logging.INFO if aside else logging.WARNING, "%s", said)
+    return Splits(bank[0], ConcatSplit("bank", bank), ConcatSplit("audit", audit), tested, subset.names, subset)
 
 
 def _draw(read: Sequence[TableSplit], keys: Sequence[str], config: DataConfig) -> list[dict[str, np.ndarray]]:
@@ -159,8 +176,12 @@ def _stop_or_warn(lines: Sequence[str], problem: str, drop: bool) -> None:
     if lines and not drop:
         names = "\n  ".join(lines)
         raise ValueError(f"{len(lines)} images {problem}; mend or remove them, or set data.bad_images: drop\n  {names}")
+    _tell_left_out(lines, f"images {problem}")
+
+
+def _tell_left_out(lines: Sequence[str], what: str) -> None:
     if lines:
-        logger.warning("%d images %s and are left out:\n  %s", len(lines), problem, _joined(lines))
+        logger.warning("%d %s and are left out:\n  %s", len(lines), what, _joined(lines))
 
 
 def _joined(lines: Sequence[str]) -> str:
@@ -170,7 +191,8 @@ def _joined(lines: Sequence[str]) -> str:
 def _open_split(config: DataConfig, split: str, option: str) -> _Folder | _HuggingFace:
     """Return a split, which `option` named, of the folder of images or Hugging Face data set `config.source`."""
     path = Path(config.source).expanduser()
-    if path.is_dir() and not any((*path.glob("*.parquet"), *path.glob("*/*.parquet"))) and not config.streaming:
+    classes = (path / split).is_dir() and class_folders(path / split)
+    if path.is_dir() and (classes or not any(any(path.glob(pattern)) for pattern in TABLES)) and not config.streaming:
         return _Folder(path.resolve(), split, option)
     if not path.is_dir() and config.source.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"there is no folder {path} (data.source); expected one of SPLIT/CLASS/image files")
@@ -179,55 +201,76 @@ def _open_split(config: DataConfig, split: str, option: str) -> _Folder | _Huggi
 
 def _read_unlabelled(folder: str, class_names: Sequence[str]) -> TableSplit:
     """Return every image below a folder, at any depth, without labels."""
-    root = Path(folder).expanduser().resolve()
-    paths = list(_images_below(root))
+    root, others = Path(folder).expanduser().resolve(), list[str]()
+    paths = list(_images_below(root, others))
     if not paths:
-        raise FileNotFoundError(f"there is no image below {root} (data.unlabeled); expected {' '.join(SUFFIXES)}")
+        raise FileNotFoundError(f"there is no image below {root} (data.unlabeled)")
+    _tell_left_out(others, "files are no images")
     return TableSplit.from_files(str(root), paths, class_names, [UNLABELLED] * len(paths))
 
 
 class _Folder:
-    """CLASS/image files; a class folder may hold subfolders. `keys` are the class folders, sorted."""
+    """CLASS/image files; a class folder may hold subfolders. `keys` are the class folders, sorted as timm sorts."""
 
     def __init__(self, root: Path, split: str, option: str) -> None:
         self.folder = root / split
         if not self.folder.is_dir():
-            there = ", ".join(_subfolders(root))
-            raise FileNotFoundError(f"no split {split!r} in {root}; folders there: {there}; set {option} to one")
-        self.keys = _subfolders(self.folder)
+            there = f"set {option} to one of the folders there: {', '.join(class_folders(root)[:6])}"
+            hint = f"set data.source to {root.parent}" if (root.parent / split).is_dir() else there
+            raise FileNotFoundError(f"no split {split!r} in {root}; {hint}")
+        self.keys = class_folders(self.folder)
         if not self.keys:
             raise ValueError(f"{self.folder} ({option}) holds no class folder; expected CLASS/image files in it")
 
     def read(self, keys: Sequence[str], class_names: Sequence[str]) -> TableSplit:
         """Return all images of the classes `keys`, labelled by their place in it."""
-        found = [list(_images_below(self.folder / key)) for key in keys]
+        others = sorted(entry.path for entry in os.scandir(self.folder) if entry.is_file() and entry.name[0] != ".")
+        found = [list(_images_below(self.folder / key, others)) for key in keys]
+        _tell_left_out(others, "files are no images in a class folder")
         labels = np.repeat(np.arange(len(keys)), [len(paths) for paths in found])
         return TableSplit.from_files(str(self.folder), [path for p in found for path in p], class_names, labels)
 
 
 class _HuggingFace:
-    """A split of a data set of the hub or a folder of Parquet files. `keys` are the class names, in its own order."""
+    """A split of a data set of the hub or a folder of Parquet or tar files; `keys` are class names in its own order."""
 
     def __init__(self, config: DataConfig, split: str, option: str) -> None:
         self.config, self.split, self.where = config, split, f"{config.source}/{split}"
+        source = Path(config.source).expanduser()
         try:
-            rows = datasets.load_dataset(config.source, split=split, streaming=config.streaming)
+            rows = datasets.load_dataset(
+                str(source) if source.is_dir() else config.source, split=split, streaming=config.streaming
+            )
         except (OSError, ValueError) as error:
             tried = "is no folder here and no data set that could be opened; datasets says"
             raise ValueError(f"data.source {config.source!r}, split {split!r} ({option}), {tried}: {error}") from error
         features = rows.features or {}
+        kinds = {name: str(getattr(feature, "dtype", "")) for name, feature in features.items()}
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        labels += [n for n in ("label", "class", "category") if getattr(features.get(n), "dtype", "") == "string"]
-        if not images or not labels:
-            wanted = "an image column and a ClassLabel column (or a text column label, class or category)"
-            raise ValueError(f"data.source {config.source!r}: expected {wanted}, got {dict(features)}")
-        self.column, self.label, self.feature = images[0], labels[0], features[labels[0]]
+        labels = [n for n in LABELS if kinds.get(n) in TEXTS or "int" in kinds.get(n, "")]
+        labels += [n for n, f in features.items() if isinstance(f, datasets.ClassLabel) and n not in labels]
+        self.column = self._only("image", images, features)
+        if config.label_column is not None:
+            labels = [config.label_column] if config.label_column in features else []
+        self.label = self._only("label", labels, features)
+        self.feature = features[self.label]
+        if "int" in kinds[self.label] and not isinstance(self.feature, datasets.ClassLabel):
+            if config.class_names is None:
+                raise ValueError(f"{self.where}: {self.label} holds numbers; set data.class_names to a list of names")
+            self.feature = datasets.ClassLabel(names=list(read_list(config.class_names)))
         self.rows: Any = rows.cast_column(self.column, datasets.Image(decode=False))
         known = getattr(self.feature, "names", None) or sorted({name for name in self._labels() if name is not None})
         self.keys = tuple(known)
         if not known:
             raise ValueError(f"{self.where}: the column {self.label!r} has no class name, only nulls")
+
+    def _only(self, kind: str, found: Sequence[str], features: Mapping[str, Any]) -> str:
+        """The only column of a kind, or the one that is called so."""
+        chosen = found if len(found) == 1 else [name for name in found if name == kind]
+        if len(chosen) != 1:
+            got = f"got {', '.join(found) or 'none'} among {', '.join(features)}"
+            raise ValueError(f"{self.where}: expected one column of {kind}s (data.label_column names labels), {got}")
+        return chosen[0]
 
     def read(self, keys: Sequence[str], class_names: Sequence[str]) -> TableSplit:
         """Return the images, those of the classes `keys` labelled by their place in it."""
@@ -284,13 +327,41 @@ class _HuggingFace:
                 return
 
 
-def _subfolders(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Folders and links to folders, in the order in which timm numbers classes (2 before 10)."""
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    return tuple(sorted(names, key=natural_key))
 
 
-def _images_below(folder: Path) -> Iterator[str]:
+def _images_below(folder: Path, others: list[str]) -> Iterator[str]:
+    """Yield the paths of all images, in order; `others` gets what PIL cannot open and names that are not UTF-8."""
+    seen = set[str]()
     for where, subfolders, files in os.walk(folder, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        for name in sorted(files):
-            if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield os.path.join(where, name)
+        if os.path.realpath(where) in seen:  # a link back to a folder above
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        for path in (os.path.join(where, name) for name in sorted(files) if name[0] != "."):
+            named = path.encode("utf-8", "backslashreplace").decode()
+            if named == path and _is_image(path):
+                yield path
+            else:
+                others.append(named)
+
+
+@cache
+def _endings() -> set[str]:
+    Image.init()
+    return {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+
+
+def _is_image(path: str) -> bool:
+    """By the ending, so that a million files are not opened, and where it says nothing by the content."""
+    if os.path.splitext(path)[1].lower() in _endings():
+        return True
+    try:
+        with open_image(path):
+            return True
+    except Exception:  # PIL raises nearly anything
+        return False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import datasets
@@ -21,10 +21,11 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from singreg.data.classes import imagenet_names
+from singreg.data.classes import ClassSubset
 from singreg.data.scenes import SHAPES, SceneTable, render_scene
-from singreg.utils import progress
+from singreg.utils import progress, usable_cores
 
+logger = logging.getLogger(__name__)
 Labels = Sequence[int] | np.ndarray
 Transform = Callable[[Image.Image], Tensor]
 UNLABELLED = -1
@@ -57,13 +58,27 @@ def examine(cell: Mapping[str, Any] | None) -> tuple[bytes, str | None]:
     return hashlib.sha256(content).digest(), None
 
 
+def open_image(file: Any) -> Image.Image:
+    """Open a path or file of one of the `FORMATS`, not yet decoded."""
+    Image.init()  # before it, PIL does not know which formats it was built with
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def _decode(content: bytes, *, draft: bool = False) -> Image.Image:
     """Decode as RGB, upright by the EXIF tag, under PIL's own limit of size."""
-    Image.init()  # before it, PIL does not know which formats it was built with
-    with Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+    with open_image(io.BytesIO(content)) as image:
         if draft:
             image.draft("RGB", (1, 1))
-        return ImageOps.exif_transpose(image).convert("RGB")
+        wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        upright = ImageOps.exif_transpose(image)
+    if not wide and upright.mode in ("I", "F"):
+        raise ValueError("32-bit values have no known range; save it with 8 or 16 bits")
+    if wide:  # PIL's own conversion would make everything above 255 white
+        values = np.asarray(upright)
+        if 0 < values.max() < 4096:
+            raise ValueError(f"16-bit values up to {values.max()} alone (12 bits?) would be black; save it with 8 bits")
+        upright = Image.fromarray((values / 257).round().astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def _reason(error: Exception) -> str:
@@ -165,7 +180,7 @@ class TableSplit(ImageSplit):
         known = len(self.bad)
         # Chunks, since a million waiting tasks would take a gigabyte.
         chunks = np.split(new, range(1024, len(new), 1024))
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
+        with ThreadPoolExecutor(min(8, usable_cores())) as pool:  # decoding releases the interpreter lock
             for chunk in progress(chunks, f"checking images [{self.name}]"):
                 found = pool.map(lambda row: examine(self.table[int(row)]["image"]), chunk)
                 for row, (digest, problem) in zip(chunk.tolist(), found, strict=True):
@@ -240,7 +255,7 @@ class CorruptedSplit(SubsetSplit):
 class Splits:
     """The four splits of a run: train, audit and test share no image; bank is train (first) and the unlabelled ones.
 
-    `class_indices` are the classes' places in ImageNet-1k, or None; `bank[: len(train)]` is `train` in the same order.
+    `classes` are the data's own, None where labels are among other rows; `bank[: len(train)]` is `train` in its order.
     """
 
     train: ImageSplit
@@ -248,20 +263,17 @@ class Splits:
     audit: ImageSplit
     test: ImageSplit
     class_names: tuple[str, ...]
-    class_indices: tuple[int, ...] | None
+    classes: ClassSubset | None
 
     def __iter__(self) -> Iterator[ImageSplit]:
         return iter((self.train, self.bank, self.audit, self.test))
 
-    def among_imagenet(self) -> Splits:
-        """Return the same images with labels and names among all 1000 classes of ImageNet-1k, for a head kept whole."""
-        if self.class_indices is None:
-            raise ValueError(f"the {len(self.class_names)} classes are not all ImageNet-1k's; use model.head: new")
-        names, rows = imagenet_names(), np.array([*self.class_indices, UNLABELLED])
-        moved = [split.subset(np.arange(len(split))) for split in self]
+    def among(self, rows: Sequence[int], names: Sequence[str]) -> Splits:
+        """Return the same images with class i as label rows[i] among more or other ordered classes, `names`."""
+        places, moved = np.array([*rows, UNLABELLED]), [split.subset(np.arange(len(split))) for split in self]
         for split in moved:
-            split.labels, split.class_names = rows[split.labels], names
-        return Splits(moved[0], moved[1], moved[2], moved[3], names, tuple(range(len(names))))
+            split.labels, split.class_names = places[split.labels], tuple(names)
+        return Splits(moved[0], moved[1], moved[2], moved[3], tuple(names), None)
 
 
 @dataclass(eq=False)
@@ -315,10 +327,18 @@ def make_loader(
     drop_last: bool = False,
 ) -> DataLoader[Any]:
     """Return batches (images (B, 3, H, W), labels (B,), indices (B,)); `clean_transform` puts a clean view second."""
-    views = _Views(split, transform, clean_transform, seed)
+    views, most = _Views(split, transform, clean_transform, seed), usable_cores()
+    if workers > most:
+        _say_once(f"data.workers: {workers} are more than the {most} cores that may be used; {most} are started")
+        workers = most
     sampler = EpochSampler(views, shuffle)
     generator = torch.Generator().manual_seed(seed)  # or every pass would draw from the training's dropout
     return DataLoader(views, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, generator=generator)
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    logger.warning(sentence)
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
+from singreg.data.classes import head_rows, subset_of
 from singreg.models import heads
 from singreg.utils import sha256_of_tensor
 
-IMAGENET_CLASSES = 1000
 HeadMode = Literal["keep", "slice", "new"]
 Tuning = Literal["head", "last_stage", "all"]
 BatchNormMode = Literal["eval", "train"]
@@ -44,6 +44,7 @@ class Classifier(nn.Module):
     own_transform: Transform | None = None
     class_names: tuple[str, ...] | None = None
     batch_norm: BatchNormMode = "eval"
+    new_head = False
 
     def __init__(
         self, model: nn.Module, head_name: str, *, tag: str, data_config: dict[str, Any] | None = None
@@ -60,9 +61,7 @@ class Classifier(nn.Module):
         *,
         pretrained: bool = True,
         head_mode: HeadMode = "keep",
-        class_indices: Sequence[int] | None = None,
         class_names: Sequence[str] | None = None,
-        imagenet_rows: bool = False,
         num_classes: int | None = None,
         image_size: int | None = None,
         **model_kwargs: Any,
@@ -70,18 +69,17 @@ class Classifier(nn.Module):
         """Make one of any timm name, `local-dir:FOLDER` or `hf-hub:USER/MODEL`; its pretrained_cfg names the head.
 
         Args:
-            head_mode: "keep" all C rows; "slice" some rows of the pretrained head; "new" draws a fresh one.
-            class_indices: the rows to slice, in order.
-            class_names: names of the rows; without `class_indices`, rows are found by the label names in the weights.
-            imagenet_rows: `class_indices` are ImageNet-1k's, used only where the head is, or names found if they fit.
+            head_mode: "keep" all C rows; "slice" those of `class_names` (see `data.classes.head_rows`; rows by number
+                are taken with `slice_head`); "new" draws a fresh head of `num_classes`.
+            class_names: names of a sliced or new head's rows.
             num_classes: rows of a "new" head, or of an untrained model.
             image_size: side of the input in pixels, if not the model's own.
             model_kwargs: further arguments of `timm.create_model`.
         """
-        rows = class_indices if class_indices is not None else class_names
-        needed = {"keep": (), "slice": rows, "new": num_classes}.get(head_mode)
-        if needed is None or (head_mode == "slice" and num_classes) or (head_mode != "slice" and class_indices):
-            raise ValueError(f'head_mode is "keep", "slice" with rows or "new" with num_classes, got {head_mode!r}')
+        needed = {"keep": True, "slice": class_names and not num_classes, "new": num_classes}.get(head_mode)
+        if not needed:
+            wanted = '"keep", "slice" with class_names or "new" with num_classes'
+            raise ValueError(f"head_mode is {wanted}, got {head_mode!r}")
         if head_mode == "keep" and num_classes is not None:
             model_kwargs["num_classes"] = num_classes
         model = _create(name, pretrained=pretrained, **model_kwargs)
@@ -99,12 +97,10 @@ class Classifier(nn.Module):
             model.reset_classifier(num_classes)
             model.pretrained_cfg = {**cfg, "label_names": None, "label_descriptions": None}  # of rows that are gone
         classifier = cls(model, heads.find_head(model, cfg.get("classifier"))[0], tag=tag, data_config=config)
+        classifier.new_head = head_mode == "new"
         if head_mode == "slice":
-            labels = label_names(cfg)
-            rows = _rows_to_keep(classifier, labels, class_indices, class_names or (), imagenet_rows)
-            classifier.slice_head(rows)
-            if class_names is None and all(row in labels for row in rows):
-                class_names = [labels[row] for row in rows]
+            chosen = subset_of(tuple(class_names or ()))
+            classifier.slice_head(head_rows(chosen, classifier.label_names, classifier.num_classes))
         if head_mode != "keep" and class_names is not None:
             if len(class_names) != classifier.num_classes:
                 raise ValueError(f"{len(class_names)} class_names for {classifier.num_classes} rows of the head")
@@ -129,7 +125,7 @@ class Classifier(nn.Module):
         wrong = repeated or [row for row in rows if not 0 <= row < classes]
         if wrong or not rows:
             got = f"{len(rows)} with {wrong[:6]}{' repeated' if repeated else ''}"
-            raise ValueError(f"class_indices must be different rows in 0..{classes - 1} of {self.tag}, got {got}")
+            raise ValueError(f"expected different rows in 0..{classes - 1} of {self.tag}, got {got}")
         linear = (heads.batch_norm_and_linear(self.head) or (None, self.head))[1]
         name = next(name for name, module in self.model.named_modules() if module is linear)
         index = torch.tensor(list(rows), device=self.weight.device)
@@ -138,7 +134,15 @@ class Classifier(nn.Module):
         # Some families draw their whole head anew here (caformer's MLP), so every other tensor is put back.
         self.model.reset_classifier(len(rows))  # type: ignore[operator]
         self.model.load_state_dict(state)
+        labels = self.label_names
+        self.class_names = tuple(labels[row] for row in rows) if all(row in labels for row in rows) else None
         self.eval()
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Names stored with the weights, by row of the pretrained head: timm keeps a list, or a mapping with gaps."""
+        names = getattr(self.model, "pretrained_cfg", {}).get("label_names") or ()
+        return {int(row): name for row, name in (names.items() if isinstance(names, Mapping) else enumerate(names))}
 
     @property
     def head(self) -> nn.Module:
@@ -277,32 +281,3 @@ def _hash_of_result(transform: Transform) -> str:
     y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
     image = Image.fromarray(torch.stack([4 * x, 5 * y, 2 * (x + y)], dim=-1).to(torch.uint8).numpy())
     return sha256_of_tensor(transform(image))
-
-
-def label_names(cfg: Mapping[str, Any]) -> dict[int, str]:
-    """Return label names stored with weights, by row of the head: timm keeps a list, or a mapping with gaps."""
-    names = cfg.get("label_names") or ()
-    return {int(row): name for row, name in (names.items() if isinstance(names, Mapping) else enumerate(names))}
-
-
-def _rows_to_keep(
-    model: Classifier, labels: Mapping[int, str], indices: Sequence[int] | None, names: Sequence[str], imagenet: bool
-) -> list[int]:
-    """Rows of a head that is sliced: those given, or those whose stored label names are the classes'."""
-    if indices is not None and not (imagenet and names and set(names) <= set(labels.values())):
-        if imagenet and model.num_classes != IMAGENET_CLASSES:
-            has = f"{model.tag} has {model.num_classes} rows and {'other' if labels else 'no'} class names"
-            raise ValueError(
-                f"the head of {has}, so ImageNet rows cannot be taken from it; set model.head to keep or new"
-            )
-        return list(indices)
-    known = {name: [row for row, label in labels.items() if label == name] for name in names}
-    if missing := [name for name in names if not known[name]]:
-        has = f"its label names are {', '.join([*labels.values()][:6])}" if labels else "no label names are stored"
-        none = (
-            f"{model.tag} has no head row for {', '.join(missing[:6])} ({len(missing)} of {len(names)} classes; {has})"
-        )
-        raise ValueError(f"{none}; give class_indices, or set head_mode (model.head) to new")
-    if several := [f"{name} (rows {rows})" for name, rows in known.items() if len(rows) > 1]:
-        raise ValueError(f"{model.tag} has several head rows of the same name: {', '.join(several[:6])}")
-    return [known[name][0] for name in names]

@@ -121,7 +121,7 @@ def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
     schema, identifier = open_clip.factory.parse_model_name(name)
     if schema is not None:
         if pretrained is not None:
-            raise ValueError(f"{name!r} brings its own weights: leave out pretrained={pretrained!r}")
+            raise ValueError(f"{name!r} brings its own weights: set vlm.pretrained to null, not {pretrained!r}")
         folder = Path(identifier)
         if schema == "local-dir" and not (folder / "open_clip_config.json").is_file():
             raise FileNotFoundError(f"no open_clip_config.json in {folder}")

@@ -38,9 +38,8 @@ def parse() -> argparse.Namespace:
 def arm(options: argparse.Namespace, with_loss: bool) -> Arm:
     """A classifier to train, with SingLoss or without."""
     pretrained = options.model.startswith("local-dir:")
-    classifier = Classifier.from_timm(
-        options.model, pretrained=pretrained, head_mode="slice", class_indices=range(options.classes)
-    )
+    classifier = Classifier.from_timm(options.model, pretrained=pretrained)
+    classifier.slice_head(range(options.classes))
     classifier = classifier.to(memory_format=torch.channels_last).tune("all")
     sing = None
     if with_loss:
