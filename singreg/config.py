@@ -130,7 +130,7 @@ class ModelConfig(Checked):
             one inside the package.
         pretrained: load its weights.
         head: keep all rows of the pretrained head, slice it to the data's classes, or make a new one; auto slices, or
-            makes a new one where no row is known to be one of the classes.
+            makes a new one for training where no row is known to be one of the classes.
         label_names: file that names the rows of the pretrained head, one a line; null for the names stored with it.
         tuning: train the head only, the last stage and the head, or all.
         batch_norm: keep batch-norm statistics (eval) or update them (train).

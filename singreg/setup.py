@@ -58,9 +58,10 @@ def prepare(
     if not len(splits.audit):
         raise ValueError("the audit split is empty: no auditor can be fitted; give data.per_class.audit or unlabeled")
     fit_batch(config, len(splits.train), accelerator)
-    classifier = build_classifier(model, splits, image_size=config.data.image_size).to(accelerator.device)
+    options: dict[str, Any] = {"image_size": config.data.image_size, "trained": hasattr(config, "training")}
+    classifier = build_classifier(model, splits, **options).to(accelerator.device)
     labelled = labels_for_head(splits, classifier, model)
-    told = "" if config.resume else try_one_batch(labelled, classifier, model)
+    told = try_one_batch(labelled, classifier, model)
     vlm = open_vlm(config.vlm, accelerator)
     passes = PassSettings(BATCH_SIZE, config.data.workers, progress=accelerator.is_local_main_process)
     if config.dry_run and accelerator.is_main_process:
@@ -95,9 +96,14 @@ def describe_pair(classifier: Classifier, vlm: VisionLanguageModel) -> Translato
 
 
 def build_classifier(
-    model: ModelConfig, splits: Splits, *, image_size: int | None = None, allow_empty: bool = False
+    model: ModelConfig,
+    splits: Splits,
+    *,
+    image_size: int | None = None,
+    allow_empty: bool = False,
+    trained: bool = False,
 ) -> Classifier:
-    """Build the classifier with its head kept, sliced to the splits' classes, or new."""
+    """Build the classifier with its head kept, sliced to the splits' classes, or new; auto is new only if `trained`."""
     options: dict[str, Any] = {"pretrained": model.pretrained, "image_size": image_size}
     name, names = model.source, splits.class_names
     new = model.head == "new"
@@ -107,7 +113,7 @@ def build_classifier(
             if model.head != "keep":
                 classifier.slice_head(find_rows(splits, classifier, model)[0])
         except NoRows as error:
-            if model.head == "slice":
+            if model.head == "slice" or not trained:
                 raise
             logger.warning("model.head: auto takes new, since %s", error)
             new = True
@@ -182,7 +188,7 @@ def try_one_batch(splits: Splits, classifier: Classifier, model: ModelConfig) ->
     images, labels, _ = next(iter(make_loader(split.subset(places), classifier.transform, len(places))))
     try:
         with torch.no_grad():
-            features, logits = classifier.features_and_logits(images.to(device))
+            logits = classifier(images.to(device))
     except (AssertionError, RuntimeError) as error:
         why = str(error).splitlines()[0][:90]
         raise ValueError(
@@ -194,7 +200,7 @@ def try_one_batch(splits: Splits, classifier: Classifier, model: ModelConfig) ->
         logger.warning(
             "before training %d of %d test images are right: are the head's rows those classes?", right, count
         )
-    shapes = f"features {tuple(features.shape)}, logits {tuple(logits.shape)}"
+    shapes = f"features {(count, classifier.feature_dim)}, logits {tuple(logits.shape)}"
     return f"one batch: {shapes}; top-1 before training {right / count:.1%}"
 
 
