@@ -13,6 +13,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from singreg.config import parse
+from singreg.study import StudyConfig
+
+if __name__ == "__main__":  # --help and mistakes are answered before the seconds that these imports take
+    parse(StudyConfig, description=__doc__)
+
 import numpy as np
 import pandas as pd
 from accelerate.logging import get_logger
@@ -23,7 +29,6 @@ from singreg.analysis.arms import Measured, measure_arm
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.study import HARM, PAIRED, Summary, study_verdict, study_warnings, summarize_study, words
 from singreg.checkpoints import fingerprints
-from singreg.config import parse
 from singreg.data.splits import KINDS
 from singreg.loop_translator import loop_bank
 from singreg.models.classifier import Classifier
@@ -32,7 +37,7 @@ from singreg.plots.study import save_pareto
 from singreg.report import Section, interval, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, end_dry_run, prepare
-from singreg.study import StudyConfig, StudyRun, Work, hold_out, plan_study
+from singreg.study_runs import StudyRun, Work, hold_out, plan_study
 from singreg.task import describe_training
 from singreg.translator import LinearTranslator
 from singreg.utils import atomic_write

@@ -19,7 +19,8 @@ from singreg.analysis.study import HARM, PAIRED
 from singreg.config import parse
 from singreg.data.splits import Splits
 from singreg.setup import Setup
-from singreg.study import ArmConfig, StudyConfig, Work, hold_out, plan_study
+from singreg.study import ArmConfig, StudyConfig
+from singreg.study_runs import Work, hold_out, plan_study
 from tests import toy
 
 SETTINGS: dict[str, Any] = {

@@ -26,7 +26,8 @@ from singreg.analysis.study import (
 )
 from singreg.config import FinetuneConfig, LossConfig
 from singreg.plots.study import save_pareto
-from singreg.study import ArmConfig, Work
+from singreg.study import ArmConfig
+from singreg.study_runs import Work
 from singreg.utils import plain
 
 N = 200

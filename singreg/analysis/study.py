@@ -11,7 +11,7 @@ import pandas as pd
 from singreg.analysis.arms import AUDITOR, Measured
 from singreg.analysis.comparison import CONFIRMED, MARGIN, confirmed_share, ends, no_claim, resampled
 from singreg.analysis.crossfit import AUDITED, figures
-from singreg.study import Work
+from singreg.study_runs import Work
 
 HARM = "class_variance"  # what arms are ordered by: steering, AS⁻ and |AS| all come of it (METHOD section 8.8)
 PAIRED = {
