@@ -34,7 +34,7 @@ from singreg.report import log, log_figures, track, write_report
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start
 from singreg.setup import Setup, end_dry_run, prepare
-from singreg.task import describe_training, loss_embeddings, loss_texts, make_sing
+from singreg.task import Schedule, describe_training, loss_embeddings, loss_texts, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
 
 
@@ -173,8 +173,12 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
     """Compare the arms and write the run's report."""
     comparisons = compare_arms(measured)
     plots = plot_finetune(measured, comparisons, setup.splits.class_names, run.folder / "plots")
-    log_figures(run.accelerator, plots)
     figures = {name: found for name, (_, found) in measured.items()}
+    for arm in ("control", "sing"):  # both curves begin at the common start
+        track(run.accelerator, arm, config)
+        for step, when in ((0, "before"), (Schedule(config, len(setup.splits.train)).total, arm)):
+            log(run.accelerator, headline(figures[when]), step)
+    log_figures(run.accelerator, plots)
     write_report(
         run,
         title=f"{run.folder.name}: null-space leakage before and after fine-tuning",
@@ -188,6 +192,14 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
         },
         rows=pd.concat([rows.assign(model=name) for name, (rows, _) in measured.items()]),
     )
+
+
+def headline(figures: dict[str, Any]) -> dict[str, float]:
+    """The auditor's main figures of a stage, as trackers name them."""
+    scores, audited = figures["translators"]["auditor"]["overall"], figures["audit"]
+    named = {name: scores[name] for name in ("AS_neg", "AS_abs", "IS")}
+    named |= {"class_variance": audited["class_variance"], "steered_4sd": audited["cross 4 sd"]}
+    return {"test/top1": figures["top1"], **{f"auditor/{name}": value for name, value in named.items()}}
 
 
 def check(config: FinetuneConfig, run: Run, splits: Splits, classifier: Classifier) -> None:

@@ -108,6 +108,11 @@ def test_the_curves_of_both_arms(finished: Path) -> None:
     assert not {"train/readout", "train/sing_weight"} & set(found["control"].Tags()["scalars"])
     assert "watch/histogram" in found["control"].Tags()["images"]
     assert [event.step for event in found["sing"].Scalars("watch/IS")] == [5, 10]
+    for arm, events in found.items():
+        measured = json.loads((finished / "report.json").read_text())["measurements"]
+        ends = [(event.step, event.value) for event in events.Scalars("auditor/class_variance")]
+        wanted = [measured[stage]["audit"]["class_variance"] for stage in ("before", arm)]
+        assert ends == [(0, pytest.approx(wanted[0])), (10, pytest.approx(wanted[1]))]
     assert sorted(path.name for path in (finished / "tensorboard").iterdir()) == ["control", "sing"]
 
 
