@@ -122,8 +122,8 @@ class NullSpace(nn.Module):
         rank = int((sigma > max(classes, width) * torch.finfo(torch.float64).eps * sigma[:1]).sum())
         if rank == width and not allow_empty:
             raise ValueError(
-                f"the head ({classes} classes, {width} features) has full rank {rank}, so it has no null space. Use a "
-                "model with more features than classes, or slice the head; allow_empty=True gives the empty null space"
+                f"the head ({classes} classes, {width} features) has full rank {rank}, so it has no null space; take a "
+                "model with more features than classes, slice the head, or pass allow_empty=True"
             )
         return cls(left[:, :rank].contiguous(), sigma, invariance=invariance)
 

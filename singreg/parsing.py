@@ -33,13 +33,18 @@ def parse(kind: type[Config], arguments: Sequence[str] | None = None, *, descrip
             stream.reconfigure(errors="singreg")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser(kind, description)
-    if {"-h", "--help", "--print_config"} & set(arguments):
-        parser.parse_args(arguments)
+    if {"-h", "--help"} & set(arguments):
+        parser.parse_args(["--help"])
+    shown = "--print_config" in arguments
+    arguments = [word for word in arguments if word != "--print_config"]
     problems: list[str] = []
     config = _changed(parser, kind(), _given(kind, arguments, problems), problems)
     if problems:
         listed = "".join(f"  - {problem}\n" for problem in problems)
         parser.exit(2, f"the configuration has {len(problems)} problem(s):\n{listed}--help explains every key\n")
+    if shown:
+        print(dump(config), end="")
+        parser.exit()
     return config
 
 

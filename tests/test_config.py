@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,12 +48,15 @@ def test_files_and_flags_apply_in_order(tmp_path: Path) -> None:
     assert config.model == ModelConfig()
 
 
-def test_dump_reads_back_as_the_same_run(tmp_path: Path) -> None:
+def test_dump_reads_back_as_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = parse(FinetuneConfig, ["--data.scenes.test", "50", "--vlm.templates", '["a {class}", "the {class}"]'])
     assert parse(FinetuneConfig, ["--config", written(tmp_path, dump(config))]) == config
     models = parse(Listed, ["--models", "[{name: a}, {name: b, head: keep}]"])
     assert [model.head for model in models.models] == ["auto", "keep"]
     assert parse(Listed, ["--config", written(tmp_path, dump(models))]) == models
+    with pytest.raises(SystemExit):
+        parse(Listed, ["--print_config", "--config", written(tmp_path, dump(models))])
+    assert capsys.readouterr().out == dump(models)
 
 
 def test_all_mistakes_are_shown_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,9 +102,38 @@ def test_a_section_that_stands_twice_is_refused(tmp_path: Path, capsys: pytest.C
     assert "listed twice: loss" in line
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "a: [", "text"])
-def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(refusal(capsys, "--config", written(tmp_path, text))) == 1
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "text", None])
+def test_what_is_no_configuration_is_refused(
+    text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also a file that is not there but is called as one of the package's."""
+    file = str(tmp_path / "elsewhere" / "demo.yaml") if text is None else written(tmp_path, text)
+    (line,) = refusal(capsys, "--config", file)
+    assert file in line
+
+
+def test_words_stand_for_sections_and_paths_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/anna")
+    data = ["--data.source", "~/images", "--data.classes", "[~/list, x]"]
+    config = parse(Listed, ["--models", "~/a,local-dir:~/b,c~d", "--out=~/run", *data])
+    assert [model.name for model in config.models] == ["/home/anna/a", "local-dir:/home/anna/b", "c~d"]
+    assert (config.out, config.data.source) == ("/home/anna/run", "/home/anna/images")
+    assert config.data.classes == ["/home/anna/list", "x"]
+    mixed = parse(Listed, ["--models", "[a, {name: b, head: keep}]"])
+    assert [(model.name, model.head) for model in mixed.models] == [("a", ModelConfig().head), ("b", "keep")]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "wanted"),
+    [("ascii", "AS_neg 3 deg \\u732b"), ("latin-1", "AS_neg 3° \\u732b"), ("utf-8", "AS⁻ 3° 猫")],
+)
+def test_output_that_is_not_utf8_gets_ascii_names(encoding: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so do bytes of a file's name that are no UTF-8, which UTF-8 itself cannot write."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", stream)
+    parse(FinetuneConfig, [])
+    print("AS⁻ 3° 猫", os.fsdecode(b"caf\xe9"), end="", flush=True)
+    assert stream.buffer.getvalue().decode(encoding) == f"{wanted} caf\\udce9"  # type: ignore[attr-defined]
 
 
 def test_overridden_copies_with_other_values() -> None:

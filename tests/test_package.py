@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import zipfile
@@ -14,10 +15,35 @@ import singreg
 ROOT = Path(__file__).parents[1]
 
 
-def test_importing_singreg_loads_no_heavy_package() -> None:
-    code = "import sys, singreg; print([m for m in ('torch', 'timm', 'open_clip', 'datasets') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+@pytest.mark.parametrize("recipe", ["", "analyze", "attack", "compare", "finetune", "steer", "study"])
+def test_neither_the_package_nor_a_mistake_waits_for_torch(recipe: str) -> None:
+    """Its import and timm's take seconds, a configuration a tenth of one."""
+    start = f"runpy.run_path('recipes/{recipe}.py', run_name='__main__')" if recipe else "import singreg"
+    code = f"import runpy, sys\nsys.argv[1:] = ['--seed', 'x']\ntry:\n    {start}\nfinally:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == (2 if recipe else 0), done.stderr
+    assert not {"torch", "timm", "open_clip", "datasets", "pandas", "numpy"} & set(done.stdout.split())
+
+
+def letters(message: ast.expr, told: dict[str, ast.expr]) -> int:
+    """Count the letters of an error's text as its source has them; what is filled in counts as twelve."""
+    if isinstance(message, ast.Name) and message.id in told:
+        return letters(told[message.id], {name: text for name, text in told.items() if name != message.id})
+    if isinstance(message, (ast.JoinedStr, ast.FormattedValue, ast.BinOp)):
+        return sum(letters(part, told) for part in ast.iter_child_nodes(message) if isinstance(part, ast.expr))
+    return len(str(message.value)) if isinstance(message, ast.Constant) else 12
+
+
+def test_error_texts_have_at_most_200_letters() -> None:
+    found = {}
+    for path in [path for folder in ("singreg", "recipes") for path in (ROOT / folder).rglob("*.py")]:
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            nodes = list(ast.walk(function)) if isinstance(function, ast.FunctionDef) else []
+            told = {ast.unparse(node.targets[0]): node.value for node in nodes if isinstance(node, ast.Assign)}
+            calls = [node.exc for node in nodes if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+            found |= {f"{path.name}:{call.lineno}": letters(call.args[0], told) for call in calls if call.args}
+    assert len(found) > 100
+    assert {place: length for place, length in found.items() if length > 200} == {}
 
 
 def test_public_names_are_few_and_documented() -> None:

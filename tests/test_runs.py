@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ def test_a_loop_takes_the_first_signal_and_a_late_second_one_ends(
 def test_a_users_mistake_is_a_sentence_and_a_bug_is_not() -> None:
     with pytest.raises(SystemExit, match="error: what is wrong"), explained():
         raise FileNotFoundError("what is wrong")
+    with pytest.raises(SystemExit, match=r"not UTF-8: 'a/caf\\udce9.png'"), explained():
+        os.fsdecode(b"a/caf\xe9.png").encode()
     with pytest.raises(RuntimeError), explained():
         raise RuntimeError
 

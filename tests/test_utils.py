@@ -14,6 +14,7 @@ from singreg.utils import (
     all_reduce_mean,
     all_reduce_sum,
     atomic_write,
+    cache_folder,
     gather_rows,
     progress,
     sha256_of_tensor,
@@ -47,6 +48,13 @@ def test_sweeping_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
     assert not left.exists()
     assert not folder.parent.exists()
     assert all(path.exists() for path in others)
+
+
+def test_without_a_home_directory_the_cache_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SINGREG_CACHE")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where the user has no entry and $HOME is unset
+    with pytest.raises(ValueError, match="SINGREG_CACHE"):
+        cache_folder()
 
 
 def test_json_is_strict(tmp_path: Path) -> None:
