@@ -65,7 +65,7 @@ from singreg.nullspace import NullSpace
 from singreg.plots.scores import plot_analysis
 from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, end_dry_run, prepare
+from singreg.setup import Setup, prepare
 from singreg.steering import steer
 from singreg.utils import cache_folder
 
@@ -87,7 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"neighbours: the gallery (the bank) has {len(setup.splits.bank)} images; ask for fewer")
         words = embed_concepts(setup.vlm, bank, config.concept_templates).to(setup.texts)
         if config.dry_run:
-            end_dry_run(setup)
             return
         setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))
         run.open()

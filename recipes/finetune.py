@@ -33,7 +33,7 @@ from singreg.plots.scores import finetune_sections, plot_finetune
 from singreg.report import log, log_figures, track, write_report
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start
-from singreg.setup import Setup, end_dry_run, prepare
+from singreg.setup import Setup, prepare
 from singreg.task import Schedule, describe_training, loss_embeddings, loss_texts, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
 
@@ -48,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run.check()
         setup = prepare(config, config.model, accelerator, before_embedding=partial(check, config, run))
         if config.dry_run:
-            end_dry_run(setup)
             return
         run.open()
     with run.guarded():

@@ -63,7 +63,7 @@ from singreg.nullspace import NullSpace
 from singreg.plots.steering import plot_steering
 from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, end_dry_run, prepare
+from singreg.setup import Setup, prepare
 from singreg.utils import cache_folder
 
 
@@ -80,7 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if config.dry_run:
             if accelerator.is_main_process:
                 print(f"steering: {int(plan.wanted.sum())} pairs, {int(plan.chosen.sum())} images")
-            end_dry_run(setup)
             return
         setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))  # several passes over features
         run.open()

@@ -36,7 +36,7 @@ from singreg.models.edits import align_head_, drop_null, interpolate_weights
 from singreg.plots.study import save_pareto
 from singreg.report import Section, interval, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, end_dry_run, prepare
+from singreg.setup import Setup, prepare
 from singreg.study_runs import StudyRun, Work, hold_out, plan_study
 from singreg.task import describe_training
 from singreg.translator import LinearTranslator
@@ -81,7 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{arm.name}, seed {work.seed}: {arm.make}{source}; {told.splitlines()[0]}; {arm.note}")
         study = Study(config, run, setup)
         if config.dry_run:
-            end_dry_run(setup)
             return
         run.open()
     with run.guarded():

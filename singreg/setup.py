@@ -72,7 +72,7 @@ def prepare(
         print(f"embedding those of bank, audit and test once; {cache_folder()} keeps them", flush=True)
     if before_embedding is not None:
         before_embedding(labelled, classifier)
-    return Setup(
+    setup = Setup(
         splits=labelled,
         classifier=classifier,
         vlm=vlm,
@@ -81,6 +81,9 @@ def prepare(
         info=describe_pair(classifier, vlm),
         passes=passes,
     )
+    if config.dry_run and accelerator.is_main_process:
+        print("dry run: nothing was measured, no run folder was made")
+    return setup
 
 
 def describe_pair(classifier: Classifier, vlm: VisionLanguageModel) -> TranslatorInfo:
@@ -202,12 +205,6 @@ def try_one_batch(splits: Splits, classifier: Classifier, model: ModelConfig) ->
         )
     shapes = f"features {(count, classifier.feature_dim)}, logits {tuple(logits.shape)}"
     return f"one batch: {shapes}; top-1 before training {right / count:.1%}"
-
-
-def end_dry_run(setup: Setup) -> None:
-    """Say that a dry run is over."""
-    if setup.passes.progress:
-        print("dry run: nothing was measured, no run folder was made")
 
 
 def fit_batch(config: RunConfig, images: int, accelerator: Accelerator) -> None:
