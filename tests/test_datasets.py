@@ -193,8 +193,9 @@ def test_what_can_be_opened_is_used_and_the_rest_is_named(tmp_path: Path, caplog
     assert "2 files are no images in a class folder and are left out" in caplog.text
     assert "1 classes are in val alone and are left out:\n  only here" in caplog.text
     assert "hidden" not in caplog.text
-    with pytest.raises(FileNotFoundError, match=f"no split 'train' in .*set data.source to {root}$"):
-        load(root / "train", test_split="val")
+    for deeper in (root / "train", root / "train/a"):
+        with pytest.raises(FileNotFoundError, match=f"no split 'train' in .*set data.source to {root}$"):
+            load(deeper, test_split="val")
 
 
 def test_a_file_gives_classes_their_names(tmp_path: Path) -> None:
@@ -205,10 +206,13 @@ def test_a_file_gives_classes_their_names(tmp_path: Path) -> None:
     given: dict[str, Any] = {"class_names": str(file)}
     assert load(root, **given).class_names[:3] == ("name 1", "name 10", "name 2")
     assert load(root, classes=["10", "3"], **given).class_names == ("name 10", "name 3")
-    file.write_text("# some\n3: red kite\n10: owl\n")
+    file.write_text("# some\n3: red kite\n10 : owl\n")
     named = load(root, classes=["10", "3", "4"], **given)
     assert (named.class_names, named.classes.keys) == (("owl", "red kite", "4"), ("10", "3", "4"))
-    for text, words in (("owl\nkite\n", "2 lines, expected a name for each of 10"), ("3: owl\n4: owl\n", "several")):
+    some = "".join(f"{key}: owl {key}\n" for key in keys[:9])
+    wrong = {"owl\nkite\n": "a name for each of 10 classes .*got 2 like 'owl'", "3: owl\n4: owl\n": "several"}
+    wrong |= {f"{some}11: kite": "got 10 like '11: kite'", f"{some}10:": "got 10 like '10:'"}
+    for text, words in wrong.items():
         file.write_text(text)
         with pytest.raises(ValueError, match=f"data.class_names: .*{words}"):
             load(root, **given)
@@ -400,6 +404,9 @@ def test_webdataset_tars_take_their_names_from_a_file(tmp_path: Path, streaming:
     with pytest.raises(ValueError, match=r"cls holds numbers; set data\.class_names"):
         load(tmp_path / "set", streaming=streaming)
     (tmp_path / "names.txt").write_text("red kite\nowl\n")
+    (tmp_path / "short.txt").write_text("owl\n")
+    with pytest.raises(ValueError, match="label 1, but there are 1 names of classes"):
+        load(tmp_path / "set", class_names=str(tmp_path / "short.txt"), streaming=streaming)
     splits = load(tmp_path / "set", class_names=str(tmp_path / "names.txt"), streaming=streaming)
     assert splits.classes.order == ("red kite", "owl")
     assert [per_class(split) for split in (splits.train, splits.audit, splits.test)] == [[3, 3], [3, 3], [2, 2]]

@@ -157,16 +157,18 @@ def subset_of(keys: tuple[str, ...]) -> ClassSubset:
 def renamed(classes: ClassSubset, path: str) -> ClassSubset:
     """Give classes the names of a file: one a line for all classes of the data in `order`, or `folder: name` lines."""
     lines, owners = read_list(path), _owners(classes.order)
-    pairs = [
-        (before.strip(), after.strip()) for before, colon, after in (line.partition(":") for line in lines) if colon
-    ]
-    if len(pairs) == len(lines) and all(after and before in owners for before, after in pairs):
-        words = {key: after for before, after in pairs for key in owners[before]}
-    elif len(lines) == len(classes.order):
+    pairs = [[part.strip() for part in line.partition(":")[::2]] for line in lines]
+    found = [owners.get(before) or owners.get(_normal(before), set()) if after else set() for before, after in pairs]
+    if lines and all(found):
+        words = {key: after for keys, (_, after) in zip(found, pairs, strict=True) for key in keys}
+    elif len(lines) == len(classes.order) and not any(found):
         words = dict(zip(classes.order, lines, strict=True))
     else:
-        wanted = f"a name for each of {len(classes.order)} classes ({', '.join(classes.order[:3])}, ...)"
-        raise ValueError(f"data.class_names: {path} has {len(lines)} lines, expected {wanted} or `folder: name` lines")
+        wrong = next((line for line, keys in zip(lines, found, strict=True) if not keys), "none")[:40]
+        wanted = f"a name for each of {len(classes.order)} classes ({', '.join(classes.order[:2])}, ...)"
+        raise ValueError(
+            f"data.class_names: expected {wanted} or `folder: name` lines, got {len(lines)} like {wrong!r}"
+        )
     names = tuple(words.get(key, name) for key, name in zip(classes.keys, classes.names, strict=True))
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"data.class_names: {path} calls several classes {', '.join(sorted(twice)[:6])}")

@@ -57,9 +57,7 @@ def load_splits(config: DataConfig) -> Splits:
         >>> [len(split) for split in splits]
         [12, 12, 6, 5]
     """
-    scenes = (
-        config.source == "scenes" and not Path("scenes").is_dir()
-    )  # a folder of the user goes before a built-in name
+    scenes = config.source == "scenes" and not Path("scenes").is_dir()  # a user's folder goes before a built-in name
     splits = _scenes(config) if scenes else together(lambda: _stored(config), "reading the data", first_only=True)
     sizes = ", ".join(f"{split.name} {len(split)}" for split in splits)
     logger.info("data %s: %d classes; images: %s", config.source, len(splits.class_names), sizes)
@@ -216,7 +214,8 @@ class _Folder:
         self.folder = root / split
         if not self.folder.is_dir():
             there = f"set {option} to one of the folders there: {', '.join(class_folders(root)[:6])}"
-            hint = f"set data.source to {root.parent}" if (root.parent / split).is_dir() else there
+            above = [folder for folder in (root.parent, root.parent.parent) if (folder / split).is_dir()]
+            hint = f"set data.source to {above[0]}" if above else there
             raise FileNotFoundError(f"no split {split!r} in {root}; {hint}")
         self.keys = class_folders(self.folder)
         if not self.keys:
@@ -292,6 +291,10 @@ class _HuggingFace:
     def _name(self, value: Any) -> str | None:
         """A row's label as text; None where it has none (null, or -1 as in published test splits)."""
         if isinstance(self.feature, datasets.ClassLabel):
+            if value is not None and value >= len(self.feature.names):
+                raise ValueError(
+                    f"{self.where}: label {value}, but there are {len(self.feature.names)} names of classes"
+                )
             return str(self.feature.names[value]) if value is not None and value >= 0 else None
         return None if value is None else str(value)
 
