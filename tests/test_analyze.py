@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import analyze as recipe
 from singreg.models.classifier import Classifier
 from singreg.tables import analysis_warnings
 from singreg.translator import load_translator
+from tests.demo import ASSETS
 from tests.processes import run_processes
 
 TINY = {
@@ -67,17 +69,27 @@ def test_the_files_and_what_they_say(whole: tuple[Path, Found]) -> None:
     assert ("to 0.50" in said[0.5], "agree on" in said[0.9]) == (True, False)
 
 
-def test_a_second_analysis_reads_the_features_of_the_first(
+def test_a_runs_model_is_read_by_its_translator_and_features_are_cached(
     whole: tuple[Path, Found], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A run's folder with the packaged model, and the first analysis' auditor for its translator."""
+
     def forbidden(*_: object) -> None:
         raise AssertionError("the backbone ran again although its features are cached")
 
     monkeypatch.setattr(Classifier, "features", forbidden)
     monkeypatch.setattr(Classifier, "features_and_logits", forbidden)
-    found = analyze(tmp_path / "again")
-    for name in ("measurement", "chance", "information", "perturbation", "concepts", "images", "shifts"):
-        assert found[name] == whole[1][name], name
+    shutil.copytree(ASSETS / "demo_classifier", tmp_path / "run" / "model")
+    shutil.copy(whole[0] / "translator-auditor.safetensors", tmp_path / "run" / "translator-after.safetensors")
+    found = analyze(tmp_path / "again", "--model.name", str(tmp_path / "run"))
+    read = found["measurement"]["translators"]
+    assert read["run"]["overall"] == read["auditor"]["overall"]
+
+    def others(value: Any) -> Any:
+        return {k: others(v) for k, v in value.items() if k != "run"} if isinstance(value, dict) else value
+
+    for name in ("measurement", "chance", "information", "concepts", "images", "shifts"):
+        assert others(found[name]) == whole[1][name], name
 
 
 def in_process(rank: int, world: int, folder: str, cache: str) -> Found:

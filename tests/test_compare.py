@@ -42,7 +42,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tuned = Classifier.from_timm(f"local-dir:{ASSETS / 'demo_classifier'}", head_mode="slice", class_names=names)
     with torch.no_grad():
         tuned.head.weight.mul_(1 + torch.rand_like(tuned.head.weight))
-    tuned.save(root / "tuned" / "model")
+    for name in ("model", "model-control"):
+        tuned.save(root / "tuned" / name)
     timm.models.save_for_hf(timm.create_model("test_efficientnet", num_classes=0), str(root / "headless"))
     write_tiny_vlm(root / "other_vlm")
     (root / "empty").mkdir()
@@ -164,7 +165,11 @@ def test_models_that_do_not_exist_are_all_named_before_any_work(tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_and_spaces_are_known_by_the_last_part_of_their_names() -> None:
+def test_models_and_spaces_are_known_by_the_last_part_of_their_names(folders: Path) -> None:
+    """And a run alone is compared with its control."""
+    alone = parse(recipe.CompareConfig, ["--models", str(folders / "tuned")]).models
+    assert [model.known_as for model in alone] == ["tuned", "tuned-control"]
+    assert [model.source for model in alone] == [f"local-dir:{folders}/tuned/model{end}" for end in ("", "-control")]
     names = ["resnet50.tv_in1k", "runs/demo/", "local-dir:runs/a/model", "runs/a/model-control", "hf-hub:someone/net"]
     assert [ComparedModel(name=name).known_as for name in names] == [names[0], "demo", "a", "a-control", "net"]
     assert ComparedModel(name=names[0], label="mine").known_as == "mine"
