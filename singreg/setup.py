@@ -24,7 +24,6 @@ from singreg.translator import TranslatorInfo
 from singreg.utils import cache_folder, sha256_of_json
 
 logger = logging.getLogger(__name__)
-IMAGENET_CLASSES = 1000
 BATCH_SIZE = 64  # where nothing is trained
 
 
@@ -148,11 +147,9 @@ def find_rows(splits: Splits, classifier: Classifier, model: ModelConfig) -> tup
             raise ValueError(f"model.label_names: {model.label_names} has {len(labels)} lines, the head {count} rows")
     classes = splits.classes or subset_of(splits.class_names)
     rows = head_rows(classes, labels, count)
-    words = subset_of(tuple(labels.values())).names if labels else imagenet_names() if count == IMAGENET_CLASSES else ()
-    names = dict(zip(labels or range(count), words, strict=False))
-    told = [
-        f"{key} {row}" + (f" ({labels[row]})" if labels else "") for key, row in zip(classes.keys, rows, strict=True)
-    ]
+    named = tuple(labels.values()) or next((w for w in (imagenet_names(), classes.order) if len(w) == count), ())
+    names = dict(zip(labels or range(count), subset_of(named).names, strict=False))
+    told = [f"{key} {row} ({names.get(row, key)})" for key, row in zip(classes.keys, rows, strict=True)]
     logger.info("rows of the head by class: %s", ", ".join(told[:NAMED] + ["..."] * (len(told) > NAMED)))
     return rows, {**names, **dict(zip(rows, splits.class_names, strict=True))}
 

@@ -105,8 +105,8 @@ def test_a_list_mixes_banks_files_and_words(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (b"# only\n\n   # comments\n", "no concept in .*bad.txt"),
-        (b'red\n""\n--\n', "bad.txt: .*bad.txt: "),
-        (b"x" * 201, "bad.txt: .*"),
+        (b'red\n""\n--\n', "bad: .*bad: "),
+        (b"x" * 201, "bad: .*"),
     ],
 )
 def test_files_of_nothing_or_nonsense_are_refused(content: bytes, words: str, tmp_path: Path) -> None:

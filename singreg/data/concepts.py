@@ -40,11 +40,11 @@ def load_concepts(sources: Sequence[str]) -> ConceptBank:
     Entries said before, also in another case or bank, are left out.
     """
     entries = [entry for source in sources for entry in _entries(source)]
-    bad = [f"{where}: {c[:40]!r}" for where, _, c in entries if len(c) > LONGEST or not any(map(str.isalnum, c))]
+    bad = [f"{bank}: {c[:40]!r}" for bank, c in entries if len(c) > LONGEST or not any(map(str.isalnum, c))]
     if bad:
         raise ValueError(f"expected concepts of letters, at most {LONGEST} characters each, got {'; '.join(bad[:20])}")
     kept: dict[str, tuple[str, str]] = {}
-    for _, bank, concept in entries:
+    for bank, concept in entries:
         kept.setdefault(" ".join(concept.casefold().split()), (concept, bank))
     if not kept:
         raise ValueError(f"no concept in {sources}; name banks ({', '.join(_banks())}), files or concepts")
@@ -69,15 +69,15 @@ def _banks() -> list[str]:
     return sorted([*(path.stem for path in CONCEPTS_FOLDER.glob("*.txt")), IMAGENET])
 
 
-def _entries(source: str) -> Iterator[tuple[str, str, str]]:
-    """(place for messages, bank, concept) of every entry of a bank, a file or a concept in words."""
+def _entries(source: str) -> Iterator[tuple[str, str]]:
+    """(bank, concept) of every entry of a bank, a file or a concept in words."""
     banks = _banks()
     if source == IMAGENET:
-        yield from ((source, source, concept) for concept in imagenet_names())
+        yield from ((source, concept) for concept in imagenet_names())
     elif source in banks or source.endswith(".txt") or "/" in source or "\\" in source:
         path = CONCEPTS_FOLDER / f"{source}.txt" if source in banks else Path(source).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"there is no concept file {source}")
-        yield from ((str(path), path.stem, concept) for concept in read_list(path))
+        yield from ((path.stem, concept) for concept in read_list(path))
     else:
-        yield "concepts", "own", source.strip()
+        yield "own", source.strip()
