@@ -1,7 +1,6 @@
 """Train, from scratch, the two small models that the built-in demo ships: an open_clip model and a timm classifier.
 
-python recipes/build_demo.py                      # about 15 minutes on 2 cores; writes singreg/assets
-python recipes/build_demo.py --out /tmp/demo      # elsewhere
+python recipes/build_demo.py          # about 15 minutes on 2 cores; writes singreg/assets, or --out FOLDER
 """
 
 from __future__ import annotations

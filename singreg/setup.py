@@ -49,8 +49,7 @@ def prepare(
 ) -> Setup:
     """Load data and models and compute, or read back, the embeddings of bank, audit and test.
 
-    Args:
-        before_embedding: called when splits and classifier are there and the long work is not begun.
+    `before_embedding` is called when splits and classifier are there and the long work is not begun.
     """
     needs_quick_gelu(located(config.vlm.name, "vlm"), config.vlm.pretrained)  # or say now what is wrong with them
     splits = load_splits(config.data)
@@ -178,11 +177,7 @@ def embed_splits(vlm: VisionLanguageModel, splits: Sequence[ImageSplit], passes:
 
 
 def try_one_batch(splits: Splits, classifier: Classifier, model: ModelConfig) -> str:
-    """Classify test images from all over the split, warn where hardly any is right, and return figures to print.
-
-    Raises:
-        ValueError: the classifier cannot take such images.
-    """
+    """Classify test images from all over the split, or say why not; warn of chance, return figures to print."""
     split, device = splits.test, classifier.weight.device
     places = np.linspace(0, len(split) - 1, min(BATCH_SIZE, len(split))).astype(int)
     images, labels, _ = next(iter(make_loader(split.subset(places), classifier.transform, len(places))))

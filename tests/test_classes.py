@@ -23,7 +23,7 @@ def test_named_sets_are_complete_and_known() -> None:
     assert "sports car" in resolve_classes("imagenet16").names
 
 
-def test_every_imagenet_class_has_its_own_name_that_leads_back_to_it() -> None:
+def test_every_imagenet_class_has_a_name_that_leads_back() -> None:
     subset = resolve_classes(None)
     assert len(set(subset.names)) == 1000
     assert resolve_classes(list(subset.names)).indices == tuple(range(1000))
@@ -62,7 +62,7 @@ def test_a_list_file_with_comments(tmp_path: Path) -> None:
         resolve_classes(str(path))
 
 
-def test_missing_classes_are_named_together_with_their_neighbours() -> None:
+def test_missing_classes_are_named_with_their_neighbours() -> None:
     with pytest.raises(ValueError, match=r"2 of the classes") as caught:
         resolve_classes(["goldfsh", "lion", "sportz car"])
     assert "'goldfsh' (near: goldfish" in str(caught.value)
@@ -128,7 +128,7 @@ class Words:
         return torch.tensor([[float(len(name))] for name in names])
 
 
-def test_every_concept_gets_the_prompt_of_its_bank_and_keeps_its_row() -> None:
+def test_every_concept_gets_its_banks_prompt_and_keeps_its_row() -> None:
     bank, words = ConceptBank(("red", "a zebra", "blue"), ("colours", "own", "colours")), Words()
     assert embed_concepts(words, bank)[:, 0].tolist() == [3.0, 7.0, 4.0]
     assert words.asked[0] == (("red", "blue"), ("an image of something {class}",))

@@ -187,7 +187,7 @@ def test_a_plain_module_has_the_transform_it_is_given() -> None:
     assert (made[0].tag, "0x" in texts[0], texts[0] == texts[1]) == ("mine", False, False)
 
 
-def test_a_fixed_size_vision_transformer_is_rebuilt_for_another_size() -> None:
+def test_a_fixed_size_transformer_is_rebuilt_for_another_size() -> None:
     small = used("vit_tiny_patch16_224")
     assert small.model.pos_embed.shape[1] == 2 * 2 + 1  # type: ignore[union-attr, index]
     assert small.features(small.transform(ramp())[None]).shape == (1, 192)

@@ -95,7 +95,7 @@ def test_unlabelled_images_go_to_bank_and_auditor(tree: Path) -> None:
     assert len(load(tree, unlabeled=str(tree.parent / "pool"), unlabeled_to_audit=1.0).bank) == 12
 
 
-def test_the_draw_is_that_of_earlier_versions_and_of_each_class_alone(tree: Path) -> None:
+def test_draws_stay_those_of_earlier_versions_and_each_class(tree: Path) -> None:
     both, alone = load(tree, per_class={"train": 2}), load(tree, per_class={"train": 2}, classes=["goldfish"])
     drawn = [name.removeprefix(f"{tree}/train/").removesuffix(".png") for name in names(both.bank)]
     assert drawn == ["my_thing/1", "my_thing/2", *GOLDFISH, *CATS]

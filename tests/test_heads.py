@@ -17,7 +17,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_every_kind_of_head_keeps_the_contract_and_its_null_space(kind: str) -> None:
+def test_every_kind_of_head_keeps_contract_and_null_space(kind: str) -> None:
     """What heads are looked up for (eq. 9), with the projector of the slow formula."""
     classifier, x = Classifier.from_module(net(kind), head="head"), images(4).double()
     check_contract(classifier, x)
@@ -35,7 +35,7 @@ def test_every_kind_of_head_keeps_the_contract_and_its_null_space(kind: str) -> 
         torch.testing.assert_close(mine, own)
 
 
-def test_a_head_with_more_classes_than_features_has_no_null_space() -> None:
+def test_more_classes_than_features_leave_no_null_space() -> None:
     """Trap 8."""
     with pytest.raises(ValueError, match=r"\(64 classes, 64 features\).*no null space"):
         NullSpace.from_weight(used("test_vit", num_classes=64).weight)

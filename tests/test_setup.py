@@ -65,7 +65,7 @@ def test_stored_names_say_the_rows_in_any_spelling(keys: Any, labels: Any, rows:
     assert head_rows(subset_of(keys), dict(enumerate(labels)), len(labels)) == rows
 
 
-def test_without_names_rows_are_imagenets_or_numbered_as_timm_does(tmp_path: Path) -> None:
+def test_rows_without_names_are_imagenets_or_timms_numbers(tmp_path: Path) -> None:
     assert head_rows(subset_of(WNIDS), {}, 1000) == list(INDICES)
     keys = tuple(sorted(str(n) for n in range(1, 13)))
     for name in keys:

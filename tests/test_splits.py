@@ -110,7 +110,7 @@ def test_each_corruption_is_its_formula() -> None:
     assert flat.mean() == pytest.approx(values.mean(), abs=0.5)
 
 
-def test_a_corrupted_split_follows_seed_and_image_and_has_its_own_fingerprint() -> None:
+def test_a_corrupted_split_follows_seed_and_image() -> None:
     scenes = SceneSplit("test", sample_scenes(9, seed=1))
     whole, some = CorruptedSplit(scenes, "noise", 3), CorruptedSplit(scenes.subset([5, 2]), "noise", 3)
     assert np.array_equal(whole.image(5), some.image(0))

@@ -134,7 +134,7 @@ def test_names_without_weights_are_refused(registered: Path, folder: Path) -> No
             open_model(*arguments)
 
 
-def test_a_tag_brings_its_activation_and_a_weight_file_the_plain_architecture(registered: Path) -> None:
+def test_a_tag_brings_its_activation_a_file_the_plain_one(registered: Path) -> None:
     path = registered / "mine.safetensors"
     save_file(tiny_state(3)[1], path)
     quick = open_model("tiny-test", "quick")

@@ -235,11 +235,10 @@ class _HuggingFace:
 
     def __init__(self, config: DataConfig, split: str, option: str) -> None:
         self.config, self.split, self.where = config, split, f"{config.source}/{split}"
-        source = Path(config.source).expanduser()
+        path = Path(config.source).expanduser()
+        source = str(path) if path.is_dir() else config.source
         try:
-            rows = datasets.load_dataset(
-                str(source) if source.is_dir() else config.source, split=split, streaming=config.streaming
-            )
+            rows = datasets.load_dataset(source, split=split, streaming=config.streaming)
         except (OSError, ValueError) as error:
             tried = "is no folder here and no data set that could be opened; datasets says"
             raise ValueError(f"data.source {config.source!r}, split {split!r} ({option}), {tried}: {error}") from error

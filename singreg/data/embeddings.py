@@ -28,9 +28,6 @@ def cached_embeddings(
     """Return raw image embeddings z (N, n) of a split, float32, row i for image i, read-only and memory-mapped.
 
     They are found again in `utils.cache_folder()` by weights, preprocessing and the split's content.
-
-    Raises:
-        ValueError: an embedding that is not finite, or an image that cannot be read.
     """
     key = {"weights": vlm.weights_hash, "preprocessing": vlm.preprocessing}
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}

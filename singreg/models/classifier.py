@@ -73,8 +73,7 @@ class Classifier(nn.Module):
                 are taken with `slice_head`); "new" draws a fresh head of `num_classes`.
             class_names: names of a sliced or new head's rows.
             num_classes: rows of a "new" head, or of an untrained model.
-            image_size: side of the input in pixels, if not the model's own.
-            model_kwargs: further arguments of `timm.create_model`.
+            image_size: side of the input in pixels, if not the model's own; `model_kwargs` are timm's.
         """
         needed = {"keep": True, "slice": class_names and not num_classes, "new": num_classes}.get(head_mode)
         if not needed:
@@ -221,11 +220,9 @@ class Classifier(nn.Module):
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self.data_config.items()}
 
     def tune(self, mode: Tuning, *, batch_norm: BatchNormMode = "eval") -> Classifier:
-        """Choose what trains; the rest stays in eval mode whatever `.train()` says, or its batch norms would move.
+        """Choose what trains: the "head", the "last_stage" and what follows it (a transformer's last block), or "all".
 
-        Args:
-            mode: the "head", the "last_stage" and what follows it (a vision transformer's last block), or "all".
-            batch_norm: "eval" keeps the statistics of every batch norm fixed, in trained parts too.
+        The rest stays in eval mode whatever `.train()` says; batch_norm "eval" keeps the statistics of all batch norms.
         """
         if mode not in get_args(Tuning):
             raise ValueError(f"tuning must be one of {get_args(Tuning)}, got {mode!r}")
