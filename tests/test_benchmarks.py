@@ -29,7 +29,6 @@ def test_every_benchmark_is_among_them() -> None:
         "analysis_speed",
         "paired",
         "process_equality",
-        "startup",
     }
 
 

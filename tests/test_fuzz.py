@@ -1,10 +1,112 @@
-"""Every damaged configuration is read or refused in one message (see tests/faults/fuzz.py)."""
+"""Configurations no one would write: each is read, or all its mistakes stand in one message, and never a traceback."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import importlib
+import io
+import random
+import traceback
 from pathlib import Path
+from typing import Any
 
-from tests.faults.fuzz import fuzz
+import yaml
+
+from singreg.config import RunConfig, parse
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {name: f"{name}_demo" for name in ("analyze", "steer", "compare")}
+RECIPES |= {"finetune": "demo", "attack": "attack_scenes", "study": "study_scenes"}
+VALUES: list[Any] = [None, True, -1, 0, 2.5, 1e308, float("nan"), float("inf"), -(10**30), "", " ", "no", "1", "1e3"]
+VALUES += [
+    "../up",
+    "\x1b[31mred",
+    "\u202eevil {class}",
+    "x" * 5000,
+    "local-dir:/nowhere",
+    "~/x",
+    "a,b",
+    [],
+    [[]],
+    [None],
+]
+VALUES += [[1, "a", {}], {}, {"a": {"b": {"c": 1}}}, {"": 1}, {1: 2}, {None: None}, {"class_path": "os.system"}]
+RAW = """!!python/object/apply:os.system ['true'] | !unknown 3 | !!int "" | !!float '' | 2024-13-45 | !!binary '***'
+!!set {a, b} | &a [*a] | [1 | {a: 1 | {a: 1, a: 2} | << | *nothing | @ | 1_0_0 | 1:30:00 | .nan | ~ | "\\x1b[2J {class}"
+? [a, b] : 1 | %YAML 9.9""".replace("\n", " | ").split(" | ")
+RAW += ["|", "0x" + "f" * 9000, "[" * 400 + "]" * 400]
+
+
+def configuration_of(recipe: str) -> type[RunConfig]:
+    """Return the configuration class of a recipe."""
+    kinds = [kind for kind in vars(importlib.import_module(recipe)).values() if isinstance(kind, type)]
+    return next(k for k in kinds if issubclass(k, RunConfig) and k.__name__.lower() == f"{recipe}config")
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return ([path] if path else []) + [place for key, inner in items for place in _places(inner, (*path, key))]
+
+
+def _change(content: dict[str, Any], rng: random.Random, marks: dict[str, str]) -> None:
+    """Misspell a key, or put another value, a value only YAML's text can express, or a whole section in its place."""
+    path = rng.choice(_places(content))
+    parent: Any = content
+    for step in path[:-1]:
+        parent = parent[step]
+    kind = rng.choice(["key", "value", "value", "raw", "move"])
+    if kind == "key" and isinstance(parent, dict):
+        parent[str(path[-1]) + rng.choice(["x", "", ".", " ", "\x07", "ß"])] = parent.pop(path[-1])
+    elif kind == "raw":
+        mark = f"RAW{len(marks)}MARK"
+        parent[path[-1]], marks[mark] = mark, rng.choice(RAW)
+    elif kind == "move":
+        parent[path[-1]] = {rng.choice(list(content)): copy.deepcopy(parent[path[-1]])}
+    else:
+        parent[path[-1]] = copy.deepcopy(rng.choice(VALUES))
+
+
+def configuration(base: str, rng: random.Random) -> str:
+    """Return a shipped configuration's text with one to six things wrong with it."""
+    content, marks = yaml.safe_load(base), dict[str, str]()
+    for _ in range(rng.choice([1, 1, 2, 3, 6])):
+        if content:
+            _change(content, rng, marks)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=rng.random() < 0.5)
+    for mark, raw in marks.items():
+        text = text.replace(mark, raw)
+    letters = list(text)
+    for _ in range(rng.randrange(1, 5) if rng.random() < 0.15 else 0):
+        letters[rng.randrange(len(letters))] = chr(rng.choice([0, 9, 10, 27, 34, 42, 58, 91, 123, 233, 0x2028]))
+    return "".join(letters)
+
+
+def fuzz(count: int, scratch: Path, *, seed: int = 0) -> tuple[int, int, list[str]]:
+    """Return how many configurations were read, how many refused in one message, and the stories of all others."""
+    rng, file = random.Random(seed), scratch / "fuzzed.yaml"
+    read, refused, wrong = 0, 0, []
+    for place in range(count):
+        name = list(RECIPES)[place % len(RECIPES)]
+        text = configuration((ROOT / "configs" / f"{RECIPES[name]}.yaml").read_text(encoding="utf-8"), rng)
+        file.write_text(text, encoding="utf-8")
+        given, said, status = ["--config", str(file)], io.StringIO(), 0
+        if rng.random() < 0.3:
+            key = rng.choice(["seed", "training.epochs", "vlm.templates", "data", ""])
+            given += [f"--{key}", rng.choice([*RAW[:20], "3"])]
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                parse(configuration_of(name), given)
+            read += 1
+        except SystemExit as error:
+            status = error.code
+        except BaseException:
+            said.write(traceback.format_exc())
+        good = status == 2 and said.getvalue().strip() and "Traceback" not in said.getvalue()
+        refused += bool(good)
+        if said.getvalue() and not good:
+            wrong.append(f"{name} {given[2:]}: status {status}: {said.getvalue()[-1500:]}\n{text[:2000]}")
+    return read, refused, wrong
 
 
 def test_damaged_configurations_never_give_a_traceback(tmp_path: Path) -> None:
