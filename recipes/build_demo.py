@@ -6,6 +6,7 @@ python recipes/build_demo.py          # about 15 minutes on 2 cores; writes sing
 from __future__ import annotations
 
 import argparse
+import hashlib
 import random
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singreg.data.scenes import ATTRIBUTES, SHAPES, SceneTable, render_scene, sample_scenes
-from singreg.utils import atomic_write, progress, sha256_of_file, write_json
+from singreg.utils import atomic_write, progress, write_json
 
 PIXELS, CONTEXT, RATE = 64, 24, 3e-3
 BIAS = 0.6  # how often the background of a training scene goes with the class
@@ -146,7 +147,7 @@ def main() -> None:
     build_classifier(out / "demo_classifier")
     build_vlm(out / "demo_vlm")
     files = sorted(path for kind in ("demo_vlm", "demo_classifier") for path in (out / kind).iterdir())
-    hashes = {str(path.relative_to(out)): sha256_of_file(path) for path in files}
+    hashes = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     facts = {"command": "python recipes/build_demo.py", "seconds": round(time.monotonic() - start)}
     write_json(out / "provenance.json", facts | {"torch": torch.__version__, "sha256": hashes})
 

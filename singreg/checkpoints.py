@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from singreg.models.vlm import hash_of_state
-from singreg.runs import OtherRunError, Run
+from singreg.runs import Run
 from singreg.setup import Setup
 from singreg.utils import atomic_write, plain, seed_process, write_json
 
@@ -170,14 +170,14 @@ def fingerprints(setup: Setup) -> dict[str, str]:
 
 
 def refuse_other_inputs(run: Run, inputs: Mapping[str, str]) -> None:
-    """Note what a run starts from; refuse to resume with other inputs by an `OtherRunError` that names them."""
+    """Note what a run starts from; refuse to resume with other inputs, and name them."""
     path = run.folder / "checkpoints" / "inputs.json"
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name in {**stored, **inputs} if stored.get(name) != inputs.get(name)]
         said = [f"other {name} (then {stored.get(name, '')[:8]}, now {inputs.get(name, '')[:8]})" for name in other]
         if said:
-            raise OtherRunError(f"{path}: the run was begun with {', '.join(said)}; use another --out")
+            raise SystemExit(f"error: {path}: the run was begun with {', '.join(said)}; use another --out")
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process and not path.is_file():
         write_json(path, inputs)

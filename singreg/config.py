@@ -19,7 +19,7 @@ SCENES: dict[str, float] = {"train": 2000, "audit": 1600, "test": 1000, "bank": 
 
 
 class Problems(list[str]):
-    """Sentences about what is wrong with a section of a configuration; `show` raises them together."""
+    """Sentences about what is wrong with a section of a configuration."""
 
     def need(self, ok: bool, sentence: str) -> None:
         """Add the sentence unless `ok`."""
@@ -42,10 +42,6 @@ class Problems(list[str]):
         twice = sorted({each for each in given if given.count(each) > 1})
         self.need(not twice, f"{name}: listed twice: {', '.join(twice)}; leave one out, or call it otherwise")
 
-    def show(self) -> None:
-        if self:
-            raise ValueError("\n".join(self))
-
 
 @dataclass
 class Checked:
@@ -54,7 +50,8 @@ class Checked:
     def __post_init__(self) -> None:
         problems = Problems()
         self.check(problems)
-        problems.show()
+        if problems:
+            raise ValueError("\n".join(problems))
 
     def check(self, problems: Problems) -> None:
         """Add what is wrong to `problems`."""

@@ -102,10 +102,6 @@ def explained() -> Iterator[None]:
         raise SystemExit(f"error: {error}") from error
 
 
-class OtherRunError(ValueError):
-    """A run is to be resumed on other data or models than it was begun with; the text names them."""
-
-
 class Run:
     """A run's folder with the resolved configuration in it; only the main process writes."""
 
@@ -156,10 +152,10 @@ class Run:
         with _signals_handled():
             try:
                 yield
-            except OtherRunError as error:
-                raise SystemExit(f"error: {error}") from error
             except BaseException as error:
                 main = self.accelerator.is_main_process
+                if isinstance(error, SystemExit) and isinstance(error.code, str):  # a sentence says what is wrong
+                    raise
                 if (main or isinstance(error, Exception)) and (self.folder / "config.yaml").is_file():
                     print(f"\nstopped; all finished work is kept in {self.folder}", file=sys.stderr)
                     print(f"go on with: {self.command}", file=sys.stderr)

@@ -61,13 +61,10 @@ def open_spaces(
 
 def space_labels(vlms: Sequence[VLMConfig]) -> list[str]:
     """Name every space: model and tag, or the folder's name; the same one twice gets a number."""
-    labels: list[str] = []
-    for vlm in vlms:
-        name = Path(vlm.name).name if vlm.name.startswith("local-dir:") else vlm.name
-        label = name if vlm.pretrained is None else f"{name} {Path(vlm.pretrained).name}"
-        before = sum(other == label or other.startswith(f"{label} (") for other in labels)
-        labels.append(f"{label} ({before + 1})" if before else label)
-    return labels
+    parts = [(vlm.name.removeprefix("local-dir:"), vlm.pretrained) for vlm in vlms]
+    names = [" ".join(Path(part).name for part in both if part) for both in parts]
+    before = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
 
 
 def look_at_heads(

@@ -95,11 +95,6 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def sha256_of_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes as hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def sha256_of_tensor(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's shape and float32 values, whatever its device and memory layout."""
     values = tensor.detach().to(device="cpu", dtype=torch.float32)

@@ -51,16 +51,8 @@ def drawable(name: str, limit: int = 40) -> str:
 
     A letter that the figures' font does not have is written as its number, so that two such names stay two.
     """
-    letters = [_letter(letter) for letter in " ".join(name.split())[: limit + 1]]
-    while sum(map(len, letters)) > limit:
-        letters = [*letters[: -1 if letters[-1] != "…" else -2], "…"]
-    return "".join(letters).replace("$", "\\$")
-
-
-def _letter(letter: str) -> str:
-    if not letter.isprintable():
-        return "\ufffd"
-    return letter if ord(letter) in _glyphs() else letter.encode("ascii", "backslashreplace").decode()
+    letters = "".join(x if ord(x) in _glyphs() else ascii(x)[1:-1] for x in " ".join(name.split()))
+    return (letters if len(letters) <= limit else letters[: limit - 1] + "…").replace("$", "\\$")
 
 
 @cache
