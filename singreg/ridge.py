@@ -76,17 +76,11 @@ class RidgeStatistics:
         self.count += len(features)
         return self
 
-    def merge(self, other: RidgeStatistics) -> RidgeStatistics:
-        """Add another's sums (same shapes) to this one; exact, in any order."""
-        for mine, theirs in zip(self.state_dict().values(), other.state_dict().values(), strict=True):
-            mine += theirs.to(mine)
-        return self
-
-    def decay(self, factor: float) -> RidgeStatistics:
-        """Multiply every sum, the count too, by a factor in (0, 1]: forgetting that leaves all means as they are."""
-        for mine in self.state_dict().values():
-            mine *= factor
-        return self
+    def __add__(self, other: RidgeStatistics) -> RidgeStatistics:
+        """Return the sums over the images of both, of the same shapes."""
+        total = RidgeStatistics(*self.fz.shape, device=self.ff.device)
+        total.load_state_dict({name: mine + getattr(other, name).to(mine) for name, mine in vars(self).items()})
+        return total
 
     def reduce(self) -> RidgeStatistics:
         """Sum over all processes, in place; every process must call it."""
@@ -163,7 +157,7 @@ class RidgeStatistics:
         Returns:
             The ridge, with its mean R² on the other half and the cosine <A₁, A₂> / |A₁| |A₂| in the penalty's scale.
         """
-        whole = RidgeStatistics(*self.fz.shape, device=self.ff.device).merge(self).merge(other)
+        whole = self + other
         scale = whole._scaled(standardize)[2](torch.eye(len(whole.f)).to(whole.f))
         pair = [each.mapped(scale) for each in (self, other)]
         paths = [each.path() for each in pair]

@@ -207,11 +207,10 @@ def translator_from_statistics(
 ) -> LinearTranslator:
     """Choose λ by the agreement of two halves, then solve on both together."""
     ridge, r2, agreement = first.agreed(second, ridges=ridges, standardize=standardize)
-    whole = RidgeStatistics(*first.fz.shape, device=first.ff.device).merge(first).merge(second)
     found = replace(info or TranslatorInfo(), validation_r2=r2, agreement=agreement)
     blocks = isinstance(standardize, Tensor)
     found = replace(found, standardized=blocks or bool(standardize), by_block=blocks)
-    return LinearTranslator.from_solution(whole.solve(ridge, standardize=standardize), found)
+    return LinearTranslator.from_solution((first + second).solve(ridge, standardize=standardize), found)
 
 
 def fit_mlp_translator(

@@ -90,7 +90,7 @@ def small_fitted(classifier: Classifier) -> FittedTranslator:
     """A translator of the images at a ridge of a hundredth."""
     f, z = features_of(classifier), torch.from_numpy(embeddings())
     halves = [RidgeStatistics(WIDTH, DIM).update(f[half::2], z[half::2]) for half in (0, 1)]
-    whole = RidgeStatistics(WIDTH, DIM).merge(halves[0]).merge(halves[1])
+    whole = halves[0] + halves[1]
     solution = whole.solve(0.01, standardize=NullSpace.from_weight(classifier.weight).basis)
     translator = LinearTranslator.from_solution(solution, TranslatorInfo(by_block=True))
     return FittedTranslator(translator, f.mean(0), (halves[0], halves[1]))

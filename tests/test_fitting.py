@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,13 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import (
     FittedTranslator,
-    fit_mlp_on_split,
     fit_on_split,
     fit_translators,
     translator_agreement,
 )
 from singreg.data.datasets import Splits
-from singreg.mlp import MLPSettings
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.translator import TranslatorInfo
 from tests import toy
@@ -115,14 +111,3 @@ def test_the_two_translators_of_a_measurement_come_from_bank_and_audit() -> None
     one, other = (contrasts @ found[name].translator.matrix.double() for name in ("fitted", "auditor"))
     cosines = [float(a @ b / a.norm() / b.norm()) for a, b in zip(one, other, strict=True)]
     assert agreement == pytest.approx(np.mean(cosines))
-
-
-def test_an_mlp_translator_is_fitted_from_the_cache_alone(tmp_path: Path) -> None:
-    split, z = toy.ToySplit(COUNT), toy.embeddings(COUNT)
-    mlp = MLPSettings(hidden=16, epochs=3)
-    with pytest.raises(ValueError, match="cache"):
-        fit_mlp_on_split(toy.classifier(), split, z, mlp=mlp, settings=toy.QUIET)
-    settings = PassSettings(progress=False, cache=str(tmp_path))
-    found = fit_mlp_on_split(toy.classifier(), split, z, mlp=mlp, settings=settings)
-    # Every fifth image decides when to stop.
-    assert (found.feature_dim, found.target_dim, found.info.images) == (toy.WIDTH, toy.DIM, 66)

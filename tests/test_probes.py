@@ -11,8 +11,9 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
+from torch.nn.functional import one_hot
 
-from singreg.analysis.probes import BLOCKS, VALIDATION_EVERY, fit_blocks, fit_probe, measure_information, one_hot
+from singreg.analysis.probes import BLOCKS, VALIDATION_EVERY, fit_blocks, fit_probe, measure_information
 from singreg.nullspace import NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from tests.planted import CLASSES, DIM, WIDTH, Planted, plant

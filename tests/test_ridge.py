@@ -58,16 +58,13 @@ def test_float32_batches_are_summed_in_float64() -> None:
 def test_sums_in_any_batches_and_order_are_those_of_all_rows() -> None:
     generator = torch.Generator().manual_seed(5)
     f, z = (torch.randn(1300, n, generator=generator, dtype=torch.float64) for n in (30, 2))
-    sums = statistics(f[600:1200], z[600:1200]).update(f[:600], z[:600])
-    sums.merge(statistics(f[1200:], z[1200:])).decay(0.5).decay(0.5).merge(RidgeStatistics(30, 2))
+    sums = statistics(f[600:1200], z[600:1200]).update(f[:600], z[:600]) + statistics(f[1200:], z[1200:])
     kept = RidgeStatistics(30, 2)
     kept.load_state_dict(sums.state_dict())
-    whole = statistics(f / 2, z / 2)
+    whole = statistics(f, z)
     for name, value in whole.state_dict().items():
         assert torch.equal(kept.state_dict()[name], sums.state_dict()[name])
-        if name in ("ff", "fz", "zz"):
-            torch.testing.assert_close(sums.state_dict()[name], value, atol=1e-8, rtol=1e-9)
-    assert float(sums.count) == 325
+        torch.testing.assert_close(sums.state_dict()[name], value, atol=1e-8, rtol=1e-9)
     basis = f[:30, :2]
     mapped, direct = sums.mapped(basis).solve(0.1), statistics(f @ basis, z).solve(0.1)
     torch.testing.assert_close(mapped.matrix, direct.matrix)
@@ -176,18 +173,6 @@ def test_bad_input_is_refused() -> None:
         RidgeStatistics(4, 2).update(torch.ones(1, 4), torch.ones(1, 2)).solve(1.0)
     with pytest.raises(ValueError, match=">= 0"):
         statistics(*data()).solve(-1.0)
-
-
-def test_sums_that_fade_weigh_old_images_less_and_keep_the_means() -> None:
-    f, z = data(60)
-    faded, repeated = statistics(f[:40], z[:40]), statistics(f[:40], z[:40])
-    before = faded.solve(0.1)
-    torch.testing.assert_close(faded.decay(0.25).solve(0.1).matrix, before.matrix)  # by itself it changes nothing
-    faded.update(f[40:], z[40:])
-    for _ in range(4):  # the same weights, four times over
-        repeated.update(f[40:], z[40:])
-    torch.testing.assert_close(faded.solve(0.1).matrix, repeated.solve(0.1).matrix)
-    assert float(faded.count) == 30
 
 
 def _reduced(rank: int, world: int) -> np.ndarray:

@@ -57,7 +57,7 @@ class CrossFit:
         self.full = LinearTranslator.from_solution(statistics.solve(best.ridge, standardize=space.basis))
         first, second = (each.mapped(space.basis) for each in auditor.halves)
         best, _ = first.validate(second)
-        inside = first.merge(second).solve(best.ridge)
+        inside = (first + second).solve(best.ridge)
         self.rows = LinearTranslator(inside.matrix @ space.basis.T, inside.offset)
         self.covariance = statistics.centred()[0] / statistics.count
         self.mean, self.embedding_mean = statistics.f / statistics.count, statistics.z / statistics.count

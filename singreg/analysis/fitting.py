@@ -20,7 +20,6 @@ from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from singreg.translator import (
     LinearTranslator,
-    MLPTranslator,
     TranslatorInfo,
     first_half,
     fit_mlp_translator,
@@ -51,8 +50,7 @@ class FittedTranslator:
     @property
     def statistics(self) -> RidgeStatistics:
         """The sums over all images."""
-        first, second = self.halves
-        return RidgeStatistics(*first.fz.shape, device=first.ff.device).merge(first).merge(second)
+        return self.halves[0] + self.halves[1]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors by name, to be kept in a file."""
@@ -130,20 +128,6 @@ def translator_agreement(first: LinearTranslator, second: LinearTranslator, text
     return float(torch.nn.functional.cosine_similarity(one, other, dim=1).mean())
 
 
-def fit_mlp_on_split(
-    classifier: Classifier,
-    split: ImageSplit,
-    embeddings: np.ndarray,
-    *,
-    mlp: MLPSettings | None = None,
-    info: TranslatorInfo | None = None,
-    settings: PassSettings,
-) -> MLPTranslator:
-    """Fit an MLP translator on all images of a split, read from the cache once an epoch (METHOD section 2)."""
-    options: Any = {"info": info, "device": classifier.weight.device, "progress": settings.progress}
-    return fit_mlp_translator(cached_features(classifier, split, settings), embeddings, settings=mlp, **options)
-
-
 def fit_all(
     classifier: Classifier,
     splits: Splits,
@@ -165,8 +149,9 @@ def fit_all(
     linear = fit_translators(classifier, splits, embeddings, ridge=ridge, invariance=invariance, **how)
     found: dict[str, Any] = {name: fitted.translator for name, fitted in linear.items()}
     for kind in kinds:
-        mlp = MLPSettings(kind=kind, seed=seed)
-        found[kind] = fit_mlp_on_split(classifier, splits.bank, embeddings["bank"], mlp=mlp, **how)
+        arrays = cached_features(classifier, splits.bank, settings), embeddings["bank"]
+        options: Any = {"info": info, "device": classifier.weight.device, "progress": settings.progress}
+        found[kind] = fit_mlp_translator(*arrays, settings=MLPSettings(kind=kind, seed=seed), **options)
     if stored.is_file():
         fits = replace(info, classifier="", vlm="")  # folders may move; hashes say what is in them
         try:

@@ -22,7 +22,7 @@ from singreg.utils import all_reduce_sum, plain
 CHUNK_ELEMENTS = 2**20  # images x concepts at a time: 4 MiB an array in float32
 SUMS = ("before", "after", "AS", "AS²", "AS_abs", "kappa")
 NORMAL_95 = 1.959963984540054
-Order = Literal["strongest", "weakest", "rises", "falls"]
+Order = Literal["strongest", "rises", "falls"]
 GALLERY_CHUNK = 4096  # gallery images at a time
 MOVED = 5  # concepts shown of an image, each way
 
@@ -56,8 +56,8 @@ def joint_distribution(rows: pd.DataFrame, *, translator: str = "auditor") -> di
     """Describe the joint distribution of IS and AS by one translator (paper figure 4).
 
     Returns:
-        images; mean and std of (IS, AS) in degrees; ratio, mean IS / mean |AS|; and the confidence ellipses at 1 and 2
-        sigma, with full width and height, and the tilt of the width in degrees.
+        mean of (IS, AS) in degrees; ratio, mean IS / mean |AS|; and the confidence ellipses at 1 and 2 sigma, with full
+        width and height, and the tilt of the width in degrees.
     """
     cloud = rows[[f"IS/{translator}", f"AS/{translator}"]].to_numpy(np.float64)
     mean, absolute, ellipses = cloud.mean(0), np.abs(cloud[:, 1]).mean(), []
@@ -67,8 +67,7 @@ def joint_distribution(rows: pd.DataFrame, *, translator: str = "auditor") -> di
         tilt = np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1]))
         ellipses = [{"sigma": s, "width": s * width, "height": s * height, "tilt": tilt} for s in (1.0, 2.0)]
     ratio = mean[0] / absolute if absolute > 0 else None
-    facts = {"images": len(cloud), "mean": mean, "std": cloud.std(0), "ratio": ratio, "ellipses": ellipses}
-    found: dict[str, Any] = plain(facts)
+    found: dict[str, Any] = plain({"mean": mean, "ratio": ratio, "ellipses": ellipses})
     return found
 
 
@@ -89,7 +88,7 @@ def analyze_concepts(
     Shape: texts (K, n), one row a concept in the translator's space.
 
     Returns:
-        overall (K,) before, after, AS with AS_std, AS_low and AS_high (normal 95 % interval), AS_abs and kappa of all
+        overall (K,) before, after, AS with AS_low and AS_high (normal 95 % interval), AS_abs and kappa of all
         images; per_class (C, K) before, after and AS, None for a class without images.
 
     Raises:
@@ -119,8 +118,7 @@ def analyze_concepts(
             counts[1:] += torch.bincount(labels[known], minlength=len(class_names))
     overall, by_class, counts = (all_reduce_sum(value) for value in (overall, by_class, counts))
     means = dict(zip(SUMS, overall / counts[0], strict=True))
-    means["AS_std"] = (means.pop("AS²") - means["AS"].square()).clamp_min(0).sqrt()
-    half = NORMAL_95 * means["AS_std"] / counts[0].sqrt()
+    half = NORMAL_95 * (means.pop("AS²") - means["AS"].square()).clamp_min(0).sqrt() / counts[0].sqrt()
     means |= {"AS_low": means["AS"] - half, "AS_high": means["AS"] + half}
     first, last = by_class / counts[1:, None]
     found: dict[str, Any] = {
@@ -134,13 +132,10 @@ def analyze_concepts(
 
 
 def select_concepts(found: Mapping[str, Any], order: Order = "strongest", count: int = 10) -> pd.DataFrame:
-    """Return the `count` concepts that moved most or least by mean AS.
-
-    "strongest" and "weakest" are by |AS|; "rises" come closer (AS > 0), "falls" move away (AS < 0).
-    """
+    """Return the `count` concepts that moved most by mean AS: all, those that came closer, or those that went away."""
     table = pd.DataFrame({"concept": found["concepts"], **found["overall"]})
     score = table["AS"]
-    key = {"strongest": -score.abs(), "weakest": score.abs(), "rises": -score, "falls": score}[order]
+    key = {"strongest": -score.abs(), "rises": -score, "falls": score}[order]
     key = key.sort_values(kind="stable")
     places = key[key < 0].index if order in ("rises", "falls") else key.index
     chosen: pd.DataFrame = table.loc[places[:count]].reset_index(drop=True)

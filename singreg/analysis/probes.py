@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.statistics import ENDS, mean_interval, paired_difference, resampled_means
 from singreg.nullspace import NullSpace
-from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
+from singreg.ridge import RidgeSolution, RidgeStatistics
 from singreg.utils import all_reduce_sum, gather_rows, plain
 
 VALIDATION_EVERY = 5  # every fifth image chooses λ
@@ -34,11 +35,6 @@ class LinearProbe:
     def predict(self, features: Tensor) -> Tensor:
         """Return the class of every feature. Shape: (B, k) to (B,) int64."""
         return (features.to(self.matrix) @ self.matrix.T + self.offset).argmax(1)
-
-
-def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Return labels (B,) as targets (B, C) float64, for `RidgeStatistics.update`."""
-    return torch.nn.functional.one_hot(labels, classes).double()
 
 
 def fit_probe(statistics: RidgeStatistics, ridge: float) -> LinearProbe:
@@ -95,15 +91,11 @@ def fit_blocks(batches: Iterable[FeatureBatch], *, null_space: NullSpace, classe
             label[place].update(batch.features[both], one_hot(batch.labels[both], classes))
     for statistics in (*embedding, *label):
         statistics.reduce()
-    whole, labels = _merged(embedding), _merged(label)
+    whole, labels = embedding[0] + embedding[1], label[0] + label[1]
     basis = _bases(whole, null_space)
     solutions = {name: _chosen(embedding, columns) for name, columns in basis.items()}
     probes = {name: fit_probe(labels.mapped(each), _chosen(label, each).ridge) for name, each in basis.items()}
     return BlockFits(basis, solutions, probes, whole.z / whole.count, int(whole.count))
-
-
-def _merged(pair: Sequence[RidgeStatistics]) -> RidgeStatistics:
-    return RidgeStatistics(*pair[0].fz.shape, device=pair[0].ff.device).merge(pair[0]).merge(pair[1])
 
 
 def _bases(whole: RidgeStatistics, space: NullSpace) -> dict[str, Tensor]:
@@ -121,8 +113,8 @@ def _bases(whole: RidgeStatistics, space: NullSpace) -> dict[str, Tensor]:
 def _chosen(pair: Sequence[RidgeStatistics], basis: Tensor) -> RidgeSolution:
     """λ by the held-out R² of the pair's second, then the fit to all images."""
     fit, held_out = (statistics.mapped(basis) for statistics in pair)
-    best, _ = fit.validate(held_out, ridges=DEFAULT_RIDGES)
-    return fit.merge(held_out).solve(best.ridge)
+    best, _ = fit.validate(held_out)
+    return (fit + held_out).solve(best.ridge)
 
 
 def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dict[str, Any]:

@@ -87,20 +87,17 @@ def analyze_model(
         kept.append({name: values[mine.to(values.device)].cpu().numpy() for name, values in parts.items()})
     rows = gather_rows(columns, sort_by="index")
     rows["image"] = np.array([split.identifier(int(i)) for i in rows["index"]])
-    # Table-1 steering for each translator as its own attacker and judge, on images from all over the split.
     sample = gather_rows(kept, sort_by="indices")
     images = [torch.from_numpy(sample[name]).to(texts.device) for name in ("features", "labels", "indices")]
     attack: Any = {"texts": texts, "null_space": space, "image_score": steering_image_score}
     accuracy, *interval = mean_interval(rows["correct"], groups=rows["label"])
-    changes = all_reduce_max(change)
     found = {
         "images": len(rows["index"]),
         "top1": accuracy,
         "top1_interval": interval,
         "null_share": rows["null_share"].mean(),
         "null_energy": rows["null_energy"].sum() / rows["energy"].sum(),
-        "logit_change_float64": changes[0],
-        "logit_change_float32": changes[1],
+        **dict(zip(("logit_change_float64", "logit_change_float32"), all_reduce_max(change), strict=True)),
         "vlm_zero_shot": rows["vlm_correct"].mean(),
         "head": describe_head(classifier, space),
         "translators": {n: _translator_figures(t, rows, n, sums[n], len(texts)) for n, t in translators.items()},
@@ -183,8 +180,6 @@ def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Ten
         "zero_shot": hits / count,
         "ridge": info.ridge,
         "fit_images": info.images,
-        "standardized": info.standardized,
-        "validation_r2": info.validation_r2,
     }
 
 
