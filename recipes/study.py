@@ -52,7 +52,8 @@ SIDE |= {"ood_vim": "AUROC by ViM", "ood_energy": "AUROC by energy", "ood_null_e
 VALIDATION = "Images that serve nothing else, by the same auditor: what settings are chosen on."
 KNOWN = "R² of a scene's attribute from the null component, of R² from all features. The class is the shape."
 RATIOS = (
-    "Ratios of means, paired by image and averaged over seeds, with 95 % intervals over classes and their images. "
+    "Ratios of means, paired by image and averaged over seeds, with 95 % intervals over classes and their images; of "
+    "top-1 over images. "
     "Class-score variance, AS⁻, |AS| and steering should fall; harmless R², what the features say beside all prompts, "
     "should stay. Confirmed share: what the auditor confirms of the fall in AS⁻ that the loop's translator reads."
 )

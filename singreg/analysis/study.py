@@ -11,6 +11,7 @@ import pandas as pd
 from singreg.analysis.arms import AUDITOR, Measured
 from singreg.analysis.comparison import CONFIRMED, MARGIN, confirmed_share, ends, no_claim, resampled
 from singreg.analysis.crossfit import AUDITED, figures
+from singreg.analysis.statistics import paired_difference
 from singreg.study_runs import Work
 
 HARM = "class_variance"  # what arms are ordered by: steering, AS⁻ and |AS| all come of it (METHOD section 8.8)
@@ -91,7 +92,8 @@ def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
     """Compare rows by seed with the reference's, paired by image, seeds averaged first; only common seeds are compared.
 
     Returns:
-        By figure of `PAIRED`: value, low, high (95 % bootstrap over classes and images) and unit (× of means, points).
+        By figure of `PAIRED`: value, low, high (95 % bootstrap over classes and images, of top-1 over images) and unit
+        (× of means, points).
         "confirmed" is left out where the loop's translator reads no fall.
     """
     seeds = sorted(arm.keys() & reference.keys())
@@ -103,7 +105,8 @@ def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
     one, other = ({**figures(each), **each, "AS_neg": -each["AS/auditor"]} for each in means)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {key: (*ends(one[key] / other[key]), "×") for key in PAIRED if key not in ("top1", "confirmed")}
-    found["top1"] = (*ends(100 * (one["correct"] - other["correct"])), "points")
+    correct = (rows["correct"].to_numpy() for rows in both)  # of these classes: their images alone are drawn again
+    found["top1"] = (*(100 * end for end in paired_difference(*correct)), "points")
     if one["AS/loop"][0] > other["AS/loop"][0]:
         found["confirmed"] = (*confirmed_share(both, classes), "×")
     return {key: dict(zip(("value", "low", "high", "unit"), each, strict=True)) for key, each in found.items()}
@@ -170,6 +173,6 @@ def study_warnings(arms: Sequence[Summary]) -> list[str]:
     """Give reasons not to believe a figure: one seed, gamed loops."""
     single = "; ".join(arm["arm"] for arm in arms if len(arm["seeds"]) == 1 and arm["trained"])
     shares = {arm["arm"]: arm["paired"].get("confirmed") for arm in arms if arm["role"] == "method" and arm["trained"]}
-    gamed = "; ".join(name for name, share in shares.items() if share and not share["value"] >= CONFIRMED)
+    gamed = "; ".join(name for name, share in shares.items() if share and not share["high"] >= CONFIRMED)
     found = [f"Of one seed only, so without a spread over seeds: {single}."] if single else []
     return [*found, *([f"The loss was gamed (less than {CONFIRMED:.0%} confirmed): {gamed}."] if gamed else [])]
