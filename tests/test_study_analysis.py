@@ -154,7 +154,7 @@ def test_too_few_auditor_images_support_no_claim() -> None:
 
 def test_the_curve_joins_arms_that_differ_in_weight_alone(tmp_path: Path) -> None:
     weaker = run("weaker", harm=2.0, weight=0.1, about={"overrides": {"loss.weight": 0.1}})
-    other = run("other", harm=2.0, about={"overrides": {"loss.start": 0}})
+    other = run("other", harm=2.0, about={"overrides": {"loss.floor": 5}})
     arms = study(*sing(), weaker, other, run("before", about={"make": "leave"}))
     assert [arm["weight"] for arm in arms] == [0.0, 1.0, 0.1, None, None]
     assert json.loads(json.dumps(plain(arms), allow_nan=False))[0]["paired"] == {}

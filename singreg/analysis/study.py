@@ -105,8 +105,9 @@ def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
     one, other = ({**figures(each), **each, "AS_neg": -each["AS/auditor"]} for each in means)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {key: (*ends(one[key] / other[key]), "×") for key in PAIRED if key not in ("top1", "confirmed")}
-    correct = (rows["correct"].to_numpy() for rows in both)  # of these classes: their images alone are drawn again
-    found["top1"] = (*(100 * end for end in paired_difference(*correct)), "points")
+    # Of these classes: their images alone are drawn again.
+    value, low, high = paired_difference(*(100 * rows["correct"].to_numpy() for rows in both))
+    found["top1"] = (value, low, high, "points")
     if one["AS/loop"][0] > other["AS/loop"][0]:
         found["confirmed"] = (*confirmed_share(both, classes), "×")
     return {key: dict(zip(("value", "low", "high", "unit"), each, strict=True)) for key, each in found.items()}
