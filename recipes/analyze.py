@@ -78,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(AnalyzeConfig, arguments, description=__doc__ or "")
     accelerator = start(config)
     with explained():
-        run = Run(config, accelerator, "analyze")
-        if not config.dry_run:
-            run.check()
+        run = Run(config, accelerator, "analyze").check()
         bank = load_concepts(config.concepts)
         setup = prepare(config, config.model, accelerator)
         if len(setup.splits.bank) <= config.neighbours:

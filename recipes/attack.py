@@ -86,20 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(AttackConfig, arguments, description=__doc__ or "")
     accelerator = start(config)
     with explained():
-        run = Run(config, accelerator, "attack")
-        if not config.dry_run:
-            run.check()
+        run = Run(config, accelerator, "attack").check()
         splits = load_splits(config.data)
-        if not len(splits.audit):
-            raise ValueError("the audit split is empty, so no auditor can be fitted; give data.per_class.audit")
         chosen, inputs = choose_images(splits.test, config.images, config.seed), {}
         for model in config.models:
             classifier = open_model(model, splits, config)
             labels_for_head(splits, classifier, model)
             inputs[model.known_as] = hash_of_state(classifier)
         passes = PassSettings(BATCH_SIZE, config.data.workers, accelerator.is_local_main_process, str(cache_folder()))
-        vlms, embedded = [config.vlm, *config.further_vlms], (splits.bank, splits.audit, splits.test)
-        spaces = open_spaces(vlms, embedded, [splits.class_names], accelerator, passes)
+        spaces = open_spaces([config.vlm, *config.further_vlms], splits, [splits.class_names], accelerator, passes)
         if config.dry_run:
             print(f"dry run: nothing was attacked; {len(chosen)} images, budgets {config.linf}, models {list(inputs)}")
             return

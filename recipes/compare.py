@@ -80,16 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(CompareConfig, arguments, description=__doc__ or "")
     accelerator = start(config)
     with explained():
-        run = Run(config, accelerator, "compare")
-        if not config.dry_run:
-            run.check()
+        run = Run(config, accelerator, "compare").check()
         splits = load_splits(config.data)
-        if not len(splits.audit):
-            raise ValueError("the audit split is empty, so no auditor can be fitted; give data.per_class.audit")
         heads, names = look_at_heads(config.models, splits, config)
         passes = PassSettings(BATCH_SIZE, config.data.workers, accelerator.is_local_main_process, str(cache_folder()))
-        vlms, embedded = [config.vlm, *config.further_vlms], (splits.bank, splits.audit, splits.test)
-        spaces = open_spaces(vlms, embedded, names, accelerator, passes)
+        spaces = open_spaces([config.vlm, *config.further_vlms], splits, names, accelerator, passes)
         if config.dry_run:
             print("\n".join(f"{head['label']}: {head['omitted'] or 'has a null space'}" for head in heads))
             print(f"images: {', '.join(f'{split.name} {len(split)}' for split in splits)}")

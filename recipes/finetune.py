@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(FinetuneConfig, arguments, description=__doc__ or "")
     accelerator = start(config)
     with explained():
-        run = Run(config, accelerator, "finetune")
-        if not config.dry_run:
-            run.check()
+        run = Run(config, accelerator, "finetune").check()
         setup = prepare(config, config.model, accelerator, before_embedding=partial(check, config, run))
         if config.dry_run:
             return

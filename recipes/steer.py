@@ -72,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(SteerConfig, arguments, description=__doc__ or "")
     accelerator = start(config)
     with explained():
-        run = Run(config, accelerator, "steer")
-        if not config.dry_run:
-            run.check()
+        run = Run(config, accelerator, "steer").check()
         setup = prepare(config, config.model, accelerator)
         plan = choose_pairs(config, setup)
         if config.dry_run:

@@ -68,9 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(StudyConfig, arguments, description=__doc__ or "")
     accelerator = start(config)
     with explained():
-        run = StudyRun(config, accelerator, "study")
-        if not config.dry_run:
-            run.check()
+        run = StudyRun(config, accelerator, "study").check()
         setup = prepare(config, config.model, accelerator)
         works = plan_study(config, fingerprints(setup))
         for work in works:  # complaints come before any work

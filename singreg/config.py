@@ -45,10 +45,11 @@ class Problems(list[str]):
 
 @dataclass
 class Checked:
-    """A section of a configuration that says all that is wrong with its values at once."""
+    """A section of a configuration that says all that is wrong with its values at once; no number is below 0."""
 
     def __post_init__(self) -> None:
         problems = Problems()
+        problems.within(0, **{name: value for name, value in vars(self).items() if isinstance(value, (int, float))})
         self.check(problems)
         if problems:
             raise ValueError("\n".join(problems))
@@ -104,9 +105,8 @@ class DataConfig(Checked):
         for name, count in counts.items():
             least, most = int(name.endswith(("train", "test"))), 1 if name == "scenes.bias" else math.inf
             problems.within(least, most, **{name: count})
-        problems.within(0, 1, unlabeled_to_audit=self.unlabeled_to_audit)
-        problems.within(1, image_size=self.image_size)
-        problems.within(0, workers=self.workers)
+        problems.need(self.unlabeled_to_audit <= 1, "unlabeled_to_audit: expected a share from 0 to 1")
+        problems.need(self.image_size != 0, "image_size: expected pixels, got 0")
         if self.source == "scenes":
             own = self.classes or self.class_names or self.unlabeled or self.per_class
             problems.need(not own, "source: scenes has no classes, class_names, per_class or unlabeled; leave them out")
@@ -230,9 +230,6 @@ class TranslatorConfig(Checked):
 
     ridge: float | None = None
 
-    def check(self, problems: Problems) -> None:
-        problems.within(0, ridge=self.ridge)
-
 
 @dataclass
 class LoopTranslatorConfig(TranslatorConfig):
@@ -244,10 +241,6 @@ class LoopTranslatorConfig(TranslatorConfig):
     """
 
     refreshes: int = 6
-
-    def check(self, problems: Problems) -> None:
-        super().check(problems)
-        problems.within(0, refreshes=self.refreshes)
 
 
 @dataclass
@@ -268,7 +261,6 @@ class LossConfig(Checked):
     placebo: Literal["none", "random", "foreign", "shuffled"] = "none"
 
     def check(self, problems: Problems) -> None:
-        problems.within(0, weight=self.weight, floor=self.floor)
         if not self.terms:
             return
         from singreg.terms import TERMS, resolve_terms  # torch, after all
@@ -306,11 +298,9 @@ class TrainingConfig(Checked):
     checkpoint_every: int = 200
 
     def check(self, problems: Problems) -> None:
-        for name, rate in (("learning_rate", self.learning_rate), ("head_factor", self.head_factor)):
-            problems.need(0 < rate < math.inf, f"{name}: expected a number above 0, got {rate}")
-        problems.within(1, batch_size=self.batch_size, checkpoint_every=self.checkpoint_every)
-        problems.within(0, epochs=self.epochs, weight_decay=self.weight_decay, l2_sp=self.l2_sp)
-        problems.within(0, 1, head_first=self.head_first)
+        for name in ("learning_rate", "head_factor", "batch_size", "checkpoint_every"):
+            problems.need(getattr(self, name) != 0, f"{name}: expected a number above 0, got 0")
+        problems.need(self.head_first <= 1, "head_first: expected a share from 0 to 1")
 
 
 @dataclass
@@ -335,7 +325,7 @@ class RunConfig(Checked):
 
     def check(self, problems: Problems) -> None:
         problems.need(bool(Path(self.out).name), f"out: expected a folder, got {self.out!r}")
-        problems.need(0 <= self.seed < 2**32, f"seed: expected a whole number from 0 to {2**32 - 1}, got {self.seed}")
+        problems.need(self.seed < 2**32, f"seed: expected a whole number below {2**32}, got {self.seed}")
 
     @property
     def folder(self) -> Path:

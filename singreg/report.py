@@ -140,7 +140,8 @@ def track(accelerator: Accelerator, name: str, config: Any) -> None:
     accelerator.trackers.clear()
     if accelerator.log_with:
         accelerator.init_trackers(name)
-    settings = pd.json_normalize(asdict(config)).map(str).iloc[0].to_dict()  # trackers take no nested ones
+    flat = pd.json_normalize(asdict(config)).to_dict("records")[0]  # trackers take no nested ones
+    settings = {str(key): value if isinstance(value, (bool, int, float)) else str(value) for key, value in flat.items()}
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":  # whose own way would add a run in a folder named by the clock
             tracker.log({"config": "\n".join(f"    {key}: {value}" for key, value in settings.items())}, step=0)

@@ -111,9 +111,9 @@ class Run:
         self.seconds: dict[str, float] = {}
 
     def check(self) -> Run:
-        """Raise, before anything long is done, if the folder holds another run or `resume` is not set."""
+        """Raise, before anything long is done, if the folder holds another run, or this one and `resume` is not set."""
         resolved = self.folder / "config.yaml"
-        if not resolved.is_file():
+        if self.config.dry_run or not resolved.is_file():
             return self
         if not self.config.resume:
             raise FileExistsError(f"{self.folder} already holds a run; go on with --resume true or use another --out")

@@ -15,7 +15,7 @@ from torch import Tensor
 from singreg.analysis.features import PassSettings
 from singreg.analysis.passport import head_passport
 from singreg.config import ComparedModel, RunConfig, VLMConfig
-from singreg.data.datasets import ImageSplit, Splits
+from singreg.data.datasets import Splits
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
 from singreg.models.vlm import VisionLanguageModel
@@ -45,17 +45,19 @@ class Space:
 
 def open_spaces(
     vlms: Sequence[VLMConfig],
-    splits: Sequence[ImageSplit],
+    splits: Splits,
     names: Sequence[tuple[str, ...]],
     accelerator: Accelerator,
     passes: PassSettings,
 ) -> list[Space]:
-    """Open every vision-language model and embed the images of some splits, and prompts of the class names."""
+    """Open every vision-language model and embed the images of bank, audit and test, and prompts of class names."""
+    if not len(splits.audit):
+        raise ValueError("the audit split is empty, so no auditor can be fitted; give data.per_class.audit")
     spaces = []
     for config, label in zip(vlms, space_labels(vlms), strict=True):
         vlm = open_vlm(config, accelerator)
         texts = {every: vlm.embed_classes(every, tuple(config.templates)).to(accelerator.device) for every in names}
-        spaces.append(Space(label, vlm, texts, embed_splits(vlm, splits, passes)))
+        spaces.append(Space(label, vlm, texts, embed_splits(vlm, (splits.bank, splits.audit, splits.test), passes)))
     return spaces
 
 

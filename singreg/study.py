@@ -73,7 +73,6 @@ class StudyConfig(FinetuneConfig):
         problems.need(wanted, f"seeds: expected different whole numbers from 0, got {self.seeds}")
         for key, name in {"reference": self.reference, "claim": self.claim}.items():
             problems.need(name in names, f"{key}: there is no arm {name!r}; arms are {', '.join(names)}")
-        problems.within(0, ood=self.ood, validation_per_class=self.validation_per_class)
         problems.need(not self.ood or self.data.unlabeled is not None, "ood: needs images in data.unlabeled")
         for place, arm in enumerate(self.arms):
             problems += [f"arms[{place}] ({arm.name}): {each}" for each in self._wrong_with(arm, self.arms[:place])]
