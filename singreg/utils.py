@@ -112,9 +112,8 @@ def progress(
     """Yield the items with a progress bar that begins at `done`; where there is no terminal it is drawn seldom."""
     terminal = sys.stderr.isatty()
     every = 0.1 if terminal else SECONDS_BETWEEN_LINES  # a log shows nothing of what takes less
-    options = {"initial": done, "disable": not enabled, "mininterval": every, "maxinterval": max(10, every)}
-    options["delay"] = 0 if terminal else every
-    yield from tqdm(items, description, total, leave=False, **options)
+    seldom = {"mininterval": every, "maxinterval": max(10, every), "delay": 0 if terminal else every}
+    yield from tqdm(items, description, total, leave=False, initial=done, disable=not enabled, **seldom)
 
 
 def is_distributed() -> bool:
@@ -142,9 +141,8 @@ def together(work: Callable[[], Item], what: str, *, first_only: bool = False) -
         dist.all_gather_object(texts, None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
-    if any(texts):
-        failed = "; ".join(f"process {place}: {text}" for place, text in enumerate(texts) if text)
-        raise ValueError(f"{what} failed elsewhere: {failed}")
+    if failed := [f"process {place}: {text}" for place, text in enumerate(texts) if text]:
+        raise ValueError(f"{what} failed elsewhere: {'; '.join(failed)}")
     if first_only and world > 1:
         dist.broadcast_object_list(results, src=0)
     value: Item = results[0]

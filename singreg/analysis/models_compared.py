@@ -46,9 +46,8 @@ def paired_figures(
     """
     first = next(iter(rows.values()))
     models, reference = tuple(first), next(iter(first.values()))
-    every = [table for tables in rows.values() for table in tables.values()]
-    scores = [name for name in map(str, reference.columns) if name.startswith("AS/") and all(name in t for t in every)]
-    translators = [name.removeprefix("AS/") for name in scores]
+    common = set.intersection(*(set(map(str, table)) for tables in rows.values() for table in tables.values()))
+    translators = [name[3:] for name in map(str, reference) if name.startswith("AS/") and name in common]
     views = tuple(itertools.product(rows, translators))
     columns = [first[model]["correct"].to_numpy(np.float64) for model in models]
     for (space, translator), model in itertools.product(views, models):

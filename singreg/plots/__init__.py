@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from singreg.utils import atomic_write
@@ -71,15 +70,17 @@ def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequ
     taken = [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in points]
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "va": "center"}
     for place, name in enumerate(names):
-        found: list[tuple[int, Annotation]] = []
+        text, others, hits = (
+            axes.annotate(drawable(name), (x[place], y[place]), (0, 0), **style),
+            taken.copy(),
+            list[int](),
+        )
+        del others[place]
         for dx, dy, side in PLACES:
-            text = axes.annotate(drawable(name), (x[place], y[place]), (dx, dy), ha=side, **style)
+            text.set(position=(dx, dy), ha=side)
             box = text.get_window_extent()
             inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
-            hits = sum(box.overlaps(other) for k, other in enumerate(taken) if k != place)
-            found.append((hits + (not inside), text))
-        best = min(found, key=lambda each: each[0])[1]
-        taken.append(best.get_window_extent())
-        for _, text in found:
-            if text is not best:
-                text.remove()
+            hits.append(sum(map(box.overlaps, others)) + (not inside))
+        dx, dy, side = PLACES[int(np.argmin(hits))]
+        text.set(position=(dx, dy), ha=side)
+        taken.append(text.get_window_extent())
