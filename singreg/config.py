@@ -70,8 +70,8 @@ class DataConfig(Checked):
         classes: wnids or names, a named set (imagenet16, imagenette, imagewoof, imagenet100) or a file; null for all.
         class_names: file of names for prompts and tables, one a line for all classes in order, or "folder: name" lines.
         label_column: column of the labels in Parquet files or a data set; null where there is one, or one called label.
-        per_class: images a class for train, audit and test, such as {train: 150}; where a key is missing, test takes
-            all, train what audit leaves, audit what train leaves (half if both are missing).
+        per_class: images a class for train, audit, test and bank, such as {train: 150}; where a key is missing, test
+            takes all, train what audit leaves, audit what train leaves (half if both are missing), bank none.
         unlabeled: folder of further images without labels, for the translators and the auditor.
         unlabeled_to_audit: share of the unlabelled images that the auditor gets; the bank gets the rest.
         scenes: numbers of built-in scenes (train, audit, test, bank), bias (how often a training background follows
@@ -99,7 +99,7 @@ class DataConfig(Checked):
     bad_images: Literal["stop", "drop"] = "stop"
 
     def check(self, problems: Problems) -> None:
-        problems.keys("per_class", self.per_class, ("train", "audit", "test"))
+        problems.keys("per_class", self.per_class, ("train", "audit", "test", "bank"))
         problems.keys("scenes", self.scenes, tuple(SCENES))
         counts = {f"{section}.{k}": v for section in ("per_class", "scenes") for k, v in getattr(self, section).items()}
         for name, count in counts.items():

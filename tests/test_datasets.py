@@ -56,6 +56,7 @@ def check_disjoint(splits: Splits) -> None:
         ({}, [5, 4, 3], [4, 3, 2], [4, 3, 2]),
         ({"per_class": {"train": 2}}, [2, 2, 2], [7, 5, 3], [4, 3, 2]),
         ({"per_class": {"audit": 1, "test": 2}}, [8, 6, 4], [1, 1, 1], [2, 2, 2]),
+        ({"per_class": {"audit": 1, "bank": 2}}, [6, 4, 2], [1, 1, 1], [4, 3, 2]),
         ({"per_class": {"audit": 0}}, [9, 7, 5], [0, 0, 0], [4, 3, 2]),
         ({"classes": ["Persian cat", "goldfish"]}, [3, 4], [2, 3], [2, 3]),
     ],

@@ -141,15 +141,16 @@ def _draw(read: Sequence[TableSplit], keys: Sequence[str], config: DataConfig) -
 
 def _shares(place: int, count: int, config: DataConfig) -> dict[str, int]:
     """How many of `count` train (0), test (1) or unlabelled (2) images each split gets; None is what is left."""
-    train, audit, test = (config.per_class.get(name) for name in ("train", "audit", "test"))
+    train, audit, test, bank = (config.per_class.get(name) for name in ("train", "audit", "test", "bank"))
     if place == 1:
         return {"test": count if test is None else test}
     if place == 2:
         cut = round(config.unlabeled_to_audit * count)
         return {"audit": cut, "bank": count - cut}
     if audit is None:
-        audit = count // 2 if train is None else count - train
-    return {"train": count - audit if train is None else train, "audit": audit}
+        audit = count // 2 if train is None else count - train - (bank or 0)
+    shares = {"train": count - audit - (bank or 0) if train is None else train, "audit": audit}
+    return shares if bank is None else {**shares, "bank": bank}
 
 
 def without_copies(groups: Sequence[Sequence[ImageSplit]], drop: bool) -> list[list[ImageSplit]]:
@@ -301,7 +302,8 @@ class _HuggingFace:
         """Stream the split, or find it in the cache: the first readable images of each class, as many as wanted."""
         config, counts, wanted = self.config, self.config.per_class, None
         if config.train_split != config.test_split:
-            train = counts["train"] + counts["audit"] if "train" in counts and "audit" in counts else None
+            parts = [counts.get(name, 0) for name in ("train", "audit", "bank")]
+            train = sum(parts) if {"train", "audit"} <= set(counts) else None
             wanted = train if self.split == config.train_split else counts.get("test")
         facts = {"source": config.source, "split": self.split, "keys": list(place), "wanted": wanted}
         facts["data"] = datasets.load_dataset_builder(config.source).hash
