@@ -64,7 +64,8 @@ def check_disjoint(splits: Splits) -> None:
 def test_counts_follow_the_rule(tree: Path, changes: Any, train: list[int], audit: list[int], test: list[int]) -> None:
     splits = load(tree, **changes)
     assert [per_class(split) for split in (splits.train, splits.audit, splits.test)] == [train, audit, test]
-    assert names(splits.bank) == names(splits.train)
+    assert list(names(splits.bank))[: len(splits.train)] == list(names(splits.train))
+    assert len(splits.bank) == len(splits.train) + 3 * changes.get("per_class", {}).get("bank", 0)
     assert [split.name for split in splits] == ["train", "bank", "audit", "test"]
     check_disjoint(splits)
 
