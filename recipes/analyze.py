@@ -98,8 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows, found = measure(run, config, setup, space, translators, mean)
         with run.timed("concepts"):
             reader: Any = {"null_space": space, "translator": translators["auditor"]}
-            named: Any = {"class_names": setup.splits.class_names, **reader}
-            found["concepts"] = levels.analyze_concepts(batches(setup, "concepts"), bank.concepts, words, **named)
+            found["concepts"] = levels.analyze_concepts(batches(setup, "concepts"), bank.concepts, words, **reader)
         with run.timed("images"):
             found |= show_images(config, setup, rows, bank.concepts, words, reader)
         if accelerator.is_main_process:

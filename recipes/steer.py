@@ -114,8 +114,7 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
         translators, mean = fit_all(classifier, setup.splits, setup.embeddings, config.mlp, **options)
         linear = {name: translators[name] for name in ("fitted", "auditor")}
     with run.timed("measure"):
-        both |= {"mean": mean, "steering_image_score": config.image_score}
-        rows, measurement = analyze_model(classifier, *test, texts, translators, **both)
+        rows, measurement = analyze_model(classifier, *test, texts, translators, mean=mean, **both)
     with run.timed("radii"):
         gaussian = effort.fit_conditional(classifier, *bank, space, settings=passes)
         natural = effort.natural_radii(classifier, *test, gaussian, fit_images=len(bank[0]), settings=passes)

@@ -25,7 +25,6 @@ class TranslatorInfo:
         kind: "linear", "mlp3", "mlp4" or "residual".
         ridge: the relative ridge, of a linear one only.
         standardized: whether the features were brought to unit scale for the fit.
-        by_block: whether by the head's row-space and null block, not feature by feature.
         normalized_targets: whether it was fitted to unit image embeddings and not to the paper's raw ones.
     """
 
@@ -42,7 +41,6 @@ class TranslatorInfo:
     validation_r2: float | None = None
     agreement: float | None = None
     kind: str = "linear"
-    by_block: bool = False
 
 
 class Translator(nn.Module):
@@ -176,40 +174,34 @@ def fit_translator(
         >>> bool((fit_translator([(f, f @ A.T)]).matrix - A).abs().max() < 1e-3)
         True
     """
-    parts: list[RidgeStatistics] = []
+    halves: list[RidgeStatistics] = []
     seen = 0
     for features, targets in batches:
-        if not parts:
-            width, dim = features.shape[1], targets.shape[1]
-            parts = [RidgeStatistics(width, dim, device=features.device) for _ in range(2)]
-        mine = first_half(torch.arange(seen, seen + len(features))).to(features.device)
-        for part, rows in zip(parts, (mine, ~mine), strict=True):
-            part.update(features[rows], targets[rows])
+        if not halves:
+            sizes = features.shape[1], targets.shape[1]
+            halves = [RidgeStatistics(*sizes, device=features.device) for _ in range(2)]
+        update_halves(halves, features, targets, torch.arange(seen, seen + len(features)))
         seen += len(features)
-    if not parts:
+    if not halves:
         raise ValueError("no images to fit a translator on: the stream of (features, embeddings) was empty")
-    first, second = (part.reduce() for part in parts)
-    return translator_from_statistics(first, second, ridges=ridges, standardize=standardize, info=info)
+    return fit_on_halves(halves, ridges, standardize, info)
 
 
-def first_half(places: Tensor) -> Tensor:
-    """Tell which places (B,) are of the first half: mixed, since labels that take turns would part by even and odd."""
-    return (places + 1) * 2654435761 % 2**32 < 2**31
+def update_halves(halves: Sequence[RidgeStatistics], features: Tensor, targets: Tensor, places: Tensor) -> None:
+    """Add every row to one of two halves by its place (B,); mixed, since labels may take turns as even and odd do."""
+    mine = ((places + 1) * 2654435761 % 2**32 < 2**31).to(features.device)
+    for half, rows in zip(halves, (mine, ~mine), strict=True):
+        half.update(features[rows], targets[rows])
 
 
-def translator_from_statistics(
-    first: RidgeStatistics,
-    second: RidgeStatistics,
-    *,
-    ridges: Sequence[float] = DEFAULT_RIDGES,
-    standardize: Standardize = False,
-    info: TranslatorInfo | None = None,
+def fit_on_halves(
+    halves: Sequence[RidgeStatistics], ridges: Sequence[float], standardize: Standardize, info: TranslatorInfo | None
 ) -> LinearTranslator:
-    """Choose λ by the agreement of two halves, then solve on both together."""
+    """Sum over processes, choose λ by the agreement of the two halves, then solve on both together."""
+    first, second = (half.reduce() for half in halves)
     ridge, r2, agreement = first.agreed(second, ridges=ridges, standardize=standardize)
-    found = replace(info or TranslatorInfo(), validation_r2=r2, agreement=agreement)
-    blocks = isinstance(standardize, Tensor)
-    found = replace(found, standardized=blocks or bool(standardize), by_block=blocks)
+    scaled = isinstance(standardize, Tensor) or standardize
+    found = replace(info or TranslatorInfo(), validation_r2=r2, agreement=agreement, standardized=scaled)
     return LinearTranslator.from_solution((first + second).solve(ridge, standardize=standardize), found)
 
 

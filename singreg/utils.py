@@ -150,17 +150,12 @@ def together(work: Callable[[], Item], what: str, *, first_only: bool = False) -
 
 
 @torch.no_grad()
-def all_reduce_sum(value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """Sum a tensor over processes, detached. Every process must call it. Shape: any, kept."""
     value = value.detach().clone()
     if is_distributed():
-        dist.all_reduce(value, op=op)
+        dist.all_reduce(value)
     return value
-
-
-def all_reduce_max(value: Tensor) -> Tensor:
-    """Take the largest of a tensor over processes, element by element, detached. Shape: any, kept."""
-    return all_reduce_sum(value, dist.ReduceOp.MAX)
 
 
 @torch.no_grad()

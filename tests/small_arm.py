@@ -92,7 +92,7 @@ def small_fitted(classifier: Classifier) -> FittedTranslator:
     halves = [RidgeStatistics(WIDTH, DIM).update(f[half::2], z[half::2]) for half in (0, 1)]
     whole = halves[0] + halves[1]
     solution = whole.solve(0.01, standardize=NullSpace.from_weight(classifier.weight).basis)
-    translator = LinearTranslator.from_solution(solution, TranslatorInfo(by_block=True))
+    translator = LinearTranslator.from_solution(solution, TranslatorInfo(standardized=True))
     return FittedTranslator(translator, f.mean(0), (halves[0], halves[1]))
 
 

@@ -54,7 +54,7 @@ class Measured:
         matrix = torch.randn(width, self.model.feature_dim, generator=g) / self.features.norm(dim=1).mean().float()
         drawn = LinearTranslator(matrix, torch.randn(width, generator=g))
         self.mean, self.translators = fitted.mean, {"fitted": fitted.translator, "drawn": drawn}
-        options: Any = {"mean": self.mean, "settings": settings, "steering_image_score": DEGREES}
+        options: Any = {"mean": self.mean, "settings": settings}
         self.rows, self.found = analyze_model(self.model, split, z, self.texts, self.translators, **options)
 
     def translate(self, name: str, features: Tensor) -> Tensor:
@@ -82,7 +82,6 @@ def test_scores_of_every_image_are_the_slow_formulas(name: str, reader: str, kin
     np.testing.assert_allclose(m.rows[f"{kind}IS/{reader}"], image.numpy(), atol=TOLERANCE)
     overall = m.found["translators"][reader]["centred" if kind else "overall"]
     assert overall["AS_neg"] == pytest.approx(float(torch.relu(-attribute).mean()), abs=TOLERANCE)
-    assert m.found["logit_change_float64"] <= 1e-9 < m.found["logit_change_float32"] <= 1e-4
 
 
 def slow_steering(m: Measured, reader: str, null: Tensor, f: Tensor, text: Tensor) -> tuple[float, Tensor] | None:
@@ -108,30 +107,22 @@ def slow_steering(m: Measured, reader: str, null: Tensor, f: Tensor, text: Tenso
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("reader", ["fitted", "drawn"])
 def test_steering_at_forty_degrees_is_the_slow_search(name: str, reader: str) -> None:
-    """Every image's step, steered feature and AS towards the target; and the means that `analyze_model` reports."""
+    """Every image's step, steered feature and angle to the target."""
     m = measured(name)
     null = formulas.null_projector(m.model.weight)
     text = m.texts.double()[steering_targets(m.labels, torch.arange(IMAGES), toy.CLASSES)]
     T = m.translators[reader]
     options: Any = {"translator": T, "image_score": DEGREES}
     fast = steer(m.features, text, null_space=NullSpace.from_weight(m.model.weight), **options)
-    scores, steps = [], []
     for index, f in enumerate(m.features):
         found = slow_steering(m, reader, null, f, text[index])
         assert bool(fast.reachable[index]) == (found is not None)
         if found is None:
             continue
         step, steered = found
-        sides = (f, steered, fast.features[index])
-        before, after, mine = (formulas.angle_degrees(m.translate(reader, x), text[index]) for x in sides)
+        sides = (steered, fast.features[index])
+        after, mine = (formulas.angle_degrees(m.translate(reader, x), text[index]) for x in sides)
         reached = formulas.angle_degrees(m.translate(reader, f), m.translate(reader, fast.features[index]))
         assert (float(mine), float(reached)) == pytest.approx((float(after), DEGREES), abs=TOLERANCE)
         assert float(fast.step[index]) == pytest.approx(step, rel=1e-6)
-        scores.append(float(before - after))
-        steps.append(step / float(f.norm()))
-    summary = m.found["steering"][reader]
-    assert len(scores) > IMAGES / 4
-    assert summary["reachable"] == pytest.approx(len(scores) / IMAGES)
-    means = np.mean(scores), np.std(scores)
-    assert (summary["attribute_score"], summary["attribute_score_std"]) == pytest.approx(means, abs=TOLERANCE)
-    assert summary["step"] == pytest.approx(np.mean(steps), rel=1e-4)
+    assert int(fast.reachable.sum()) > IMAGES / 4

@@ -65,9 +65,6 @@ def test_the_folder_of_a_run(finished: Path) -> None:
     assert {measured["images"] for measured in report["measurements"].values()} == {45}
     assert set(report["measurements"]["sing"]["translators"]) == {"loop", "auditor"}
     assert "confirmed share" in {row["name"] for row in report["comparisons"]}
-    for measured in report["measurements"].values():
-        assert measured["logit_change_float64"] < 1e-9
-        assert measured["logit_change_float32"] < 1e-4
     rows = pd.read_parquet(finished / "scores.parquet")
     assert rows.groupby("model").size().to_dict() == dict.fromkeys(STAGES, 45)
     assert {"report.md", "report.html", "config.yaml"} <= {path.name for path in finished.iterdir()}

@@ -27,5 +27,3 @@ def test_the_demo_gives_its_frozen_figures(tmp_path: Path) -> None:
         for name in measured["translators"]:
             overall = measured["translators"][name]["overall"]
             assert {key: overall[key] for key in FIGURES} == pytest.approx(wanted[name], abs=degrees), (stage, name)
-            for key, value in wanted["steering"][name].items():
-                assert measured["steering"][name][key] == pytest.approx(value, abs=degrees), (stage, name, key)

@@ -90,7 +90,7 @@ def test_the_plots_of_perturbations_concepts_and_images(neighbours: int, drawn: 
     moved = measure_perturbations(w.batches(), weight=w.weight, null_space=w.space, **chosen)
     scores.plot_perturbations(moved, tmp_path / "perturbations.png")
     reader: Any = {"null_space": w.space, "translator": w.translator}
-    found = analyze_concepts(w.batches(), concepts, w.concept_texts, class_names=AWKWARD, **reader)
+    found = analyze_concepts(w.batches(), concepts, w.concept_texts, **reader)
     scores.plot_concepts(found, tmp_path / "concepts.png")
     rows = pd.DataFrame(
         {"index": range(31), "image": "x", "label": split.labels, "AS/auditor": -1.0, "IS/auditor": 9.0}

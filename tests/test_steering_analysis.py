@@ -13,16 +13,15 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import singreg.analysis.steering as steering
-from singreg.analysis.features import FeatureBatch
-from singreg.analysis.steering import measure_steering, plan_pairs, steer_pairs, steering_targets
+from singreg.analysis.steering import plan_pairs, steering_targets
 from singreg.analysis.steering_curves import Budgets, at, fit_conditional, natural_radii, the_curve
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator, ConditionalGaussian, bisect_step
 from singreg.translator import LinearTranslator
 from tests import toy
 from tests.processes import run_processes
-from tests.reference.formulas import angle_degrees, null_projector
-from tests.steering_world import COUNT, NAMES, RADII, STEPS, C, M, N, SteeringWorld, shared
+from tests.reference.formulas import angle_degrees
+from tests.steering_world import COUNT, RADII, STEPS, C, M, N, SteeringWorld, shared
 
 
 def gradient(translator: AnyTranslator, f: Tensor, text: Tensor) -> Tensor:
@@ -268,31 +267,6 @@ def test_bad_plans_name_everything_wrong() -> None:
     labels, texts = np.array([0, 0, 1]), torch.eye(4)[:3]
     with pytest.raises(ValueError, match=r"without test images: cat; the only target is the source itself.*: bee"):
         plan_pairs(labels, ["ant", "bee", "cat"], texts, [0, 1, 2], ["an image of a bee"], texts[1:2])
-
-
-@pytest.mark.parametrize("image_score", [30.0, 80.0])
-def test_measure_steering_reads_what_the_table_of_pairs_does(image_score: float) -> None:
-    """Two classes leave one target each, so both must choose the same one."""
-    world, indices = SteeringWorld.make(), torch.arange(COUNT)
-    f, labels, texts, weight = world.features, world.labels % 2, world.texts[:2], world.weight[:2]
-    common: dict[str, Any] = {"texts": texts, "null_space": NullSpace.from_weight(weight), "image_score": image_score}
-    single = measure_steering(f, labels, indices, attacker=world.translators["one"], **common)
-    plan = plan_pairs(labels.numpy(), NAMES[:2], texts, [0, 1], NAMES[:2], texts)
-    batch = FeatureBatch(f, f @ weight.T, torch.zeros(COUNT, N), labels, indices)
-    (found,) = steer_pairs([batch], plan, weight=weight, attackers={"one": world.translators["one"]}, **common)
-    pair = found["overall"]
-    assert single["attribute_score"] == pytest.approx(pair["AS"], abs=1e-9)
-    assert single["attribute_score_std"] == pytest.approx(pair["AS_std"], abs=1e-9)
-    assert single["step"] == pytest.approx(pair["step"])
-    assert (single["reachable"], single["success"]) == pytest.approx((pair["reachable"], pair["success"]))
-    assert (single["images"], single["image_score"]) == (COUNT, image_score)
-    kept = torch.eye(M) - null_projector(weight).float()
-    blind = LinearTranslator(world.translators["one"].matrix @ kept, torch.zeros(N))
-    nothing = measure_steering(f, labels, indices, attacker=blind, **common)
-    assert (nothing["reachable"], nothing["success"]) == (0.0, 0.0)
-    assert all(math.isnan(nothing[name]) for name in ("attribute_score", "attribute_score_std", "step"))
-    with pytest.raises(ValueError, match=r"at least 2 classes.*\(1, 7\)"):
-        measure_steering(f, labels, indices, attacker=blind, **{**common, "texts": texts[:1]})
 
 
 def test_targets_are_other_classes_fixed_by_image_and_seed() -> None:

@@ -142,7 +142,7 @@ class World:
     @property
     def reader(self) -> dict[str, Any]:
         """What the concept and image level are read with."""
-        return {"null_space": self.space, "translator": self.translator, "class_names": self.class_names}
+        return {"null_space": self.space, "translator": self.translator}
 
     def batches(self, size: int = 4, share: np.ndarray | None = None) -> Iterator[FeatureBatch]:
         """The images (of a process's share) in batches."""

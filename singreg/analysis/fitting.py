@@ -21,10 +21,10 @@ from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from singreg.translator import (
     LinearTranslator,
     TranslatorInfo,
-    first_half,
     fit_mlp_translator,
+    fit_on_halves,
     load_translator,
-    translator_from_statistics,
+    update_halves,
 )
 
 logger = logging.getLogger(__name__)
@@ -87,14 +87,12 @@ def fit_on_split(
     Shape: embeddings (N, n).
     """
     basis = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).basis
-    width, device = classifier.feature_dim, classifier.weight.device
-    first, second = (RidgeStatistics(width, embeddings.shape[1], device=device) for _ in range(2))
+    device = classifier.weight.device
+    sizes = classifier.feature_dim, embeddings.shape[1]
+    first, second = halves = RidgeStatistics(*sizes, device=device), RidgeStatistics(*sizes, device=device)
     for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), description)):
-        mine = first_half(batch.indices).to(device)  # the same on any number of processes
-        first.update(batch.features[mine], batch.embeddings[mine])
-        second.update(batch.features[~mine], batch.embeddings[~mine])
-    halves = first.reduce(), second.reduce()
-    translator = translator_from_statistics(*halves, ridges=ridges, standardize=basis, info=info)
+        update_halves(halves, batch.features, batch.embeddings, batch.indices)  # the same on any number of processes
+    translator = fit_on_halves(halves, ridges, basis, info)
     mean = (first.f + second.f) / (first.count + second.count)
     return FittedTranslator(translator.to(device), mean.float(), halves)
 

@@ -20,23 +20,23 @@ from singreg.translator import Translator
 from singreg.utils import all_reduce_sum, plain
 
 CHUNK_ELEMENTS = 2**20  # images x concepts at a time: 4 MiB an array in float32
-SUMS = ("before", "after", "AS", "AS²", "AS_abs", "kappa")
+SUMS = ("before", "after", "AS", "AS²", "kappa")
 NORMAL_95 = 1.959963984540054
 Order = Literal["strongest", "rises", "falls"]
 GALLERY_CHUNK = 4096  # gallery images at a time
 MOVED = 5  # concepts shown of an image, each way
 
 
-def analyze_classes(rows: pd.DataFrame, class_names: Sequence[str], *, translator: str = "auditor") -> dict[str, Any]:
-    """Measure AS and IS of every class by one translator, from the rows of `analyze_model`.
+def analyze_classes(rows: pd.DataFrame, class_names: Sequence[str]) -> dict[str, Any]:
+    """Measure AS and IS of every class by the auditor, from the rows of `analyze_model`.
 
     Returns:
         classes, the leakiest (AS⁻) first, with means and intervals by figure (None for a single image); intervals
         resample a class's images. The names of empty classes.
     """
-    score = rows[f"AS/{translator}"].astype(float)
-    figures = {"AS": score, "AS_neg": (-score).clip(lower=0), "AS_pos": score.clip(lower=0), "AS_abs": score.abs()}
-    figures |= {name: rows[f"{name}/{translator}"] for name in ("IS", "kappa")}
+    score = rows["AS/auditor"].astype(float)
+    figures = {"AS": score, "AS_neg": (-score).clip(lower=0), "AS_abs": score.abs()}
+    figures |= {name: rows[f"{name}/auditor"] for name in ("IS", "kappa")}
     table = pd.DataFrame({**figures, "accuracy": rows["correct"]}, dtype=float)
     classes: list[dict[str, Any]] = []
     for label, images in table.groupby(rows["label"].astype(int)):
@@ -48,8 +48,7 @@ def analyze_classes(rows: pd.DataFrame, class_names: Sequence[str], *, translato
         classes.append({**named, "means": images.mean().to_dict(), "intervals": intervals})
     classes.sort(key=lambda each: (-each["means"]["AS_neg"], each["label"]))
     empty = [name for label, name in enumerate(class_names) if not (rows["label"] == label).any()]
-    found: dict[str, Any] = plain({"translator": translator, "images": len(rows), "classes": classes, "empty": empty})
-    return found
+    return {"classes": plain(classes), "empty": empty}
 
 
 def joint_distribution(rows: pd.DataFrame, *, translator: str = "auditor") -> dict[str, Any]:
@@ -79,7 +78,6 @@ def analyze_concepts(
     *,
     null_space: NullSpace,
     translator: Translator,
-    class_names: Sequence[str],
 ) -> dict[str, Any]:
     """Measure the angle of every concept to every image before (T f) and after (T f~) the removal.
 
@@ -88,8 +86,7 @@ def analyze_concepts(
     Shape: texts (K, n), one row a concept in the translator's space.
 
     Returns:
-        overall (K,) before, after, AS with AS_low and AS_high (normal 95 % interval), AS_abs and kappa of all
-        images; per_class (C, K) before, after and AS, None for a class without images.
+        overall (K,) before, after, AS with AS_low and AS_high (normal 95 % interval) and kappa of all images.
 
     Raises:
         ValueError: text embeddings that are zero or not finite.
@@ -99,10 +96,9 @@ def analyze_concepts(
         raise ValueError(f"text embeddings that are zero or not finite: {', '.join(map(repr, bad))}")
     texts, rows = unit_rows(texts.detach().float()), max(1, CHUNK_ELEMENTS // len(texts))
     overall = torch.zeros(len(SUMS), len(texts), dtype=torch.float64, device=texts.device)
-    by_class = overall.new_zeros(2, len(class_names), len(texts))
-    counts = overall.new_zeros(1 + len(class_names))  # of all images, then of each class
+    count = overall.new_zeros(())
     for batch in batches:
-        for features, labels in zip(torch.split(batch.features, rows), torch.split(batch.labels, rows), strict=True):
+        for features in torch.split(batch.features, rows):
             z, equivalent = unit_rows(translator(features)), unit_rows(translator(null_space.remove(features)))
             (before, cosines), (after, _) = pairwise_angles(z, texts), pairwise_angles(equivalent, texts)
             # κ: the cosine between the way from z to z~ and that to the text, both at right angles to z.
@@ -110,28 +106,17 @@ def analyze_concepts(
             kappa = travel @ texts.T / (1 - cosines.square()).clamp_min(1e-12).sqrt()
             before, after = before.double(), after.double()
             score = before - after
-            columns = before, after, score, score.square(), score.abs(), kappa.clamp(-1, 1).double()
+            columns = before, after, score, score.square(), kappa.clamp(-1, 1).double()
             overall += torch.stack([column.sum(0) for column in columns])
-            known = labels >= 0
-            by_class.index_add_(1, labels[known], torch.stack([before[known], after[known]]))
-            counts[0] += len(labels)
-            counts[1:] += torch.bincount(labels[known], minlength=len(class_names))
-    overall, by_class, counts = (all_reduce_sum(value) for value in (overall, by_class, counts))
-    means = dict(zip(SUMS, overall / counts[0], strict=True))
-    half = NORMAL_95 * (means.pop("AS²") - means["AS"].square()).clamp_min(0).sqrt() / counts[0].sqrt()
+            count += len(features)
+    overall, count = all_reduce_sum(overall), all_reduce_sum(count)
+    means = dict(zip(SUMS, overall / count, strict=True))
+    half = NORMAL_95 * (means.pop("AS²") - means["AS"].square()).clamp_min(0).sqrt() / count.sqrt()
     means |= {"AS_low": means["AS"] - half, "AS_high": means["AS"] + half}
-    first, last = by_class / counts[1:, None]
-    found: dict[str, Any] = {
-        "concepts": list(concepts),
-        "class_names": list(class_names),
-        "images": int(counts[0]),
-        "overall": means,
-        "per_class": {"before": first, "after": last, "AS": first - last},
-    }
-    return {name: plain(value) for name, value in found.items()}
+    return {"concepts": list(concepts), "images": int(count), "overall": plain(means)}
 
 
-def select_concepts(found: Mapping[str, Any], order: Order = "strongest", count: int = 10) -> pd.DataFrame:
+def select_concepts(found: Mapping[str, Any], order: Order, count: int) -> pd.DataFrame:
     """Return the `count` concepts that moved most by mean AS: all, those that came closer, or those that went away."""
     table = pd.DataFrame({"concept": found["concepts"], **found["overall"]})
     score = table["AS"]
@@ -142,10 +127,10 @@ def select_concepts(found: Mapping[str, Any], order: Order = "strongest", count:
     return chosen
 
 
-def worst_images(rows: pd.DataFrame, count: int, *, translator: str = "auditor") -> pd.DataFrame:
-    """Return the rows (of `analyze_model`) with the most negative AS; equal ones in the order of the images."""
-    named = {f"AS/{translator}": "attribute_score", f"IS/{translator}": "image_score"}
-    worst = rows.sort_values([f"AS/{translator}", "index"]).head(count).rename(columns=named)
+def worst_images(rows: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Return the rows (of `analyze_model`) with the auditor's most negative AS; equal ones in the images' order."""
+    named = {"AS/auditor": "attribute_score", "IS/auditor": "image_score"}
+    worst = rows.sort_values(["AS/auditor", "index"]).head(count).rename(columns=named)
     kept: pd.DataFrame = worst[["index", "image", "label", *named.values()]]
     return kept
 

@@ -40,8 +40,8 @@ def measure_perturbations(
         chosen: (n,) indices of the images used; `evenly(len(split), IMAGES)` are enough.
 
     Returns:
-        margin (mean gap between the two largest logits) and curves by kind: mean, low and high (5 % and 95 % of images)
-        by size of the largest |Δlogit| in float64 and float32, the share flipped and the angle of T f to T(f + δ).
+        margin (mean gap between the two largest logits) and curves by kind: means by size of the largest |Δlogit| in
+        float64 and float32, the share flipped and the angle of T f to T(f + δ).
     """
     rows = []
     with torch.no_grad():
@@ -53,7 +53,11 @@ def measure_perturbations(
                 figures = _image_figures(features, indices, wide, null_space, translators, seed)
                 rows.append({name: value.cpu().numpy() for name, value in figures.items()})
     table = gather_rows(rows, sort_by="index")
-    curves = {kind: _curve(table, f"{kind}/") for kind in KINDS if f"{kind}/flipped" in table}
+    curves: dict[str, dict[str, np.ndarray]] = {}
+    for name, values in table.items():
+        kind, _, figure = name.partition("/")
+        if figure:
+            curves.setdefault(kind, {})[figure] = values.mean(0)
     found: dict[str, Any] = {"sizes": list(SIZES), "curves": curves, "margin": table["margin"].mean()}
     return {**plain(found), "images": len(table["index"]), "translators": list(translators)}
 
@@ -98,13 +102,3 @@ def _image_figures(
                 columns.setdefault(f"{kind}/{name}", []).append(value)
     stacked = {name: torch.stack(values, dim=1) for name, values in columns.items()}
     return {"index": indices, "margin": top.values[:, 0] - top.values[:, -1], **stacked}
-
-
-def _curve(table: Mapping[str, np.ndarray], kind: str) -> dict[str, dict[str, np.ndarray]]:
-    mine = {name.removeprefix(kind): values for name, values in table.items() if name.startswith(kind)}
-    spread = {name: values for name, values in mine.items() if name != "flipped"}
-    return {
-        "mean": {name: values.mean(0) for name, values in mine.items()},
-        "low": {name: np.quantile(values, 0.05, axis=0) for name, values in spread.items()},
-        "high": {name: np.quantile(values, 0.95, axis=0) for name, values in spread.items()},
-    }

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from singreg.analysis.features import FeatureBatch
-from singreg.analysis.statistics import ENDS, mean_interval, paired_difference, resampled_means
+from singreg.analysis.statistics import ENDS, resampled_means
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeSolution, RidgeStatistics
 from singreg.utils import all_reduce_sum, gather_rows, plain
@@ -69,7 +69,6 @@ class BlockFits:
     solutions: dict[str, RidgeSolution]
     probes: dict[str, LinearProbe]
     target_mean: Tensor
-    images: int
 
 
 def fit_blocks(batches: Iterable[FeatureBatch], *, null_space: NullSpace, classes: int, target_dim: int) -> BlockFits:
@@ -95,7 +94,7 @@ def fit_blocks(batches: Iterable[FeatureBatch], *, null_space: NullSpace, classe
     basis = _bases(whole, null_space)
     solutions = {name: _chosen(embedding, columns) for name, columns in basis.items()}
     probes = {name: fit_probe(labels.mapped(each), _chosen(label, each).ridge) for name, each in basis.items()}
-    return BlockFits(basis, solutions, probes, whole.z / whole.count, int(whole.count))
+    return BlockFits(basis, solutions, probes, whole.z / whole.count)
 
 
 def _bases(whole: RidgeStatistics, space: NullSpace) -> dict[str, Tensor]:
@@ -124,8 +123,8 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
 
     Returns:
         r2 and accuracy by block; unique, R²(z|f) - R²(z|Π_p f), what only the null space tells of the image embedding,
-        and unique_accuracy; chance, the accuracy of always naming the class most frequent in the fit; intervals and
-        ridges by name or "r2 BLOCK", "accuracy BLOCK"; images and fit_images.
+        and unique_accuracy; chance, the accuracy of always naming the class most frequent in the fit; intervals of
+        "r2 BLOCK" and "unique".
     """
     rows, target_sum = [], torch.zeros_like(fits.target_mean)
     for batch in batches:
@@ -150,22 +149,14 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
     r2 = 1 - means[:, :3] / (means[:, 3:] - shift)
     values = {f"r2 {name}": r2[:, place] for place, name in enumerate(BLOCKS)} | {"unique": r2[:, 0] - r2[:, 1]}
     intervals: dict[str, Any] = {name: np.quantile(value[1:], ENDS) for name, value in values.items()}
-    hits = {name: table[f"accuracy {name}"][table["label"] >= 0] for name in BLOCKS}
-    for name, hit in hits.items():
-        _, *intervals[f"accuracy {name}"] = mean_interval(hit, groups=labels)
-    gain, *intervals["unique_accuracy"] = paired_difference(hits["features"], hits["row_space"], groups=labels)
-    ridges = {f"r2 {name}": solution.ridge for name, solution in fits.solutions.items()}
-    ridges |= {f"accuracy {name}": probe.ridge for name, probe in fits.probes.items()}
+    accuracy = {name: table[f"accuracy {name}"][table["label"] >= 0].mean() for name in BLOCKS}
     found: dict[str, Any] = {
         "r2": dict(zip(BLOCKS, r2[0], strict=True)),
         "unique": values["unique"][0],
-        "accuracy": {name: hit.mean() for name, hit in hits.items()},
-        "unique_accuracy": gain,
+        "accuracy": accuracy,
+        "unique_accuracy": accuracy["features"] - accuracy["row_space"],
         "chance": (labels == fits.probes["features"].majority).mean(),
         "intervals": intervals,
-        "ridges": ridges,
-        "images": len(table["label"]),
-        "fit_images": fits.images,
     }
     plainly: dict[str, Any] = plain(found)
     return plainly

@@ -11,24 +11,22 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.crossfit import CrossFit, summarize
-from singreg.analysis.features import FeatureBatch, PassSettings, evenly, gathered, iterate_features
+from singreg.analysis.features import FeatureBatch, PassSettings, gathered, iterate_features
 from singreg.analysis.fitting import FittedTranslator
-from singreg.analysis.statistics import ENDS, mean_interval, ratio_interval, resampled_means
-from singreg.analysis.steering import measure_steering
+from singreg.analysis.statistics import ENDS, mean_interval, resampled_means
 from singreg.data.datasets import ImageSplit
 from singreg.metrics import COLUMNS, score_columns, summarize_columns
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace, null_share
 from singreg.translator import Translator
-from singreg.utils import all_reduce_max, all_reduce_sum, gather_rows, plain
+from singreg.utils import all_reduce_sum, gather_rows, plain
 
 Rows = dict[str, np.ndarray]
 CENTRED = "centred "  # before the names of the figures of f - Π_n (f - μ), METHOD section 8.4
 ROW_FIGURES = ("AS", "IS", "kappa")
-INTERVALS = ("AS", "AS_neg", "AS_pos", "AS_abs", "IS", "kappa")
+INTERVALS = ("AS_neg", "AS_abs", "IS", "kappa")
 LOOSE = 1e-3
 """The second tolerance of a head's rank, relative to the largest singular value."""
-STEERING_IMAGES = 1024
 
 
 def analyze_model(
@@ -42,14 +40,12 @@ def analyze_model(
     auditor: FittedTranslator | None = None,
     invariance: Invariance = "logits",
     settings: PassSettings | None = None,
-    steering_image_score: float = 40.0,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure one classifier on the images of a split in one pass, with all translators. Exact over processes.
 
     Args:
         mean: (m,) feature mean for the centred removal (METHOD section 8.4).
         auditor: adds "audit", what its two halves say of each other (METHOD section 8.8).
-        steering_image_score: image score at which features are steered to another class (paper table 1).
 
     Shape: embeddings (N, n), texts (C, n) unit rows.
 
@@ -67,12 +63,10 @@ def analyze_model(
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
     crossfit = CrossFit(auditor, texts, space) if auditor is not None else None
     sums = {name: torch.zeros(4 + texts.shape[1], dtype=torch.float64, device=texts.device) for name in translators}
-    columns, kept, steered = [], [], evenly(len(split), STEERING_IMAGES)
-    change = torch.zeros(2, dtype=torch.float64, device=texts.device)
+    columns = []
     for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), "measuring")):
         null = space.component(batch.features)
         removed = {"": batch.features - null, CENTRED: space.remove(batch.features, mean=mean)}
-        change = torch.maximum(change, _logit_change(classifier, batch.features, space))
         figures = _image_figures(batch, null, texts)
         for name, translator in translators.items():
             z, text = translator(batch.features), texts[batch.labels]
@@ -82,14 +76,8 @@ def analyze_model(
             sums[name] += _quality_sums(translator, z, batch, texts)
         figures |= crossfit.read(batch) if crossfit is not None else {}
         columns.append({name: value.cpu().numpy() for name, value in figures.items()})
-        mine = torch.from_numpy(np.isin(batch.indices.numpy(), steered))
-        parts = {"features": batch.features, "labels": batch.labels, "indices": batch.indices}
-        kept.append({name: values[mine.to(values.device)].cpu().numpy() for name, values in parts.items()})
     rows = gather_rows(columns, sort_by="index")
     rows["image"] = np.array([split.identifier(int(i)) for i in rows["index"]])
-    sample = gather_rows(kept, sort_by="indices")
-    images = [torch.from_numpy(sample[name]).to(texts.device) for name in ("features", "labels", "indices")]
-    attack: Any = {"texts": texts, "null_space": space, "image_score": steering_image_score}
     accuracy, *interval = mean_interval(rows["correct"], groups=rows["label"])
     found = {
         "images": len(rows["index"]),
@@ -97,11 +85,9 @@ def analyze_model(
         "top1_interval": interval,
         "null_share": rows["null_share"].mean(),
         "null_energy": rows["null_energy"].sum() / rows["energy"].sum(),
-        **dict(zip(("logit_change_float64", "logit_change_float32"), all_reduce_max(change), strict=True)),
         "vlm_zero_shot": rows["vlm_correct"].mean(),
         "head": describe_head(classifier, space),
         "translators": {n: _translator_figures(t, rows, n, sums[n], len(texts)) for n, t in translators.items()},
-        "steering": {name: measure_steering(*images, attacker=each, **attack) for name, each in translators.items()},
     }
     if crossfit is not None:
         found["audit"] = summarize(rows, rows["label"])
@@ -137,18 +123,6 @@ def _image_figures(batch: FeatureBatch, null: Tensor, texts: Tensor) -> dict[str
         "null_energy": null.double().square().sum(1),
         "energy": batch.features.double().square().sum(1),
     }
-
-
-def _logit_change(classifier: Classifier, features: Tensor, space: NullSpace) -> Tensor:
-    """Largest |Δlogit| between f and f~, (2,): in float64, and in the classifier's own float32 arithmetic."""
-    exact = features.double()
-    equivalent = space.remove(exact)
-    wide = (exact - equivalent) @ classifier.weight.detach().double().T
-    with torch.no_grad():
-        narrow = classifier.logits(features) - classifier.logits(equivalent.float())
-    if space.invariance == "softmax":
-        wide, narrow = (change - change.mean(1, keepdim=True) for change in (wide, narrow))
-    return torch.stack([wide.abs().max(), narrow.double().abs().max()])
 
 
 def _quality_sums(translator: Translator, z: Tensor, batch: FeatureBatch, texts: Tensor) -> Tensor:
@@ -190,9 +164,7 @@ def _columns(attribute: np.ndarray, image: np.ndarray, kappa: np.ndarray) -> Ten
 
 
 def _intervals(table: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    """95 % bootstrap intervals of each overall figure from columns (10, N), images clustered in classes."""
+    """95 % bootstrap intervals of overall figures from columns (10, N), images clustered in classes."""
     means = table[[COLUMNS.index(name) for name in INTERVALS]].T
     drawn = resampled_means(means, groups=labels)  # one draw for all of them
-    intervals = dict(zip(INTERVALS, np.quantile(drawn, ENDS, axis=0).T.tolist(), strict=True))
-    pair = [INTERVALS.index(name) for name in ("IS", "AS_abs")]
-    return {**intervals, "ratio": list(ratio_interval(means[:, pair].mean(0), drawn[:, pair])[1:])}
+    return dict(zip(INTERVALS, np.quantile(drawn, ENDS, axis=0).T.tolist(), strict=True))

@@ -161,44 +161,6 @@ def steering_targets(labels: Tensor, indices: Tensor, classes: int, *, seed: int
     return (labels + 1 + mixed.to(labels.device) % (classes - 1)) % classes
 
 
-@torch.no_grad()
-def measure_steering(
-    features: Tensor,
-    labels: Tensor,
-    indices: Tensor,
-    *,
-    texts: Tensor,
-    null_space: NullSpace,
-    attacker: AnyTranslator,
-    image_score: float = 40.0,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Steer every image to a fixed image score towards another class's prompt and read what the attacker itself sees.
-
-    Shape: features (N, m), labels and indices (N,), texts (C, n) unit rows.
-
-    Returns:
-        image_score; attribute_score and attribute_score_std (degrees) and step (mean ε / |f|) over the reachable, NaN
-        where none is; reachable and success, shares of all; images.
-    """
-    if len(texts) < 2:
-        raise ValueError(f"steering needs at least 2 classes to choose a target from, got texts {tuple(texts.shape)}")
-    targets = steering_targets(labels, indices, len(texts), seed=seed)
-    exact, prompts = features.double(), texts.double()
-    rows = SteeringRows(indices, labels, targets, exact, prompts[targets])
-    found = _steered(rows, {"T": attacker}, {"T": attacker}, prompts, null_space, image_score)
-    gained, step = (found[name][~found["step/T"].isnan()] for name in ("AS/T/T", "step/T"))
-    return {
-        "image_score": image_score,
-        "attribute_score": float(gained.mean()),
-        "attribute_score_std": float(gained.std(correction=0)) if len(gained) else float("nan"),
-        "step": float(step.mean()),
-        "reachable": float(found["reachable/T"].double().mean()),
-        "success": float(found["success/T/T"].double().mean()),
-        "images": len(features),
-    }
-
-
 def _steered(
     rows: SteeringRows,
     attackers: Mapping[str, AnyTranslator],

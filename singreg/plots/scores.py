@@ -74,7 +74,7 @@ def plot_classes(rows: pd.DataFrame, found: Found, path: Path) -> Path:
     shown = classes if len(classes) <= CLASSES_SHOWN else classes[:half] + classes[-half:]
     figure, drawn = panels(2, width=4.6, height=max(2.6, 0.27 * len(shown) + 1.5))
     for axes, key, title in zip(drawn, ("AS", "IS"), ("AS (left of 0: leakage)", "IS"), strict=True):
-        values = rows[f"{key}/{found['translator']}"]
+        values = rows[f"{key}/auditor"]
         for place, each in enumerate(shown):
             own = values[rows["label"] == each["label"]]
             if own.nunique() > 1:  # images that all agree have no density
@@ -90,7 +90,7 @@ def plot_classes(rows: pd.DataFrame, found: Found, path: Path) -> Path:
     drawn[0].set_yticks(range(len(shown)), names, fontsize=8)
     drawn[1].set_yticks(range(len(shown)), [""] * len(shown))
     part = "" if shown == classes else f"; {half} leakiest and {half} least leaky of {len(classes)}"
-    figure.suptitle(f"classes by AS⁻ (images), by the {found['translator']}{part}", fontsize=9)
+    figure.suptitle(f"classes by AS⁻ (images), by the auditor{part}", fontsize=9)
     return save(figure, path)
 
 
@@ -166,7 +166,7 @@ def plot_perturbations(found: Found, path: Path) -> Path:
     for kind, curve in found["curves"].items():
         colour, title = PERTURBATIONS[kind]
         style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4}
-        mean = {name: np.array(values) for name, values in curve["mean"].items()}
+        mean = {name: np.array(values) for name, values in curve.items()}
         widths = {"logit_change": "-", "logit_change_float32": "--"} if kind == "null" else {"logit_change": "-"}
         for name, line in widths.items():
             kept = np.where(mean[name] > 0, mean[name], np.nan)  # a logarithmic axis has no 0

@@ -45,10 +45,10 @@ def run(folder: Path, processes: int, test: int) -> tuple[dict[str, Any], dict[s
 def figures(report: dict[str, Any]) -> dict[str, float]:
     """What is compared, by name (degrees, shares, counts)."""
     found = report["measurements"]["sing"]
-    auditor, steering = found["translators"]["auditor"], found["steering"]["auditor"]
+    auditor = found["translators"]["auditor"]
     named = {f"auditor {name}": auditor["overall"][name] for name in ("AS_neg", "AS_abs", "IS", "kappa")}
-    counts = {"test images": found["images"], "auditor images": auditor["fit_images"], "steered": steering["images"]}
-    return {**counts, "top-1": found["top1"], "null share": found["null_share"], **named, "step": steering["step"]}
+    counts = {"test images": found["images"], "auditor images": auditor["fit_images"]}
+    return {**counts, "top-1": found["top1"], "null share": found["null_share"], **named}
 
 
 def main() -> None:
