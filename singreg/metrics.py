@@ -129,9 +129,9 @@ class ImageScore(_MeanScore):
 
 
 class SemanticLeakage(_SumMetric):
-    """Every SING figure at once, per class and overall: AS, AS⁻, AS⁺, |AS|, IS (degrees), κ, deviations, quantiles.
+    """Every SING figure at once, per class and overall: AS, AS⁻, AS⁺, |AS|, IS (degrees), κ, deviations.
 
-    On several processes read `per_class` and `quantile` inside `with metric.sync_context():`.
+    On several processes read `per_class` and `histogram` inside `with metric.sync_context():`.
 
     Args:
         texts: embedding of each class's prompt, in the translator's target space, (C, n).
@@ -178,9 +178,3 @@ class SemanticLeakage(_SumMetric):
     def per_class(self) -> dict[str, Tensor]:
         """Return the same figures for each class, each (C,); NaN for a class without images."""
         return summarize_columns(self.columns)
-
-    def quantile(self, name: Literal["AS", "IS"], q: float) -> float:
-        """Return a quantile in degrees, to the histogram's 0.25 degrees; q in [0, 1]."""
-        below = self.histogram[("AS", "IS").index(name)].cumsum(0)
-        bin_index = int(torch.searchsorted(below, q * below[-1]).clamp_max(HISTOGRAM_BINS - 1))
-        return (bin_index + 0.5) * 360 / HISTOGRAM_BINS - 180

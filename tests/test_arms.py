@@ -82,7 +82,7 @@ def test_information_corruption_and_side_effects_are_held_out() -> None:
     information = measure_information(batches(*TESTED), fits)
     assert figures["null_probe"] == information["accuracy"]["null_space"]
     for kind in ("blur", "noise", "contrast"):
-        logits = toy.features(model, CorruptedSplit(TEST, kind, 3)) @ model.weight.double().T + model.bias.double()
+        logits = toy.features(model, CorruptedSplit(TEST, kind)) @ model.weight.double().T + model.bias.double()
         right = (logits.argmax(1) == torch.from_numpy(TEST.labels)).double().mean()
         assert figures[f"corrupted/{kind}"] == pytest.approx(float(right))
     assert {"ood_vim", "ece", "nll"} <= {*figures}

@@ -105,6 +105,8 @@ def test_accuracies_and_chance_are_plain_shares_of_the_labelled() -> None:
         probe = fit_probe(statistics, fits.probes[name].ridge)
         share = float((probe.predict(fresh[held]) == test.labels[held]).double().mean())
         assert found["accuracy"][name] == pytest.approx(share, abs=1e-12)
+        low, high = found["intervals"][f"accuracy {name}"]
+        assert low <= share <= high
     majority = int(torch.bincount(fit.labels[known]).argmax())
     assert found["chance"] == pytest.approx(float((test.labels[held] == majority).double().mean()))
     gain = found["accuracy"]["features"] - found["accuracy"]["row_space"]

@@ -27,7 +27,7 @@ from singreg.setup import Setup
 from singreg.utils import gather_rows
 
 AUDITOR = "auditor"
-SEVERITY, BINS = 3, 15  # of corruptions; of the calibration error
+BINS = 15  # of the calibration error
 ROUNDING = 1e-6  # a null residual below this share of |f| is what float32 left of none
 SCORES = ("AS_neg", "AS_abs", "IS")
 Images = tuple[ImageSplit, np.ndarray]
@@ -116,10 +116,9 @@ def _side_effects(
         unknown = outputs(read(splits.bank.subset(strange, "ood"), z["bank"][strange]))
         figures |= ood_figures(tested, unknown, outputs(read(splits.audit, z["audit"])))
     for kind in KINDS:
-        corrupted = read(
-            CorruptedSplit(splits.test, kind, SEVERITY, seed=seed), z["test"], replace(setup.passes, cache=None)
-        )
-        figures[f"corrupted/{kind}"] = outputs(corrupted)["correct"].mean()
+        corrupted = CorruptedSplit(splits.test, kind, seed=seed)
+        found = outputs(read(corrupted, z["test"], replace(setup.passes, cache=None)))
+        figures[f"corrupted/{kind}"] = found["correct"].mean()
     return figures
 
 

@@ -42,11 +42,11 @@ def measure_chance(
     Shape: texts (C, n) unit rows, mean (m,).
 
     Returns:
-        The settings, and for the removals "paper" and "centred" the observed figures, the energy share removed, and
-        levels by kind: mean and spread (standard deviation) over draws, and energy.
+        For the removals "paper" and "centred" the observed figures, the energy share removed, and levels by kind: mean
+        and spread (standard deviation) over draws, and energy.
     """
-    width = null_space.basis.shape[0]
-    spaces = [RandomSubspace.draw(width, null_space.nullity, seed=(seed, draw)) for draw in range(draws)]
+    sizes = len(null_space.basis), null_space.nullity
+    spaces = [RandomSubspace.draw(*sizes, seed=(seed, draw)) for draw in range(draws)]
     cycles = [_cycle(len(texts), (seed, draw)).to(texts.device) for draw in range(draws)]
     # By removal: the real one, then draw by draw of each kind; the squares removed, and of what they were removed from.
     sums = torch.zeros(2, 1 + len(KINDS) * draws, len(COLUMNS), dtype=torch.float64, device=texts.device)
@@ -72,10 +72,8 @@ def measure_chance(
                 sums[place, row] += score_columns(z, z_eq, text).sum(1)
                 energy[place, row] += delta.square().sum(1).double().sum().cpu()
     sums, removed = all_reduce_sum(sums), all_reduce_sum(energy) / all_reduce_sum(whole)
-    facts = {"images": int(sums[0, 0, 0]), "draws": draws, "seed": seed, "dimensions": null_space.nullity}
     both = {name: _levels(sums[k], removed[k], draws) for k, name in enumerate(("paper", "centred"))}
-    found: dict[str, Any] = plain({**facts, "features": width, **both})
-    return found
+    return {"images": int(sums[0, 0, 0]), **plain(both)}
 
 
 def _share(part: Tensor, squared: Tensor) -> Tensor:

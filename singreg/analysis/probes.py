@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from singreg.analysis.features import FeatureBatch
-from singreg.analysis.statistics import ENDS, resampled_means
+from singreg.analysis.statistics import ENDS, mean_interval, resampled_means
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeSolution, RidgeStatistics
 from singreg.utils import all_reduce_sum, gather_rows, plain
@@ -124,7 +124,7 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
     Returns:
         r2 and accuracy by block; unique, R²(z|f) - R²(z|Π_p f), what only the null space tells of the image embedding,
         and unique_accuracy; chance, the accuracy of always naming the class most frequent in the fit; intervals of
-        "r2 BLOCK" and "unique".
+        "r2 BLOCK", "accuracy BLOCK" and "unique".
     """
     rows, target_sum = [], torch.zeros_like(fits.target_mean)
     for batch in batches:
@@ -149,7 +149,10 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
     r2 = 1 - means[:, :3] / (means[:, 3:] - shift)
     values = {f"r2 {name}": r2[:, place] for place, name in enumerate(BLOCKS)} | {"unique": r2[:, 0] - r2[:, 1]}
     intervals: dict[str, Any] = {name: np.quantile(value[1:], ENDS) for name, value in values.items()}
-    accuracy = {name: table[f"accuracy {name}"][table["label"] >= 0].mean() for name in BLOCKS}
+    accuracy = {}
+    for name in BLOCKS:
+        hits = table[f"accuracy {name}"][table["label"] >= 0]
+        accuracy[name], *intervals[f"accuracy {name}"] = mean_interval(hits, groups=labels)
     found: dict[str, Any] = {
         "r2": dict(zip(BLOCKS, r2[0], strict=True)),
         "unique": values["unique"][0],
