@@ -20,8 +20,11 @@ Part = Literal["signed", "negative", "positive", "absolute"]
 
 def score_columns(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
     """Return the summable figures of every image, rows as in `COLUMNS`. Shape: (B, n) thrice -> (10, B) float64."""
-    attribute = _exact(attribute_score(z, z_eq, text))
-    image, travelled = _exact(image_score(z, z_eq)), _exact(kappa(z, z_eq, text))
+    return columns_of(*map(_exact, (attribute_score(z, z_eq, text), image_score(z, z_eq), kappa(z, z_eq, text))))
+
+
+def columns_of(attribute: Tensor, image: Tensor, travelled: Tensor) -> Tensor:
+    """Return the same from AS, IS and κ of every image. Shape: (B,) thrice -> (10, B)."""
     rows = [torch.ones_like(attribute), attribute, attribute**2, (-attribute).clamp_min(0), attribute.clamp_min(0)]
     return torch.stack([*rows, attribute.abs(), image, image**2, travelled, travelled**2])
 

@@ -201,10 +201,8 @@ def try_one_batch(splits: Splits, classifier: Classifier, model: ModelConfig) ->
 
 def fit_batch(config: RunConfig, images: int, accelerator: Accelerator) -> None:
     """Lower `training.batch_size`, where a recipe has it, to the number of training images."""
-    training, step = (
-        getattr(config, "training", None),
-        accelerator.gradient_accumulation_steps * accelerator.num_processes,
-    )
+    training: Any = getattr(config, "training", None)
+    step = accelerator.gradient_accumulation_steps * accelerator.num_processes
     if training is not None and step <= images < training.batch_size:
         training.batch_size = images // step * step
         logger.warning("training.batch_size is lowered to %d, as there are %d images", training.batch_size, images)

@@ -24,8 +24,6 @@ class TranslatorInfo:
     Attributes:
         kind: "linear", "mlp3", "mlp4" or "residual".
         ridge: the relative ridge, of a linear one only.
-        standardized: whether the features were brought to unit scale for the fit.
-        normalized_targets: whether it was fitted to unit image embeddings and not to the paper's raw ones.
     """
 
     classifier: str = ""
@@ -36,8 +34,6 @@ class TranslatorInfo:
     vlm_preprocessing: str = ""
     images: int = 0
     ridge: float = 0.0
-    standardized: bool = False
-    normalized_targets: bool = False
     validation_r2: float | None = None
     agreement: float | None = None
     kind: str = "linear"
@@ -200,8 +196,7 @@ def fit_on_halves(
     """Sum over processes, choose λ by the agreement of the two halves, then solve on both together."""
     first, second = (half.reduce() for half in halves)
     ridge, r2, agreement = first.agreed(second, ridges=ridges, standardize=standardize)
-    scaled = isinstance(standardize, Tensor) or standardize
-    found = replace(info or TranslatorInfo(), validation_r2=r2, agreement=agreement, standardized=scaled)
+    found = replace(info or TranslatorInfo(), validation_r2=r2, agreement=agreement)
     return LinearTranslator.from_solution((first + second).solve(ridge, standardize=standardize), found)
 
 
@@ -221,7 +216,7 @@ def fit_mlp_translator(
     """
     settings = settings or MLPSettings()
     state, images, r2 = train_mlp(features, targets, settings, torch.device(device), progress)
-    info = replace(info or TranslatorInfo(), kind=settings.kind, images=images, validation_r2=r2, standardized=True)
+    info = replace(info or TranslatorInfo(), kind=settings.kind, images=images, validation_r2=r2)
     return MLPTranslator(settings, state, info).to(device)
 
 

@@ -28,7 +28,7 @@ from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.runs import start
-from singreg.translator import LinearTranslator, TranslatorInfo
+from singreg.translator import LinearTranslator
 
 COUNT, SIDE, CLASSES, WIDTH, DIM = 43, 4, 3, 12, 6
 PLAIN = {"terms": {"capacity": 10.0}}  # no ratio over a batch's images: accumulation may not change it
@@ -92,7 +92,7 @@ def small_fitted(classifier: Classifier) -> FittedTranslator:
     halves = [RidgeStatistics(WIDTH, DIM).update(f[half::2], z[half::2]) for half in (0, 1)]
     whole = halves[0] + halves[1]
     solution = whole.solve(0.01, standardize=NullSpace.from_weight(classifier.weight).basis)
-    translator = LinearTranslator.from_solution(solution, TranslatorInfo(standardized=True))
+    translator = LinearTranslator.from_solution(solution)
     return FittedTranslator(translator, f.mean(0), (halves[0], halves[1]))
 
 

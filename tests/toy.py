@@ -78,10 +78,10 @@ def texts(classes: int = CLASSES) -> Tensor:
     return nn.functional.normalize(torch.randn(classes, DIM, generator=torch.Generator().manual_seed(3)))
 
 
-def translator(seed: int = 0, *, normalized: bool = False) -> LinearTranslator:
+def translator(seed: int = 0) -> LinearTranslator:
     generator = torch.Generator().manual_seed(seed)
     matrix, offset = torch.randn(DIM, WIDTH, generator=generator), torch.randn(DIM, generator=generator)
-    return LinearTranslator(matrix, offset, TranslatorInfo(images=50, ridge=0.1, normalized_targets=normalized))
+    return LinearTranslator(matrix, offset, TranslatorInfo(images=50, ridge=0.1))
 
 
 class NamedSplit(ImageSplit):

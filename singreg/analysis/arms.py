@@ -126,11 +126,6 @@ def _arrays(**columns: Tensor) -> Rows:
     return {name: values.cpu().numpy() for name, values in columns.items()}
 
 
-def _predicted(fits: BlockFits, block: str, batch: FeatureBatch) -> Tensor:
-    basis, solution = fits.basis[block], fits.solutions[block]
-    return (batch.features.to(basis) @ basis) @ solution.matrix.T + solution.offset
-
-
 def known_attributes(split: ImageSplit) -> pd.DataFrame | None:
     """Return every value of every attribute of built-in scenes as 0 or 1, such as "color: red"; None for others."""
     if isinstance(split, SubsetSplit):
@@ -150,9 +145,11 @@ def attribute_r2(batches: Iterable[FeatureBatch], fits: BlockFits, names: Sequen
     """
     rows = []
     for batch in batches:
-        targets = batch.embeddings.double()
-        error = {block: (targets - _predicted(fits, block, batch)).square() for block in fits.basis}
-        rows.append(_arrays(index=batch.indices, target=targets, **error))
+        errors, targets = dict[str, Tensor](), batch.embeddings.double()
+        for block, basis in fits.basis.items():
+            inside, solution = batch.features.to(basis) @ basis, fits.solutions[block]
+            errors[block] = (targets - (inside @ solution.matrix.T + solution.offset)).square()
+        rows.append(_arrays(index=batch.indices, target=targets, **errors))
     table = gather_rows(rows, sort_by="index")
     spread = np.square(table["target"] - table["target"].mean(0)).sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -149,15 +149,14 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
     r2 = 1 - means[:, :3] / (means[:, 3:] - shift)
     values = {f"r2 {name}": r2[:, place] for place, name in enumerate(BLOCKS)} | {"unique": r2[:, 0] - r2[:, 1]}
     intervals: dict[str, Any] = {name: np.quantile(value[1:], ENDS) for name, value in values.items()}
-    accuracy = {}
+    hits, accuracy = {name: table[f"accuracy {name}"][table["label"] >= 0] for name in BLOCKS}, dict[str, float]()
     for name in BLOCKS:
-        hits = table[f"accuracy {name}"][table["label"] >= 0]
-        accuracy[name], *intervals[f"accuracy {name}"] = mean_interval(hits, groups=labels)
+        accuracy[name], *intervals[f"accuracy {name}"] = mean_interval(hits[name], groups=labels)
     found: dict[str, Any] = {
         "r2": dict(zip(BLOCKS, r2[0], strict=True)),
         "unique": values["unique"][0],
         "accuracy": accuracy,
-        "unique_accuracy": accuracy["features"] - accuracy["row_space"],
+        "unique_accuracy": (hits["features"] - hits["row_space"]).mean(),
         "chance": (labels == fits.probes["features"].majority).mean(),
         "intervals": intervals,
     }

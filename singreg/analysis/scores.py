@@ -15,7 +15,7 @@ from singreg.analysis.features import FeatureBatch, PassSettings, gathered, iter
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.statistics import ENDS, mean_interval, resampled_means
 from singreg.data.datasets import ImageSplit
-from singreg.metrics import COLUMNS, score_columns, summarize_columns
+from singreg.metrics import COLUMNS, columns_of, score_columns, summarize_columns
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace, null_share
 from singreg.translator import Translator
@@ -73,7 +73,7 @@ def analyze_model(
             for kind, equivalent in removed.items():
                 scores = dict(zip(COLUMNS, score_columns(z, translator(equivalent), text), strict=True))
                 figures |= {f"{kind}{figure}/{name}": scores[figure] for figure in ROW_FIGURES}
-            sums[name] += _quality_sums(translator, z, batch, texts)
+            sums[name] += _quality_sums(z, batch, texts)
         figures |= crossfit.read(batch) if crossfit is not None else {}
         columns.append({name: value.cpu().numpy() for name, value in figures.items()})
     rows = gather_rows(columns, sort_by="index")
@@ -125,11 +125,9 @@ def _image_figures(batch: FeatureBatch, null: Tensor, texts: Tensor) -> dict[str
     }
 
 
-def _quality_sums(translator: Translator, z: Tensor, batch: FeatureBatch, texts: Tensor) -> Tensor:
+def _quality_sums(z: Tensor, batch: FeatureBatch, texts: Tensor) -> Tensor:
     """Sums (4 + n,): cosine to the embedding, zero-shot hits, |T f - z|² and |z|², and z itself for R²'s mean."""
     target = batch.embeddings
-    if translator.info.normalized_targets:
-        target = torch.nn.functional.normalize(target, dim=-1)
     hits = (torch.nn.functional.normalize(z, dim=-1) @ texts.T).argmax(1) == batch.labels
     cosine = torch.nn.functional.cosine_similarity(z, target, dim=-1)
     sums = [cosine.sum(), hits.sum(), (z - target).double().square().sum(), target.double().square().sum()]
@@ -138,16 +136,18 @@ def _quality_sums(translator: Translator, z: Tensor, batch: FeatureBatch, texts:
 
 def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Tensor, classes: int) -> dict[str, Any]:
     """One translator's scores from all images' rows, and its quality from this process's `_quality_sums`."""
-    table, centred = (_columns(*(rows[f"{kind}{figure}/{name}"] for figure in ROW_FIGURES)) for kind in ("", CENTRED))
+    kept = ([torch.from_numpy(rows[f"{kind}{figure}/{name}"]) for figure in ROW_FIGURES] for kind in ("", CENTRED))
+    table, centred = (columns_of(*figures) for figures in kept)
     by_class = torch.zeros(len(COLUMNS), classes, dtype=torch.float64)
     by_class.index_add_(1, torch.from_numpy(rows["label"]), table)
+    drawn = resampled_means(table[[COLUMNS.index(key) for key in INTERVALS]].T.numpy(), groups=rows["label"])
     info, count, sums = translator.info, table.shape[1], all_reduce_sum(sums)
     cosine, hits, residual, squared = sums[:4].tolist()
     spread = squared - float(sums[4:] @ sums[4:]) / count
     return {
         "overall": summarize_columns(table.sum(1)),
         "centred": summarize_columns(centred.sum(1)),
-        "intervals": _intervals(table.numpy(), rows["label"]),
+        "intervals": dict(zip(INTERVALS, np.quantile(drawn, ENDS, axis=0).T.tolist(), strict=True)),
         "per_class": summarize_columns(by_class),
         "cosine": cosine / count,
         "r2": 1 - residual / spread if spread > 0 else np.nan,
@@ -155,16 +155,3 @@ def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Ten
         "ridge": info.ridge,
         "fit_images": info.images,
     }
-
-
-def _columns(attribute: np.ndarray, image: np.ndarray, kappa: np.ndarray) -> Tensor:
-    """`score_columns` (10, N) again, from what the rows keep of them."""
-    a, i, k = (torch.from_numpy(values) for values in (attribute, image, kappa))
-    return torch.stack([torch.ones_like(a), a, a**2, (-a).clamp_min(0), a.clamp_min(0), a.abs(), i, i**2, k, k**2])
-
-
-def _intervals(table: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    """95 % bootstrap intervals of overall figures from columns (10, N), images clustered in classes."""
-    means = table[[COLUMNS.index(name) for name in INTERVALS]].T
-    drawn = resampled_means(means, groups=labels)  # one draw for all of them
-    return dict(zip(INTERVALS, np.quantile(drawn, ENDS, axis=0).T.tolist(), strict=True))
