@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
+from singreg.analysis.comparison import ends
 from singreg.analysis.models_compared import (
     FIGURES,
     comparison_verdict,
-    interval,
     kendall_tau,
     model_differences,
     order_check,
@@ -66,7 +66,7 @@ def test_figures_and_differences_are_the_slow_ones() -> None:
         expected = paired_difference(of(bad), of(good), **options)
         assert found[figure, "B", "auditor", "good", "bad"] == pytest.approx(expected)
     ratios = [paired_ratio(r["IS/auditor"], np.abs(r["AS/auditor"]), **options) for r in (good, bad)]
-    assert interval(figures.figures["ratio"][:, 1, 0]) == pytest.approx(ratios[0])
+    assert ends(figures.figures["ratio"][:, 1, 0]) == pytest.approx(ratios[0])
     assert found["ratio", "A", "auditor", "good", "bad"][0] == pytest.approx(ratios[1][0] - ratios[0][0])
     points = paired_difference(100 * bad["correct"].to_numpy(), 100 * good["correct"].to_numpy(), **options)
     assert found["top1", "-", "-", "good", "bad"] == pytest.approx(points)
@@ -76,8 +76,8 @@ def test_pairing_sees_what_unpaired_intervals_hide() -> None:
     figures = paired_figures({"A": {"a": model(0), "b": model(0.1, seed=1)}})
     found = next(d for d in model_differences(figures) if (d["figure"], d["translator"]) == ("AS_abs", "auditor"))
     assert 0 < found["low"] < found["value"] < found["high"]
-    ends = [interval(figures.figures["AS_abs"][:, 1, place])[1:] for place in (0, 1)]
-    assert ends[0][1] > ends[1][0]  # the control: the models' own intervals overlap, by far
+    bounds = [ends(figures.figures["AS_abs"][:, 1, place])[1:] for place in (0, 1)]
+    assert bounds[0][1] > bounds[1][0]  # the control: the models' own intervals overlap, by far
     assert ends[0][1] - ends[0][0] > 5 * (found["high"] - found["low"])
 
 

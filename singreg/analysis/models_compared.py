@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from singreg.analysis.statistics import ENDS, resampled_means
+from singreg.analysis.comparison import ends
+from singreg.analysis.statistics import resampled_means
 
 FIGURES = ("AS_neg", "AS_abs", "IS", "ratio")
 """Mean relu(-AS), mean |AS|, mean IS (degrees), and the ratio of means IS / |AS|: what models are compared by."""
@@ -65,13 +66,6 @@ def paired_figures(
     return PairedFigures(models, views, len(reference), {"top1": means[:, : len(models)], **figures})
 
 
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Return (value, low, high): the first of (1 + R,) and the 95 % percentile interval of the other, defined ones."""
-    defined = values[1:][~np.isnan(values[1:])]
-    low, high = np.quantile(defined, ENDS) if len(defined) else (np.nan, np.nan)
-    return float(values[0]), float(low), float(high)
-
-
 def model_differences(figures: PairedFigures) -> list[dict[str, Any]]:
     """Take second minus first for every two models: top-1 once (points), then every figure in every view.
 
@@ -83,10 +77,10 @@ def model_differences(figures: PairedFigures) -> list[dict[str, Any]]:
     found = []
     for one, other in itertools.combinations(range(len(figures.models)), 2):
         for (name, space, translator), values in changes:
-            row = {"figure": name, "space": space, "translator": translator}
-            row |= {"first": figures.models[one], "second": figures.models[other]}
-            bounds = interval(values[:, other] - values[:, one])
-            found.append({**row, **dict(zip(("value", "low", "high"), bounds, strict=True))})
+            value, low, high = ends(values[:, other] - values[:, one])
+            pair = {"first": figures.models[one], "second": figures.models[other]}
+            where = {"figure": name, "space": space, "translator": translator}
+            found.append({**where, **pair, "value": value, "low": low, "high": high})
     return found
 
 
@@ -131,7 +125,7 @@ def comparison_verdict(figures: PairedFigures | None, heads: Sequence[Mapping[st
     order = order_check(figures)
     names = order["orders"][figures.primary]
     best, worst = (harm[:, figures.models.index(name)] for name in (names[0], names[-1]))
-    read = ["{:.2f}° [{:.2f}, {:.2f}]".format(*interval(values)) for values in (best, worst, worst - best)]
+    read = ["{:.2f}° [{:.2f}, {:.2f}]".format(*ends(values)) for values in (best, worst, worst - best)]
     if len(names) == 1:
         return [f"Only {names[0]} could be measured: AS⁻ {read[0]} in {space} by the {translator}.", *left_out]
     holds = "is the same" if all(row == order["orders"][0] for row in order["orders"]) else "is not the same"
