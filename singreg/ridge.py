@@ -55,11 +55,7 @@ class RidgeStatistics:
         self.ff, self.fz, self.f, self.z, self.zz, self.count = sums
 
     def update(self, features: Tensor, targets: Tensor) -> RidgeStatistics:
-        """Add a batch, features (B, m) and targets (B, n).
-
-        Raises:
-            ValueError: other shapes, or values that are not finite.
-        """
+        """Add a batch, features (B, m) and targets (B, n)."""
         m, n = self.fz.shape
         if features.shape[1:] != (m,) or targets.shape != (len(features), n):
             got = f"{tuple(features.shape)} and {tuple(targets.shape)}"

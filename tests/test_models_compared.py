@@ -78,7 +78,7 @@ def test_pairing_sees_what_unpaired_intervals_hide() -> None:
     assert 0 < found["low"] < found["value"] < found["high"]
     bounds = [ends(figures.figures["AS_abs"][:, 1, place])[1:] for place in (0, 1)]
     assert bounds[0][1] > bounds[1][0]  # the control: the models' own intervals overlap, by far
-    assert ends[0][1] - ends[0][0] > 5 * (found["high"] - found["low"])
+    assert bounds[0][1] - bounds[0][0] > 5 * (found["high"] - found["low"])
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=8))

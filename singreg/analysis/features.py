@@ -60,11 +60,7 @@ def evenly(count: int, most: int) -> np.ndarray:
 def iterate_features(
     classifier: Classifier, split: ImageSplit, embeddings: np.ndarray, settings: PassSettings, description: str
 ) -> Iterator[FeatureBatch]:
-    """Yield this process's batches of a split in order, with the model in eval mode (its mode is restored afterwards).
-
-    Raises:
-        ValueError: embeddings (N, n) and split differ in length, or a feature is not finite (the image is named).
-    """
+    """Yield this process's batches of a split in order, with the model in eval mode; its mode is restored."""
     if len(embeddings) != len(split):
         raise ValueError(f"split {split.name!r} has {len(split)} images but {len(embeddings)} embeddings were given")
     if settings.cache is not None:

@@ -87,9 +87,6 @@ def analyze_concepts(
 
     Returns:
         overall (K,) before, after, AS with AS_low and AS_high (normal 95 % interval) and kappa of all images.
-
-    Raises:
-        ValueError: text embeddings that are zero or not finite.
     """
     bad = [concept for concept, row in zip(concepts, texts, strict=True) if not (row.isfinite().all() and row.any())]
     if bad:

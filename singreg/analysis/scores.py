@@ -52,9 +52,6 @@ def analyze_model(
     Returns:
         One row an image ("AS/NAME", "IS/NAME", "kappa/NAME" of each translator, also with "centred " before them), and
         a dict of figures by translator, of the head and of the model.
-
-    Raises:
-        ValueError: the split has no or unlabelled images, or the head has no null space.
     """
     unlabelled = int((np.asarray(split.labels) < 0).sum())
     if not len(split) or unlabelled:

@@ -93,14 +93,6 @@ def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str
     """Match a specification to the classes that are `available` (None: the 1000 of ImageNet-1k, by wnid).
 
     Wnids, class names and synonyms match in any case, with `_` or `-` for a blank. The order given is the label order.
-
-    Raises:
-        ValueError: classes that are not there (with the nearest names), may mean two different ones, or come twice.
-
-    Example:
-        >>> subset = resolve_classes(["goldfish", "n02123394"])
-        >>> subset.names, subset.indices
-        (('goldfish', 'Persian cat'), (1, 283))
     """
     keys = tuple(_imagenet()[0] if available is None else available)
     if classes is None:
@@ -180,10 +172,7 @@ def head_rows(classes: ClassSubset, labels: Mapping[int, str], count: int) -> li
 
     Stored names count, in any spelling, wnids and synonyms too. Without them, a head of 1000 rows has ImageNet's, and
     one with a row for each class is taken to be numbered as a training on the data numbers it.
-
-    Raises:
-        NoRows: nothing says that any row is one of the classes.
-        ValueError: names that fit some classes only or several rows, or an order that is not sure.
+    `NoRows` is raised where nothing says that any row is one of the classes.
     """
     say = "list the names of its rows in model.label_names: FILE"
     if not labels:

@@ -48,10 +48,6 @@ def load_splits(config: DataConfig) -> Splits:
 
     A class keeps its images whatever other classes are chosen. In a process group the first process looks at the data.
 
-    Raises:
-        ValueError: classes that are not there or have too few images, images that cannot be read or are in two splits.
-        FileNotFoundError: a folder or split that is not there.
-
     Example:
         >>> splits = load_splits(DataConfig(scenes={"train": 12, "audit": 6, "test": 5}))
         >>> [len(split) for split in splits]

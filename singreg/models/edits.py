@@ -78,9 +78,6 @@ def align_head_(
         texts: prompts of the classes, (k, n).
         statistics: of the features of at least two images, best of the head's own classes, whose logits are kept.
 
-    Raises:
-        ValueError: a head of batch norm and linear layer, one that is constrained, or directions that do not fit.
-
     Example:
         >>> c = Classifier.from_timm("test_resnet", pretrained=False, num_classes=4)
         >>> f = torch.rand(200, 96); T = LinearTranslator(torch.randn(6, 96), torch.zeros(6))
