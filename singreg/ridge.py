@@ -10,10 +10,6 @@ from torch import Tensor
 
 from singreg.utils import is_distributed
 
-Standardize = bool | Tensor
-"""False: features as they are. True: each divided by its standard deviation. A basis (m, r) of a head's row space: the
-row-space and the null part of the features, each divided by the root of its own energy-weighted variance."""
-
 FeatureScale = Callable[[Tensor], Tensor]
 """A symmetric map L of feature space, applied to the columns of (m, k)."""
 
@@ -36,8 +32,8 @@ class RidgeStatistics:
     """The sums ridge regression needs, in float64: one pass over the images, O(m² + mn) memory.
 
     The penalty is relative, λ = ridge · tr(S)/m with S the centred scatter of f: it means the same at any N and scale.
-    `standardize` brings features, or the head's row-space and null block, to unit scale for the fit (METHOD section
-    8.6), and folds the scale back into A.
+    `standardize`, a basis (m, r) of a head's row space, divides the row-space and the null part of the features each by
+    the root of its energy-weighted variance for the fit (METHOD section 8.6), and folds the scale back into A.
 
     Attributes:
         ff, fz, f, z, zz, count: Σ f fᵀ (m, m), Σ f zᵀ (m, n), Σ f (m,), Σ z (n,), Σ |z|² and N.
@@ -109,7 +105,7 @@ class RidgeStatistics:
         s_fz = self.fz - torch.outer(self.f, self.z) / self.count
         return s_ff, s_fz, self.zz - (self.z * self.z).sum() / self.count
 
-    def solve(self, ridge: float, *, standardize: Standardize = False) -> RidgeSolution:
+    def solve(self, ridge: float, *, standardize: Tensor | None = None) -> RidgeSolution:
         """Return the minimiser of Σ|T(f) - z|² + λ|A|², intercept unpenalised, at one relative ridge >= 0.
 
         A Cholesky solve, an order of magnitude cheaper than the eigendecomposition behind `path`: for a training loop.
@@ -126,7 +122,7 @@ class RidgeStatistics:
         matrix = scale(torch.cholesky_solve(loadings, factor)).T
         return RidgeSolution(matrix, (self.z - matrix @ self.f) / self.count, ridge, int(self.count))
 
-    def path(self, *, standardize: Standardize = False) -> RidgePath:
+    def path(self, *, standardize: Tensor | None = None) -> RidgePath:
         """Return the whole regularisation path, from one eigendecomposition of the (standardised) scatter."""
         scaled, loadings, scale = self._scaled(standardize)
         eigenvalues, vectors = torch.linalg.eigh(scaled)
@@ -134,7 +130,7 @@ class RidgeStatistics:
         return RidgePath(eigenvalues.clamp_min(0), vectors.T @ loadings, scale(vectors), *means, count)
 
     def validate(
-        self, held_out: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Standardize = False
+        self, held_out: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Tensor | None = None
     ) -> tuple[RidgeSolution, dict[float, float]]:
         """Return the solution whose ridge has the best R² on held-out statistics, and R² of every ridge tried."""
         path = self.path(standardize=standardize)
@@ -143,7 +139,7 @@ class RidgeStatistics:
         return path.solve(best), scores
 
     def agreed(
-        self, other: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Standardize = False
+        self, other: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Tensor | None = None
     ) -> tuple[float, float, float]:
         """Choose a ridge by what fits on two disjoint halves have in common: R² on the other half, times their cosine.
 
@@ -165,7 +161,7 @@ class RidgeStatistics:
             found.append((ridge, 1 - sum(missed) / 2, cosine))
         return max(found, key=lambda each: max(each[1], 0) * max(each[2], 0))
 
-    def _scaled(self, standardize: Standardize) -> tuple[Tensor, Tensor, FeatureScale]:
+    def _scaled(self, standardize: Tensor | None) -> tuple[Tensor, Tensor, FeatureScale]:
         """(L S_ff L (m, m), L S_fz (m, n), L): the centred scatter in the scale that the penalty acts in."""
         s_ff, s_fz, _ = self.centred()
         scale = _feature_scale(s_ff, self.ff, self.count, standardize)
@@ -211,18 +207,14 @@ class RidgePath:
         return torch.where(shifted > floor, 1 / shifted.clamp_min(floor), 0)
 
 
-def _feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, standardize: Standardize) -> FeatureScale:
-    """L with L f of unit scale, from S (m, m) and Σ f fᵀ (m, m); a constant feature or block is mapped to 0."""
-    if isinstance(standardize, Tensor):
-        return _by_block(scatter, raw, count, standardize)
-    variance = torch.diagonal(scatter) / count
-    alive = variance > DEAD * torch.diagonal(raw) / count
-    inverse = variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt() if standardize else torch.ones_like(variance)
-    return lambda columns: torch.where(alive, inverse, 0)[:, None] * columns
+def _feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, basis: Tensor | None) -> FeatureScale:
+    """Π_p f and Π_n f each by the root of tr(S²)/tr(S): neither turning nor shrinking the null block moves the fit.
 
-
-def _by_block(scatter: Tensor, raw: Tensor, count: Tensor, basis: Tensor) -> FeatureScale:
-    """Π_p f and Π_n f each by the root of tr(S²)/tr(S): neither turning nor shrinking the null block moves the fit."""
+    From S (m, m) and Σ f fᵀ (m, m); a constant block, or without a basis a constant feature, is mapped to 0.
+    """
+    if basis is None:
+        alive = torch.diagonal(scatter) > DEAD * torch.diagonal(raw)
+        return lambda columns: torch.where(alive[:, None], columns, 0)
     basis = basis.to(scatter)
     across = scatter @ basis
     # Π_n S Π_n itself, not a difference of sums of squares, in which a block shrunk to a thousandth would drown.

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singreg.mlp import Array, MLPNetwork, MLPSettings, train_mlp
-from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics, Standardize
+from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
 from singreg.utils import atomic_write
 
 
@@ -153,7 +153,7 @@ def fit_translator(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     ridges: Sequence[float] = DEFAULT_RIDGES,
-    standardize: Standardize = False,
+    standardize: Tensor | None = None,
     info: TranslatorInfo | None = None,
 ) -> LinearTranslator:
     """Fit T on a stream of (features, embeddings); two halves of its rows choose λ by agreement (METHOD section 2).
@@ -191,7 +191,7 @@ def update_halves(halves: Sequence[RidgeStatistics], features: Tensor, targets: 
 
 
 def fit_on_halves(
-    halves: Sequence[RidgeStatistics], ridges: Sequence[float], standardize: Standardize, info: TranslatorInfo | None
+    halves: Sequence[RidgeStatistics], ridges: Sequence[float], standardize: Tensor | None, info: TranslatorInfo | None
 ) -> LinearTranslator:
     """Sum over processes, choose λ by the agreement of the two halves, then solve on both together."""
     first, second = (half.reduce() for half in halves)
