@@ -19,6 +19,8 @@ HALVINGS, NEWTON = 44, 5
 SCALES = (-20.0, 20.0)  # log2 of p beside 1 / (|z| + σ_1 ε): where the best scale is looked for
 SEEN = 1e-10  # of the translator's own size: a direction that it sees less than this is one it does not see
 INSIDE = 1 - 1e-9  # of a tolerance, so that adding to a feature and reading logits again does not round over it
+LEFT = 0.01  # of |z|: what a translated feature keeps at least where it is turned round; 0 has no direction
+ALIKE = 1e-13  # cosines this near are equal, and a share of |z|² this small is rounding
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -64,7 +66,8 @@ class Maximised(NamedTuple):
 class Maximiser:
     """argmax of cos(T(f + d), t) over null d, |d| <= ε, for a linear T in float64; never below the gradient step.
 
-    One SVD serves all features and budgets: T(f + d) = z + U S a + G b, with coordinates a in the singular basis of
+    Where many d turn all that T sees of the null space to the text, the shortest is taken: which one it is would else
+    hang on rounding, and another judge reads each of them differently. One SVD serves all features and budgets: T(f + d) = z + U S a + G b, with coordinates a in the singular basis of
     A Π_n, and b nearly null.
 
     Args:
@@ -87,7 +90,7 @@ class Maximiser:
     def maximise(
         self, features: Tensor, text: Tensor, budget: float | Tensor, *, start: Tensor | None = None
     ) -> Maximised:
-        """Climb from the best of: nothing, the single gradient step, the closed form and `start`; then restart.
+        """Climb from the best of: the closed form, nothing, the single gradient step and `start`; then restart.
 
         Args:
             start: coordinates (R, k) of a smaller budget, so that a larger one is never worse.
@@ -98,8 +101,8 @@ class Maximiser:
         limit = torch.as_tensor(budget, dtype=torch.float64).to(exact.device).expand(len(exact))
         problem = _Problem(self, exact, normalize(text.to(exact), dim=-1).expand(len(exact), -1), limit)
         nothing = problem.at(exact.new_zeros(len(exact), self.lift.shape[1]))
-        best = _better(problem.at(limit[:, None] * unit_rows(nothing[2])), nothing)
-        best = _better(best, problem.at(problem.closed_form()))
+        best = _better(problem.at(problem.closed_form()), nothing)
+        best = _better(best, problem.at(limit[:, None] * unit_rows(nothing[2])))
         if start is not None:
             best = _better(best, problem.at(start))
         best = problem.climb(best)
@@ -156,7 +159,7 @@ class _Problem:
             ahead = torch.where(edge, gradient - outward * u / length.clamp_min(TINY), gradient)
             tried = self.at(u + step[:, None] * unit_rows(ahead))
             found = _better(found, tried)
-            step = torch.where(tried[1] > cosine, GROW * step, SHRINK * step).minimum(2 * self.limit)
+            step = torch.where(tried[1] > cosine + ALIKE, GROW * step, SHRINK * step).minimum(2 * self.limit)
         return found
 
     def closed_form(self) -> Tensor:
@@ -171,7 +174,8 @@ class _Problem:
         outside, aside = self.start[:, thin:], self.target[:, thin:]
         rest, along = self.rest + outside.square().sum(1), self.along + (outside * aside).sum(1)
         start, target = self.start[:, :thin], self.target[:, :thin]
-        length = (start.square().sum(1) + rest).sqrt() + singular.max() * budget
+        whole = (start.square().sum(1) + rest).sqrt()
+        length = whole + singular.max() * budget
         low, high = (torch.full_like(budget, scale) for scale in SCALES)
         multiplier = torch.zeros_like(budget)
         for _ in range(HALVINGS):
@@ -182,7 +186,12 @@ class _Problem:
             residual = p[:, None] * start + singular * c - target
             slope = p * rest - along + (start * residual).sum(1) - multiplier * p * budget.square()
             low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
-        found[:, :thin] = c / p[:, None]
+        # Where z has no part aside, every a = (q t - z) / S with q > 0 turns it to t as far as S can: the shortest one.
+        q = (target * start / singular.square()).sum(1) / (target / singular).square().sum(1).clamp_min(TINY)
+        q = torch.maximum(q, LEFT * whole)
+        exact = (q[:, None] * target - start) / singular
+        ends = (rest <= ALIKE * whole.square()) & (torch.linalg.vector_norm(exact, dim=1) <= budget)
+        found[:, :thin] = torch.where(ends[:, None], exact, c / p[:, None])
         return found
 
 
@@ -201,7 +210,7 @@ def _within(wanted: Tensor, square: Tensor, radius: Tensor, multiplier: Tensor) 
 
 
 def _better(a: Found, b: Found) -> Found:
-    """Row by row the one of the higher cosine; the first where they are equal."""
-    higher = b[1] > a[1]
+    """Row by row the one of the higher cosine; the first where they are alike."""
+    higher = b[1] > a[1] + ALIKE
     wide = higher[:, None]
     return torch.where(wide, b[0], a[0]), torch.where(higher, b[1], a[1]), torch.where(wide, b[2], a[2])

@@ -127,6 +127,24 @@ def test_a_target_within_reach_is_reached() -> None:
     assert w.run(0.2).similarity.mean() < 0.99
 
 
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_of_many_that_reach_the_target_the_shortest_is_taken(tolerance: float | None) -> None:
+    w = World(C + N + 3, small=(0.03,))
+    near = None if tolerance is None else w.near(tolerance)
+    found = w.run(1e4, near)
+    torch.testing.assert_close(found.similarity, torch.ones(ROWS).double(), atol=1e-12, rtol=0)
+    # By least squares: min |d| over q with N d = q t - T f, N the null part of A; q <= 0 would turn it to -t.
+    inverse = torch.linalg.pinv(w.space.component(w.matrix))
+    toward, back = w.text @ inverse.T, w.translate(w.features) @ inverse.T
+    q = (toward * back).sum(1, keepdim=True) / toward.square().sum(1, keepdim=True)
+    wanted, ahead = q * toward - back, q[:, 0] > 0.1
+    assert 10 < ahead.sum() < ROWS
+    torch.testing.assert_close(found.displacement[ahead], wanted[ahead], atol=1e-8, rtol=0)
+    w.features = w.features + 1e-12 * torch.randn(w.features.shape, generator=torch.Generator().manual_seed(1))
+    again = w.run(2e4, near).displacement  # neither rounding nor a larger budget chooses another
+    torch.testing.assert_close(again, found.displacement, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["blind translator", "full head"])
 def test_where_there_is_nothing_to_climb_nothing_moves(kind: str) -> None:
     w = World()
