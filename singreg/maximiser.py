@@ -67,7 +67,9 @@ class Maximiser:
     """argmax of cos(T(f + d), t) over null d, |d| <= ε, for a linear T in float64; never below the gradient step.
 
     Where many d turn all that T sees of the null space to the text, the shortest is taken: which one it is would else
-    hang on rounding, and another judge reads each of them differently. One SVD serves all features and budgets: T(f + d) = z + U S a + G b, with coordinates a in the singular basis of
+    hang on rounding, and another judge reads each of them differently.
+
+    One SVD serves all features and budgets: T(f + d) = z + U S a + G b, with coordinates a in the singular basis of
     A Π_n, and b nearly null.
 
     Args:
