@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -250,39 +248,3 @@ def null_share(features: Tensor, null: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(features, dim=-1).clamp_min(math.sqrt(torch.finfo(features.dtype).tiny))
     share: Tensor = torch.linalg.vector_norm(null, dim=-1) / norm
     return share
-
-
-@dataclass(frozen=True)
-class RandomSubspace:
-    """A random subspace of feature space: basis B (m, k) spans it, or its complement, whichever is thinner."""
-
-    basis: Tensor
-    complement: bool
-
-    @classmethod
-    def draw(cls, width: int, dimension: int, *, seed: int | Sequence[int]) -> RandomSubspace:
-        """Draw d = `dimension` of m = `width` features, the same for the same seed anywhere (float64)."""
-        thin = min(dimension, width - dimension)
-        # NumPy's generator takes several numbers as a seed; torch's uses the lower 32 bits of one.
-        gaussian = torch.from_numpy(np.random.default_rng(seed).standard_normal((width, thin)))
-        return cls(torch.linalg.qr(gaussian).Q, complement=dimension > thin)
-
-    def component(self, features: Tensor) -> Tensor:
-        """Return P g, the part in the subspace. Shape: (..., m) to (..., m)."""
-        basis = self.basis.to(features)
-        inside = (features @ basis) @ basis.T
-        return features - inside if self.complement else inside
-
-
-def matched_coefficients(null_share: Tensor, random_share: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (α, β) of δ = α g + β P g that is as long as Π_n g and at the same angle to g (METHOD section 8.2).
-
-    With s² = |Π_n g|²/|g|² and p² = |P g|²/|g|²: β = √(s²(1-s²) / (p²(1-p²))), α = s² - β p². Then |δ|² = δ·g = s²|g|²,
-    as for an orthogonal projection: δ is Π_n g turned about g at random. β = 0 where p² is 0 or 1.
-
-    Shape: s², p² (...) in [0, 1] to two (...).
-    """
-    across, least = random_share * (1 - random_share), torch.finfo(random_share.dtype).eps
-    wanted = (null_share * (1 - null_share)).clamp_min(0)
-    beta = torch.where(across > least, wanted / across.clamp_min(least), 0).sqrt()
-    return null_share - beta * random_share, beta

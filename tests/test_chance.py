@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from singreg.analysis.chance import FIGURES, KINDS, _cycle, measure_chance
-from singreg.nullspace import NullSpace, RandomSubspace, matched_coefficients
+from singreg.analysis.chance import FIGURES, KINDS, RandomSubspace, _cycle, matched_coefficients, measure_chance
+from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator
 from tests.processes import run_processes
 from tests.reference import formulas
