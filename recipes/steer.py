@@ -112,20 +112,22 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
         options: Any = {"ridge": config.translator.ridge, "seed": config.seed, "info": setup.info, **both}
         options["stored"] = config.model.translator
         translators, mean = fit_all(classifier, setup.splits, setup.embeddings, config.mlp, **options)
-        linear = {name: translators[name] for name in ("fitted", "auditor")}
+        linear: Any = {(name, ""): translators[name] for name in ("fitted", "auditor")}
     with run.timed("measure"):
         rows, measurement = analyze_model(classifier, *test, texts, translators, mean=mean, **both)
     with run.timed("radii"):
         gaussian = effort.fit_conditional(classifier, *bank, space, settings=passes)
-        natural = effort.natural_radii(classifier, *test, gaussian, fit_images=len(bank[0]), settings=passes)
-        budgets = effort.Budgets.over(effort.STEPS, effort.RADII, gaussian, natural)
-    steering: dict[str, Any] = {"texts": texts, "null_space": space, "attackers": translators}
+        natural = effort.natural_radii(
+            iterate_features(classifier, *test, passes, "natural radii"), gaussian, len(bank[0])
+        )
+    steering: dict[str, Any] = {"texts": texts, "weight": classifier.weight, "null_space": space}
     with run.timed("pairs"):
         batches = iterate_features(classifier, *test, passes, "steering to a fixed image score")
-        pairs = steer_pairs(batches, plan, weight=classifier.weight, image_score=config.image_score, **steering)
+        pairs = steer_pairs(batches, plan, attackers=translators, image_score=config.image_score, **steering)
     with run.timed("curves"):  # judged by the linear translators alone: a judge is called at every point
         batches = iterate_features(classifier, *test, passes, "steering at equal effort")
-        curves = effort.steer_curves(batches, plan, budgets, judges=linear, **steering)
+        attacks = effort.equal_effort(translators, space, gaussian, natural)
+        curves = effort.measure_curves(batches, plan, attacks, linear, **steering)
     if not run.accelerator.is_main_process:
         return
     found = {"measurement": measurement, "image_score": config.image_score, "sources": plan.sources}

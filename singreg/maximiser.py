@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,14 +54,6 @@ class NearNull:
         return coordinates * (self.tolerance * INSIDE / moved.clamp_min(TINY)).clamp_max(1)
 
 
-class Maximised(NamedTuple):
-    """Displacements d (R, m), their coordinates (R, k), whose length is bounded, and the cosines (R,) reached."""
-
-    displacement: Tensor
-    coordinates: Tensor
-    similarity: Tensor
-
-
 class Maximiser:
     """argmax of cos(T(f + d), t) over null d, |d| <= ε, for a linear T in float64; never below the gradient step.
 
@@ -70,10 +61,7 @@ class Maximiser:
     hang on rounding, and another judge reads each of them differently.
 
     One SVD serves all features and budgets: T(f + d) = z + U S a + G b, with coordinates a in the singular basis of
-    A Π_n, and b nearly null.
-
-    Args:
-        near: nearly null directions beside the null space.
+    A Π_n, and b nearly null. `near`: nearly null directions beside the null space.
     """
 
     def __init__(self, translator: LinearTranslator, null_space: NullSpace, near: NearNull | None = None) -> None:
@@ -90,19 +78,18 @@ class Maximiser:
 
     @torch.no_grad()
     def maximise(
-        self, features: Tensor, text: Tensor, budget: float | Tensor, *, start: Tensor | None = None
-    ) -> Maximised:
+        self, features: Tensor, text: Tensor, limit: Tensor, *, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Climb from the best of: the closed form, nothing, the single gradient step and `start`; then restart.
 
         Args:
-            start: coordinates (R, k) of a smaller budget, so that a larger one is never worse.
+            start: coordinates of a smaller budget, so that a larger one is never worse.
 
-        Shape: features (R, m), text (n,) or (R, n), budget ε () or (R,).
+        Shape: features (R, m), text (R, n), the budget ε as limit (R,), all float64; returns d (R, m) and its
+        coordinates (R, k), whose length is bounded.
         """
-        exact = features.to(torch.float64)
-        limit = torch.as_tensor(budget, dtype=torch.float64).to(exact.device).expand(len(exact))
-        problem = _Problem(self, exact, normalize(text.to(exact), dim=-1).expand(len(exact), -1), limit)
-        nothing = problem.at(exact.new_zeros(len(exact), self.lift.shape[1]))
+        problem = _Problem(self, features, normalize(text, dim=-1), limit)
+        nothing = problem.at(features.new_zeros(len(features), self.lift.shape[1]))
         best = _better(problem.at(problem.closed_form()), nothing)
         best = _better(best, problem.at(limit[:, None] * unit_rows(nothing[2])))
         if start is not None:
@@ -113,10 +100,10 @@ class Maximiser:
         for turn in range(0 if alone else RESTARTS):
             # one direction for all rows: what is found for an image must not hang on which others are in its chunk
             generator = torch.Generator().manual_seed(turn)
-            drawn = torch.randn(self.lift.shape[1], generator=generator, dtype=torch.float64).to(exact)
-            ahead = unit_rows(problem.retract(drawn.expand(len(exact), -1)))
+            drawn = torch.randn(self.lift.shape[1], generator=generator, dtype=torch.float64).to(features)
+            ahead = unit_rows(problem.retract(drawn.expand(len(features), -1)))
             best = _better(best, problem.climb(problem.at(limit[:, None] * ahead)))
-        return Maximised(best[0] @ self.lift.T, best[0], best[1])
+        return best[0] @ self.lift.T, best[0]
 
 
 Found = tuple[Tensor, Tensor, Tensor]  # coordinates (R, k), their cosine (R,) and its gradient (R, k)

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.steering import PairPlan, plan_pairs, steer_pairs
-from singreg.analysis.steering_curves import Budgets, steer_curves
+from singreg.analysis.steering_curves import equal_effort, measure_curves, natural_marks
 from singreg.nullspace import NullSpace
 from singreg.steering import ConditionalGaussian
 from singreg.translator import LinearTranslator
@@ -39,7 +39,8 @@ class SteeringWorld:
     labels: Tensor
     texts: Tensor
     plan: PairPlan
-    budgets: Budgets
+    gaussian: ConditionalGaussian
+    natural: dict[str, Any]
 
     @classmethod
     def make(cls, seed: int = 0, **plan: Any) -> SteeringWorld:
@@ -56,8 +57,8 @@ class SteeringWorld:
         made = plan_pairs(labels.numpy(), NAMES, texts, [0, 2, 3], TARGETS, wanted, **plan)
         root, space = draw(M, M), NullSpace.from_weight(weight)
         gaussian = ConditionalGaussian.from_moments(features.mean(0), root @ root.T / M, space)
-        budgets = Budgets.over(STEPS, RADII, gaussian, natural_of(gaussian.radius(features)))
-        return cls(weight, translators, features, labels, texts, made, budgets)
+        natural = natural_of(gaussian.radius(features))
+        return cls(weight, translators, features, labels, texts, made, gaussian, natural)
 
     @property
     def space(self) -> NullSpace:
@@ -68,10 +69,18 @@ class SteeringWorld:
         f, z, mine = self.features, torch.zeros(COUNT, N), torch.arange(rank, COUNT, world).split(size)
         return [FeatureBatch(f[rows], f[rows] @ self.weight.T, z[rows], self.labels[rows], rows) for rows in mine]
 
-    def curves(self, batches: list[FeatureBatch] | None = None, **changes: Any) -> list[dict[str, Any]]:
-        options = {"texts": self.texts, "null_space": self.space, "attackers": self.translators, **changes}
-        options = {"judges": options["attackers"], **options}
-        return steer_curves(self.batches() if batches is None else batches, self.plan, self.budgets, **options)
+    def grid(self, budget: str) -> list[float]:
+        return STEPS if budget == "step" else sorted({*RADII, *natural_marks(self.natural).values()})
+
+    def curves(
+        self, batches: list[FeatureBatch] | None = None, attackers: Any = None, judges: Any = None
+    ) -> list[dict[str, Any]]:
+        attackers = attackers or self.translators
+        some, judges = self.batches() if batches is None else batches, judges or attackers
+        judges = {(name, ""): each for name, each in judges.items()}
+        attacks = equal_effort(attackers, self.space, self.gaussian, self.natural, STEPS, RADII)
+        how: dict[str, Any] = {"texts": self.texts, "weight": self.weight, "null_space": self.space}
+        return measure_curves(some, self.plan, attacks, judges, **how)
 
     def pairs(self, batches: list[FeatureBatch] | None = None, **changes: Any) -> list[dict[str, Any]]:
         options = {"texts": self.texts, "null_space": self.space, "attackers": self.translators, **changes}

@@ -15,9 +15,10 @@ from torch.nn.functional import cosine_similarity
 
 import singreg.analysis.steering as steering
 from singreg.analysis import robustness
-from singreg.analysis.robustness import MAXIMISER, RANDOM, SINGLE, Attack, climb, measure_robustness
+from singreg.analysis.features import iterate_features
+from singreg.analysis.robustness import MAXIMISER, RANDOM, climb, measure_robustness
 from singreg.analysis.steering import plan_pairs
-from singreg.analysis.steering_curves import at, the_curve
+from singreg.analysis.steering_curves import SINGLE, Attack, at, the_curve
 from singreg.maximiser import Maximiser
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
@@ -61,12 +62,13 @@ def features() -> Tensor:
     return toy.features(classifier(), toy.ToySplit(COUNT)).float().double()
 
 
-def measure(rank: int = 0, world: int = 1, model: Classifier | None = None, tolerance: float = 0.1) -> Found:
+def measure(rank: int = 0, world: int = 1, tolerance: float = 0.1) -> Found:
     present = sorted(set(LABELS.tolist()))
     plan = plan_pairs(LABELS, NAMES, toy.texts(), present, [NAMES[k] for k in present], toy.texts()[present])
-    inputs = (model or classifier(), toy.ToySplit(COUNT), toy.embeddings(COUNT), toy.texts(), translators())
-    options: Any = {"invariance": "logits", "settings": replace(toy.QUIET, batch_size=COUNT)}
-    return measure_robustness(*inputs, plan=plan, steps=STEPS, tolerance=tolerance, **options)
+    settings = replace(toy.QUIET, batch_size=COUNT)
+    batches = iterate_features(classifier(), toy.ToySplit(COUNT), toy.embeddings(COUNT), settings, "robustness")
+    how: dict[str, Any] = {"texts": toy.texts(), "classifier": classifier(), "space": space(), "steps": STEPS}
+    return measure_robustness(batches, plan, translators(), **how, tolerance=tolerance)
 
 
 @cache
@@ -75,7 +77,7 @@ def usual() -> Found:
 
 
 def curve(found: Found, attack: str, on: str = "one", judge: str = "one", defence: str = "") -> Any:
-    return the_curve(found["curves"], attack=attack, crafted_on=on, judge=judge, defence=defence)
+    return the_curve(found["curves"], attack=attack, attacker=on, judge=judge, defence=defence)
 
 
 def failed(found: Found) -> set[str]:
@@ -99,7 +101,7 @@ def slow(attack: str, step: float, judge: str, through: Tensor | None = None) ->
             gradient = similarity_gradient(f[None], text, t)
             moved = f + limit * unit_in_null(space().component(gradient), gradient)[0]
         else:
-            moved = f + most.maximise(f[None], text, limit).displacement[0]
+            moved = f + most.maximise(f[None], text[None], limit[None])[0][0]
         before, after = read(through @ f), read(through @ moved)
         gained.append(float(angle_degrees(before, text) - angle_degrees(after, text)))
         if not first(before, k):
@@ -110,12 +112,11 @@ def slow(attack: str, step: float, judge: str, through: Tensor | None = None) ->
 
 def test_curves_are_those_of_plain_loops() -> None:
     found = usual()
-    assert (found["rows"], found["images"]) == (len(PAIRS), COUNT)
+    assert {(curve["rows"], curve["images"]) for curve in found["curves"]} == {(len(PAIRS), COUNT)}
     for attack in (SINGLE, MAXIMISER):
         for judge in ("one", "two"):
             got = curve(found, attack, judge=judge)
-            # At 0.6 many displacements reach the target exactly, and another judge can tell which of them was found.
-            for step in (0.1, 0.6) if attack == SINGLE or judge == "one" else (0.1,):
+            for step in (0.1, 0.6):
                 for name, value in slow(attack, step, judge).items():
                     close = pytest.approx(value, abs=2e-2 if name.startswith("AS") else 1e-9)
                     assert at(got, step, name) == close, (attack, judge, step, name)
@@ -164,12 +165,12 @@ def test_a_broken_attack_is_found(fault: str, name: str, rules: set[str], monkey
     usual_attacks, everywhere = robustness.usual_attacks, NullSpace.from_weight(torch.zeros(1, toy.WIDTH))
 
     def broken(attack: Attack) -> Attack:
-        def craft(rows: Any) -> Iterator[Tensor]:
-            for d in attack.craft(rows):
+        def craft(rows: Any) -> Iterator[tuple[Tensor, Tensor]]:
+            for d, steps in attack.craft(rows):
                 aside = 1e-5 * d.norm(dim=1, keepdim=True) * classifier().weight.double()[0]
-                yield {"wrong sign": -d, "no effort": 0.2 * d, "too far": 1.5 * d}.get(fault, d + aside)
+                yield {"wrong sign": -d, "no effort": 0.2 * d, "too far": 1.5 * d}.get(fault, d + aside), steps
 
-        if (attack.name, attack.crafted_on) != (name, "one"):
+        if (attack.name, attack.attacker) != (name, "one"):
             return attack
         forgets = fault == "no null space"
         return replace(attack, craft=climb(translators()["one"], everywhere, STEPS, None) if forgets else craft)
@@ -193,17 +194,12 @@ def test_dropping_the_null_space_leaves_exactly_nothing() -> None:
     torch.testing.assert_close(toy.features(edited, toy.ToySplit(COUNT)) @ space().basis.T, wide, atol=1e-5, rtol=0)
     through = torch.eye(toy.WIDTH).double() - null_projector(model.weight)
     assert slow(MAXIMISER, 0.6, "two", through)["success"] == 0
-    with pytest.raises(ValueError, match="no null space"):
-        measure(model=edited)
 
 
 def test_chunks_and_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, shared = usual(), run_processes(2, measure)
-    assert [found["rows"] for found in shared] == [whole["rows"]] * 2
     monkeypatch.setattr(steering, "CHUNK_ELEMENTS", 2 * toy.CLASSES * (toy.WIDTH + toy.DIM + toy.CLASSES))
     for other in (measure(), *shared):
         for a, b in zip(whole["curves"], other["curves"], strict=True):
             for name in a["figures"]:
-                # At the largest step many displacements reach cosine 1 alike, which another reading tells apart.
-                last = 3 if a["judge"] != a["crafted_on"] or a["defence"] else 4
-                np.testing.assert_allclose(a["figures"][name][:last], b["figures"][name][:last], atol=2e-4)
+                np.testing.assert_allclose(a["figures"][name], b["figures"][name], atol=2e-4)

@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import singreg.analysis.steering as steering
+from singreg.analysis.features import iterate_features
 from singreg.analysis.steering import plan_pairs, steering_targets
-from singreg.analysis.steering_curves import Budgets, at, fit_conditional, natural_radii, the_curve
+from singreg.analysis.steering_curves import at, fit_conditional, natural_marks, natural_radii, the_curve
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator, ConditionalGaussian, bisect_step
 from singreg.translator import LinearTranslator
 from tests import toy
 from tests.processes import run_processes
 from tests.reference.formulas import angle_degrees
-from tests.steering_world import COUNT, RADII, STEPS, C, M, N, SteeringWorld, shared
+from tests.steering_world import COUNT, RADII, C, M, N, SteeringWorld, shared
 
 
 def gradient(translator: AnyTranslator, f: Tensor, text: Tensor) -> Tensor:
@@ -68,14 +69,14 @@ def largest_inside(gaussian: ConditionalGaussian, f: Tensor, d: Tensor, radius: 
 
 def slow_curve(world: SteeringWorld, attacker: str, judge: str, budget: str) -> np.ndarray:
     """(3, G) by plain loops: for each image the mean over its targets, then the mean over images."""
-    gaussian, natural = world.budgets.gaussian, world.budgets.natural
+    gaussian, natural = world.gaussian, world.natural
     by_image: dict[int, list[list[list[float]]]] = {}
     for i, _, _, f, text in steerings(world):
         d = world.space.component(gradient(world.translators[attacker], f, text))
         d = gaussian.on_manifold(d) if budget == "on-manifold" else d
         d = d / d.norm()
         row = []
-        for limit in world.budgets.grid(budget):
+        for limit in world.grid(budget):
             radius = limit * natural["median"]
             step = limit * float(f.norm()) if budget == "step" else largest_inside(gaussian, f, d, radius)
             row.append(figures(world, judge, f, f + step * d, text))
@@ -108,7 +109,7 @@ def test_curves_begin_at_nothing_and_hold_the_natural_percentiles() -> None:
     world = SteeringWorld.make()
     step, radius = (the_curve(world.curves(), budget=b, attacker="one", judge="one") for b in ("step", "radius"))
     assert step["figures"]["AS"][0] == 0
-    assert set(world.budgets.marks.values()) | set(RADII) == set(radius["grid"])
+    assert set(natural_marks(world.natural).values()) | set(RADII) == set(radius["grid"])
     assert radius["grid"] == sorted(radius["grid"])
     assert at(radius, 1.0, "AS") == radius["figures"]["AS"][radius["grid"].index(1.0)]
     with pytest.raises(ValueError, match="too many values"):
@@ -185,11 +186,11 @@ def test_processes_count_every_image_once(stride: int) -> None:
 
 
 def test_any_callable_may_attack_and_judge() -> None:
-    """A linear translator behind a plain function takes autograd, bisection and a call a step, and reads the same."""
+    """A linear translator behind a plain function takes autograd and bisection, and reads the same."""
     world = SteeringWorld.make()
     known = {"one": world.translators["one"]}
     hidden = {"one": lambda f: world.translators["one"](f)}
-    for a, b in zip(world.curves(attackers=known), world.curves(attackers=hidden), strict=True):
+    for a, b in zip(world.curves(None, known), world.curves(None, hidden, known), strict=True):
         for name in a["figures"]:
             np.testing.assert_allclose(a["figures"][name], b["figures"][name], atol=1e-4)
     (a,), (b,) = (world.pairs(attackers=kind) for kind in (known, hidden))
@@ -224,8 +225,7 @@ def test_the_on_manifold_direction_gains_more_where_variances_differ() -> None:
         features = torch.randn(COUNT, M, generator=g) * deviation @ rotation.T
         covariance = rotation @ torch.diag(deviation**2) @ rotation.T
         gaussian = ConditionalGaussian.from_moments(torch.zeros(M), covariance, world.space, floor=1e-6)
-        budgets = Budgets.over(STEPS, RADII, gaussian, world.budgets.natural)
-        curves = replace(world, features=features, budgets=budgets).curves()
+        curves = replace(world, features=features, gaussian=gaussian).curves()
         radius, manifold = (next(c for c in curves if c["budget"] == b) for b in ("radius", "on-manifold"))
         gained[name] = at(manifold, 1.2, "AS") / at(radius, 1.2, "AS")
     assert gained["uneven"] > 1.2
@@ -239,7 +239,8 @@ def test_natural_radii_are_of_images_that_did_not_make_the_gaussian() -> None:
     wanted = ConditionalGaussian.from_moments(f.mean(0), torch.cov(f.T), space)
     g = toy.features(model, test).float().double()
     torch.testing.assert_close(gaussian.radius(g), wanted.radius(g), rtol=1e-6, atol=1e-6)
-    found = natural_radii(model, test, toy.embeddings(40, seed=9), gaussian, fit_images=120, settings=toy.QUIET)
+    batches = iterate_features(model, test, toy.embeddings(40, seed=9), toy.QUIET, "test")
+    found = natural_radii(batches, gaussian, fit_images=120)
     assert found["median"] == pytest.approx(float(wanted.radius(g).quantile(0.5)), rel=1e-6)
     assert (found["images"], found["fit_images"], found["dimensions"]) == (40, 120, space.nullity)
     assert found["p99"] > found["p95"] > found["median"]

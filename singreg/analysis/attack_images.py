@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,13 @@ class PixelModel:
         return (LEVELS * (seen * self.std + self.mean)).round().clamp(0, LEVELS) / LEVELS
 
 
-def save_images(images: Tensor, paths: Sequence[Path]) -> None:
-    """Write images (B, 3, H, W) on the 8-bit grid as PNG, each whole or not at all."""
+def save_images(images: Tensor, folder: Path, inside: str, indices: Iterable[int]) -> list[str]:
+    """Write images (B, 3, H, W) on the 8-bit grid as PNG, each whole or not at all; their paths inside the folder."""
+    paths = [f"{inside}/{index:06d}.png" for index in indices]
     for values, path in zip((LEVELS * images).round().byte().permute(0, 2, 3, 1).cpu().numpy(), paths, strict=True):
-        with atomic_write(path) as temporary:
+        with atomic_write(folder / path) as temporary:
             Image.fromarray(values).save(temporary, format="png")
+    return paths
 
 
 def load_images(paths: Sequence[Path]) -> Tensor:
@@ -145,20 +147,18 @@ def attack_split(
         One row an attacked image: those of `chosen`, original and file (paths inside `folder`), size (255ths), budget,
         arm, and for attacks the degrees gained.
     """
-    starts = range(0, len(chosen), batch_size)
-    done = [folder / "attacked" / name / f"batch-{number:04d}.parquet" for number in range(len(starts))]
+    batches = [chosen.iloc[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    done = [folder / "attacked" / name / f"batch-{number:04d}.parquet" for number in range(len(batches))]
     for number in progress(process_share(len(done)), f"attacking {name}", enabled=rank_and_world()[0] == 0):
         if done[number].is_file():
             continue
-        some = chosen.iloc[starts[number] : starts[number] + batch_size].reset_index(drop=True)
-        some["original"] = [f"attacked/{name}/original/{index:06d}.png" for index in some["image"]]
+        some = batches[number].reset_index(drop=True)
         x = torch.stack([model.image(split, index) for index in some["image"]])
-        save_images(x, [folder / path for path in some["original"]])
+        some["original"] = save_images(x, folder, f"attacked/{name}/original", some["image"])
         judged, frames = towards_prompt(model, translator, x, texts[some["target"].tolist()], tau), []
         for size, arms, gained in attack_images(judged, x, seed=(seed, number), **how):
             for arm, images in arms.items():
-                files = [path.replace("/original/", f"/linf-{size}-{LEVELS}/{arm}/") for path in some["original"]]
-                save_images(images, [folder / path for path in files])
+                files = save_images(images, folder, f"attacked/{name}/linf-{size}-{LEVELS}/{arm}", some["image"])
                 rows = some.assign(file=files, size=size, budget=f"linf {size}/{LEVELS}", arm=arm)
                 frames.append(rows.join(gained) if arm == ATTACK else rows)
         with atomic_write(done[number]) as temporary:

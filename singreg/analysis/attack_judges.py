@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from singreg.analysis.attack import LEVELS, TANGENT
 from singreg.analysis.attack_images import ATTACK, RANDOM, PixelModel, load_images
-from singreg.analysis.features import PassSettings, cached_features
+from singreg.analysis.features import PassSettings, cached_features, iterate_features
 from singreg.analysis.robustness import measure_robustness
 from singreg.analysis.statistics import mean_interval, paired_difference
 from singreg.analysis.steering import plan_pairs
@@ -191,7 +191,7 @@ def describe(
     """Return facts of a classifier, how far its features of the chosen images can be steered."""
     f = torch.from_numpy(np.array(cached_features(classifier, split, settings))).to(texts)
     z, logits = torch.from_numpy(np.array(embeddings)).to(texts), classifier.logits(f).float().cpu()
-    null = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True)
+    null = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).to(texts.device)
     sizes: dict[str, Any] = {"classes": logits.shape[1], "features": f.shape[1]}
     sizes["nullity"] = 0 if dropped else null.nullity
     cosine = {name: cosine_similarity(t(f), z, dim=-1).mean().item() for name, t in translators.items()}
@@ -202,5 +202,6 @@ def describe(
     labels[chosen["image"]] = chosen["label"]
     sources = sorted(set(chosen["label"].tolist()))
     plan = plan_pairs(labels, names, texts, sources, names, texts, max_pairs=PAIRS, seed=seed)
-    how: dict[str, Any] = {"steps": STEPS, "tolerance": tau, "invariance": invariance, "settings": settings}
-    return facts, measure_robustness(classifier, split, embeddings, texts, translators, plan=plan, **how)
+    batches = iterate_features(classifier, split, embeddings, settings, "robustness to steering")
+    how: dict[str, Any] = {"texts": texts, "classifier": classifier, "space": null, "steps": STEPS, "tolerance": tau}
+    return facts, measure_robustness(batches, plan, translators, **how)

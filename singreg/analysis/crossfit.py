@@ -118,7 +118,7 @@ class CrossFit:
         unit = direction / variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
         length = torch.linalg.vector_norm(features, dim=1)
         climb = self.maximisers[place].maximise
-        steps = [k * unit for k in DEVIATIONS] + [climb(features, text, s * length).displacement for s in SHARES]
+        steps = [k * unit for k in DEVIATIONS] + [climb(features, text, s * length)[0] for s in SHARES]
         return [features + step for step in steps]
 
 

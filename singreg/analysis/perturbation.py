@@ -22,6 +22,7 @@ SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
 IMAGES = 1024
 
 
+@torch.no_grad()
 def measure_perturbations(
     batches: Iterable[FeatureBatch],
     *,
@@ -44,22 +45,20 @@ def measure_perturbations(
         float64 and float32, the share flipped and the angle of T f to T(f + δ).
     """
     rows = []
-    with torch.no_grad():
-        for batch in batches:
-            mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
-            features, indices = batch.features[mine.to(batch.features.device)].double(), batch.indices[mine]
-            if len(indices):
-                wide = weight.detach().double()
-                figures = _image_figures(features, indices, wide, null_space, translators, seed)
-                rows.append({name: value.cpu().numpy() for name, value in figures.items()})
+    for batch in batches:
+        mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
+        features, indices = batch.features[mine.to(batch.features.device)].double(), batch.indices[mine]
+        if len(indices):
+            found = _image_figures(features, indices, weight.detach().double(), null_space, translators, seed)
+            rows.append({name: value.cpu().numpy() for name, value in found.items()})
     table = gather_rows(rows, sort_by="index")
     curves: dict[str, dict[str, np.ndarray]] = {}
     for name, values in table.items():
         kind, _, figure = name.partition("/")
         if figure:
             curves.setdefault(kind, {})[figure] = values.mean(0)
-    found: dict[str, Any] = {"sizes": list(SIZES), "curves": curves, "margin": table["margin"].mean()}
-    return {**plain(found), "images": len(table["index"]), "translators": list(translators)}
+    figures: dict[str, Any] = {"sizes": list(SIZES), "curves": curves, "margin": table["margin"].mean()}
+    return {**plain(figures), "images": len(table["index"]), "translators": list(translators)}
 
 
 def _directions(indices: Tensor, space: NullSpace, seed: int) -> dict[str, Tensor]:

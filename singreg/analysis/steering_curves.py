@@ -1,8 +1,8 @@
-"""Steering at equal effort: AS and success against the relative step and the Mahalanobis radius (METHOD section 9a)."""
+"""AS and success against the size of the step, for any attack and judge (METHOD section 9)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from singreg.analysis.features import FeatureBatch, PassSettings, gathered, iterate_features
-from singreg.analysis.statistics import resampled_means
-from singreg.analysis.steering import PairPlan, SteeringRows, in_its_own_dtype, own_prompt, read
+from singreg.analysis.statistics import ENDS, resampled_means
+from singreg.analysis.steering import PairPlan, SteeringRows, in_its_own_dtype, largest_change, own_prompt, read
 from singreg.data.datasets import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
@@ -24,9 +24,26 @@ from singreg.utils import gather_rows, plain
 
 FIGURES = ("AS", "AS_abs", "success")
 BUDGETS = ("step", "radius", "on-manifold")
-INTERVAL = (0.025, 0.975)
 STEPS = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 RADII = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
+SINGLE = "single step"
+EXACT = 1e-6  # logits: what a null direction may move them by, in float64 with features of any usual size
+
+Craft = Callable[[SteeringRows], Iterator[tuple[Tensor, Tensor]]]
+"""Rows to directions (R, m), each with its steps (R, g); the g of all directions make up an attack's grid."""
+Found = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A way to displace features, crafted on a translator, that moves no logit by more than its tolerance."""
+
+    name: str
+    attacker: str
+    grid: Sequence[float]
+    craft: Craft
+    budget: str = "step"
+    tolerance: float = EXACT
 
 
 def fit_conditional(
@@ -41,128 +58,164 @@ def fit_conditional(
     return ConditionalGaussian.from_moments(moments.f / moments.count, scatter / (moments.count - 1), null_space)
 
 
-def natural_radii(
-    classifier: Classifier,
-    split: ImageSplit,
-    embeddings: np.ndarray,
-    gaussian: ConditionalGaussian,
-    *,
-    fit_images: int,
-    settings: PassSettings,
-) -> dict[str, Any]:
+def natural_radii(batches: Iterable[FeatureBatch], gaussian: ConditionalGaussian, fit_images: int) -> dict[str, Any]:
     """Measure percentiles of the radius over held-out images; to those of its own fit a covariance is too near."""
-    columns = [
-        {"index": batch.indices.numpy(), "radius": gaussian.radius(batch.features).cpu().numpy()}
-        for batch in iterate_features(classifier, split, embeddings, settings, "natural radii")
-    ]
+    columns = [{"index": b.indices.numpy(), "radius": gaussian.radius(b.features).cpu().numpy()} for b in batches]
     radii = gather_rows(columns, sort_by="index")["radius"]
     median, p95, p99 = (float(value) for value in np.quantile(radii, (0.5, 0.95, 0.99)))
     sizes = {"images": len(radii), "dimensions": len(gaussian.whitening), "fit_images": fit_images}
     return {"median": median, "p95": p95, "p99": p99, **sizes, "floor": gaussian.floor, "floored": gaussian.floored}
 
 
-def natural_marks(natural: Mapping[str, Any]) -> dict[str, float]:
+def natural_marks(natural: Found) -> dict[str, float]:
     """Return the natural percentiles as multiples of the median, which is the curves' unit."""
     return {"50 %": 1.0, "95 %": natural["p95"] / natural["median"], "99 %": natural["p99"] / natural["median"]}
 
 
-@dataclass(frozen=True)
-class Budgets:
-    """What a displacement may cost: shares of |f|, and Mahalanobis radii in natural medians given a Gaussian."""
+def null_direction(rows: SteeringRows, translator: AnyTranslator, space: NullSpace) -> Tensor:
+    """Return the gradient's null part at length 1, (R, m)."""
+    gradient = similarity_gradient(rows.features, rows.text, in_its_own_dtype(translator))
+    return unit_in_null(space.component(gradient), gradient)
 
-    steps: tuple[float, ...]
-    radii: tuple[float, ...]
-    gaussian: ConditionalGaussian
-    natural: Mapping[str, Any]
 
-    @classmethod
-    def over(
-        cls, steps: Sequence[float], radii: Sequence[float], gaussian: ConditionalGaussian, natural: Mapping[str, Any]
-    ) -> Budgets:
-        """Add the natural percentiles to the radii, so that every curve can be read there."""
-        return cls(tuple(steps), tuple(sorted({*radii, *natural_marks(natural).values()})), gaussian, natural)
+def straight(direction: Callable[[SteeringRows], Tensor], steps: Sequence[float]) -> Craft:
+    """Go along one unit direction by shares of |f|."""
 
-    @property
-    def marks(self) -> dict[str, float]:
-        """The natural percentiles in the unit of the radii."""
-        return natural_marks(self.natural)
+    def craft(rows: SteeringRows) -> Iterator[tuple[Tensor, Tensor]]:
+        length = torch.linalg.vector_norm(rows.features, dim=1)
+        yield direction(rows), length[:, None] * rows.features.new_tensor(steps)
 
-    def grid(self, budget: str) -> tuple[float, ...]:
-        """Return the grid of a budget by its name."""
-        return self.steps if budget == "step" else self.radii
+    return craft
 
-    def largest(self, budget: str, features: Tensor, direction: Tensor) -> Tensor:
-        """Return the largest ε >= 0 along unit directions for each point of the grid, NaN where there is none.
 
-        Shape: features and direction (R, m); returns (R, G) float64.
-        """
-        if budget == "step":
-            length: Tensor = torch.linalg.vector_norm(features, dim=-1)
-            return length[:, None] * features.new_tensor(self.steps)
-        radii = self.natural["median"] * self.gaussian.mean.new_tensor(self.radii)
-        return self.gaussian.step_for_radius(features, direction, radii)
+def equal_effort(
+    attackers: Mapping[str, AnyTranslator],
+    space: NullSpace,
+    gaussian: ConditionalGaussian,
+    natural: Found,
+    steps: Sequence[float] = STEPS,
+    radii: Sequence[float] = RADII,
+) -> list[Attack]:
+    """Make one gradient step of every attacker under every budget; an untouched image lies at a radius of about 1.
 
-    def steps_along(
-        self, rows: SteeringRows, attacker: AnyTranslator, null_space: NullSpace
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield (budget, unit direction (R, m), largest allowed ε (R, G), NaN where none is) of one gradient step."""
-        gradient = similarity_gradient(rows.features, rows.text, in_its_own_dtype(attacker))
-        direction = unit_in_null(null_space.component(gradient), gradient)
-        natural = self.gaussian.on_manifold(direction)  # in units of a variance: may be tiny without being rounding
-        natural = normalize(natural, dim=-1, eps=torch.finfo(natural.dtype).tiny)
-        for budget in BUDGETS:
-            along = natural if budget == "on-manifold" else direction
-            yield budget, along, self.largest(budget, rows.features, along)
+    "step": shares of |f|. "radius": Mahalanobis radii in natural medians, the percentiles of natural images among them.
+    "on-manifold": the same along Σ times the gradient. An image outside a radius, that no step along its direction
+    brings back, stays where it is.
+    """
+    radii = tuple(sorted({*radii, *natural_marks(natural).values()}))
+    limits = natural["median"] * gaussian.mean.new_tensor(radii)
+
+    def within(translator: AnyTranslator, manifold: bool) -> Craft:
+        def craft(rows: SteeringRows) -> Iterator[tuple[Tensor, Tensor]]:
+            direction = null_direction(rows, translator, space)
+            if manifold:  # in units of a variance: may be tiny without being rounding
+                along = gaussian.on_manifold(direction)
+                direction = normalize(along, dim=-1, eps=torch.finfo(along.dtype).tiny)
+            yield direction, torch.nan_to_num(gaussian.step_for_radius(rows.features, direction, limits))
+
+        return craft
+
+    def along(translator: AnyTranslator) -> Craft:
+        return straight(lambda rows: null_direction(rows, translator, space), steps)
+
+    found = [Attack(SINGLE, name, tuple(steps), along(each)) for name, each in attackers.items()]
+    for budget in BUDGETS[1:]:
+        crafts = {name: within(each, budget == "on-manifold") for name, each in attackers.items()}
+        found += [Attack(SINGLE, name, radii, craft, budget) for name, craft in crafts.items()]
+    return found
 
 
 @torch.no_grad()
-def steer_curves(
+def measure_curves(
     batches: Iterable[FeatureBatch],
     plan: PairPlan,
-    budgets: Budgets,
+    attacks: Sequence[Attack],
+    judges: Mapping[tuple[str, str], LinearTranslator],
     *,
     texts: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     null_space: NullSpace,
-    attackers: Mapping[str, AnyTranslator],
-    judges: Mapping[str, AnyTranslator],
+    fresh: bool = False,
 ) -> list[dict[str, Any]]:
-    """Read AS towards the target and success against the budget, for every attacker, judge and budget.
+    """Read AS towards the target and success of every attack by every judge. Exact over processes, in float64.
 
-    One gradient step at the untouched feature, so every curve is a lower bound. An image outside a radius, that no step
-    along its direction brings back, stays where it is and counts as that. Exact over processes, in float64.
+    Success is that the target's prompt outranks all other class prompts, as a share of an image's targets.
+
+    Args:
+        judges: by name and defence.
+        fresh: count as success only what did not outrank all before and keeps the decision, as a share of the former;
+            every target counts alike, and intervals are over images alone.
 
     Shape: texts (C, n) unit rows of all class prompts.
 
     Returns:
-        For each budget ("step" in ε / |f|; "radius" and "on-manifold" in natural medians, along the gradient's null
-        part or Σ times the gradient), attacker and judge: grid; figures AS, AS_abs (degrees) and success, means over
-        images, each over its targets; their 95 % intervals over source classes and images; area, [mean height over the
-        grid, low, high].
+        attack, attacker, budget, judge, defence, grid, images, rows and tolerance of each curve; figures AS, AS_abs
+        (degrees) and success; their 95 % intervals over source classes and images; area, [mean height over the grid,
+        low, high]; logit_change, the largest at each point.
     """
-    exact, columns = texts.double(), []
+    exact, head = texts.double(), (weight.detach().double(), 0.0 if bias is None else bias.detach().double())
+    columns = []
     for batch in batches:
         for rows in plan.rows(batch, len(texts)):
-            found = {}
-            for attacker, translator in attackers.items():
-                for budget, direction, steps in budgets.steps_along(rows, translator, null_space):
-                    for judge, reader in judges.items():
-                        along = read_along(rows, direction, torch.nan_to_num(steps), reader, exact)
-                        found[f"{attacker}|{judge}|{budget}"] = torch.stack(along, dim=1)
-            columns.append(sum_by_image(rows, found))
-    table, curves = gather_rows(columns, sort_by="image"), []
-    for budget in BUDGETS:
-        grid = budgets.grid(budget)
-        for attacker in attackers:
-            for judge in judges:
-                values = table[f"{attacker}|{judge}|{budget}"] / table["rows"][:, None, None]
-                drawn = resampled_means(values.reshape(len(values), -1), groups=table["source"])
-                found = curve_figures(FIGURES, values.mean(0), drawn.reshape(-1, *values.shape[1:]), grid)
-                names = {"attacker": attacker, "judge": judge, "budget": budget, "grid": grid}
-                curves.append(plain({**names, **found}))
-    return curves
+            columns.append(_read_all(rows, attacks, judges, exact, head, null_space, fresh))
+    table, curves = gather_rows(columns, sort_by="image"), list[dict[str, Any]]()
+    for place, attack in enumerate(attacks):
+        for judge in judges:
+            open_ = table[f"open {judge}"]
+            counts = np.stack([table["rows"], table["rows"], open_ if fresh else table["rows"]], axis=1)
+            sums, groups = table[f"{place} {judge}"], None if fresh else table["source"]
+            if not fresh:
+                sums, counts = sums / table["rows"][:, None, None], np.ones_like(counts)
+            names: dict[str, Any] = {
+                "attack": attack.name,
+                "attacker": attack.attacker,
+                "budget": attack.budget,
+                "grid": attack.grid,
+            }
+            names |= {"judge": judge[0], "defence": judge[1], "tolerance": attack.tolerance}
+            names |= {"images": len(table["rows"]), "rows": int(table["rows"].sum())}
+            change = table[f"{place} logits"].max(0)
+            curves.append({**names, **_ratios(sums, counts, groups, attack.grid), "logit_change": change})
+    return [plain(curve) for curve in curves]
 
 
-def sum_by_image(rows: SteeringRows, found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def _read_all(
+    rows: SteeringRows,
+    attacks: Sequence[Attack],
+    judges: Mapping[tuple[str, str], LinearTranslator],
+    texts: Tensor,
+    head: tuple[Tensor, Tensor | float],
+    space: NullSpace,
+    fresh: bool,
+) -> dict[str, np.ndarray]:
+    """Sums of `FIGURES` (3, G) over each image's rows, by attack and judge, with what else `measure_curves` needs."""
+    same, (weight, bias) = own_prompt(rows.text, texts), head
+    z = {judge: translator(rows.features) for judge, translator in judges.items()}
+    before = {judge: read(z[judge], rows.text, texts, same) for judge in judges}
+    logits = rows.features @ weight.T + bias
+    sums = {f"open {judge}": (~first).double() for judge, (_, first) in before.items()}
+    changes = {}
+    for place, attack in enumerate(attacks):
+        largest, points = list[Tensor](), {judge: list[Tensor]() for judge in judges}
+        for direction, steps in attack.craft(rows):
+            shift = direction @ weight.T
+            travel = {judge: direction @ each.matrix.to(direction).T for judge, each in judges.items()}
+            for step in steps.T[:, :, None]:
+                kept = (logits + step * shift).argmax(1) == logits.argmax(1)
+                largest.append(largest_change(step * shift, space).max())
+                for judge, (angle, first) in before.items():
+                    after, won = read(z[judge] + step * travel[judge], rows.text, texts, same)
+                    gained, success = angle - after, won & ~first & kept if fresh else won
+                    points[judge].append(torch.stack([gained, gained.abs(), success.double()], dim=1))
+        sums |= {f"{place} {judge}": torch.stack(values, dim=2) for judge, values in points.items()}
+        changes[f"{place} logits"] = torch.stack(largest).cpu().numpy()
+    found = _sum_by_image(rows, sums)
+    # every image carries the largest change of its chunk, so that the largest of all is the largest over images
+    return found | {name: np.tile(values, (len(found["image"]), 1)) for name, values in changes.items()}
+
+
+def _sum_by_image(rows: SteeringRows, found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Sum columns (R, ...) over the rows of each image, with the image, its source and its number of rows."""
     image, source = rows.image.cpu().numpy(), rows.source.cpu().numpy()
     image, first, place, count = np.unique(image, return_index=True, return_inverse=True, return_counts=True)
@@ -173,36 +226,19 @@ def sum_by_image(rows: SteeringRows, found: Mapping[str, Tensor]) -> dict[str, n
     return columns
 
 
-def read_along(
-    rows: SteeringRows, direction: Tensor, steps: Tensor, judge: AnyTranslator, texts: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Read AS, |AS| (degrees) and success of every row at every step.
-
-    Shape: direction (R, m), steps (R, G), texts (C, n); returns three (R, G).
-    """
-    same, translate = own_prompt(rows.text, texts), in_its_own_dtype(judge)
-    z = translate(rows.features)
-    before, _ = read(z, rows.text, texts, same)
-    travel = direction @ judge.matrix.to(direction).T if isinstance(judge, LinearTranslator) else None
-    moved, won = torch.empty_like(steps), torch.empty_like(steps)
-    for place, step in enumerate(steps.T[:, :, None]):
-        there = translate(rows.features + step * direction) if travel is None else z + step * travel
-        after, won[:, place] = read(there, rows.text, texts, same)
-        moved[:, place] = before - after
-    return moved, moved.abs(), won
-
-
-def curve_figures(names: Sequence[str], mean: np.ndarray, drawn: np.ndarray, grid: Sequence[float]) -> dict[str, Any]:
-    """Return figures, their 95 % intervals and area [mean height over the grid, low, high] of curves, by name.
-
-    Shape: mean (F, G), drawn (resamples, F, G); NaN where a draw is not defined.
-    """
+def _ratios(sums: np.ndarray, counts: np.ndarray, groups: np.ndarray | None, grid: Sequence[float]) -> dict[str, Any]:
+    """Figures, intervals and area by name, from sums (N, 3, G) over counts (N, 3); NaN where nothing was counted."""
+    columns = np.concatenate([sums.reshape(len(sums), -1), counts], axis=1)
+    both = np.concatenate([columns.mean(0, keepdims=True), resampled_means(columns, groups=groups)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        curves = both[:, :-3].reshape(len(both), 3, -1) / both[:, -3:, None]
     # The area is linear in the curve, so the same draws give its interval.
-    bands, area, area_bands = _interval(drawn), mean_height(mean, grid), _interval(mean_height(drawn, grid))
+    areas = (curves[..., 1:] + curves[..., :-1]) / 2 @ np.diff(grid) / (grid[-1] - grid[0])
+    bands, area_bands = _interval(curves[1:]), _interval(areas[1:])
     return {
-        "figures": {name: mean[place] for place, name in enumerate(names)},
-        "intervals": {name: bands[:, place].T for place, name in enumerate(names)},
-        "area": {name: [area[place], *area_bands[:, place]] for place, name in enumerate(names)},
+        "figures": {name: curves[0, place] for place, name in enumerate(FIGURES)},
+        "intervals": {name: bands[:, place].T for place, name in enumerate(FIGURES)},
+        "area": {name: [areas[0, place], *area_bands[:, place]] for place, name in enumerate(FIGURES)},
     }
 
 
@@ -210,22 +246,16 @@ def _interval(drawn: np.ndarray) -> np.ndarray:
     """The 95 % interval over draws (B, ...) that are defined: (2, ...), NaN where none is."""
     defined = ~np.isnan(drawn).all(0)
     ends = np.full((2, *drawn.shape[1:]), np.nan)
-    ends[:, defined] = np.nanquantile(drawn[:, defined], INTERVAL, axis=0)
+    ends[:, defined] = np.nanquantile(drawn[:, defined], ENDS, axis=0)
     return ends
 
 
-def mean_height(curves: np.ndarray, grid: Sequence[float]) -> np.ndarray:
-    """Return the trapezoidal area under curves over the width of the grid. Shape: (..., G) to (...)."""
-    height: np.ndarray = (curves[..., 1:] + curves[..., :-1]) / 2 @ np.diff(grid) / (grid[-1] - grid[0])
-    return height
-
-
-def at(curve: Mapping[str, Any], value: float, figure: str) -> Any:
+def at(curve: Found, value: float, figure: str) -> Any:
     """Return a curve's figure at one point of its grid."""
     return curve["figures"][figure][curve["grid"].index(value)]
 
 
-def the_curve(curves: Iterable[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any]:
+def the_curve(curves: Iterable[Found], **wanted: Any) -> Found:
     """Return the only curve with these values, such as attacker="fitted", budget="step"."""
     (found,) = (curve for curve in curves if all(curve[name] == value for name, value in wanted.items()))
     return found

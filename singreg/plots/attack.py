@@ -13,8 +13,9 @@ from PIL import Image
 
 from singreg.analysis.attack import MOST_HELD
 from singreg.analysis.attack_images import ATTACK, RANDOM
-from singreg.analysis.robustness import MAXIMISER, SINGLE
+from singreg.analysis.robustness import DROPPED, MAXIMISER
 from singreg.analysis.robustness import RANDOM as RANDOM_DIRECTION
+from singreg.analysis.steering_curves import SINGLE
 from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, styled
 from singreg.report import Figure, Section, interval, percent
 
@@ -24,7 +25,7 @@ AMPLIFIED = 20
 LINES = {  # (attack, judge, defence): colour, line, label
     (MAXIMISER, "fitted", ""): (BLUE, "-", "maximiser"),
     (MAXIMISER, "auditor", ""): (ORANGE, "-", "maximiser, the auditor judges"),
-    (MAXIMISER, "fitted", "drop_null"): (RED, "-", "maximiser, null space dropped"),
+    (MAXIMISER, "fitted", DROPPED): (RED, "-", "maximiser, null space dropped"),
     (SINGLE, "fitted", ""): (BLUE, "--", "single gradient step"),
     (RANDOM_DIRECTION, "fitted", ""): (GREY, ":", "random direction"),
 }
@@ -157,7 +158,7 @@ def _show(axes: Axes, pixels: np.ndarray, title: str, below: str = "") -> None:
 def _features(found: Found, folder: Path) -> Figure:
     figure, axes = panels(len(found), height=3.4)
     for ax, (label, features) in zip(axes, found.items(), strict=True):
-        own = [curve for curve in features["curves"] if curve["crafted_on"] == "fitted"]
+        own = [curve for curve in features["curves"] if curve["attacker"] == "fitted"]
         curves = {(curve["attack"], curve["judge"], curve["defence"]): curve for curve in own}
         for key, (colour, line, said) in LINES.items():
             curve = curves[key]
