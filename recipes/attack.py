@@ -127,11 +127,11 @@ def attack_model(
     with run.timed(label):
         rows = attack_split(pixels, translators["fitted"], splits.test, chosen, texts, run.folder, folder, **settings)
     how |= {"tau": config.tau, "seed": config.seed, "dropped": model.drop_null}
-    facts, features = judging.describe(classifier, splits.test, test, texts, translators, chosen, **how)
+    facts, features, logits = judging.describe(classifier, splits.test, test, texts, translators, chosen, **how)
     judges = [judging.Judge(name, pixels, translator, texts) for name, translator in translators.items()]
     judges += [judging.Judge(each.label, each.vlm, None, each.texts[names]) for each in spaces]
     facts = {"label": label, "source": model.name, **facts}
-    return judging.Attacked(rows.assign(model=label), pixels, judges, facts, features)
+    return judging.Attacked(rows.assign(model=label), pixels, judges, facts, features, logits)
 
 
 def report(config: AttackConfig, run: Run, splits: Splits, spaces: list[Space], found: list[judging.Attacked]) -> None:
@@ -147,20 +147,23 @@ def report(config: AttackConfig, run: Run, splits: Splits, spaces: list[Space], 
     rows, names = pd.concat(judged, ignore_index=True), [judge.name for judge in found[0].judges]
     known = {space.label: rows.drop_duplicates("image")[f"knows {space.label}"].mean() for space in spaces}
     features = {each.facts["label"]: each.features for each in found if each.features}
+    witnesses = {space.label: space.embeddings["test"] for space in spaces if known[space.label] >= KNOWS}
+    logits = {each.facts["label"]: each.logits for each in found}
     figures: dict[str, Any] = {
         "models": [each.facts for each in found],
         "tau": config.tau,
         "images": rows["image"].nunique(),
         "zero_shot": known,
-        "encoders": [name for name, share in known.items() if share >= KNOWS],
+        "encoders": list(witnesses),
         "summaries": judging.summarize_attack(rows, names, config.seed),
         "transfers": transfers,
         "differences": judging.model_differences(rows, names, config.seed),
+        "twins": judging.natural_twins(splits.test, logits, witnesses, config.seed),
         "checks": judging.attack_checks(rows, features),
         "climbs": judging.summarize_climbs(rows).to_dict("records"),
         "features": features,
     }
-    plots = attack_plots(figures, rows, run.folder)
+    plots = attack_plots(figures, rows, splits.test, run.folder)
     track(run.accelerator, "attack", config)
     log_figures(run.accelerator, list(plots.values()))
     title = f"{run.folder.name}: {len(found)} classifiers attacked in pixels"

@@ -1,7 +1,9 @@
-"""Judging from files, checks with a broken attack that each must catch, shares."""
+"""Judging from files, checks with a broken attack that each must catch, natural twins, shares."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -175,3 +177,40 @@ def test_images_are_chosen_evenly() -> None:
 )
 def test_shares_have_wilson_intervals(count: int, total: int, low: float, high: float) -> None:
     assert judges.share_interval(count, total) == pytest.approx([count / total, low, high], abs=1e-4)
+
+
+def test_twins_are_those_of_a_loop_over_all_pairs() -> None:
+    g, labels, places = toy.seeded(), torch.arange(30) % 3, np.arange(30) + 100
+    logits, z = torch.randn(30, 4, generator=g) + 2 * torch.eye(3, 4)[labels], torch.randn(30, 5, generator=g)
+    found = judges.twins_among(logits, z, labels, places)
+
+    def far(i: int, j: int) -> float:
+        return math.degrees(math.acos(float(normalize(z[i].double(), dim=0) @ normalize(z[j].double(), dim=0))))
+
+    pairs = list(itertools.combinations(range(30), 2))
+    distance = {(i, j): float((logits[i] - logits[j]).double().abs().max()) for i, j in pairs}
+    same = sorted(distance[p] for p in pairs if labels[p[0]] == labels[p[1]])
+    other = [p for p in pairs if labels[p[0]] != labels[p[1]]]
+    close = same[(len(same) - 1) // 2]  # torch's median is the lower of the two middle ones
+    limit = sorted(far(*p) for p in other)[(len(other) - 1) // 2]
+    wanted = {p for p in other if distance[p] <= close + 1e-6 and far(*p) >= limit - 1e-9}
+    assert found["pairs"] == len(other)
+    assert found["rate"] == pytest.approx(len(wanted) / len(other), abs=1.1 / len(other))
+    assert {(t["first"] - 100, t["second"] - 100) for t in found["shown"]} <= wanted
+    used = [i for t in found["shown"] for i in (t["first"], t["second"])]
+    assert len(used) == len(set(used))
+    ranks = [t["logit_distance"] for t in found["shown"]]
+    assert ranks == sorted(ranks)
+    assert ranks[0] == pytest.approx(min(distance[p] for p in wanted), abs=1e-5)
+
+
+def test_only_a_classifier_that_cannot_tell_classes_apart_has_twins() -> None:
+    g, labels = toy.seeded(1), torch.arange(40) % 4
+    z, noise, places = torch.randn(40, 6, generator=g), torch.randn(40, 4, generator=g), np.arange(40)
+    apart, blind, larger = (
+        judges.twins_among(logits, z, labels, places)
+        for logits in (noise + 100 * torch.eye(4)[labels], noise, 1000 * noise)
+    )
+    assert (apart["rate"], apart["shown"]) == (0.0, [])
+    assert blind["rate"] > 0.15
+    assert larger["rate"] == pytest.approx(blind["rate"])  # the limit grows with the logits

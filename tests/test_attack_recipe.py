@@ -53,9 +53,9 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(rows) == 2 * 2 * 2 * 4
     assert (rows["target"] != rows["label"]).all()
     assert rows.loc[rows["arm"] == "attack", "kept"].all()
-    for name in ("rises", "attacked", "features"):
+    for name in ("rises", "attacked", "features", "twins"):
         assert (tmp_path / "whole" / "plots" / f"{name}.png").is_file()
-    assert "feature space" in (tmp_path / "whole" / "report.html").read_text()
+    assert "Natural twins" in (tmp_path / "whole" / "report.html").read_text()
 
     with patch.object(recipe, "hash_of_state", lambda _: "another"), pytest.raises(SystemExit, match="other demo"):
         run(tmp_path / "whole", "--resume", "true")

@@ -1,4 +1,4 @@
-"""Attacked images judged from their 8-bit files, and models compared by them."""
+"""Attacked images judged from their 8-bit files, models compared by them, and twins that nobody attacked."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from singreg.analysis.robustness import measure_robustness
 from singreg.analysis.statistics import mean_interval, paired_difference
 from singreg.analysis.steering import plan_pairs
 from singreg.data.datasets import ImageSplit
+from singreg.data.embeddings import take_rows
 from singreg.functional import angle
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import VisionLanguageModel
@@ -30,6 +31,7 @@ from singreg.translator import LinearTranslator
 BATCH = 64
 SLACK = 0.05  # degrees that passes must gain by themselves
 NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
+TWIN_IMAGES, SHOWN = 1000, 8  # among which twins are sought, and how many are listed
 PAIRS = 240  # of a source class and a target prompt, in feature space
 STEPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # shares of |f|
 
@@ -53,13 +55,14 @@ class Judge(NamedTuple):
 
 
 class Attacked(NamedTuple):
-    """One attacked model: its files' rows, its readers, its facts, robustness in feature space."""
+    """One attacked model: its files' rows, its readers, its facts, robustness in feature space, all logits."""
 
     rows: pd.DataFrame
     pixels: PixelModel
     judges: list[Judge]
     facts: dict[str, Any]
     features: dict[str, Any] | None
+    logits: Tensor
 
 
 @torch.no_grad()
@@ -174,6 +177,55 @@ def attack_checks(judged: pd.DataFrame, features: Mapping[Any, Any]) -> list[dic
 
 
 @torch.no_grad()
+def twins_among(logits: Tensor, embeddings: Tensor, labels: Tensor, places: np.ndarray) -> dict[str, Any]:
+    """Find pairs of images of two classes that are close in logits and far apart in meaning; nobody attacked them.
+
+    Close: largest |Δlogit| at most the median between images of one class, so a model with larger logits is held to a
+    larger limit. Far: angle at least the median between images of different classes.
+
+    Args:
+        places: (N,) what the images are called in the answer.
+
+    Shape: logits (N, C), embeddings (N, n), labels (N,), at least two classes. Memory grows with N².
+
+    Returns:
+        images; pairs of two classes; close (logits), far (degrees); rate of twins among the pairs; shown, the closest
+        twins (first, second, logit_distance, angle), no image twice.
+    """
+    exact, unit = logits.double(), normalize(embeddings.double(), dim=-1)
+    distance = torch.cat([torch.cdist(chunk, exact, p=torch.inf) for chunk in torch.split(exact, 512)])
+    apart = torch.rad2deg(torch.arccos((unit @ unit.T).clamp(-1, 1)))
+    upper = torch.ones_like(distance, dtype=torch.bool).triu(1)
+    same = labels[:, None] == labels[None]
+    pairs = upper & ~same
+    close, far = distance[upper & same].median(), apart[pairs].median()
+    twins = (pairs & (distance <= close) & (apart >= far)).nonzero()
+    shown, used = list[dict[str, Any]](), set[int]()
+    for i, j in twins[distance[tuple(twins.T)].argsort(stable=True)].tolist():
+        if len(shown) < SHOWN and not used & {i, j}:
+            used |= {i, j}
+            both = {"first": int(places[i]), "second": int(places[j])}
+            shown.append({**both, "logit_distance": distance[i, j].item(), "angle": apart[i, j].item()})
+    count, limits = int(pairs.sum()), {"close": close.item(), "far": far.item()}
+    return {"images": len(labels), "pairs": count, **limits, "rate": len(twins) / count, "shown": shown}
+
+
+def natural_twins(
+    split: ImageSplit, logits: Mapping[str, Tensor], embeddings: Mapping[str, np.ndarray], seed: int
+) -> list[dict[str, Any]]:
+    """Seek natural twins among a split's images by every model's logits (N, C) and encoder's embeddings (N, n)."""
+    order = np.random.default_rng([seed, 8]).permutation(np.flatnonzero(split.labels >= 0))
+    places, found = np.sort(order[:TWIN_IMAGES]), list[dict[str, Any]]()
+    if not pd.Series(split.labels[places]).duplicated().any():  # nothing says how close images of one class are
+        return found
+    for (model, of_model), (encoder, table) in itertools.product(logits.items(), embeddings.items()):
+        labels = torch.from_numpy(split.labels[places])
+        twins = twins_among(of_model[places], take_rows(table, places), labels, places)
+        found.append({"model": model, "encoder": encoder, **twins})
+    return found
+
+
+@torch.no_grad()
 def describe(
     classifier: Classifier,
     split: ImageSplit,
@@ -187,8 +239,8 @@ def describe(
     seed: int,
     invariance: Invariance,
     settings: PassSettings,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return facts of a classifier, how far its features of the chosen images can be steered."""
+) -> tuple[dict[str, Any], dict[str, Any] | None, Tensor]:
+    """Return facts of a classifier, how far its features of the chosen images can be steered, and logits (N, C)."""
     f = torch.from_numpy(np.array(cached_features(classifier, split, settings))).to(texts)
     z, logits = torch.from_numpy(np.array(embeddings)).to(texts), classifier.logits(f).float().cpu()
     null = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).to(texts.device)
@@ -197,11 +249,11 @@ def describe(
     cosine = {name: cosine_similarity(t(f), z, dim=-1).mean().item() for name, t in translators.items()}
     facts = {**sizes, "logit_sd": logits.std().item(), "cosine": cosine}
     if not sizes["nullity"]:
-        return facts, None
+        return facts, None, logits
     names, labels = split.class_names, np.full(len(f), -1)
     labels[chosen["image"]] = chosen["label"]
     sources = sorted(set(chosen["label"].tolist()))
     plan = plan_pairs(labels, names, texts, sources, names, texts, max_pairs=PAIRS, seed=seed)
     batches = iterate_features(classifier, split, embeddings, settings, "robustness to steering")
     how: dict[str, Any] = {"texts": texts, "classifier": classifier, "space": null, "steps": STEPS, "tolerance": tau}
-    return facts, measure_robustness(batches, plan, translators, **how)
+    return facts, measure_robustness(batches, plan, translators, **how), logits

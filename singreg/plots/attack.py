@@ -16,11 +16,12 @@ from singreg.analysis.attack_images import ATTACK, RANDOM
 from singreg.analysis.robustness import DROPPED, MAXIMISER
 from singreg.analysis.robustness import RANDOM as RANDOM_DIRECTION
 from singreg.analysis.steering_curves import SINGLE
+from singreg.data.datasets import ImageSplit
 from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, styled
 from singreg.report import Figure, Section, interval, percent
 
 Found = Mapping[str, Any]
-SHOWN = 6  # images a model
+SHOWN = 6  # images or pairs a model
 AMPLIFIED = 20
 LINES = {  # (attack, judge, defence): colour, line, label
     (MAXIMISER, "fitted", ""): (BLUE, "-", "maximiser"),
@@ -36,6 +37,7 @@ RISE = (
     "random: a random direction of the whole budget, held to nothing. A model whose null space was dropped is attacked "
     "by its features before the dropping, which hides nothing in pixels."
 )
+TWINS = "Pairs of two classes, as close in logits as images of one class and as far apart for an encoder as others."
 
 
 def attack_page(figures: Found, plots: Mapping[str, Figure]) -> dict[str, Any]:
@@ -94,15 +96,20 @@ def attack_sections(figures: Found, plots: Mapping[str, Figure]) -> list[Section
         differences, carried = pd.DataFrame(figures["differences"]), pd.DataFrame(figures["transfers"])
         blocks = ["Rise ° of the second minus the first, paired by image:", differences, "Carried over:", carried]
         sections.append(Section("Models compared", blocks))
+    if figures["twins"]:
+        table = pd.DataFrame(figures["twins"]).drop(columns="shown")
+        sections.append(Section("Natural twins", [table, TWINS, plots["twins"]]))
     climbs, checks, models = (pd.json_normalize(figures[name]) for name in ("climbs", "checks", "models"))
     return [*sections, Section("The attack itself", [climbs, checks]), Section("Models", [models])]
 
 
-def attack_plots(figures: Found, judged: pd.DataFrame, folder: Path) -> dict[str, Figure]:
+def attack_plots(figures: Found, judged: pd.DataFrame, split: ImageSplit, folder: Path) -> dict[str, Figure]:
     """Draw every figure of an attack into plots/ of the run's folder, by name."""
     found = {"rises": _rises(figures, folder / "plots"), "attacked": _attacked(figures, judged, folder)}
     if figures["features"]:
         found["features"] = _features(figures["features"], folder / "plots")
+    if figures["twins"]:
+        found["twins"] = _twins(figures["twins"], split, folder / "plots")
     return found
 
 
@@ -170,3 +177,20 @@ def _features(found: Found, folder: Path) -> Figure:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     caption = "the same images steered in feature space, on the attacked translator; bands: 95 % over images"
     return Figure(save(figure, folder / "features.png"), caption)
+
+
+def _twins(twins: list[dict[str, Any]], split: ImageSplit, folder: Path) -> Figure:
+    figure, flat = panels(SHOWN, 2 * len(twins), width=1.7, height=1.9)
+    grid = np.array(flat).reshape(len(twins), 2, SHOWN)
+    for ax in flat:
+        ax.set_axis_off()
+    for each, lines in zip(twins, grid, strict=True):
+        for pair, (above, below) in zip(each["shown"], lines.T, strict=False):
+            for ax, index in ((above, pair["first"]), (below, pair["second"])):
+                ax.set_axis_on()
+                name = drawable(split.class_names[int(split.labels[index])], 18)
+                apart = f"Δlogit {pair['logit_distance']:.1f}, {pair['angle']:.0f}°" if ax is below else ""
+                _show(ax, np.asarray(split.image(index)), name, apart)
+        lines[0, 0].set_ylabel(drawable(each["model"], 24), fontsize=8)
+    caption = "natural twins: two classes, alike in logits and far apart for an encoder; nobody attacked them"
+    return Figure(save(figure, folder / "twins.png"), caption)
