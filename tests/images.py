@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from singreg.config import DataConfig
+from singreg.data.datasets import Splits, load_splits
 from singreg.data.splits import ImageSplit, TableSplit
 
 
@@ -71,3 +73,12 @@ def names(split: ImageSplit) -> list[str]:
 
 def contents(split: ImageSplit) -> set[bytes]:
     return {bytes(digest) for digest in split.digests}
+
+
+def load(source: Path, **changes: Any) -> Splits:
+    return load_splits(DataConfig(source=str(source), **changes))
+
+
+def check_disjoint(splits: Splits) -> None:
+    for one, other in ((splits.bank, splits.audit), (splits.bank, splits.test), (splits.audit, splits.test)):
+        assert not contents(one) & contents(other)
