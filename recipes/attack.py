@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from singreg.config import ComparedModel, Problems, RunConfig, TranslatorConfig, VLMConfig, parse
+from singreg.data.embeddings import PassSettings
 
 
 @dataclass
@@ -65,7 +66,6 @@ import torch
 
 from singreg.analysis import attack_judges as judging
 from singreg.analysis.attack_images import PixelModel, attack_split, choose_images
-from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fit_translators
 from singreg.checkpoints import refuse_other_inputs
 from singreg.data.datasets import Splits, load_splits

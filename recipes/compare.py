@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from singreg.config import ComparedModel, MLPKind, Problems, RunConfig, TranslatorConfig, VLMConfig, parse
+from singreg.data.embeddings import PassSettings
 
 
 @dataclass
@@ -45,7 +46,7 @@ import pandas as pd
 
 from singreg.analysis import models_compared as between
 from singreg.analysis.chance import measure_chance
-from singreg.analysis.features import PassSettings, iterate_features
+from singreg.analysis.features import iterate_features
 from singreg.analysis.fitting import fit_all, translator_agreement
 from singreg.analysis.models_compared import FIGURES
 from singreg.analysis.passport import compare_passports

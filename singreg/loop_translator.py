@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.features import PassSettings, gathered, iterate_features
+from singreg.analysis.features import gathered, iterate_features
 from singreg.analysis.fitting import FittedTranslator
 from singreg.data.datasets import ImageSplit, Splits
-from singreg.data.embeddings import take_rows
+from singreg.data.embeddings import PassSettings, take_rows
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace

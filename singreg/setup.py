@@ -12,11 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from singreg.analysis.features import PassSettings
 from singreg.config import ModelConfig, RunConfig, VLMConfig, located
 from singreg.data.classes import NoRows, head_rows, imagenet_names, read_list, subset_of
 from singreg.data.datasets import NAMED, ImageSplit, Splits, load_splits, make_loader
-from singreg.data.embeddings import cached_embeddings
+from singreg.data.embeddings import PassSettings, cached_embeddings
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import VisionLanguageModel, needs_quick_gelu
 from singreg.nullspace import NullSpace

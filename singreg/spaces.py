@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from singreg.analysis.features import PassSettings
 from singreg.analysis.passport import head_passport
 from singreg.config import ComparedModel, RunConfig, VLMConfig
 from singreg.data.datasets import Splits
+from singreg.data.embeddings import PassSettings
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
 from singreg.models.vlm import VisionLanguageModel

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import finetune
 from singreg import loop
-from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import FittedTranslator
 from singreg.config import FinetuneConfig, overridden
 from singreg.data.datasets import ImageSplit
+from singreg.data.embeddings import PassSettings
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier

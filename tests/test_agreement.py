@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fit_on_split
 from singreg.analysis.scores import CENTRED, analyze_model
 from singreg.analysis.steering import steering_targets
+from singreg.data.embeddings import PassSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.steering import steer

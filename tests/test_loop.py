@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from singreg import loop
-from singreg.analysis.features import PassSettings
+from singreg.data.embeddings import PassSettings
 from singreg.loop import TrainingFailed, own_random_numbers
 from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from singreg.analysis.features import FeatureBatch, PassSettings
+from singreg.analysis.features import FeatureBatch
 from singreg.data.datasets import ImageSplit
+from singreg.data.embeddings import PassSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator, TranslatorInfo

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from singreg.analysis.features import FeatureBatch, PassSettings, evenly, iterate_features
+from singreg.analysis.features import FeatureBatch, evenly, iterate_features
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
 from singreg.analysis.scores import Rows, analyze_model
 from singreg.data.datasets import ImageSplit
+from singreg.data.embeddings import PassSettings
 from singreg.data.scenes import ATTRIBUTES
 from singreg.data.splits import KINDS, CorruptedSplit, SceneSplit, SubsetSplit
 from singreg.models.classifier import Classifier

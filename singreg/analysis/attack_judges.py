@@ -16,12 +16,12 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from singreg.analysis.attack import LEVELS, TANGENT
 from singreg.analysis.attack_images import ATTACK, RANDOM, PixelModel, load_images
-from singreg.analysis.features import PassSettings, cached_features, iterate_features
+from singreg.analysis.features import cached_features, iterate_features
 from singreg.analysis.robustness import measure_robustness
 from singreg.analysis.statistics import mean_interval, paired_difference
 from singreg.analysis.steering import plan_pairs
 from singreg.data.datasets import ImageSplit
-from singreg.data.embeddings import take_rows
+from singreg.data.embeddings import PassSettings, take_rows
 from singreg.functional import angle
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import VisionLanguageModel

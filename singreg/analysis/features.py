@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from singreg.data.datasets import ImageSplit, make_loader
-from singreg.data.embeddings import encode_split, take_rows
+from singreg.data.embeddings import PassSettings, encode_split, take_rows
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import hash_of_state
 from singreg.utils import progress, rank_and_world
@@ -32,16 +32,6 @@ class FeatureBatch:
     embeddings: Tensor
     labels: Tensor
     indices: Tensor
-
-
-@dataclass(frozen=True)
-class PassSettings:
-    """How images are read in a pass that trains nothing; `cache` is a folder that keeps features, or None."""
-
-    batch_size: int = 64
-    workers: int = 0
-    progress: bool = True
-    cache: str | None = None
 
 
 def process_share(count: int) -> np.ndarray:

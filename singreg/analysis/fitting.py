@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.features import PassSettings, cached_features, gathered, iterate_features
+from singreg.analysis.features import cached_features, gathered, iterate_features
 from singreg.data.datasets import ImageSplit, Splits
+from singreg.data.embeddings import PassSettings
 from singreg.mlp import MLPKind, MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace

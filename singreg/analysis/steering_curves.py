@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singreg.analysis.features import FeatureBatch, PassSettings, gathered, iterate_features
+from singreg.analysis.features import FeatureBatch, gathered, iterate_features
 from singreg.analysis.statistics import ENDS, resampled_means
 from singreg.analysis.steering import PairPlan, SteeringRows, in_its_own_dtype, largest_change, own_prompt, read
 from singreg.data.datasets import ImageSplit
+from singreg.data.embeddings import PassSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics

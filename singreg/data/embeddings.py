@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
     from singreg.models.vlm import VisionLanguageModel
 
 ABANDONED_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """How images are read in a pass that trains nothing; `cache` is a folder that keeps features, or None."""
+
+    batch_size: int = 64
+    workers: int = 0
+    progress: bool = True
+    cache: str | None = None
 
 
 def cached_embeddings(

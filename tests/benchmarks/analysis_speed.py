@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from paired import machine, pairs, ratio_line
 
-from singreg.analysis.features import PassSettings
 from singreg.analysis.fitting import fit_on_split
 from singreg.analysis.scores import analyze_model
 from singreg.config import DataConfig, ModelConfig
 from singreg.data.datasets import ImageSplit, load_splits, make_loader
+from singreg.data.embeddings import PassSettings
 from singreg.models.classifier import Classifier
 from singreg.setup import build_classifier
 
