@@ -1,6 +1,6 @@
 """Analyse one classifier: what its null space holds, by model, class, concept and image, beside the level of chance.
 
-accelerate launch --quiet recipes/analyze.py --config configs/analyze_demo.yaml
+python recipes/analyze.py --config configs/analyze_demo.yaml
 """
 
 from __future__ import annotations

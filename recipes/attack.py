@@ -1,6 +1,6 @@
 """Attack classifiers in pixels: 8-bit images that keep every logit and that a translator reads as another class.
 
-accelerate launch --quiet recipes/attack.py --config configs/attack_scenes.yaml
+python recipes/attack.py --config configs/attack_scenes.yaml
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compare several classifiers on the same images, in one or more vision-language spaces: scores, differences, order.
 
-accelerate launch --quiet recipes/compare.py --config configs/compare_demo.yaml
+python recipes/compare.py --config configs/compare_demo.yaml
 """
 
 from __future__ import annotations

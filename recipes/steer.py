@@ -1,6 +1,6 @@
 """Steer features through the null space towards other prompts, at a fixed image score and at equal effort.
 
-accelerate launch --quiet recipes/steer.py --config configs/steer_demo.yaml
+python recipes/steer.py --config configs/steer_demo.yaml
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Study arms over seeds from one file: which null-space loss, edit or baseline does what, by the auditor.
 
-accelerate launch --quiet recipes/study.py --config configs/study_scenes.yaml
+python recipes/study.py --config configs/study_scenes.yaml
 """
 
 from __future__ import annotations

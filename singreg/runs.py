@@ -57,6 +57,9 @@ def start(config: RunConfig) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and not gpu:  # accelerate accepts it and trains in float32
         raise SystemExit("error: --mixed_precision fp16 needs a GPU, and this run has a CPU alone; use bf16 or no")
+    if accelerator.num_processes == 1 and os.environ.get("MASTER_ADDR") == "127.0.0.1" and "RANK" not in os.environ:
+        # Asked for several CPU processes, accelerate's plain launcher sets this address, starts one and says nothing.
+        raise SystemExit("error: accelerate started one process only; add --config_file configs/accelerate/cpu.yaml")
     # The name of this setting changes with torch's version; the old one is understood by all of them.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     # singreg speaks; timm, open_clip and accelerate only when something is wrong.
@@ -137,8 +140,11 @@ class Run:
     @property
     def command(self) -> str:
         """The command that goes on with this run, as it can be pasted."""
+        count, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
+        flags = ["--multi_gpu", "--num_processes", str(count)] if count > 1 else []  # so called on CPUs too
+        flags += ["--mixed_precision", precision] if precision != "no" else []
         words = [sys.argv[0], "--config", str(self.folder / "config.yaml"), "--resume", "true"]
-        return f"accelerate launch --quiet {shlex.join(words)}"
+        return shlex.join([*(["accelerate", "launch", *flags] if flags else ["python"]), *words])
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -299,9 +299,10 @@ def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_torchrun_starts_two_processes_that_give_what_one_gives(finished: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", recipe.__file__]
-    done = subprocess.run([*command, *arguments(tmp_path / "run")], capture_output=True, text=True)
+def test_accelerate_starts_two_processes_that_give_ones_figures(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    given = [*command, recipe.__file__, *arguments(tmp_path / "run")]
+    done = subprocess.run(given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "run"))
     assert two["machine"]["processes"] == 2, "a second process that never started proves nothing"
@@ -314,7 +315,7 @@ def test_a_signal_from_outside_leaves_a_run_that_resumes(number: int, finished: 
     given, arm = arguments(tmp_path / "run"), tmp_path / "run" / "checkpoints" / "control"
     ended = run(given, tmp_path / "log", signal=number, when=lambda: any(arm.glob("step-*/position.json")))
     assert ended.status == {signal.SIGINT: 1, signal.SIGTERM: 143, signal.SIGKILL: -9}[signal.Signals(number)]
-    assert ("go on with: accelerate launch" in ended.said) == (number != signal.SIGKILL)
+    assert ("go on with: python " in ended.said) == (number != signal.SIGKILL)
     assert run([*given, "--resume", "true"], tmp_path / "log").status == 0
     assert differences(tmp_path / "run", finished) == []
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands import launch
 from accelerate.state import AcceleratorState
 
 from singreg import runs
@@ -68,9 +69,12 @@ def test_what_ends_a_run_says_how_to_go_on(
     run = open_run(tmp_path, accelerator, out=str(tmp_path / "anna's run"))
     with pytest.raises(kind), run.guarded():
         raise kind
-    script, *given = shlex.split(capsys.readouterr().err.partition("go on with: accelerate launch --quiet ")[2])
+    said = capsys.readouterr().err
+    script, *given = shlex.split(said.partition("go on with: python ")[2])
     assert script == "/my scripts/finetune.py"
     assert Run(parse(FinetuneConfig, given), accelerator, "finetune").open().folder == run.folder
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    assert run.command.startswith("accelerate launch --multi_gpu --num_processes 2 ")
 
 
 def test_an_error_that_says_what_is_wrong_is_all_that_is_said(
@@ -139,6 +143,7 @@ def test_equal_seeds_give_equal_draws(tmp_path: Path) -> None:
         ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "model.compile"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "needs a GPU"),
+        ("MASTER_ADDR", "127.0.0.1", "one process only"),  # of accelerate launch --num_processes 2 on a CPU
     ],
 )
 def test_what_accelerate_cannot_do_here_is_refused(
@@ -148,7 +153,16 @@ def test_what_accelerate_cannot_do_here_is_refused(
     AcceleratorState._reset_state(True)
     start(config(tmp_path))
     AcceleratorState._reset_state(True)
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(key, value)
     with pytest.raises(SystemExit, match=said):
         start(config(tmp_path))
     AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("name", ["cpu", "one_gpu", "multi_gpu", "multi_node"])
+def test_accelerate_takes_our_files_without_a_word(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = ["--config_file", f"configs/accelerate/{name}.yaml", "recipes/finetune.py"]
+    found, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+    assert (found.num_processes > 1, found.multi_gpu) == (name != "one_gpu",) * 2
+    assert caplog.text == ""
