@@ -83,11 +83,12 @@ def fit(
 
 
 def audit(
-    config: FinetuneConfig, setup: Setup, classifier: Classifier, loop: LinearTranslator, ridge: float | None
+    config: FinetuneConfig, setup: Setup, classifier: Classifier, loop: LinearTranslator | None, ridge: float | None
 ) -> tuple[FittedTranslator, Measured]:
-    """Fit the auditor on images that training never uses and measure the test split with it and the loop's."""
+    """Fit the auditor on images that training never uses and measure the test split with it, and with the loop's."""
     auditor = fit(config, setup, classifier, setup.splits.audit, setup.embeddings["audit"], ridge)
-    judges, test = {"loop": loop, "auditor": auditor.translator}, (setup.splits.test, setup.embeddings["test"])
+    judges = {**({} if loop is None else {"loop": loop}), "auditor": auditor.translator}
+    test = (setup.splits.test, setup.embeddings["test"])
     options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
     return auditor, analyze_model(classifier, *test, setup.texts, judges, mean=auditor.mean, auditor=auditor, **options)
 

@@ -36,7 +36,8 @@ from singreg.models.edits import align_head_, drop_null, interpolate_weights
 from singreg.plots.study import save_pareto
 from singreg.report import Section, interval, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, prepare
+from singreg.setup import Setup, prepare, read_by
+from singreg.spaces import space_labels
 from singreg.study_runs import StudyRun, Work, hold_out, plan_study
 from singreg.task import describe_training
 from singreg.translator import LinearTranslator
@@ -51,6 +52,7 @@ SIDE = {"ece": "calibration error", **{f"corrupted/{kind}": f"top-1, {kind}" for
 SIDE |= {"ood_vim": "AUROC by ViM", "ood_energy": "AUROC by energy", "ood_null_energy": "AUROC by null energy"}
 VALIDATION = "Images that serve nothing else, by the same auditor: what settings are chosen on."
 KNOWN = "R² of a scene's attribute from the null component, of R² from all features. The class is the shape."
+FURTHER = "Ratios as above, by an auditor in the space of a vision-language model that no arm was trained with."
 RATIOS = (
     "Ratios of means, paired by image and averaged over seeds, with 95 % intervals over classes and their images; of "
     "top-1 over images. "
@@ -100,11 +102,19 @@ class Study:
     def __init__(self, config: StudyConfig, run: Run, setup: Setup) -> None:
         self.config, self.run = config, run
         self.setup, self.validation = hold_out(setup, config.validation_per_class)
+        self.whole, self.ridges = setup, dict[str | None, float]()
 
-    def reader(self, name: str = "start") -> Setup:
+    @cached_property
+    def further(self) -> dict[str, Setup]:
+        """The same images, read by the other vision-language models."""
+        models, count = self.config.further_vlms, self.config.validation_per_class
+        read = [hold_out(read_by(self.whole, vlm, self.run.accelerator), count)[0] for vlm in models]
+        return dict(zip(space_labels(models), read, strict=True))
+
+    def reader(self, name: str = "start", label: str | None = None) -> Setup:
         """The same images, with the features of a backbone kept in a folder of the run."""
-        folder = str(self.run.folder / "features" / name)
-        return replace(self.setup, passes=replace(self.setup.passes, cache=folder))
+        own = self.setup if label is None else self.further[label]
+        return replace(own, passes=replace(own.passes, cache=str(self.run.folder / "features" / name)))
 
     @cached_property
     def start(self) -> FittedTranslator:
@@ -113,12 +123,14 @@ class Study:
         bank = loop_bank(own.splits, own.embeddings["bank"])
         return fit(self.config, own, own.classifier.eval(), *bank, self.config.translator.ridge)
 
-    @cached_property
-    def ridge(self) -> float:
+    def ridge(self, label: str | None = None) -> float:
         """The auditor's of the start, one for all arms, or a ratio would be of two scales."""
-        own, given = self.reader(), self.config.translator.ridge
-        audited = own.splits.audit, own.embeddings["audit"]
-        return given or fit(self.config, own, own.classifier.eval(), *audited, None).translator.info.ridge
+        if label not in self.ridges:
+            own, given = self.reader("start", label), self.config.translator.ridge
+            audited = own.splits.audit, own.embeddings["audit"]
+            fitted = given or fit(self.config, own, own.classifier.eval(), *audited, None).translator.info.ridge
+            self.ridges[label] = fitted
+        return self.ridges[label]
 
     def make(self, work: Work) -> tuple[Classifier, LinearTranslator, dict[str, Any]]:
         """Train or edit a copy of the starting classifier; return also the loop's translator of it, and notes."""
@@ -153,11 +165,16 @@ def make_and_measure(study: Study, work: Work) -> Measured:
         state = {name: value.cpu().contiguous().clone() for name, value in classifier.model.state_dict().items()}
         with atomic_write(work.folder / "weights.safetensors") as path:
             save_file(state, path)
-    setup = study.reader("start" if not work.trained else f"{work.arm.name}-{work.seed}")
-    auditor, scores = audit(work.config, setup, classifier, loop, study.ridge)
+    name = "start" if not work.trained else f"{work.arm.name}-{work.seed}"
+    setup = study.reader(name)
+    auditor, scores = audit(work.config, setup, classifier, loop, study.ridge())
+    further = {
+        label: audit(work.config, study.reader(name, label), classifier, None, study.ridge(label))[1][0]
+        for label in study.further
+    }
     options: Any = {"invariance": config.model.invariance, "ood": config.ood, "seed": config.seed}
     found = measure_arm(classifier, setup, auditor, scores, study.validation, **options)
-    found = replace(found, extra=notes, seconds=time.monotonic() - begun)
+    found = replace(found, further=further, extra=notes, seconds=time.monotonic() - begun)
     if accelerator.is_main_process:
         work.keep(found)
         if work.trained:
@@ -180,6 +197,10 @@ def report(study: Study, found: list[tuple[Work, Measured]]) -> None:
     held = pd.DataFrame([{"arm": arm["arm"], **arm["validation"]} for arm in arms if arm["validation"]])
     sections = [
         Section(f"Against {config.reference}", [ratio_table(arms), RATIOS, pareto]),
+        *(
+            Section(f"Against {config.reference}, by {label}", [ratio_table(arms, label), FURTHER])
+            for label in study.further
+        ),
         Section("The figures themselves", [arms_table(arms, MAIN), READING]),
         *(
             [
@@ -221,13 +242,14 @@ def arms_table(arms: list[Summary], titles: dict[str, str]) -> pd.DataFrame:
     return table
 
 
-def ratio_table(arms: list[Summary]) -> pd.DataFrame:
-    """Every arm's top-1, and its figures over the reference's, paired by image."""
+def ratio_table(arms: list[Summary], label: str | None = None) -> pd.DataFrame:
+    """Every arm's top-1, and its figures over the reference's, paired by image; by another VLM where labelled."""
     rows = []
     for arm in arms:
-        paired = {title: words(arm["paired"].get(key)) for key, title in PAIRED.items() if key != "top1"}
+        paired = arm["paired"] if label is None else arm["further"].get(label, {})
         named = {"arm": arm["arm"], "seeds": str(len(arm["seeds"])), "top-1": percent(arm["mean"]["top1"])}
-        rows.append({**named, "top-1, difference": words(arm["paired"].get("top1")), **paired})
+        ratios = {title: words(paired.get(key)) for key, title in PAIRED.items() if key != "top1"}
+        rows.append({**named, "top-1, difference": words(paired.get("top1")), **ratios})
     table: pd.DataFrame = pd.DataFrame(rows)
     return table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,14 @@ def prepare(
     if config.dry_run and accelerator.is_main_process:
         print("dry run: nothing was measured, no run folder was made")
     return setup
+
+
+def read_by(setup: Setup, config: VLMConfig, accelerator: Accelerator) -> Setup:
+    """Return the same classifier and splits with another VLM's prompts and embeddings of audit and test."""
+    vlm, splits = open_vlm(config, accelerator), setup.splits
+    texts = vlm.embed_classes(splits.class_names, tuple(config.templates)).to(accelerator.device)
+    embeddings = embed_splits(vlm, (splits.audit, splits.test), setup.passes)
+    return replace(setup, vlm=vlm, texts=texts, embeddings=embeddings, info=describe_pair(setup.classifier, vlm))
 
 
 def describe_pair(classifier: Classifier, vlm: VisionLanguageModel) -> TranslatorInfo:

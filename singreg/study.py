@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from singreg.config import Checked, FinetuneConfig, Problems, overridden
+from singreg.config import Checked, FinetuneConfig, Problems, VLMConfig, overridden
 
 OPEN = ("loss.", "training.")
 """What an arm may set for itself; anything else would leave the arms nothing to be compared on."""
@@ -53,6 +53,7 @@ class StudyConfig(FinetuneConfig):
         reference: the arm that all others are compared with: plain fine-tuning with the same budget.
         claim: the arm named beforehand, about which the verdict speaks.
         validation_per_class: labelled images of every class taken from the auditor's, to choose settings on.
+        further_vlms: vision-language models beside `vlm`, which no arm is trained with, that every arm is read by too.
         ood: that many of the bank's unlabelled images count as strange ones, for AUROCs; 0 leaves those out.
     """
 
@@ -63,6 +64,7 @@ class StudyConfig(FinetuneConfig):
     reference: str = "plain"
     claim: str = "sing"
     validation_per_class: int = 0
+    further_vlms: list[VLMConfig] = field(default_factory=list)
     ood: int = 0
 
     def check(self, problems: Problems) -> None:

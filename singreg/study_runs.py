@@ -53,8 +53,11 @@ class Work:
     def keep(self, found: Measured) -> None:
         """Write the arm's rows, then the JSON that marks it as done; its checkpoints have done their work."""
         stored = {**vars(found), "digest": self.digest}
-        with atomic_write(self.folder / "rows.parquet") as temporary:
-            stored.pop("rows").to_parquet(temporary, index=False)
+        tables = {"rows": stored.pop("rows"), **{f"further {label}": rows for label, rows in found.further.items()}}
+        for name, rows in tables.items():
+            with atomic_write(self.folder / f"{name}.parquet") as temporary:
+                rows.to_parquet(temporary, index=False)
+        stored["further"] = [*found.further]
         write_text(self.folder / "measurement.json", json.dumps(stored, indent=1))  # with NaN, unlike a report
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
@@ -68,7 +71,8 @@ class Work:
             said = "arm %s, seed %d was made with another configuration and is made again"
             logger.info(said, self.arm.name, self.seed)
             return None
-        return Measured(**stored, rows=pd.read_parquet(self.folder / "rows.parquet"))
+        further = {label: pd.read_parquet(self.folder / f"further {label}.parquet") for label in stored.pop("further")}
+        return Measured(**stored, rows=pd.read_parquet(self.folder / "rows.parquet"), further=further)
 
 
 def plan_study(config: StudyConfig, inputs: Mapping[str, str]) -> list[Work]:
@@ -77,7 +81,8 @@ def plan_study(config: StudyConfig, inputs: Mapping[str, str]) -> list[Work]:
     An arm without randomness runs with the first seed alone.
     """
     works: dict[tuple[str | None, int], Work] = {}
-    shared = [getattr(config, name) for name in MEASURED]
+    shared: list[Any] = [getattr(config, name) for name in MEASURED]
+    shared.append([asdict(vlm) for vlm in config.further_vlms])
     for seed, arm in itertools.product(config.seeds, config.arms):
         source, own = works.get((arm.weights_from, seed)), arm_config(config, arm, seed)
         parts: list[Any] = [{key: value for key, value in asdict(own).items() if key not in PLACES}, shared]

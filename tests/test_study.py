@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "training": {"epochs": 1, "batch_size": 16, "checkpoint_every": 1},
     "translator": {"refreshes": 0, "ridge": 1.0},
     "validation_per_class": 2,
+    "further_vlms": [{"name": "demo"}],
     "seeds": [0, 1],
     "arms": [
         {"name": "plain", "role": "baseline", "overrides": {"loss.weight": 0}},
@@ -101,7 +102,8 @@ def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None
     for run in RUNS:
         arm, seed = run.split()
         files = {path.name for path in (whole / "arms" / arm / f"seed-{seed}").iterdir()}
-        assert files == {"digest.txt", "measurement.json", "weights.safetensors", "rows.parquet"}, run
+        tables = {"rows.parquet", "further demo.parquet"}
+        assert files == {"digest.txt", "measurement.json", "weights.safetensors", *tables}, run
     assert not (whole / "features").exists()
     report = report_of(whole)
     arms = {arm["arm"]: arm for arm in report["arms"]}
@@ -112,6 +114,13 @@ def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None
     assert arms["shuffled"]["placebo"].keys() >= {HARM, "top1"} > arms["sing"]["placebo"].keys()
     assert report["verdict"][0].startswith("No claim: the auditor has 40 images")
     assert arms["aligned"]["extra"]["rank"] == 10
+
+
+def test_a_further_model_that_is_the_first_reads_the_same(whole: Path) -> None:
+    for arm in report_of(whole)["arms"]:
+        first, again = ({**each} for each in (arm["paired"], arm["further"].get("demo", {})))
+        first.pop("confirmed", None)  # of the loop's translator, which reads in the first space alone
+        same(again, first)
 
 
 def test_a_dropped_null_space_leaves_top1_and_nothing_to_steer_through(whole: Path) -> None:

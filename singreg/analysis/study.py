@@ -38,22 +38,28 @@ def summarize_study(runs: Sequence[tuple[Work, Measured]], reference: str, claim
 
     Returns:
         A dict an arm: what it is, its seeds; mean and spread (standard deviation over seeds) of figures, mean of
-        validation; intervals over images, ends averaged over seeds; paired: see `compare_rows`; placebo: the claimed
-        arm against this one, likewise; front: no arm is better in both top-1 and class-score variance; weight: λ of the
-        arms that differ from one another in λ alone, else None.
+        validation; intervals over images, ends averaged over seeds; paired: see `compare_rows`; further: the same by
+        the label of every further vision-language model; placebo: the claimed arm against this one, likewise; front:
+        no arm is better in both top-1 and class-score variance; weight: λ of the arms
+        that differ from one another in λ alone, else None.
     """
     by_arm: dict[str, list[tuple[Work, Measured]]] = {}
     for work, run in runs:
         by_arm.setdefault(work.arm.name, []).append((work, run))
-    rows = {name: {work.seed: run.rows for work, run in found} for name, found in by_arm.items()}
-    for name, found in by_arm.items():
-        if not found[0][0].trained:  # its seed says nothing
-            rows[name] = dict.fromkeys(rows[reference], found[0][1].rows)
+    seeds = [work.seed for work, _ in by_arm[reference]]
+
+    def rows(name: str, label: str | None = None) -> Rows:
+        found = {work.seed: run.rows if label is None else run.further[label] for work, run in by_arm[name]}
+        only = next(iter(found.values()))
+        return found if by_arm[name][0][0].trained else dict.fromkeys(seeds, only)  # an untrained arm's seed is nothing
+
     arms = [_summary(found) for found in by_arm.values()]
     for arm in arms:
-        own = rows[arm["arm"]]
-        arm["paired"] = compare_rows(own, rows[reference]) if arm["arm"] != reference else {}
-        arm["placebo"] = compare_rows(rows[claim], own) if arm["role"] == "placebo" else {}
+        name, compared = arm["arm"], arm["arm"] != reference
+        arm["paired"] = compare_rows(rows(name), rows(reference)) if compared else {}
+        further = by_arm[name][0][1].further if compared else ()
+        arm["further"] = {label: compare_rows(rows(name, label), rows(reference, label)) for label in further}
+        arm["placebo"] = compare_rows(rows(claim), rows(name)) if arm["role"] == "placebo" else {}
     front = pareto_front({arm["arm"]: (arm["mean"]["top1"], arm["mean"][HARM]) for arm in arms})
     return [{**arm, "front": arm["arm"] in front} for arm in arms]
 
@@ -94,7 +100,7 @@ def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
     Returns:
         By figure of `PAIRED`: value, low, high (95 % bootstrap over classes and images, of top-1 over images) and unit
         (× of means, points).
-        "confirmed" is left out where the loop's translator reads no fall.
+        "confirmed" is left out where no loop's translator reads, or it reads no fall.
     """
     seeds = sorted(arm.keys() & reference.keys())
     if any(list(arm[seed]["image"]) != list(reference[seed]["image"]) for seed in seeds):
@@ -108,14 +114,14 @@ def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
     # Of these classes: their images alone are drawn again.
     value, low, high = paired_difference(*(100 * rows["correct"].to_numpy() for rows in both))
     found["top1"] = (value, low, high, "points")
-    if one["AS/loop"][0] > other["AS/loop"][0]:
+    if "AS/loop" in one and one["AS/loop"][0] > other["AS/loop"][0]:
         found["confirmed"] = (*confirmed_share(both, classes), "×")
     return {key: dict(zip(("value", "low", "high", "unit"), each, strict=True)) for key, each in found.items()}
 
 
 def _columns(rows: pd.DataFrame) -> pd.DataFrame:
     """What is averaged over seeds: of AS the harmful side alone, by both translators."""
-    harmful = {name: np.minimum(rows[name], 0.0) for name in ("AS/loop", f"AS/{AUDITOR}")}
+    harmful = {name: np.minimum(rows[name], 0.0) for name in ("AS/loop", f"AS/{AUDITOR}") if name in rows}
     scores = {"AS_abs": rows[f"AS/{AUDITOR}"].abs(), "IS": rows[f"IS/{AUDITOR}"], "correct": rows["correct"]}
     table: pd.DataFrame = rows[sorted(AUDITED)].assign(**harmful, **scores).astype(np.float64).reset_index(drop=True)
     return table
