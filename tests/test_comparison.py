@@ -118,7 +118,8 @@ def test_every_claimed_figure_is_told_with_its_interval(factor: float, noise: fl
     ids=["same", "better", "worse", "unclear"],
 )
 def test_accuracy_is_kept_lost_or_not_shown_to_be_kept(changed: np.ndarray, word: str) -> None:
-    assert f"Top-1 is {word}: {100 * changed.mean():+.2f} points [" in sentences(arms(correct=CORRECT + changed))[-1]
+    told = sentences(arms(attribute=0.5 * images(), correct=CORRECT + changed))[-1]
+    assert f"Top-1 is {word}: {100 * changed.mean():+.2f} points [" in told
 
 
 @pytest.mark.parametrize(("auditor", "loop", "gamed"), [(0.4, 1.0, False), (0.4, 0.2, True), (0.4, 0.5, False)])
@@ -145,11 +146,15 @@ def test_each_judge_is_held_against_its_own_reading_of_the_control() -> None:
 
 
 def test_without_a_fall_there_is_nothing_to_confirm() -> None:
-    assert "reads no fall in AS⁻, so there is nothing to confirm" in sentences(arms(attribute=1.2 * images()))[2]
+    for factor in (1.2, 1 - 1e-7):  # rounding is no fall
+        measured = arms(attribute=factor * images() + 0.01 * (images() > 0))
+        assert "reads no fall in AS⁻, so there is nothing to confirm" in sentences(measured)[2]
 
 
 def test_no_claim_from_arms_that_are_the_same_or_from_few_images() -> None:
-    assert "No claim: the two arms are the same" in sentences(arms(attribute=images()))[1]
+    same = sentences(arms(attribute=images()))
+    assert "No claim: the two arms are the same" in same[1]
+    assert not any("kept" in line for line in same)
     few = {name: (rows[:20], found) for name, (rows, found) in arms().items()}
     assert "No claim: an interval from 20 test images of" in sentences(few)[1]
     many = sentences(arms(attribute=0.97 * images()))[1]  # an effect that nobody would act on
@@ -166,7 +171,16 @@ def test_an_arm_without_any_leakage_is_told_all_the_same() -> None:
     assert "AS⁻ 0.00× [0.00, 0.00];" in sentences(arms(attribute=np.abs(images())))[1]
     measured = arms()
     measured["control"] = arm(attribute=np.abs(images()))
-    assert "AS⁻ undefined (the control has none)" in sentences(measured)[1]
+    assert "AS⁻ undefined (the control has it on 0 images" in sentences(measured)[1]
+
+
+def test_the_success_of_a_few_steered_images_supports_no_ratio() -> None:
+    measured = arms(attribute=0.5 * images())
+    for name, count in (("sing", 0), ("control", 9)):
+        measured[name][0]["cross 4 sd"] = np.arange(COUNT) < count
+    assert "judged by another undefined (the control has it on 9 images" in sentences(measured)[1]
+    measured["control"][0]["cross 4 sd"] = np.arange(COUNT) < 10
+    assert "judged by another 0.00×" in sentences(measured)[1]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ MARGIN = 0.005  # top-1 counts as kept when the interval of its change stays abo
 CONFIRMED = 2 / 3  # of the fall that the loop reads: where an auditor confirms less, the loss was gamed
 LEAST_IMAGES, LEAST_CLASSES = 200, 5
 """Of a claim: with fewer images half is not known to 0.07, and a bootstrap over fewer classes means little."""
+LEAST_EVENTS = 10  # images of the control on which it happens: the share of fewer is not known to a third
 UNMOVED = 1e-3  # degrees: arms whose every image agrees to this are one arm
 SMALLEST = 0.05  # a ratio nearer to 1 is no effect worth a claim
 CLAIMED = {
@@ -120,18 +121,19 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
         return [*lines, "Nothing was trained (training.epochs: 0), so no effect is claimed."]
     judged = comparisons[comparisons["translator"] != "loop"]
     found: dict[str, Any] = {str(row.name): row for row in judged.itertuples(index=False)}
-    fallen = {words: found[f"{name} ratio"] for name, words in CLAIMED.items()}
-    effect = "; ".join(f"{words} {_change(row)}" for words, row in fallen.items())
+    control = measurements["control"][0]
+    events = {"AS⁻": int((control["AS/auditor"] < 0).sum()), "cross 4 sd": int((control["cross 4 sd"] > 0).sum())}
+    effect = "; ".join(
+        f"{words} {_change(found[f'{name} ratio'], events.get(name, LEAST_EVENTS))}" for name, words in CLAIMED.items()
+    )
     image, top1, share = found["IS ratio"], found["top-1"], found["confirmed share"]
     effect = f"Against plain fine-tuning, by the auditor: {effect}; IS {_change(image)}."
     kept = "kept" if top1.low > -100 * MARGIN else "lost" if top1.high < 0 else "not shown to be kept"
-    price = (
-        f"Top-1 is {kept}: {top1.value:+.2f} points [{top1.low:+.2f}, {top1.high:+.2f}] "
-        f"(margin {100 * MARGIN:.1f} points)."
-    )
+    change = f"{top1.value:+.2f} points [{top1.low:+.2f}, {top1.high:+.2f}]"
+    price = f"Top-1 is {kept}: {change} (margin {100 * MARGIN:.1f} points)."
     confirmed = "Audit: the loop's translator reads no fall in AS⁻, so there is nothing to confirm."
     loop = comparisons[(comparisons["translator"] == "loop") & (comparisons["name"] == "AS⁻ difference")]
-    if loop["value"].item() < 0:
+    if loop["value"].item() < -UNMOVED:
         gamed = "" if share.value >= CONFIRMED else "; the loss was gamed: do not believe the loop's figure"
         confirmed = (
             f"Audit: of the fall in AS⁻ that the loop's translator reads the auditor confirms {share.value:.0%} "
@@ -139,7 +141,7 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
         )
     refused = no_claim(after["translators"]["auditor"]["fit_images"], after["head"]["features"])
     refused = refused or _no_comparison(measurements)
-    return [*lines, *([refused] if refused else [effect, confirmed]), price]
+    return [*lines, *([refused, f"Top-1 against the control: {change}."] if refused else [effect, confirmed, price])]
 
 
 def _no_comparison(measurements: Mapping[str, Measured]) -> str | None:
@@ -153,14 +155,14 @@ def _no_comparison(measurements: Mapping[str, Measured]) -> str | None:
         )
     moved = np.abs(rows["AS/auditor"] - control["AS/auditor"]).max()
     if moved < UNMOVED:
-        return f"No claim: the two arms are the same (AS of no test image differs by more than {moved:.1g}°)."
+        return f"No claim: the two arms are the same (AS of no test image differs by {UNMOVED}° or more)."
     return None
 
 
-def _change(row: Any) -> str:
-    """A ratio with its interval, and in words where it supports no more than that."""
-    if math.isnan(row.value):
-        return "undefined (the control has none)"
+def _change(row: Any, events: int = LEAST_EVENTS) -> str:
+    """A ratio with its interval, and in words where it supports no more than that; `events` are the control's."""
+    if events < LEAST_EVENTS:
+        return f"undefined (the control has it on {events} images, {LEAST_EVENTS} are needed)"
     if row.low <= 1 <= row.high:
         return f"{row.value:.2f}× [{row.low:.2f}, {row.high:.2f}] (not distinguishable)"
     small = " (too little to matter)" if abs(row.value - 1) < SMALLEST else ""
