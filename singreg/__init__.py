@@ -1,7 +1,5 @@
 """Fine-tuning with null-space regularisation: SING scores as metrics and as a differentiable loss."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """What a run keeps to go on with: an arm's checkpoints, finished stages, and what the run was begun with."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -58,8 +56,8 @@ class Checkpoints:
         self.accelerator.save_state(str(temporary), safe_serialization=True)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-            place = {**asdict(position), "processes": self.accelerator.num_processes, "files": sizes}
+            files = sorted(path.name for path in temporary.iterdir())
+            place = {**asdict(position), "processes": self.accelerator.num_processes, "files": files}
             write_json(temporary / "position.json", place)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
@@ -104,24 +102,19 @@ class Checkpoints:
 def _whole(folder: Path) -> tuple[Position, int]:
     """Position and number of processes of a checkpoint whose every file can be read, before anything is loaded."""
     stored = json.loads((folder / "position.json").read_text(encoding="utf-8"))
-    for name, size in stored.pop("files").items():
-        path = folder / name
-        if path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, {size} were written")
+    for path in (folder / name for name in stored.pop("files")):
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
+            with safe_open(path, framework="pt"):  # or it says that the file was cut
                 pass
         elif zipfile.ZipFile(path).testzip() is not None:  # what torch.save writes, with check sums
             raise ValueError(f"{path} is not what was written")
-    return Position(**{key: value for key, value in stored.items() if key != "processes"}), int(stored["processes"])
+    processes = stored.pop("processes")
+    return Position(**stored), processes
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a finished stage of a run ("before", "control", "sing") leaves.
-
-    Rows and figures are what was measured; tensors and notes (JSON-able) are what later stages need.
-    """
+    """What a finished stage of a run leaves: rows and figures measured; tensors and notes that later stages need."""
 
     rows: pd.DataFrame
     figures: dict[str, Any]
@@ -147,9 +140,8 @@ def stage(run: Run, name: str, compute: Callable[[], Stage]) -> Stage:
         found = compute()
     found = replace(found, figures=plain(found.figures))
     if run.accelerator.is_main_process:
-        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in found.tensors.items()}
         with atomic_write(folder / "tensors.safetensors") as temporary:
-            save_file(tensors, temporary)
+            save_file({key: tensor.cpu().contiguous().clone() for key, tensor in found.tensors.items()}, temporary)
         with atomic_write(folder / "rows.parquet") as temporary:
             found.rows.to_parquet(temporary)
         write_json(done, {"figures": found.figures, "notes": found.notes, "seconds": run.seconds[name]})
@@ -159,9 +151,8 @@ def stage(run: Run, name: str, compute: Callable[[], Stage]) -> Stage:
 
 def fingerprints(setup: Setup) -> dict[str, str]:
     """Return hashes of all that a run starts from beside its configuration, by what they are called in messages."""
-    images = {f"{split.name} images": split.fingerprint for split in setup.splits}
     return {
-        **images,
+        **{f"{split.name} images": split.fingerprint for split in setup.splits},
         "starting classifier": hash_of_state(setup.classifier.model),
         "classifier's preprocessing": setup.info.classifier_preprocessing,
         "vision-language model": setup.info.vlm_weights_hash,
@@ -172,13 +163,12 @@ def fingerprints(setup: Setup) -> dict[str, str]:
 def refuse_other_inputs(run: Run, inputs: Mapping[str, str]) -> None:
     """Note what a run starts from; refuse to resume with other inputs, and name them."""
     path = run.folder / "checkpoints" / "inputs.json"
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        other = [name for name in {**stored, **inputs} if stored.get(name) != inputs.get(name)]
-        said = [f"other {name} (then {stored.get(name, '')[:8]}, now {inputs.get(name, '')[:8]})" for name in other]
-        if said:
-            raise SystemExit(f"error: {path}: the run was begun with {', '.join(said)}; use another --out")
-    run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process and not path.is_file():
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else inputs
+    other = [name for name in {**stored, **inputs} if stored.get(name) != inputs.get(name)]
+    if other:
+        told = [f"other {name} (then {stored.get(name, '')[:8]}, now {inputs.get(name, '')[:8]})" for name in other]
+        raise SystemExit(f"error: {path}: the run was begun with {', '.join(told)}; use another --out")
+    run.accelerator.wait_for_everyone()  # all have looked before it is there
+    if run.accelerator.is_main_process:
         write_json(path, inputs)
     run.accelerator.wait_for_everyone()

@@ -1,7 +1,5 @@
 """Angles in degrees and the SING scores built on them (METHOD section 3, paper eq. 5-8)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -17,15 +15,14 @@ def unit_rows(x: Tensor) -> Tensor:
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    zero = norm == 0
-    return torch.where(zero, torch.zeros_like(x), x / torch.where(zero, torch.ones_like(norm), norm))
+    return x / torch.where(norm == 0, torch.inf, norm)
 
 
 def _safe_norm(x: Tensor) -> Tensor:
     """Norm over the last axis with a zero (not NaN) gradient at 0."""
     squared = (x * x).sum(-1)
     zero = squared == 0
-    return torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
+    return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
 def angle(x: Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Keeping the translator that the loss reads current while the classifier trains (METHOD section 6)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

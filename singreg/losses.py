@@ -1,7 +1,5 @@
 """SingLoss: null-space regularisation as a differentiable loss (METHOD section 6)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -86,10 +84,8 @@ class SingLoss(nn.Module):
         self._head: tuple[Any] = (head,)  # a tuple hides it from nn.Module: not saved, not trained twice
         self.reads_embeddings = any(TERMS[name].embeddings for name in self.terms)
         if hasattr(head, "base_layer"):  # as all of PEFT's layers have it: .weight is the base's, without the adapter
-            raise ValueError(
-                f"the head {type(head).__name__} computes more than its .weight says (an adapter); merge the "
-                "adapter into the head, or leave the head out of target_modules"
-            )
+            wrong = f"the head {type(head).__name__} computes more than its .weight says (an adapter)"
+            raise ValueError(f"{wrong}; merge the adapter into the head, or leave the head out of target_modules")
         wanted = (len(self.head_weight), len(translator.matrix))
         if texts.shape != wanted:
             raise ValueError(f"expected texts {wanted}, a row for each class, got {tuple(texts.shape)}")
@@ -173,19 +169,15 @@ class SingLoss(nn.Module):
         if features.shape != (len(labels), width) or not len(labels):
             shapes = f"{tuple(features.shape)} and {tuple(labels.shape)}"
             raise ValueError(f"expected features (B, {width}) and labels (B,) of at least one image, got {shapes}")
+        seen = labels.device.type == "cpu"  # elsewhere looking at values would make the host wait
         wrong = labels.is_floating_point() or labels.ndim != 1
-        if not wrong and labels.device.type == "cpu":  # elsewhere looking at values would make the host wait
-            wrong = not 0 <= int(labels.min()) <= int(labels.max()) < classes
-        if wrong:
+        if wrong or (seen and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
             raise ValueError(f"labels (B,) must be integers in 0..{classes - 1}, not mixed ones")
         expected = (len(labels), self.texts.shape[1])
         if self.reads_embeddings and (embeddings is None or embeddings.shape != expected):
             got = "none" if embeddings is None else tuple(embeddings.shape)
-            terms = sorted(name for name in self.terms if TERMS[name].embeddings)
-            raise ValueError(
-                f"the terms {terms} read what the vision-language model sees: expected embeddings {expected}, "
-                f"got {got}; pass sing(features, labels, embeddings), row by row of the same images"
-            )
+            wanted = f"the terms {sorted(self.terms)} need the images' own embeddings {expected}, got {got}"
+            raise ValueError(f"{wanted}; pass sing(features, labels, embeddings), row by row of the same images")
 
     def _inputs(self, features: Tensor, labels: Tensor, embeddings: Tensor | None) -> LossInputs:
         names = ("texts", "span", "matrix", "covariance", "readout", "feature_mean", "embedding_mean")

@@ -25,28 +25,21 @@ TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class NearNull:
-    """Right singular directions of W that are not null but below a share of σ_1, and a limit |ΔW f|_∞ <= τ on them.
+    """Right singular directions of W that are not null but below a share of σ_1, and a limit |ΔW f|_∞ <= τ on them."""
 
-    Attributes:
-        basis: (m, k) orthonormal, orthogonal to the null space; k may be 0.
-        effect: (C, k) W basis, without the mean over classes where only probabilities are to stay.
-        tolerance: τ in logits.
-    """
-
-    basis: Tensor
-    effect: Tensor
-    tolerance: float
+    basis: Tensor  # (m, k), orthonormal and orthogonal to the null space; k may be 0
+    effect: Tensor  # (C, k): W basis, without the mean over classes where only probabilities are to stay
+    tolerance: float  # τ in logits
 
     @classmethod
     def below(cls, weight: Tensor, null_space: NullSpace, *, ratio: float, tolerance: float) -> NearNull:
         """Take the directions with σ <= ratio · σ_1 in the row space of W (C, m), which `null_space` was made from."""
-        exact, inside = weight.detach().double(), null_space.basis
-        if null_space.invariance == "softmax":
-            exact = helmert_contrasts(exact)
-        _, sigma, right = torch.linalg.svd(exact @ inside, full_matrices=False)
+        exact, inside, softmax = weight.detach().double(), null_space.basis, null_space.invariance == "softmax"
+        rows = helmert_contrasts(exact) if softmax else exact
+        _, sigma, right = torch.linalg.svd(rows @ inside, full_matrices=False)
         basis = inside @ right[sigma <= ratio * sigma[:1]].T
-        effect = weight.detach().double() @ basis
-        return cls(basis, effect - effect.mean(0) * (null_space.invariance == "softmax"), tolerance)
+        effect = exact @ basis
+        return cls(basis, effect - effect.mean(0) * softmax, tolerance)
 
     def retract(self, coordinates: Tensor) -> Tensor:
         """Scale coordinates b (..., k) until |effect b|_∞ <= τ; those within stay."""
@@ -57,8 +50,7 @@ class NearNull:
 class Maximiser:
     """argmax of cos(T(f + d), t) over null d, |d| <= ε, for a linear T in float64; never below the gradient step.
 
-    Where many d turn all that T sees of the null space to the text, the shortest is taken: which one it is would else
-    hang on rounding, and another judge reads each of them differently.
+    Where many d turn all that T sees of the null space to the text, the shortest is taken, or rounding would choose.
 
     One SVD serves all features and budgets: T(f + d) = z + U S a + G b, with coordinates a in the singular basis of
     A Π_n, and b nearly null. `near`: nearly null directions beside the null space.
@@ -92,9 +84,7 @@ class Maximiser:
         nothing = problem.at(features.new_zeros(len(features), self.lift.shape[1]))
         best = _better(problem.at(problem.closed_form()), nothing)
         best = _better(best, problem.at(limit[:, None] * unit_rows(nothing[2])))
-        if start is not None:
-            best = _better(best, problem.at(start))
-        best = problem.climb(best)
+        best = problem.climb(best if start is None else _better(best, problem.at(start)))
         # There is no other maximum once every cosine is positive: a convex cone.
         alone = self.near is None and bool((best[1] > 0).all())
         for turn in range(0 if alone else RESTARTS):

@@ -1,7 +1,5 @@
 """torchmetrics classes for the SING scores: sums alone, exact over batches and processes (METHOD sections 3 and 8)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 

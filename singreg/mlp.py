@@ -19,28 +19,20 @@ HELD_OUT_EVERY = 5  # every fifth row decides when to stop and takes no other pa
 CHUNK = 4096  # rows read at once
 DEAD_FEATURE = 1e-11  # of the raw second moment: what the rounding of float64 sums leaves of a constant
 
-Array = np.ndarray | Tensor
-
 
 @dataclass(frozen=True)
 class MLPSettings:
-    """The network and how it is trained; stored with the translator.
+    """The network and how it is trained; stored with the translator."""
 
-    Attributes:
-        kind: mlp3 (three linear layers), mlp4 (four), or residual (an entry layer, two residual blocks, an exit block).
-        patience: training stops so many epochs after the best validation error, whose weights are kept.
-        seed: of the weights, the order of the images and the dropout.
-    """
-
-    kind: MLPKind = "mlp3"
+    kind: MLPKind = "mlp3"  # three linear layers; mlp4: four; residual: entry layer, two residual blocks, exit block
     hidden: int = 1024
     dropout: float = 0.1
     learning_rate: float = 1e-4
     weight_decay: float = 0.1
     batch_size: int = 128
     epochs: int = 100
-    patience: int = 8
-    seed: int = 0
+    patience: int = 8  # epochs after the best validation error, whose weights are kept
+    seed: int = 0  # of the weights, the order of the images and the dropout
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -71,7 +63,7 @@ class MLPNetwork(nn.Module):
 
 
 def train_mlp(
-    features: Array, targets: Array, settings: MLPSettings, device: torch.device, progress: bool
+    features: np.ndarray, targets: np.ndarray, settings: MLPSettings, device: torch.device, progress: bool
 ) -> tuple[dict[str, Tensor], int, float | None]:
     """Return the state of an `MLPTranslator`, the rows fitted on, and R² on the held-out rows (None if constant)."""
     rows = _Rows(features, targets, device)
@@ -114,7 +106,7 @@ def _error(network: MLPNetwork, rows: _Rows) -> float:
     network.eval()
     batches = (rows.batch(chosen) for chosen in _pieces(rows.held_out, CHUNK))
     total = sum(float((network(f) - z).double().square().sum()) for f, z in batches)
-    return total / (len(rows.held_out) * rows.arrays[1].shape[1])
+    return total / (len(rows.held_out) * int(rows.arrays[1].shape[1]))
 
 
 def _pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -124,10 +116,9 @@ def _pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
 class _Rows:
     """Rows of two arrays, which may be memory-mapped, read in pieces; and the scales of those fitted on."""
 
-    def __init__(self, features: Array, targets: Array, device: torch.device) -> None:
+    def __init__(self, features: np.ndarray, targets: np.ndarray, device: torch.device) -> None:
         if features.ndim != 2 or targets.ndim != 2 or len(features) != len(targets):
-            got = f"{tuple(features.shape)} and {tuple(targets.shape)}"
-            raise ValueError(f"expected features (N, m) and targets (N, n), got {got}")
+            raise ValueError(f"expected features (N, m) and targets (N, n), got {features.shape} and {targets.shape}")
         self.arrays, self.device = (features, targets), device
         numbers = np.arange(len(features))
         self.held_out = numbers[numbers % HELD_OUT_EVERY == 0]
@@ -165,9 +156,7 @@ class _Rows:
         return first + mean, (square / len(rows) - mean.square()).clamp_min(0)
 
     def _read(self, which: int, rows: np.ndarray) -> Tensor:
-        array = self.arrays[which]
-        read = torch.from_numpy(np.array(array[rows])) if isinstance(array, np.ndarray) else array[rows]
-        values = read.detach().float().cpu()
+        values = torch.from_numpy(np.asarray(self.arrays[which][rows], dtype=np.float32))
         if not torch.isfinite(values).all():
             bad = rows[~torch.isfinite(values).all(1).numpy()][:5].tolist()
             raise ValueError(f"{('features', 'targets')[which]} hold NaN or infinity in rows {bad}")

@@ -119,10 +119,8 @@ class NullSpace(nn.Module):
         left, sigma, _ = torch.linalg.svd(rows.T, full_matrices=False)
         rank = int((sigma > max(classes, width) * torch.finfo(torch.float64).eps * sigma[:1]).sum())
         if rank == width and not allow_empty:
-            raise ValueError(
-                f"the head ({classes} classes, {width} features) has full rank {rank}, so it has no null space; take a "
-                "model with more features than classes, slice the head, or pass allow_empty=True"
-            )
+            wrong = f"the head ({classes} classes, {width} features) has full rank, so it has no null space"
+            raise ValueError(f"{wrong}; take more features than classes, slice the head, or pass allow_empty=True")
         return cls(left[:, :rank].contiguous(), sigma, invariance=invariance)
 
     @property
@@ -149,7 +147,7 @@ class NullSpace(nn.Module):
 
     def component(self, features: Tensor) -> Tensor:
         """Return the null component Π_n f = f - Q Qᵀ f, by float64. Shape: (..., m) to (..., m), dtype kept."""
-        if features.shape[-1] != self.basis.shape[0]:
+        if features.shape[-1] != len(self.basis):
             raise ValueError(f"expected features (..., {self.basis.shape[0]}), got {tuple(features.shape)}")
         exact = features.to(torch.float64)
         with torch.autocast(exact.device.type, enabled=False):
@@ -226,19 +224,17 @@ def row_space_projection(weight: Tensor, features: Tensor, *, invariance: Invari
 def _ill_conditioned(rows: Tensor, flat: Tensor) -> Tensor:
     """Through a QR of Wᵀ in float64; through the singular directions above the tolerance where the rank is not full."""
     exact, wide = rows.to(torch.float64), flat.to(torch.float64)
-    tolerance = max(exact.shape) * torch.finfo(rows.dtype).eps
-    with torch.no_grad():
-        triangle = torch.linalg.qr(exact.T).R
-        sigma = torch.linalg.svdvals(triangle)
-        full_rank = exact.shape[0] < exact.shape[1] and bool(sigma[-1] > tolerance * sigma[0])
-        if full_rank:  # the sign of a QR's diagonal is free; a Cholesky factor's is positive
-            factor = (torch.sign(torch.diagonal(triangle))[:, None] * triangle).T
-        else:
-            left, sigma, _ = torch.linalg.svd(exact, full_matrices=False)
-            kept = sigma > tolerance * sigma[:1]
-            factor = torch.diag(sigma[kept])
-    if not full_rank:
-        exact = left[:, kept].T @ exact  # (r, m), of full rank; what is left out of W's rows is rounding noise
+    fixed, tolerance = exact.detach(), max(exact.shape) * torch.finfo(rows.dtype).eps
+    triangle = torch.linalg.qr(fixed.T).R
+    sigma = torch.linalg.svdvals(triangle)
+    if len(exact) < exact.shape[1] and bool(sigma[-1] > tolerance * sigma[0]):
+        # the sign of a QR's diagonal is free; a Cholesky factor's is positive
+        factor = (torch.sign(torch.diagonal(triangle))[:, None] * triangle).T
+    else:
+        left, sigma, _ = torch.linalg.svd(fixed, full_matrices=False)
+        kept = sigma > tolerance * sigma[:1]
+        # (r, m), of full rank; what is left out of W's rows is rounding noise
+        exact, factor = left[:, kept].T @ exact, torch.diag(sigma[kept])
     projected: Tensor = _RowSpaceProjection.apply(exact, wide, factor) if len(exact) else torch.zeros_like(wide)
     return projected.to(flat.dtype)
 

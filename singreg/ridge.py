@@ -112,12 +112,10 @@ class RidgeStatistics:
         """
         if not ridge >= 0:
             raise ValueError(f"ridge must be >= 0, got {ridge}")
-        if ridge < 1e-9:  # a singular scatter would pass a Cholesky by rounding alone; this gives the minimum norm
-            return self.path(standardize=standardize).solve(ridge)
         scaled, loadings, scale = self._scaled(standardize)
         penalty = ridge * torch.diagonal(scaled).mean()
         factor, failed = torch.linalg.cholesky_ex(scaled + penalty * torch.eye(len(scaled)).to(scaled))
-        if bool(failed):
+        if ridge < 1e-9 or bool(failed):  # a singular scatter may pass by rounding alone; the path has the minimum norm
             return self.path(standardize=standardize).solve(ridge)
         matrix = scale(torch.cholesky_solve(loadings, factor)).T
         return RidgeSolution(matrix, (self.z - matrix @ self.f) / self.count, ridge, int(self.count))

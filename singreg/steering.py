@@ -66,19 +66,17 @@ def similarity_gradient(features: Tensor, text: Tensor, translator: AnyTranslato
     random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # in training mode no fixed function
     if isinstance(translator, nn.Module) and any(isinstance(m, random) and m.training for m in translator.modules()):
         raise ValueError(f"{type(translator).__name__} is in training mode, so no fixed function; call .eval() first")
-    gradient: Tensor
     if not isinstance(translator, LinearTranslator):
         with torch.enable_grad():
             leaf = features.detach().requires_grad_()
             cosine = nn.functional.cosine_similarity(translator(leaf), text, dim=-1)
-            (gradient,) = torch.autograd.grad(cosine.sum(), leaf)
-        return gradient
+            return torch.autograd.grad(cosine.sum(), leaf)[0]
     matrix = translator.matrix.to(features)
     z = features @ matrix.T + translator.offset.to(features)
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     unit, target = z / length, text / torch.linalg.vector_norm(text, dim=-1, keepdim=True)
     cosine = (unit * target).sum(-1, keepdim=True)
-    gradient = ((target - cosine * unit) / length) @ matrix
+    gradient: Tensor = ((target - cosine * unit) / length) @ matrix
     return gradient
 
 
@@ -138,21 +136,13 @@ def bisect_step(translator: AnyTranslator, features: Tensor, direction: Tensor, 
 
 @dataclass(frozen=True)
 class ConditionalGaussian:
-    """The normal distribution of the null component given the row-space component. All float64; d is the nullity.
+    """The normal distribution of the null component given the row-space component. All float64; d is the nullity."""
 
-    Attributes:
-        mean: (m,) of the features.
-        whitening: (d, m) maps f - mean to w, standard normal under it, so the Mahalanobis radius is |w|.
-        colouring: (m, d) maps back into the null space.
-        floor: variances below this share of their mean count as that.
-        floored: how many of the d did.
-    """
-
-    mean: Tensor
-    whitening: Tensor
-    colouring: Tensor
-    floor: float
-    floored: int
+    mean: Tensor  # (m,), of the features
+    whitening: Tensor  # (d, m): f - mean to w, standard normal under it, so that the Mahalanobis radius is |w|
+    colouring: Tensor  # (m, d): back into the null space
+    floor: float  # variances below this share of their mean count as that
+    floored: int  # how many of the d did
 
     @classmethod
     def from_moments(

@@ -1,7 +1,5 @@
 """One training step as a module, what AdamW is given, and how the steps are laid out (METHOD section 6)."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -30,14 +28,13 @@ WARMUP, RAMP = 0.1, 0.2  # shares of the steps with λ = 0, and of the cosine ra
 class FinetuneTask(nn.Module):
     """Cross-entropy + SingLoss + ½ · l2_sp · |θ - θ0|² over the trained backbone, in one forward (METHOD section 6).
 
-    Everything trainable goes through this one `forward`, so that DDP sees all of it. With `clean` views the SING terms
-    read those, the very images the vision-language model embedded, and cross-entropy reads the augmented ones.
-    θ0, the weights at construction, is not in checkpoints: a resumed run builds the task from the same classifier.
+    Everything trainable goes through it, so that DDP sees all of it. With `clean` views, which the vision-language
+    model embedded, the SING terms read those and cross-entropy the augmented ones. θ0, the weights at construction, is
+    not in checkpoints: a resumed run builds the task from the same classifier.
 
     Args:
         sing: None for the control.
-        compile: hand timm's `forward_features` to torch.compile, inside `forward` only. The head stays as it is:
-            SingLoss differentiates its weight.
+        compile: hand timm's `forward_features` to torch.compile; the head stays as it is, for its weight's gradient.
 
     Shape:
         images and clean (B, 3, H, W), labels (B,), embeddings (B, n) of the clean images by the vision-language model.
@@ -62,31 +59,22 @@ class FinetuneTask(nn.Module):
     ) -> dict[str, Tensor]:
         """Return one step's loss and its named parts."""
         with self._compiled_features():
-            loss, sing, correct = self._losses(images, labels, clean, embeddings)
-        outputs = {"ce": loss.detach(), "correct": correct}
-        if self.sing is not None and sing is not None:
-            loss, outputs = loss + sing, {**outputs, **self.sing.last_terms}
+            features, logits = self.classifier.features_and_logits(images)
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            if self.sing is not None and clean is not None:  # dropout and batch norm rest, as the translator was fitted
+                training = self.classifier.training
+                features = self.classifier.eval().features(clean)
+                self.classifier.train(training)
+        outputs = {"ce": loss.detach(), "correct": (logits.detach().argmax(1) == labels).float().mean()}
+        if self.sing is not None:
+            loss = loss + self.sing(features, labels, embeddings)
+            outputs |= self.sing.last_terms
         if self.l2_sp:
             now = enumerate(trained_backbone(self.classifier))
             moved = [(parameter - self.get_buffer(f"start_{number}")).square().sum() for number, parameter in now]
             penalty = 0.5 * self.l2_sp * torch.stack(moved).sum() if moved else torch.zeros_like(loss)
-            loss, outputs = loss + penalty, {**outputs, "l2_sp": penalty.detach()}
+            loss, outputs["l2_sp"] = loss + penalty, penalty.detach()
         return {"loss": loss, **outputs}
-
-    def _losses(
-        self, images: Tensor, labels: Tensor, clean: Tensor | None, embeddings: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Cross-entropy and λ · SING terms (or None), with their graphs, and the share of correct answers."""
-        features, logits = self.classifier.features_and_logits(images)
-        ce = nn.functional.cross_entropy(logits.float(), labels)
-        correct = (logits.detach().argmax(1) == labels).float().mean()
-        if self.sing is None:
-            return ce, None, correct
-        if clean is not None:  # with dropout and batch norm in eval, as the translator was fitted
-            training = self.classifier.training
-            features = self.classifier.eval().features(clean)
-            self.classifier.train(training)
-        return ce, self.sing(features, labels, embeddings), correct
 
     @contextmanager
     def _compiled_features(self) -> Iterator[None]:
@@ -106,12 +94,9 @@ def make_sing(
     fitted: FittedTranslator,
     texts: Tensor,
     images: int,
-    accumulation: int = 1,
+    accumulation: int,
 ) -> SingLoss:
-    """Build a configuration's SingLoss from the loop's translator and prompts (C, n).
-
-    λ's schedule follows from the number of training images and forwards a step.
-    """
+    """Build a configuration's SingLoss; λ's schedule follows from the number of training images and forwards a step."""
     total, loss = Schedule(config, images).total, config.loss
     options: dict[str, Any] = {"floor": loss.floor, "invariance": config.model.invariance, "weight": loss.weight}
     options |= {"terms": resolve_terms(loss.terms), "accumulation": accumulation}
@@ -128,8 +113,8 @@ def loss_texts(config: FinetuneConfig, setup: Setup) -> Tensor:
     if placebo == "foreign":
         others = [name for name in imagenet_names() if name not in classes]
         if len(others) < len(classes):
-            wanted = f"loss.placebo: foreign needs {len(classes)} ImageNet classes that are not in the data"
-            raise ValueError(f"{wanted}, got {len(others)}; use random or shuffled")
+            wanted = f"{len(classes)} ImageNet classes that are not in the data"
+            raise ValueError(f"loss.placebo: foreign needs {wanted}, got {len(others)}; use random or shuffled")
         spaced = others[:: len(imagenet_names()) // len(classes)][: len(classes)]
         return setup.vlm.embed_classes(spaced, tuple(config.vlm.templates)).to(setup.texts)
     return setup.texts
@@ -137,10 +122,9 @@ def loss_texts(config: FinetuneConfig, setup: Setup) -> Tensor:
 
 def loss_embeddings(config: FinetuneConfig, setup: Setup) -> np.ndarray:
     """Return the embeddings (N, n) of the bank's images that the loop is given; a placebo shuffles them."""
-    embeddings = setup.embeddings["bank"]
-    if config.loss.placebo != "shuffled":
-        return embeddings
-    return embeddings[np.random.default_rng(PLACEBO_SEED).permutation(len(embeddings))]
+    bank = setup.embeddings["bank"]
+    shuffled = config.loss.placebo == "shuffled"
+    return bank[np.random.default_rng(PLACEBO_SEED).permutation(len(bank))] if shuffled else bank
 
 
 def trained_backbone(classifier: Classifier) -> list[nn.Parameter]:
@@ -187,10 +171,8 @@ class Schedule:
         training, count = config.training, config.translator.refreshes + 1
         self.steps_per_epoch = images // training.batch_size
         if self.steps_per_epoch == 0 and training.epochs:
-            raise ValueError(
-                f"expected at least training.batch_size = {training.batch_size} training images, got {images}; "
-                "lower the batch size or give more images"
-            )
+            wanted = f"at least training.batch_size = {training.batch_size} training images"
+            raise ValueError(f"expected {wanted}, got {images}; lower the batch size or give more images")
         total = self.total = self.steps_per_epoch * training.epochs
         self.warmup, self.head_only = math.ceil(LR_WARMUP * total), round(training.head_first * total)
         self.refresh_at = sorted({round(total * i / count) for i in range(1, count)} - {0, total})
@@ -224,10 +206,9 @@ def micro_batch(config: FinetuneConfig, accelerator: Accelerator) -> int:
     accumulation, processes = int(accelerator.gradient_accumulation_steps), accelerator.num_processes
     micro, rest = divmod(config.training.batch_size, accumulation)
     if rest or micro % processes:
-        raise ValueError(
-            f"training.batch_size = {config.training.batch_size} cannot be split evenly into {accumulation} "
-            f"accumulation step(s) over {processes} process(es); choose a multiple of their product"
-        )
+        parts = f"{accumulation} accumulation step(s) over {processes} process(es)"
+        wrong = f"training.batch_size = {config.training.batch_size} cannot be split evenly into {parts}"
+        raise ValueError(f"{wrong}; choose a multiple of their product")
     return micro
 
 
@@ -235,10 +216,8 @@ def refuse_batch_norm(config: FinetuneConfig, accelerator: Accelerator) -> None:
     """Refuse to train batch norms on several processes without GPUs: torch gathers their statistics on GPUs alone."""
     trains = config.model.batch_norm == "train" and config.model.tuning != "head"
     if trains and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        raise ValueError(
-            f"model.batch_norm: train on {accelerator.num_processes} processes needs GPUs: on CPUs every process would "
-            "keep statistics of its own images, and so another model; set model.batch_norm to eval, or use one process"
-        )
+        where = f"on {accelerator.num_processes} processes needs GPUs, or each would train another model"
+        raise ValueError(f"model.batch_norm: train {where}; set model.batch_norm to eval, or use one process")
 
 
 def synchronise_batch_norm(classifier: Classifier, config: FinetuneConfig, accelerator: Accelerator) -> None:
@@ -247,10 +226,10 @@ def synchronise_batch_norm(classifier: Classifier, config: FinetuneConfig, accel
     if accelerator.num_processes == 1 or config.model.batch_norm != "train":
         return
     if any(getattr(module, "running_var", None) is not None for module in classifier.head.modules()):
+        head = f"the head {classifier.head_name!r} of {classifier.tag} has a batch norm of its own"
         raise ValueError(
-            f"model.batch_norm: train on {accelerator.num_processes} processes: the head {classifier.head_name!r} of "
-            f"{classifier.tag} has a batch norm of its own, which would differ between them; set model.batch_norm to "
-            "eval, or use one process"
+            f"model.batch_norm: train: {head}, which would differ between {accelerator.num_processes} processes; set "
+            "model.batch_norm to eval, or use one process"
         )
     # timm's own: torch's would lose the activation inside timm's BatchNormAct2d.
     convert_sync_batchnorm(classifier.model)  # type: ignore[no-untyped-call]

@@ -1,7 +1,5 @@
 """The terms of SingLoss, one small function each (METHOD section 6)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -7,24 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from singreg.mlp import Array, MLPNetwork, MLPSettings, train_mlp
+from singreg.mlp import MLPNetwork, MLPSettings, train_mlp
 from singreg.ridge import DEFAULT_RIDGES, RidgeSolution, RidgeStatistics
 from singreg.utils import atomic_write
 
 
 @dataclass(frozen=True)
 class TranslatorInfo:
-    """What a translator was fitted on; stored in its file and checked when the file is loaded.
-
-    Attributes:
-        kind: "linear", "mlp3", "mlp4" or "residual".
-        ridge: the relative ridge, of a linear one only.
-    """
+    """What a translator was fitted on; stored in its file and checked when the file is loaded."""
 
     classifier: str = ""
     head_hash: str = ""
@@ -33,16 +29,16 @@ class TranslatorInfo:
     vlm_weights_hash: str = ""
     vlm_preprocessing: str = ""
     images: int = 0
-    ridge: float = 0.0
+    ridge: float = 0.0  # relative; of a linear one only
     validation_r2: float | None = None
     agreement: float | None = None
-    kind: str = "linear"
+    kind: str = "linear"  # or mlp3, mlp4, residual
 
 
 class Translator(nn.Module):
     """A fixed map T from features (..., m) to (..., n) that lets gradients through; all it holds are buffers."""
 
-    FORMAT = ""
+    FORMAT: str
     info: TranslatorInfo
     feature_dim: int
     target_dim: int
@@ -101,17 +97,15 @@ class LinearTranslator(Translator):
 
 
 class MLPTranslator(Translator):
-    """T(f) = μ_z + s · net((f − μ_f) / σ_f): an MLP that standardises its input itself; see `fit_mlp_translator`.
-
-    It stays in eval mode whatever is asked, and computes in the features' precision, at least float32.
+    """T(f) = μ_z + s · net((f − μ_f) / σ_f), computed in the features' precision, at least float32.
 
     Args:
         state: feature_mean and feature_scale (m,), target_mean (n,), target_scale () and the weights as "network.NAME".
 
     Example:
-        >>> f = torch.randn(64, 3)
+        >>> f = np.random.default_rng(0).normal(size=(64, 3))
         >>> T = fit_mlp_translator(f, f[:, :2] ** 2, settings=MLPSettings(hidden=8, epochs=2), progress=False)
-        >>> T(f).shape, len(list(T.parameters())), T.info.kind
+        >>> T(torch.from_numpy(f)).shape, len(list(T.parameters())), T.info.kind
         (torch.Size([64, 2]), 0, 'mlp3')
     """
 
@@ -172,12 +166,10 @@ def fit_translator(
     """
     halves: list[RidgeStatistics] = []
     seen = 0
-    for features, targets in batches:
-        if not halves:
-            sizes = features.shape[1], targets.shape[1]
-            halves = [RidgeStatistics(*sizes, device=features.device) for _ in range(2)]
-        update_halves(halves, features, targets, torch.arange(seen, seen + len(features)))
-        seen += len(features)
+    for f, z in batches:
+        halves = halves or [RidgeStatistics(f.shape[1], z.shape[1], device=f.device) for _ in range(2)]
+        update_halves(halves, f, z, torch.arange(seen, seen + len(f)))
+        seen += len(f)
     if not halves:
         raise ValueError("no images to fit a translator on: the stream of (features, embeddings) was empty")
     return fit_on_halves(halves, ridges, standardize, info)
@@ -201,8 +193,8 @@ def fit_on_halves(
 
 
 def fit_mlp_translator(
-    features: Array,
-    targets: Array,
+    features: np.ndarray,
+    targets: np.ndarray,
     *,
     settings: MLPSettings | None = None,
     info: TranslatorInfo | None = None,
@@ -240,6 +232,7 @@ def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None)
     if not Path(path).is_file():
         raise FileNotFoundError(f"no translator file at {path}; fit one with `fit_translator` and `.save(path)`")
     known = {field.name for field in fields(TranslatorInfo)}
+    translator: Translator
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -248,7 +241,6 @@ def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         # keys of the info that later versions wrote are left out
         info = TranslatorInfo(**{key: value for key, value in json.loads(metadata["info"]).items() if key in known})
-        translator: Translator
         if metadata["format"] == LinearTranslator.FORMAT:
             translator = LinearTranslator(tensors["matrix"], tensors["offset"], info)
         else:

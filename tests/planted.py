@@ -1,7 +1,5 @@
 """Synthetic features whose null space holds one thing: class meaning, nuisance, a copy, an offset, or nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

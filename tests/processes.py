@@ -3,8 +3,6 @@
 The processes are started once a session and wait for work: starting one costs seconds, using it almost nothing.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import tempfile

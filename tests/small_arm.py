@@ -1,7 +1,5 @@
 """A training arm that takes milliseconds: a small net in float64 on random images, driven by the recipe's own loop."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Angles and scores against arccos, at the ends where arccos fails, and their invariants."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

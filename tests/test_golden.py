@@ -1,7 +1,5 @@
 """The demo's main figures, frozen: a change that moves them must be argued and the file written anew."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

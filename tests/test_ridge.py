@@ -1,7 +1,5 @@
 """Streamed ridge against scikit-learn and the normal equations; merging, λ by validation, invariances, processes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Steering: closed forms against bisection and the textbook, logits kept, what is out of reach is flagged."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

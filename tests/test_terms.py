@@ -1,7 +1,5 @@
 """The terms of SingLoss: theorems with controls, invariances, and a user's own term."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -113,11 +111,6 @@ def test_a_large_floor_makes_capacity_euclidean_and_none_ignores_what_no_feature
     assert value(sing, features, labels) < 1e-12  # features that vary in the row space alone
     sing.floor = 1.0
     assert value(sing, features, labels) > 0.01
-
-
-def test_overrides_change_add_and_remove_terms() -> None:
-    assert resolve_terms({}) == {"readout": 1.0, "capacity": 10.0}
-    assert resolve_terms({"capacity": 0, "readout": 0.5}) == {"readout": 0.5}
 
 
 @pytest.mark.parametrize("same", [False, True])

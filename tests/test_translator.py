@@ -1,7 +1,5 @@
 """Translators: what they fit, that they are frozen, and what their files say and refuse."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
 from dataclasses import replace
@@ -43,7 +41,7 @@ def r2(translator: nn.Module, f: Tensor, z: Tensor) -> float:
 
 
 def fit(f: Tensor, z: Tensor, settings: MLPSettings = QUICK, **options: Any) -> MLPTranslator:
-    return fit_mlp_translator(f, z, settings=settings, progress=False, **options)
+    return fit_mlp_translator(f.numpy(), z.numpy(), settings=settings, progress=False, **options)
 
 
 def small(kind: Any = "mlp3", seed: int = 0) -> MLPTranslator:
@@ -192,14 +190,15 @@ def test_memory_mapped_arrays_are_read_in_pieces(tmp_path: Path) -> None:
         rows.flush()
         read = np.load(tmp_path / f"f{count}.npy", mmap_mode="r")
         tracemalloc.start()
-        fit(read, read[:, :3], MLPSettings(hidden=4, epochs=1, batch_size=512))
+        fit_mlp_translator(read, read[:, :3], settings=MLPSettings(hidden=4, epochs=1, batch_size=512), progress=False)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0]
     assert peaks[1] < 0.5 * 40_000 * 256 * 4  # the control: all of it
     f, z = curved(60)
     np.save(tmp_path / "f.npy", f.numpy())
-    mapped = fit(np.load(tmp_path / "f.npy", mmap_mode="r"), z.numpy(), MLPSettings(hidden=8, epochs=2))
+    read, settings = np.load(tmp_path / "f.npy", mmap_mode="r"), MLPSettings(hidden=8, epochs=2)
+    mapped = fit_mlp_translator(read, z.numpy(), settings=settings, progress=False)
     assert torch.equal(mapped(f), small()(f))
 
 

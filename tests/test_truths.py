@@ -9,8 +9,6 @@ What each figure should say of what is planted in the null space (yes: clearly n
 - nothing: chance
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from functools import cache
@@ -45,27 +43,6 @@ def findings(case: str) -> tuple[Found, Found, Found]:
     chance = measure_chance(test.batches(), translator=auditor, **options)
     fits = fit_blocks(fit.batches(), null_space=fit.space, classes=CLASSES, target_dim=DIM)
     return chance["paper"], chance["centred"], measure_information(test.batches(), fits)
-
-
-def decide(case: str) -> str:
-    """The decision table read from top to bottom."""
-    paper, centred, information = findings(case)
-    if paper["observed"]["IS"] < 0.25 * paper["levels"]["energy"]["mean"]["IS"]:
-        return "nothing"
-    if centred["observed"]["AS_abs"] < 0.25 * paper["observed"]["AS_abs"]:
-        return "offset"
-    if information["intervals"]["unique"][1] < 0.01:
-        return "copy"
-    class_in_null = information["intervals"]["accuracy null_space"][0] > 2 * information["chance"]
-    harm, benign, sign = (centred["observed"][key] for key in ("AS_neg", "AS_pos", "kappa"))
-    if class_in_null and harm > 3 * benign and sign < 0:
-        return "leakage"
-    return "nuisance" if not class_in_null and benign > 3 * harm and sign > 0 else "undecided"
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_each_truth_is_told_apart(case: str) -> None:
-    assert decide(case) == case
 
 
 def test_the_papers_absolute_score_cannot_tell_them_apart() -> None:
@@ -160,7 +137,7 @@ def auditor(warp: Warp, how: str) -> dict[str, float]:
 
 
 def change(after: dict[str, float], before: dict[str, float]) -> float:
-    return max(abs(after[name] - before[name]) / abs(before[name]) for name in FIGURES)
+    return max(abs(after[name] / before[name] - 1) for name in FIGURES)
 
 
 @pytest.mark.parametrize("warp", ["rotated", "shrunk", "both"])

@@ -1,7 +1,5 @@
 """A fine-tuning run that takes seconds: its arguments, running it here or in a process that can be killed."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -10,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -108,36 +105,24 @@ def one_core() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def run(
-    given: list[str],
-    log: Path,
-    *,
-    signal: int | None = None,
-    after: float = 0.0,
-    when: Callable[[], bool] | None = None,
-) -> Ended:
-    """Run the recipe in a forked process; a signal may be sent after some seconds or when something is the case."""
+def run(given: list[str], log: Path, *, signal: int | None = None, when: Callable[[], bool] = lambda: True) -> Ended:
+    """Run the recipe in a forked process; a signal is sent to it once something is the case."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server's, which has no other way to know
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["finetune", "tests.tiny_run"])
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"")
-    process: BaseProcess = context.Process(target=_work, args=(given, str(log)))
-    begun = time.monotonic()
+    process, begun = context.Process(target=_work, args=(given, str(log))), time.monotonic()
     process.start()
     try:
-        while signal is not None and process.is_alive():
-            if time.monotonic() >= begun + after if when is None else when():
-                os.kill(process.pid or 0, signal)
-                break
+        while process.is_alive():
+            if signal is not None and when():
+                os.kill(process.pid, signal)
+                signal = None
             if time.monotonic() > begun + PATIENCE:
-                raise TimeoutError(f"the moment for the signal never came; the run said:\n{log.read_text()}")
+                raise TimeoutError(f"the run did not end in {PATIENCE} s; it said:\n{log.read_text()}")
             process.join(0.01)
-        process.join(PATIENCE)
-        if process.is_alive():
-            raise TimeoutError(f"the run did not end in {PATIENCE} s; it said:\n{log.read_text()}")
     finally:
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return Ended(process.exitcode or 0, log.read_text(errors="replace"), time.monotonic() - begun)
+        process.kill()
+        process.join()
+    return Ended(process.exitcode, log.read_text(errors="replace"), time.monotonic() - begun)

@@ -8,18 +8,15 @@ used and dropped. Everything runs that one pass over a million images would: rid
 and, beside it, its numbers as JSON. Aim: peak memory at 10⁶ within 10 % of that at 10⁵, and time in proportion.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
+from paired import options
 
 CHUNK, CLASSES = 4096, 100
 
@@ -38,10 +35,8 @@ def stream(count: int, features: int, dim: int) -> dict[str, float]:
     from singreg.ridge import RidgeStatistics
 
     g = torch.Generator().manual_seed(0)
-    weight, matrix = (
-        torch.randn(CLASSES, features, generator=g),
-        torch.randn(dim, features, generator=g) / features**0.5,
-    )
+    weight = torch.randn(CLASSES, features, generator=g)
+    matrix = torch.randn(dim, features, generator=g) / features**0.5
     means, texts = torch.randn(CLASSES, features, generator=g), torch.randn(CLASSES, dim, generator=g)
     before = memory_mib("VmRSS:")
     wall, work = time.perf_counter(), time.process_time()
@@ -66,17 +61,14 @@ def stream(count: int, features: int, dim: int) -> dict[str, float]:
 
 def draw(rows: list[dict[str, float]], out: Path) -> None:
     """Time and peak memory against the count, on logarithmic axes, with the line of proportion."""
-    import matplotlib
+    from matplotlib.figure import Figure  # only here: no part of the memory that is measured
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     counts = [row["count"] for row in rows]
     left.loglog(counts, [row["processor_seconds"] for row in rows], "o-", label="measured")
-    left.loglog(
-        counts, [rows[-1]["processor_seconds"] * count / counts[-1] for count in counts], "--", label="in proportion"
-    )
+    proportion = [rows[-1]["processor_seconds"] * count / counts[-1] for count in counts]
+    left.loglog(counts, proportion, "--", label="in proportion")
     left.set(xlabel="features", ylabel="processor seconds")
     left.legend()
     right.semilogx(counts, [row["peak_mib"] for row in rows], "o-", label="at the peak")
@@ -87,41 +79,22 @@ def draw(rows: list[dict[str, float]], out: Path) -> None:
 
 
 def main() -> None:
-    """One process a count; the figure, the JSON and what the aims ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--largest", type=int, default=10**6, help="the last count; the ones before are a tenth and a hundredth of it"
-    )
-    parser.add_argument("--features", type=int, default=2048)
-    parser.add_argument("--dim", type=int, default=256, help="width of the vision-language model's space")
-    parser.add_argument(
-        "--out", type=Path, default=Path("growth.png"), help="the figure; its numbers go beside it as .json"
-    )
-    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.alone:
-        print(json.dumps(stream(arguments.alone, arguments.features, arguments.dim)))
+    """One process a count, the last one `largest`; the figure, the JSON and what the aims ask for."""
+    given = options(__doc__, largest=10**6, features=2048, dim=256, out="growth.png", alone=0)
+    if given.alone:
+        print(json.dumps(stream(given.alone, given.features, given.dim)))
         return
-    print(f"growth, m = {arguments.features}, {arguments.dim}-d", flush=True)
-    rows: list[dict[str, Any]] = []
-    for count in (arguments.largest // 100, arguments.largest // 10, arguments.largest):
-        sizes = ["--alone", str(count), "--features", str(arguments.features), "--dim", str(arguments.dim)]
+    rows: list[dict[str, float]] = []
+    for count in (given.largest // 100, given.largest // 10, given.largest):
+        sizes = ["--alone", str(count), "--features", str(given.features), "--dim", str(given.dim)]
         done = subprocess.run([sys.executable, __file__, *sizes], check=True, stdout=subprocess.PIPE, text=True)
-        row = json.loads(done.stdout)
-        rows.append(row)
-        print(
-            f"{count} features: {row['seconds']:.1f} s, {row['processor_seconds']:.1f} processor seconds, "
-            f"peak memory {row['peak_mib']:.0f} MiB (before it {row['before_mib']:.0f} MiB)",
-            flush=True,
-        )
+        rows.append(json.loads(done.stdout))
+        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
     memory, work = (rows[-1][key] / rows[-2][key] for key in ("peak_mib", "processor_seconds"))
-    print(
-        f"{rows[-1]['count']} / {rows[-2]['count']} features: peak memory ratio {memory:.3f}, processor seconds ratio {work:.2f}"
-    )
-    arguments.out.with_suffix(".json").write_text(
-        json.dumps({"machine": platform.machine(), "rows": rows}, indent=1) + "\n"
-    )
-    draw(rows, arguments.out)
+    print(f"{rows[-1]['count']} / {rows[-2]['count']} features: peak memory ratio {memory:.3f}, time ratio {work:.2f}")
+    content = {"machine": platform.machine(), "features": given.features, "dim": given.dim, "rows": rows}
+    Path(given.out).with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    draw(rows, Path(given.out))
 
 
 if __name__ == "__main__":

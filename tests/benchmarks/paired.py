@@ -1,61 +1,40 @@
-"""What every benchmark prints: the machine, and the ratio of two ways of doing one thing, timed in turn (A B A B ...)."""
+"""What the benchmarks share: options, the machine, and two ways of doing one thing, timed in turn (A B A B ...)."""
 
-from __future__ import annotations
-
+import argparse
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of every pair: by the clock, and of this process's processors (all threads), which say more on a busy machine."""
-
-    wall: list[tuple[float, float]]
-    work: list[tuple[float, float]]
-
-
-def machine() -> str:
-    """Processor, threads, torch and how busy the machine is."""
-    threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    return f"{platform.machine()}, {os.cpu_count()} processors, {threads} threads, torch {torch.__version__}, load at its start {load:.1f}"
+def options(description: str | None, **defaults: Any) -> argparse.Namespace:
+    """Options of the command line, each of its default's type."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
+    return parser.parse_args()
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, float]:
-    """(clock, processor) seconds of one call."""
+    """Seconds of one call: by the clock, and of this process's processors, which say more on a busy machine."""
     wall, busy = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - busy
 
 
-def pairs(first: Callable[[], Any], second: Callable[[], Any], count: int, *, warm: bool = True) -> Times:
-    """Time both in turn, after one call of each that does not count."""
-    if warm:
-        first(), second()
+def compare(what: str, first: Callable[[], Any], second: Callable[[], Any], count: int) -> None:
+    """Print the machine, and medians and ratios (second over first, pair by pair), after a call of each for warmth."""
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
+    print(f"{what}; {platform.machine()}, {os.cpu_count()} processors, {threads} threads, load at its start {load:.1f}")
+    first(), second()
     measured = [(seconds(first), seconds(second)) for _ in range(count)]
-    return Times([(a[0], b[0]) for a, b in measured], [(a[1], b[1]) for a, b in measured])
-
-
-def ratio_line(what: str, columns: list[tuple[float, float]], *, first_over_second: bool = True) -> str:
-    """Medians of both and the ratio pair by pair: median and quartiles."""
-    ratios = sorted(a / b if first_over_second else b / a for a, b in columns)
-    medians = [statistics.median(column) for column in zip(*columns, strict=True)]
-    low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
-    return (
-        f"{what}: ratio median {statistics.median(ratios):.3f}, quartiles {low:.3f} to {high:.3f} "
-        f"({len(ratios)} pairs, medians {medians[0]:.4g} s and {medians[1]:.4g} s)"
-    )
-
-
-def memory_mib(*, peak: bool) -> float:
-    """MiB this process holds now, or has held at most. Linux's own figures: getrusage's peak counts the parent's before exec too."""
-    wanted = "VmHWM:" if peak else "VmRSS:"
-    with open("/proc/self/status", encoding="ascii") as status:
-        (line,) = (line for line in status if line.startswith(wanted))
-    return int(line.split()[1]) / 1024
+    for place, kind in enumerate(("clock", "processor")):
+        one, other = ([each[way][place] for each in measured] for way in (0, 1))
+        ratios = sorted(b / a for a, b in zip(one, other, strict=True))
+        low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+        print(f"{kind} seconds: medians {statistics.median(one):.4g} and {statistics.median(other):.4g}, ", end="")
+        print(f"ratio, pair by pair: median {statistics.median(ratios):.3f}, quartiles {low:.3f} to {high:.3f}")

@@ -1,7 +1,5 @@
 """The slow, obvious formulas of METHOD.md in float64: the oracles that the fast code is held against."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -9,21 +7,16 @@ import torch
 from torch import Tensor
 
 
-def null_projector(weight: Tensor, rtol: float | None = None) -> Tensor:
+def null_projector(weight: Tensor) -> Tensor:
     """Π_n as an (m, m) matrix from the full SVD (paper eq. 2)."""
-    w = weight.detach().double()
-    _, sigma, vh = torch.linalg.svd(w, full_matrices=True)
-    tolerance = rtol if rtol is not None else max(w.shape) * torch.finfo(torch.float64).eps
-    rank = int((sigma > tolerance * sigma[0]).sum())
-    null = vh[rank:]
-    return null.T @ null
+    _, sigma, vh = torch.linalg.svd(weight.detach().double(), full_matrices=True)
+    rank = int((sigma > max(weight.shape) * torch.finfo(torch.float64).eps * sigma[0]).sum())
+    return vh[rank:].T @ vh[rank:]
 
 
 def angle_degrees(x: Tensor, y: Tensor) -> Tensor:
     """arccos of the cosine, in degrees: fine away from 0 and 180."""
-    return torch.rad2deg(
-        torch.arccos(torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1).clamp(-1, 1))
-    )
+    return torch.cosine_similarity(x.double(), y.double(), dim=-1).clamp(-1, 1).arccos().rad2deg()
 
 
 def ridge(f: np.ndarray, z: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
@@ -50,11 +43,9 @@ def block_scale(f: np.ndarray, weight: Tensor) -> np.ndarray:
 
 def agreement(halves: list[tuple[np.ndarray, np.ndarray]], scale: np.ndarray, size: float) -> tuple[float, float]:
     """Mean R² of each half's ridge fit on the other, and the cosine of the two, both of features f · scale."""
-    pair, scores = [(f @ scale, z) for f, z in halves], []
-    fits = [ridge(f, z, size) for f, z in pair]
-    for (matrix, offset), (f, z) in zip(fits, pair[::-1], strict=True):
-        scores.append(1 - ((f @ matrix.T + offset - z) ** 2).sum() / ((z - z.mean(0)) ** 2).sum())
-    one, other = (matrix.ravel() for matrix, _ in fits)
+    pair = [(f @ scale, z) for f, z in halves]
+    scores = [held_out_r2(pair[place], pair[1 - place], size) for place in (0, 1)]
+    one, other = (ridge(f, z, size)[0].ravel() for f, z in pair)
     return float(np.mean(scores)), float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
 
 
@@ -104,17 +95,10 @@ def degrees(x: Tensor, y: Tensor) -> float:
     return math.degrees(2 * math.atan2(float((x - y).norm()), float((x + y).norm())))
 
 
-def translations(
-    features: Tensor, weight: Tensor, matrix: Tensor, offset: Tensor, mean: Tensor | None = None
-) -> list[tuple[Tensor, Tensor]]:
+def translations(features: Tensor, weight: Tensor, matrix: Tensor, offset: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(T f, T f~) of every image through the (m, m) null projector of a full SVD."""
-    null = null_projector(weight)
-    mu = torch.zeros(features.shape[1], dtype=torch.float64) if mean is None else mean.double()
-    pairs = []
-    for f in features.double():
-        equivalent = f - null @ (f - mu)
-        pairs.append((matrix.double() @ f + offset.double(), matrix.double() @ equivalent + offset.double()))
-    return pairs
+    null, matrix, offset = null_projector(weight), matrix.double(), offset.double()
+    return [(matrix @ f + offset, matrix @ (f - null @ f) + offset) for f in features.double()]
 
 
 def concept_angles(pairs: list[tuple[Tensor, Tensor]], texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +157,6 @@ def crafted(
     def gradient(step: Tensor) -> Tensor:
         leaf = (f + step).requires_grad_()
         torch.cosine_similarity(translator[0] @ leaf + translator[1], text, dim=0).backward()  # type: ignore[no-untyped-call]
-        assert leaf.grad is not None
         return null @ leaf.grad
 
     g = gradient(torch.zeros_like(f))
