@@ -113,12 +113,10 @@ class SingLoss(nn.Module):
 
         The readout is a ridge regression of s = Uᵀ(z - z̄) on Qᵀ(f - μ), Q the row space of the head as it is now.
         """
-        wanted = (self.texts.shape[1], self.head_weight.shape[1])
-        if translator.matrix.shape != wanted:
-            raise ValueError(f"expected a translator matrix {wanted}, got {tuple(translator.matrix.shape)}")
-        if statistics.fz.shape != wanted[::-1]:
-            got = f"expected statistics of m, n = {wanted[::-1]}, got {tuple(statistics.fz.shape)}"
-            raise ValueError(f"{got}; pass RidgeStatistics(m, n).update(features, embeddings)")
+        wanted, got = (self.texts.shape[1], self.head_weight.shape[1]), translator.matrix.shape
+        if got != wanted or statistics.fz.shape != wanted[::-1]:
+            sizes = f"a matrix {wanted} and RidgeStatistics{wanted[::-1]}"
+            raise ValueError(f"expected {sizes}, got {tuple(got)} and {tuple(statistics.fz.shape)}")
         scatter, cross, _ = statistics.centred()
         basis = NullSpace.from_weight(self.head_weight, invariance=self.invariance).basis.to(scatter)
         inner = basis.T @ scatter @ basis

@@ -11,15 +11,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from singreg import steering
 from singreg.functional import angle
 from singreg.nullspace import NullSpace
-from singreg.steering import (
-    LARGEST_STEP,
-    ConditionalGaussian,
-    bisect_step,
-    similarity_gradient,
-    steer,
-    step_for_image_score,
-    unit_in_null,
-)
+from singreg.steering import LARGEST_STEP, ConditionalGaussian, bisect_step, similarity_gradient, steer, unit_in_null
 from singreg.translator import LinearTranslator
 
 M, C = 12, 4
@@ -49,7 +41,7 @@ def steering_direction(features: Tensor, text: Tensor, *, null_space: NullSpace,
 def test_closed_form_step_is_the_bisected_one(degrees: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steering, "LARGEST_STEP", 1e9)
     z, u = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 6, dtype=torch.float64)
-    steps = step_for_image_score(z, u, degrees)
+    steps = steering.step_for_image_score(z, u, degrees)
     expected = bisect_step(lambda x: x, z, u, degrees)
     torch.testing.assert_close(steps, expected, rtol=1e-7, atol=0, equal_nan=True)
     reachable = torch.isfinite(steps)

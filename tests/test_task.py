@@ -12,24 +12,13 @@ from accelerate import Accelerator
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 
+from singreg import task as tasks
 from singreg.config import FinetuneConfig, overridden
 from singreg.data.classes import imagenet_names
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.ridge import RidgeStatistics
-from singreg.task import (
-    FinetuneTask,
-    Schedule,
-    loss_embeddings,
-    loss_texts,
-    make_sing,
-    micro_batch,
-    parameter_groups,
-    refuse_batch_norm,
-    synchronise_batch_norm,
-    train_head_only,
-    trained_backbone,
-)
+from singreg.task import FinetuneTask, Schedule
 from singreg.translator import LinearTranslator
 from tests.small_arm import CLASSES, DIM, SIDE, embeddings, small_classifier, small_fitted
 
@@ -104,9 +93,9 @@ def test_l2_sp_is_the_squared_distance_of_the_backbone_from_its_start() -> None:
 
 def test_training_the_head_only_leaves_what_trains_as_it_was() -> None:
     classifier = small_classifier()
-    backbone, norm = trained_backbone(classifier), cast(Any, classifier.model).norm
-    train_head_only(classifier)
-    assert trained_backbone(classifier) == backbone != []
+    backbone, norm = tasks.trained_backbone(classifier), cast(Any, classifier.model).norm
+    tasks.train_head_only(classifier)
+    assert tasks.trained_backbone(classifier) == backbone != []
     assert not norm.training
     classifier.train()
     assert norm.training
@@ -115,7 +104,7 @@ def test_training_the_head_only_leaves_what_trains_as_it_was() -> None:
 def test_groups_split_head_from_backbone_and_flat_from_matrices() -> None:
     classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=4).tune("all")
     config = configured(training__learning_rate=1e-3, training__head_factor=5.0, training__weight_decay=0.1)
-    groups = parameter_groups(classifier, config)
+    groups = tasks.parameter_groups(classifier, config)
     found = sorted((group["lr"], group["weight_decay"]) for group in groups)
     assert found == [(1e-3, 0.0), (1e-3, 0.1), (5e-3, 0.0), (5e-3, 0.1)]
     together = [id(p) for group in groups for p in group["params"]]
@@ -142,10 +131,10 @@ def test_schedule_drops_the_last_batch_warms_up_and_refreshes_evenly() -> None:
 def test_micro_batches_are_even_or_refused(batch: int, accumulation: int, processes: int, micro: int) -> None:
     config, accelerator = configured(training__batch_size=batch), fake(processes, accumulation=accumulation)
     if micro:
-        assert micro_batch(config, accelerator) == micro
+        assert tasks.micro_batch(config, accelerator) == micro
     else:
         with pytest.raises(ValueError, match=f"{accumulation} accumulation step.* over {processes} process"):
-            micro_batch(config, accelerator)
+            tasks.micro_batch(config, accelerator)
 
 
 def sing_of(**values: Any) -> SingLoss:
@@ -154,7 +143,7 @@ def sing_of(**values: Any) -> SingLoss:
     classifier = small_classifier()
     fitted = small_fitted(classifier)
     config = configured(**{"training__batch_size": 10, "training__epochs": 5, **values})
-    return make_sing(config, classifier.float(), fitted, texts, 43, 2)
+    return tasks.make_sing(config, classifier.float(), fitted, texts, 43, 2)
 
 
 def test_the_loss_is_what_the_configuration_says() -> None:
@@ -168,20 +157,19 @@ def test_placebos_change_what_the_loss_is_given_and_nothing_else() -> None:
     names, rows = (*imagenet_names()[:2], "a thing of one's own"), embeddings()
     vlm = Mock(embed_classes=Mock(return_value=torch.full((3, DIM), 3.0)))
     setup: Any = Mock(splits=Mock(class_names=names), vlm=vlm, texts=torch.randn(3, DIM), embeddings={"bank": rows})
-    given = {
-        name: loss_texts(configured(loss__placebo=name), setup) for name in ("none", "shuffled", "random", "foreign")
-    }
+    kinds = ("none", "shuffled", "random", "foreign")
+    given = {kind: tasks.loss_texts(configured(loss__placebo=kind), setup) for kind in kinds}
     assert given["none"] is given["shuffled"] is setup.texts
     torch.testing.assert_close(given["random"].norm(dim=1), torch.ones(3))
-    assert torch.equal(given["random"], loss_texts(configured(loss__placebo="random", seed=8), setup))
+    assert torch.equal(given["random"], tasks.loss_texts(configured(loss__placebo="random", seed=8), setup))
     assert not torch.allclose(given["random"], setup.texts, atol=0.1)
     assert torch.equal(given["foreign"], torch.full((3, DIM), 3.0))
     foreign, templates = vlm.embed_classes.call_args.args
     assert (len(set(foreign)), templates) == (3, ("an image of a {class}",))
     assert set(foreign) <= set(imagenet_names()) - set(names)
     for name in ("none", "random", "foreign"):
-        assert loss_embeddings(configured(loss__placebo=name), setup) is rows
-    shuffled = loss_embeddings(configured(loss__placebo="shuffled"), setup)
+        assert tasks.loss_embeddings(configured(loss__placebo=name), setup) is rows
+    shuffled = tasks.loss_embeddings(configured(loss__placebo="shuffled"), setup)
     assert sorted(map(tuple, shuffled)) == sorted(map(tuple, rows))
     assert (shuffled == rows).all(1).mean() < 0.2
 
@@ -211,11 +199,11 @@ def test_a_compiled_step_has_the_loss_and_gradients_of_a_plain_one(
 
 def test_batch_norms_that_train_are_refused_on_processes_without_gpus() -> None:
     trains = configured(model__batch_norm="train")
-    refuse_batch_norm(trains, fake(1))
-    refuse_batch_norm(trains, fake(2, "cuda"))
-    refuse_batch_norm(configured(), fake(2))
+    tasks.refuse_batch_norm(trains, fake(1))
+    tasks.refuse_batch_norm(trains, fake(2, "cuda"))
+    tasks.refuse_batch_norm(configured(), fake(2))
     with pytest.raises(ValueError, match=r"batch_norm: train on 2 processes needs GPUs"):
-        refuse_batch_norm(trains, fake(2))
+        tasks.refuse_batch_norm(trains, fake(2))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
@@ -226,9 +214,9 @@ def test_batch_norms_keep_weights_statistics_and_activations(name: str) -> None:
     images = torch.randn(2, 3, 64, 64)
     before, parameters, state = classifier(images), list(classifier.parameters()), classifier.state_dict()
     count = sum(isinstance(module, nn.BatchNorm2d) for module in classifier.modules())
-    synchronise_batch_norm(classifier, config, fake(1))
+    tasks.synchronise_batch_norm(classifier, config, fake(1))
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in classifier.modules()), "one process keeps them"
-    synchronise_batch_norm(classifier, config, fake(2, "cuda"))
+    tasks.synchronise_batch_norm(classifier, config, fake(2, "cuda"))
     synced = [module for module in classifier.modules() if isinstance(module, nn.SyncBatchNorm)]
     assert len(synced) == count > 0
     assert any(isinstance(module, SyncBatchNormAct) for module in synced) == (name == "test_efficientnet")
@@ -242,4 +230,4 @@ def test_a_batch_norm_in_the_head_is_refused_on_several_processes() -> None:
     head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
     classifier = Classifier.from_module(nn.Sequential(nn.Linear(3, 4), head), head="1")
     with pytest.raises(ValueError, match=r"the head '1' .* has a batch norm of its own"):
-        synchronise_batch_norm(classifier, configured(model__batch_norm="train"), fake(2, "cuda"))
+        tasks.synchronise_batch_norm(classifier, configured(model__batch_norm="train"), fake(2, "cuda"))
