@@ -187,7 +187,11 @@ def report(study: Study, found: list[tuple[Work, Measured]]) -> None:
     """Compare the arms with the reference and write the study's report."""
     config, run, setup = study.config, study.run, study.setup
     arms = summarize_study(found, config.reference, config.claim)
-    facts = {"images": len(setup.splits.test), "auditor_images": len(setup.splits.audit)}
+    facts = {
+        "images": len(setup.splits.test),
+        "classes": len(setup.splits.class_names),
+        "auditor_images": len(setup.splits.audit),
+    }
     facts["features"] = setup.classifier.feature_dim
     named = {f"{work.arm.name}, seed {work.seed}": each for work, each in found}
     run.seconds.update({name: each.seconds for name, each in named.items()})

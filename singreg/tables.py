@@ -132,7 +132,7 @@ def analysis_verdict(found: Found) -> list[str]:
     measured, chance, information = found["measurement"], found["chance"]["auditor"]["paper"], found["information"]
     head, by = measured["head"], measured["translators"]["auditor"]
     (low, high), level = by["intervals"]["AS_neg"], chance["levels"]["energy"]["mean"]["AS_neg"]
-    against = "more than" if low > level else "less than" if high < level else "no different from"
+    against = "more than" if low > level else "less than" if high < level else "not distinguishable from"
     leaky = ", ".join(f"{each['name']} ({each['means']['AS_neg']:.1f}°)" for each in found["classes"]["classes"][:3])
 
     def most(order: Order) -> str:

@@ -131,3 +131,11 @@ def test_verdict_names_best_worst_order_and_what_was_left_out() -> None:
     only = paired_figures({"clip": {"good": model(0)}})
     assert comparison_verdict(only, heads)[0].startswith("Only good could be measured: AS⁻ ")
     assert "None of the models" in comparison_verdict(None, heads)[0]
+
+
+def test_no_order_is_claimed_of_equal_models_or_few_images() -> None:
+    equal = comparison_verdict(paired_figures({"A": {"a": model(0), "b": model(0)}}), [])
+    assert len(equal) == 1
+    assert "none is shown to lose more than another" in equal[0]
+    few = paired_figures({"A": {name: rows[:3] for name, rows in three().items()}})
+    assert comparison_verdict(few, [])[0].startswith("No claim: an interval from 3 test images of 3 classes")

@@ -108,6 +108,16 @@ def no_claim(images: int, features: int) -> str | None:
     return said if images < needed else None
 
 
+def too_few(images: int, classes: int) -> str | None:
+    """Say why an interval over these test images means little; None where it does not."""
+    if images >= LEAST_IMAGES and classes >= LEAST_CLASSES:
+        return None
+    return (
+        f"No claim: an interval from {images} test images of {classes} classes means little; at least "
+        f"{LEAST_IMAGES} images of {LEAST_CLASSES} classes are needed (data.per_class.test or data.scenes.test)."
+    )
+
+
 def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, trained: bool = True) -> list[str]:
     """Say in at most four lines what leaks, whether the audit passed, what the loss changed and at what price."""
     (_, before), (_, after) = measurements["before"], measurements["sing"]
@@ -147,16 +157,11 @@ def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, 
 def _no_comparison(measurements: Mapping[str, Measured]) -> str | None:
     """Say why the test images support no claim about the two arms; None where they do."""
     rows, control = (measurements[name][0] for name in ("sing", "control"))
-    images, classes = len(rows), rows["label"].nunique()
-    if images < LEAST_IMAGES or classes < LEAST_CLASSES:
-        return (
-            f"No claim: an interval from {images} test images of {classes} classes means little; at least "
-            f"{LEAST_IMAGES} images of {LEAST_CLASSES} classes are needed (data.per_class.test or data.scenes.test)."
-        )
+    few = too_few(len(rows), rows["label"].nunique())
     moved = np.abs(rows["AS/auditor"] - control["AS/auditor"]).max()
-    if moved < UNMOVED:
+    if few is None and moved < UNMOVED:
         return f"No claim: the two arms are the same (AS of no test image differs by {UNMOVED}° or more)."
-    return None
+    return few
 
 
 def _change(row: Any, events: int = LEAST_EVENTS) -> str:

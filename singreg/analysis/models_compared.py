@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from singreg.analysis.comparison import ends
+from singreg.analysis.comparison import ends, too_few
 from singreg.analysis.statistics import resampled_means
 
 FIGURES = ("AS_neg", "AS_abs", "IS", "ratio")
@@ -28,6 +28,7 @@ class PairedFigures:
     models: tuple[str, ...]
     views: tuple[tuple[str, str], ...]
     images: int
+    classes: int
     figures: dict[str, np.ndarray]
 
     @property
@@ -63,7 +64,9 @@ def paired_figures(
     read = means[:, len(models) :].reshape(1 + resamples, len(views), len(models), 3)
     with np.errstate(divide="ignore", invalid="ignore"):
         figures = dict(zip(FIGURES, (*np.moveaxis(read, 3, 0), read[..., 2] / read[..., 1]), strict=True))
-    return PairedFigures(models, views, len(reference), {"top1": means[:, : len(models)], **figures})
+    return PairedFigures(
+        models, views, len(reference), reference["label"].nunique(), {"top1": means[:, : len(models)], **figures}
+    )
 
 
 def model_differences(figures: PairedFigures) -> list[dict[str, Any]]:
@@ -125,9 +128,20 @@ def comparison_verdict(figures: PairedFigures | None, heads: Sequence[Mapping[st
     order = order_check(figures)
     names = order["orders"][figures.primary]
     best, worst = (harm[:, figures.models.index(name)] for name in (names[0], names[-1]))
-    read = ["{:.2f}° [{:.2f}, {:.2f}]".format(*ends(values)) for values in (best, worst, worst - best)]
+    told = [ends(values) for values in (best, worst, worst - best)]
+    read = ["{:.2f}° [{:.2f}, {:.2f}]".format(*each) for each in told]
     if len(names) == 1:
         return [f"Only {names[0]} could be measured: AS⁻ {read[0]} in {space} by the {translator}.", *left_out]
+    few = too_few(figures.images, figures.classes)
+    if few is not None:
+        return [few, *left_out]
+    if told[2][1] <= 0:
+        return [
+            f"Of {len(names)} models on the same {figures.images} images none is shown to lose more than another: AS⁻ "
+            f"of {names[0]} is {read[0]}, of {names[-1]} {read[1]}, paired {read[2]} apart, in {space} by the "
+            f"{translator}.",
+            *left_out,
+        ]
     holds = "is the same" if all(row == order["orders"][0] for row in order["orders"]) else "is not the same"
     return [
         f"Of {len(names)} models on the same {figures.images} images, {names[0]} loses least of the true class when "

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from singreg.analysis.arms import AUDITOR, Measured
-from singreg.analysis.comparison import CONFIRMED, MARGIN, confirmed_share, ends, no_claim, resampled
+from singreg.analysis.comparison import CONFIRMED, MARGIN, SMALLEST, confirmed_share, ends, no_claim, resampled, too_few
 from singreg.analysis.crossfit import AUDITED, figures
-from singreg.analysis.statistics import paired_difference
+from singreg.analysis.statistics import paired_proportions
 from singreg.study_runs import Work
 
 HARM = "class_variance"  # what arms are ordered by: steering, AS⁻ and |AS| all come of it (METHOD section 8.8)
@@ -98,8 +98,8 @@ def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
     """Compare rows by seed with the reference's, paired by image, seeds averaged first; only common seeds are compared.
 
     Returns:
-        By figure of `PAIRED`: value, low, high (95 % bootstrap over classes and images, of top-1 over images) and unit
-        (× of means, points).
+        By figure of `PAIRED`: value, low, high (95 % bootstrap over classes and images, of top-1 a score
+        interval over images, ends averaged over seeds) and unit (× of means, points).
         "confirmed" is left out where no loop's translator reads, or it reads no fall.
     """
     seeds = sorted(arm.keys() & reference.keys())
@@ -111,8 +111,9 @@ def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
     one, other = ({**figures(each), **each, "AS_neg": -each["AS/auditor"]} for each in means)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {key: (*ends(one[key] / other[key]), "×") for key in PAIRED if key not in ("top1", "confirmed")}
-    # Of these classes: their images alone are drawn again.
-    value, low, high = paired_difference(*(100 * rows["correct"].to_numpy() for rows in both))
+    hits = [[rows[seed]["correct"].to_numpy(np.float64) for rows in (arm, reference)] for seed in seeds]
+    # Of these classes, so over images alone; of one seed each, since an average of seeds has no score interval.
+    value, low, high = (float(end) for end in 100 * np.mean([paired_proportions(*pair) for pair in hits], axis=0))
     found["top1"] = (value, low, high, "points")
     if "AS/loop" in one and one["AS/loop"][0] > other["AS/loop"][0]:
         found["confirmed"] = (*confirmed_share(both, classes), "×")
@@ -138,15 +139,22 @@ def words(paired: Mapping[str, Any] | None) -> str:
 
 
 def study_verdict(
-    arms: Sequence[Summary], reference: str, claim: str, *, images: int, auditor_images: int, features: int
+    arms: Sequence[Summary],
+    reference: str,
+    claim: str,
+    *,
+    images: int,
+    classes: int,
+    auditor_images: int,
+    features: int,
 ) -> list[str]:
     """Say in at most four lines what the claimed arm does, its price, and what placebos and a dropped null space do."""
-    refused, arm = no_claim(auditor_images, features), by_name(arms, claim)
+    arm, refused = by_name(arms, claim), no_claim(auditor_images, features) or too_few(images, classes)
     if refused or not arm["paired"]:
         return [refused or f"{claim!r} is compared with nothing, so this study says nothing about it."]
     paired, on = arm["paired"], f"{images} test images, auditor of {auditor_images} others, {len(arm['seeds'])} seed(s)"
     fallen = "; ".join(f"{PAIRED[key]} {words(paired[key])}" for key in CLAIMED)
-    failed = [PAIRED[key] for key in CLAIMED if not paired[key]["high"] < 1]
+    failed = [PAIRED[key] for key in CLAIMED if not (paired[key]["high"] < 1 and paired[key]["value"] < 1 - SMALLEST)]
     together = f"not shown to fall: {', '.join(failed)}" if failed else "all fall together"
     kept = "kept" if paired["top1"]["low"] > -100 * MARGIN else "not shown to be kept"
     beside = ", ".join(f"{PAIRED[key]} {words(paired[key])}" for key in ("IS", "unique_r2", "harmless_r2"))
