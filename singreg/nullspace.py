@@ -19,13 +19,11 @@ LARGEST_RATIO = {torch.float32: 30.0, torch.float64: 1e6}  # of a Cholesky facto
 
 
 def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Factor W = L Q into a lower triangle L (C, C) and orthonormal rows Q (C, m); None unless safely of full rank.
+    """Factor W (C, m) = L Q, C <= m, into a lower triangle L and orthonormal rows Q; None unless safely of full rank.
 
-    Halving makes nearly all the work matrix products, several times faster than an SVD at 1000 x 2048. The error grows
-    with the square of the condition number, so |Q Qᵀ - I| is measured, on random vectors.
-
-    Args:
-        rows: W (C, m), float64 with C <= m; it is overwritten, and Q is the same memory.
+    W, in float64, is overwritten by Q. Halving makes nearly all the work matrix products, several times faster than an
+    SVD at 1000 x 2048. The error grows with the square of the condition number, so |Q Qᵀ - I| is measured, on random
+    vectors.
     """
     factor = rows.new_zeros(len(rows), len(rows))
     if not len(rows) or not _orthonormalize_(rows, factor):

@@ -141,11 +141,8 @@ class RidgeStatistics:
     ) -> tuple[float, float, float]:
         """Choose a ridge by what fits on two disjoint halves have in common: R² on the other half, times their cosine.
 
-        R² alone prefers a ridge so small that low-variance directions are fitted to noise: the halves predict alike and
-        point apart, and whatever is steered or regularised along a direction follows that noise (METHOD section 2).
-
-        Returns:
-            The ridge, with its mean R² on the other half and the cosine <A₁, A₂> / |A₁| |A₂| in the penalty's scale.
+        R² alone prefers a ridge so small that low-variance directions are fitted to noise (METHOD section 2). Returned
+        with its mean R² on the other half and the cosine <A₁, A₂> / |A₁| |A₂| in the penalty's scale.
         """
         whole = self + other
         scale = whole._scaled(standardize)[2](torch.eye(len(whole.f)).to(whole.f))
@@ -206,10 +203,7 @@ class RidgePath:
 
 
 def _feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, basis: Tensor | None) -> FeatureScale:
-    """Π_p f and Π_n f each by the root of tr(S²)/tr(S): neither turning nor shrinking the null block moves the fit.
-
-    From S (m, m) and Σ f fᵀ (m, m); a constant block, or without a basis a constant feature, is mapped to 0.
-    """
+    """Π_p f and Π_n f each by the root of tr(S²)/tr(S); a constant block, or feature without a basis, to 0."""
     if basis is None:
         alive = torch.diagonal(scatter) > DEAD * torch.diagonal(raw)
         return lambda columns: torch.where(alive[:, None], columns, 0)
@@ -221,7 +215,7 @@ def _feature_scale(scatter: Tensor, raw: Tensor, count: Tensor, basis: Tensor | 
     least = DEAD * torch.diagonal(raw).sum()
 
     def inverse_deviation(block: Tensor) -> Tensor:
-        """A mean weighted by variance: a plain one, of null directions most almost empty, would be far too small."""
+        # a mean weighted by variance: a plain one, of null directions most almost empty, would be far too small
         energy = torch.diagonal(block).sum()
         return (energy * count / block.square().sum()).sqrt() if bool(energy > least) else torch.zeros_like(energy)
 

@@ -150,9 +150,8 @@ class ConditionalGaussian:
     ) -> ConditionalGaussian:
         """Condition a Gaussian of features, mean (m,) and covariance (m, m), on the head's row space.
 
-        Directions in which features hardly vary, or fewer images than dimensions, make the covariance (nearly) singular
-        and a radius meaningless: variances are kept above `floor` times their mean, in the row space before the
-        regression and in the conditional covariance after it.
+        A (nearly) singular covariance would make a radius meaningless: variances are kept above `floor` times their
+        mean, in the row space before the regression and in the conditional covariance after it.
         """
         if null_space.nullity == 0:
             raise ValueError("this head has no null space, so there is no null component to measure a radius of")
@@ -187,8 +186,6 @@ class ConditionalGaussian:
 
     def step_for_radius(self, features: Tensor, direction: Tensor, radii: Tensor) -> Tensor:
         """Return the largest ε >= 0 with radius(f + ε d) <= R for every R, in closed form; NaN where there is none.
-
-        NaN: the feature lies outside R already and the direction does not lead back in, or it has no length.
 
         Shape: features and directions in the null space (B, m), radii (G,) >= 0; returns (B, G) float64.
         """

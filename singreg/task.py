@@ -2,8 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -48,9 +46,7 @@ class FinetuneTask(nn.Module):
     ) -> None:
         super().__init__()
         self.classifier, self.sing, self.l2_sp = classifier, sing, l2_sp
-        self._compiled: Callable[[Tensor], Tensor] | None = None
-        if compile:
-            self._compiled = torch.compile(classifier.model.forward_features)  # type: ignore[arg-type]
+        self._compiled = torch.compile(classifier.model.forward_features) if compile else None  # type: ignore[arg-type]
         for number, parameter in enumerate(trained_backbone(classifier) if l2_sp else []):
             self.register_buffer(f"start_{number}", parameter.detach().clone(), persistent=False)
 
@@ -58,13 +54,17 @@ class FinetuneTask(nn.Module):
         self, images: Tensor, labels: Tensor, clean: Tensor | None = None, embeddings: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Return one step's loss and its named parts."""
-        with self._compiled_features():
-            features, logits = self.classifier.features_and_logits(images)
-            loss = nn.functional.cross_entropy(logits.float(), labels)
-            if self.sing is not None and clean is not None:  # dropout and batch norm rest, as the translator was fitted
-                training = self.classifier.training
-                features = self.classifier.eval().features(clean)
-                self.classifier.train(training)
+        own = vars(self.classifier.model)
+        if self._compiled is not None:  # the model's own `forward` finds it; copies made later do not
+            own["forward_features"] = self._compiled
+        features, logits = self.classifier.features_and_logits(images)
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        if self.sing is not None and clean is not None:  # dropout and batch norm rest, as the translator was fitted
+            training = self.classifier.training
+            features = self.classifier.eval().features(clean)
+            self.classifier.train(training)
+        if self._compiled is not None:
+            del own["forward_features"]
         outputs = {"ce": loss.detach(), "correct": (logits.detach().argmax(1) == labels).float().mean()}
         if self.sing is not None:
             loss = loss + self.sing(features, labels, embeddings)
@@ -75,17 +75,6 @@ class FinetuneTask(nn.Module):
             penalty = 0.5 * self.l2_sp * torch.stack(moved).sum() if moved else torch.zeros_like(loss)
             loss, outputs["l2_sp"] = loss + penalty, penalty.detach()
         return {"loss": loss, **outputs}
-
-    @contextmanager
-    def _compiled_features(self) -> Iterator[None]:
-        """Let the model's own `forward` find the compiled function for as long as this lasts."""
-        if self._compiled is None:
-            yield
-            return
-        own = vars(self.classifier.model)
-        own["forward_features"] = self._compiled
-        yield
-        del own["forward_features"]
 
 
 def make_sing(
@@ -135,12 +124,9 @@ def trained_backbone(classifier: Classifier) -> list[nn.Parameter]:
 
 def train_head_only(classifier: Classifier) -> None:
     """Let the backbone's batch norms and dropout rest, for the steps of LP-FT that throw its gradients away."""
-    backbone = trained_backbone(classifier)
-    for parameter in backbone:
-        parameter.requires_grad_(False)
+    backbone = nn.ParameterList(trained_backbone(classifier)).requires_grad_(False)
     classifier.train()
-    for parameter in backbone:
-        parameter.requires_grad_(True)
+    backbone.requires_grad_(True)
 
 
 def parameter_groups(classifier: Classifier, config: FinetuneConfig) -> list[dict[str, Any]]:
