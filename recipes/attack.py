@@ -74,7 +74,7 @@ from singreg.models.vlm import hash_of_state
 from singreg.plots.attack import attack_page, attack_plots
 from singreg.report import log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import BATCH_SIZE, labels_for_head
+from singreg.setup import BATCH_SIZE, labels_for_head, try_one_batch
 from singreg.spaces import Space, open_model, open_spaces
 from singreg.utils import cache_folder
 
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen, inputs = choose_images(splits.test, config.images, config.seed), {}
         for model in config.models:
             classifier = open_model(model, splits, config)
-            labels_for_head(splits, classifier, model)
+            try_one_batch(labels_for_head(splits, classifier, model), classifier, model)
             inputs[model.known_as] = hash_of_state(classifier)
         passes = PassSettings(BATCH_SIZE, config.data.workers, accelerator.is_local_main_process, str(cache_folder()))
         spaces = open_spaces([config.vlm, *config.further_vlms], splits, [splits.class_names], accelerator, passes)

@@ -58,7 +58,7 @@ from singreg.analysis.features import iterate_features
 from singreg.analysis.fitting import fit_all
 from singreg.analysis.scores import analyze_model
 from singreg.analysis.steering import PairPlan, plan_pairs, steer_pairs
-from singreg.data.classes import resolve_classes
+from singreg.classes import resolve_classes
 from singreg.nullspace import NullSpace
 from singreg.plots.steering import plot_steering
 from singreg.report import log, log_figures, track, write_report

@@ -15,6 +15,7 @@ from singreg.parsing import parse as parse
 # Nothing here imports torch: --help and mistakes are answered before the seconds that takes.
 MLPKind = Literal["mlp3", "mlp4", "residual"]
 ASSETS = Path(__file__).parent / "assets"
+TERMS = {"readout": 1.0, "capacity": 10.0}  # those of terms.py and their weights
 SCENES: dict[str, float] = {"train": 2000, "audit": 1600, "test": 1000, "bank": 0, "bias": 0.6, "seed": 0}
 
 
@@ -261,13 +262,13 @@ class LossConfig(Checked):
     placebo: Literal["none", "random", "foreign", "shuffled"] = "none"
 
     def check(self, problems: Problems) -> None:
-        if not self.terms:
-            return
-        from singreg.terms import TERMS, resolve_terms  # torch, after all
-
-        problems.keys("terms", self.terms, sorted(TERMS))
         problems.within(0, **{f"terms.{name}": weight for name, weight in self.terms.items()})
-        problems.need(bool(resolve_terms(self.terms)), "terms: none is left; give one a weight above 0")
+        if set(self.terms) <= set(TERMS) and any(weight > 0 for weight in {**TERMS, **self.terms}.values()):
+            return
+        from singreg import terms  # which imports torch: for mistakes, and for terms that others have registered
+
+        problems.keys("terms", self.terms, sorted(terms.TERMS))
+        problems.need(bool(terms.resolve_terms(self.terms)), "terms: none is left; give one a weight above 0")
 
 
 @dataclass

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from singreg.classes import NoRows, head_rows, imagenet_names, read_list, subset_of
 from singreg.config import ModelConfig, RunConfig, VLMConfig, located
-from singreg.data.classes import NoRows, head_rows, imagenet_names, read_list, subset_of
 from singreg.data.datasets import NAMED, ImageSplit, Splits, load_splits, make_loader
 from singreg.data.embeddings import PassSettings, cached_embeddings
 from singreg.models.classifier import Classifier
@@ -53,7 +53,7 @@ def prepare(
     needs_quick_gelu(located(config.vlm.name, "vlm"), config.vlm.pretrained)  # or say now what is wrong with them
     splits = load_splits(config.data)
     if not len(splits.audit):
-        raise ValueError("the audit split is empty: no auditor can be fitted; give data.per_class.audit or unlabeled")
+        raise ValueError("no image is left for the auditor, who confirms each score; give data.per_class.audit images")
     fit_batch(config, len(splits.train), accelerator)
     options: dict[str, Any] = {"image_size": config.data.image_size, "trained": hasattr(config, "training")}
     classifier = build_classifier(model, splits, **options).to(accelerator.device)

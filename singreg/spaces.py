@@ -19,7 +19,7 @@ from singreg.data.embeddings import PassSettings
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
 from singreg.models.vlm import VisionLanguageModel
-from singreg.setup import build_classifier, embed_splits, labels_for_head, open_vlm
+from singreg.setup import build_classifier, embed_splits, labels_for_head, open_vlm, try_one_batch
 
 
 def open_model(model: ComparedModel, splits: Splits, config: RunConfig) -> Classifier:
@@ -87,7 +87,9 @@ def look_at_heads(
             summary = {**passport["summary"], "tag": model.known_as}
             head["passport"] = {**passport, "summary": summary}
             if summary["nullity"] if model.invariance == "logits" else passport["softmax_nullity"]:
-                names.append(labels_for_head(splits, classifier, model).class_names)
+                labelled = labels_for_head(splits, classifier, model)
+                try_one_batch(labelled, classifier, model)
+                names.append(labelled.class_names)
             else:
                 sizes = f"{summary['classes']} classes fill all {summary['features']} features"
                 head["omitted"] = f"no null space: {sizes}, every direction moves a logit"

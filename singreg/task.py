@@ -11,8 +11,8 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from singreg.analysis.fitting import FittedTranslator
+from singreg.classes import imagenet_names
 from singreg.config import FinetuneConfig
-from singreg.data.classes import imagenet_names
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.setup import Setup

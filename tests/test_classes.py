@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.data import ImageNetInfo
 
-from singreg.data.classes import expand_classes, imagenet_names, named_sets, resolve_classes
+from singreg.classes import expand_classes, imagenet_names, named_sets, resolve_classes
 from singreg.data.concepts import BANK_TEMPLATES, CONCEPTS_FOLDER, ConceptBank, embed_concepts, load_concepts
 
 SYNSETS = ImageNetInfo().label_names()

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from singreg.classes import imagenet_names
 from singreg.config import DataConfig
-from singreg.data.classes import imagenet_names
 from singreg.data.datasets import load_splits
 from singreg.data.splits import ConcatSplit, TableSplit
 from tests.images import (
@@ -131,8 +131,8 @@ def test_subset_and_concatenation_keep_rows_together(tree: Path) -> None:
         ({"test_split": "val"}, r"no split 'val'.*set data\.test_split to one of .*: train, validation"),
         ({"source": "/nowhere"}, r"nowhere .data\.source"),
         ({"unlabeled": "/nowhere"}, r"no image below .*data\.unlabeled"),
-        ({"test_split": "../odd/train"}, "1 of the classes are not among the 3 there: 'my_thing'"),
-        ({"source": "../odd", "test_split": "train", "classes": ["c", "n01443537"]}, "c has 0 for train"),
+        ({"test_split": "../odd/train"}, "1 of the classes are not among the 2 there: 'my_thing'"),
+        ({"source": "../odd", "test_split": "train", "classes": ["c", "n01443537"]}, "'c' .near: none"),
         ({"source": "../odd/train", "train_split": "c"}, "holds no class folder"),
     ],
 )
@@ -143,6 +143,12 @@ def test_errors_name_every_class_and_what_to_do(tree: Path, changes: dict[str, A
         load(source, **changes)
 
 
+def test_folders_without_an_image_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_tree(tmp_path, {"train": {"0": 0, "a": 2, "b": 2}, "validation": {"a": 1, "b": 1}})
+    assert load(root).class_names == ("a", "b")
+    assert "1 class folders in train hold no image and are left out:\n  0" in caplog.text
+
+
 def test_a_file_gives_classes_their_names(tmp_path: Path) -> None:
     keys = [str(n) for n in range(1, 11)]
     root = write_tree(tmp_path, {"train": dict.fromkeys(keys, 2), "validation": dict.fromkeys(keys, 1)})
@@ -151,6 +157,8 @@ def test_a_file_gives_classes_their_names(tmp_path: Path) -> None:
     given: dict[str, Any] = {"class_names": str(file)}
     assert load(root, **given).class_names[:3] == ("name 1", "name 10", "name 2")
     assert load(root, classes=["10", "3"], **given).class_names == ("name 10", "name 3")
+    file.write_text("1: tench\n2: goldfish\n4: great white shark\n")
+    assert load(root, classes=["4", "1", "2"], **given).classes.indices == (2, 0, 1)
     file.write_text("# some\n3: red kite\n10 : owl\n")
     named = load(root, classes=["10", "3", "4"], **given)
     assert (named.class_names, named.classes.keys) == (("owl", "red kite", "4"), ("10", "3", "4"))
@@ -254,9 +262,9 @@ def test_rows_without_image_or_label_are_named(
 
 def test_columns_are_chosen_by_name_or_refused(tmp_path: Path) -> None:
     paths = [write_image(tmp_path / f"{i}.png") for i in range(12)]
-    columns = {"fine": [0, 1] * 6, "coarse": [1, 0] * 6, "large": ["b", "a"] * 6}
+    columns = {"fine": [0, 1] * 6, "coarse": [1, 0] * 6, "large": ["b", "a"] * 6, "number": ["10", "9"] * 6}
     kinds = {name: datasets.ClassLabel(names=[f"{name} {n}" for n in "xy"]) for name in ("fine", "coarse")}
-    kinds |= {"large": datasets.Value("large_string"), "image": datasets.Image()}
+    kinds |= {"large": datasets.Value("large_string"), "number": datasets.Value("string"), "image": datasets.Image()}
     table = datasets.Dataset.from_dict({"image": [str(path) for path in paths], **columns}, datasets.Features(kinds))
     for split, rows in (("train", range(8)), ("validation", range(8, 12))):
         table.select(rows).to_parquet(tmp_path / "set" / f"{split}.parquet")
@@ -267,6 +275,7 @@ def test_columns_are_chosen_by_name_or_refused(tmp_path: Path) -> None:
     assert load(tmp_path / "set", label_column="coarse").classes.order == ("coarse x", "coarse y")
     splits = load(tmp_path / "set", label_column="large")
     assert splits.class_names == ("a", "b")
+    assert load(tmp_path / "set", label_column="number").classes.order == ("9", "10")
     table.rename_column("large", "label").to_parquet(tmp_path / "named/train.parquet")
     table.rename_column("large", "label").to_parquet(tmp_path / "named/validation.parquet")
     assert load(tmp_path / "named", bad_images="drop", per_class={"test": 1}).class_names == ("a", "b")

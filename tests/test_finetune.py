@@ -25,8 +25,8 @@ from torch import Tensor
 import finetune as recipe
 from singreg import checkpoints, loop, runs, utils
 from singreg.checkpoints import Checkpoints
+from singreg.classes import expand_classes
 from singreg.config import FinetuneConfig, located, parse
-from singreg.data.classes import expand_classes
 from singreg.loop_translator import LoopTranslator
 from singreg.models.classifier import Classifier
 from singreg.translator import load_translator

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +37,13 @@ def test_every_mode_becomes_rgb_and_upright(tmp_path: Path, mode: str) -> None:
         ("16.pgm", RAMP.astype(np.uint16), None),
         ("8.png", (RAMP / 257).astype(np.uint8), None),
         ("12.png", (RAMP / 16).astype(np.uint16), "16-bit values up to 4095"),
+        ("white is zero.tif", (65535 - RAMP).astype(np.uint16), None),
         ("int32.tif", RAMP.astype(np.int32), "32-bit values"),
         ("float.tif", (RAMP / 65535).astype(np.float32), "32-bit values"),
     ],
 )
 def test_wide_values_are_scaled_or_refused(name: str, values: np.ndarray, words: str | None, tmp_path: Path) -> None:
-    Image.fromarray(values).save(tmp_path / name)
+    Image.fromarray(values).save(tmp_path / name, **({"tiffinfo": {262: 0}} if "zero" in name else {}))
     split = TableSplit.from_files("x", [str(tmp_path / name)], ["x"], [0])
     assert split.examine([0]) == bool(words)
     if words:
@@ -48,6 +51,33 @@ def test_wide_values_are_scaled_or_refused(name: str, values: np.ndarray, words:
     else:
         assert np.array_equal(np.asarray(split.image(0))[..., 0], (RAMP / 257).astype(int)) or name != "8.png"
         assert np.abs(np.asarray(split.image(0), float)[..., 1] - RAMP / 257).max() <= 1
+
+
+def colour_png(path: Path, most: int) -> None:
+    """A grey ramp up to a value as a PNG file of 16 bits a colour, which PIL does not write."""
+    rows = np.repeat((RAMP / 65535 * most).astype(">u2")[..., None], 3, axis=2).reshape(64, -1).view(np.uint8)
+    pixels = np.pad(rows, ((0, 0), (1, 0)))  # each row begins with its filter, 0
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(pixels.tobytes()),
+        b"IEND": b"",
+    }
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts.items()]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def test_dark_values_are_judged_by_all_images_of_a_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [str(tmp_path / f"{most}.png") for most in (4095, 16383, 65535)]
+    for path, most in zip(paths, (4095, 16383, 65535), strict=True):
+        colour_png(Path(path), most)
+    alone = TableSplit.from_files("x", paths, ["x"], [0] * 3)
+    assert alone.examine([0])
+    assert "(12 bits?)" in alone.bad[0]
+    together = TableSplit.from_files("x", paths, ["x"], [0] * 3)
+    assert not together.examine([0, 1])
+    assert "16-bit images have values up to 16128 alone" in caplog.text
+    assert not together.examine([2])
+    assert np.abs(np.asarray(together.image(0), float) - RAMP[..., None] / 257 / 16).max() <= 1
 
 
 def test_what_can_be_opened_is_used_and_the_rest_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,6 +110,10 @@ def test_unreadable_images_stop_or_are_replaced(tmp_path: Path, caplog: pytest.L
     with pytest.raises(ValueError, match="3 images cannot be read") as caught:
         load(root, unlabeled=str(root / "pool"))
     assert all(str(path) in str(caught.value) for path in bad)
+    for name in ("text2.png", "text3.png"):
+        (root / "pool" / name).write_text("not an image")
+    with pytest.raises(ValueError, match=r"(?s)5 images cannot be read.*and 2 more$"):
+        load(root, unlabeled=str(root / "pool"))
     with caplog.at_level(logging.WARNING):
         splits = load(root, unlabeled=str(root / "pool"), bad_images="drop", per_class={"train": 2, "audit": 2})
     assert all(str(path) in caplog.text for path in bad)

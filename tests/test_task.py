@@ -13,8 +13,8 @@ from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 
 from singreg import task as tasks
+from singreg.classes import imagenet_names
 from singreg.config import FinetuneConfig, overridden
-from singreg.data.classes import imagenet_names
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.ridge import RidgeStatistics

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from singreg.data.classes import imagenet_names, read_list
+from singreg.classes import imagenet_names, read_list
 
 if TYPE_CHECKING:
     from singreg.models.vlm import VisionLanguageModel

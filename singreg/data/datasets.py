@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from timm.utils.misc import natural_key
 
+from singreg.classes import ClassSubset, read_list, renamed, resolve_classes
 from singreg.config import DataConfig
-from singreg.data.classes import ClassSubset, read_list, renamed, resolve_classes
 from singreg.data.scenes import SHAPES, sample_scenes
 from singreg.data.splits import (
     FORMATS,
@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 TABLES = ("*.parquet", "*/*.parquet", "*.tar", "*/*.tar")  # that `datasets` reads
 TEXTS = ("string", "large_string", "string_view")  # polars' and pandas' Parquet files have the longer ones
 LABELS = ("label", "class", "category", "cls")  # columns of labels by their names
-NAMED = 20  # a message that lists more than this is read by nobody
+NAMED = 20  # a warning that lists more than this is read by nobody
+SHOWN = 3  # an error
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -131,7 +132,9 @@ def _draw(read: Sequence[TableSplit], keys: Sequence[str], config: DataConfig) -
         draws.append({name: np.concatenate(rows) for name, rows in chosen.items()})
     if short:
         left_out = f" ({sum(len(split.bad) for split in read)} unreadable ones not counted)"
-        raise ValueError(f"too few images{left_out}; lower data.per_class, or leave a key out\n  {_joined(short)}")
+        raise ValueError(
+            f"too few images{left_out}; lower data.per_class, or leave a key out\n  {_joined(short, SHOWN)}"
+        )
     return draws
 
 
@@ -167,9 +170,9 @@ def without_copies(groups: Sequence[Sequence[ImageSplit]], drop: bool) -> list[l
 
 
 def _stop_or_warn(lines: Sequence[str], problem: str, drop: bool) -> None:
-    """Stop over images and name them all, or warn that they are left out."""
+    """Stop over images, or warn that they are left out."""
     if lines and not drop:
-        names = "\n  ".join(lines)
+        names = _joined(lines, SHOWN)
         raise ValueError(f"{len(lines)} images {problem}; mend or remove them, or set data.bad_images: drop\n  {names}")
     _tell_left_out(lines, f"images {problem}")
 
@@ -179,8 +182,8 @@ def _tell_left_out(lines: Sequence[str], what: str) -> None:
         logger.warning("%d %s and are left out:\n  %s", len(lines), what, _joined(lines))
 
 
-def _joined(lines: Sequence[str]) -> str:
-    return "\n  ".join([*lines[:NAMED], *([f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else [])])
+def _joined(lines: Sequence[str], most: int = NAMED) -> str:
+    return "\n  ".join([*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])])
 
 
 def _open_split(config: DataConfig, split: str, option: str) -> _Folder | _HuggingFace:
@@ -214,9 +217,11 @@ class _Folder:
             above = [folder for folder in (root.parent, root.parent.parent) if (folder / split).is_dir()]
             hint = f"set data.source to {above[0]}" if above else there
             raise FileNotFoundError(f"no split {split!r} in {root}; {hint}")
-        self.keys = class_folders(self.folder)
+        folders = class_folders(self.folder)
+        self.keys = tuple(key for key in folders if next(_images_below(self.folder / key, []), None) is not None)
+        _tell_left_out(sorted(set(folders) - set(self.keys)), f"class folders in {split} hold no image")
         if not self.keys:
-            raise ValueError(f"{self.folder} ({option}) holds no class folder; expected CLASS/image files in it")
+            raise ValueError(f"{self.folder} ({option}) holds no class folder with images; expected CLASS/image files")
 
     def read(self, keys: Sequence[str], class_names: Sequence[str]) -> TableSplit:
         """Return all images of the classes `keys`, labelled by their place in it."""
@@ -254,7 +259,7 @@ class _HuggingFace:
                 raise ValueError(f"{self.where}: {self.label} holds numbers; set data.class_names to a list of names")
             self.feature = datasets.ClassLabel(names=list(read_list(config.class_names)))
         self.rows: Any = rows.cast_column(self.column, datasets.Image(decode=False))
-        known = getattr(self.feature, "names", None) or sorted({name for name in self._labels() if name is not None})
+        known = getattr(self.feature, "names", None) or in_order({name for name in self._labels() if name is not None})
         self.keys = tuple(known)
         if not known:
             raise ValueError(f"{self.where}: the column {self.label!r} has no class name, only nulls")
@@ -328,9 +333,13 @@ class _HuggingFace:
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Folders and links to folders, in the order in which timm numbers classes (2 before 10)."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    return tuple(sorted(names, key=natural_key))
+    """Folders and links to folders, in order."""
+    return in_order(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort the names of classes as timm numbers them (2 before 10)."""
+    return tuple(sorted(sorted(names), key=natural_key))
 
 
 def _images_below(folder: Path, others: list[str]) -> Iterator[str]:

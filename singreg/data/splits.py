@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from singreg.data.classes import ClassSubset
+from singreg.classes import ClassSubset
 from singreg.data.scenes import SHAPES, SceneTable, render_scene
 from singreg.utils import progress, usable_cores
 
@@ -32,6 +32,7 @@ UNLABELLED = -1
 SCENES_KEPT = 20_000  # drawing costs more than a small network's forward pass, and every pass asks for the same images
 # PIL knows stranger formats too, one of which starts another program.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+PHOTOMETRIC = 262  # TIFF's tag of what 0 means: white where it is 0
 KINDS = ("blur", "noise", "contrast")  # of corruption
 BLUR = 0.015  # radius (standard deviation), as a share of the shorter side
 NOISE = 0.12  # standard deviation, of values in [0, 1]
@@ -48,14 +49,14 @@ def cell_bytes(cell: Mapping[str, Any] | None) -> bytes:
         return bytes(file.read())
 
 
-def examine(cell: Mapping[str, Any] | None) -> tuple[bytes, str | None]:
-    """Return an image cell's SHA-256 and why it cannot be decoded, or None; JPEG is tried at 1/8 scale."""
+def examine(cell: Mapping[str, Any] | None) -> tuple[bytes, str | None, int | None]:
+    """Return an image cell's SHA-256, why it cannot be decoded or None, and the brightest of 16-bit values or None."""
     try:
         content = cell_bytes(cell)
-        _decode(content, draft=True)
+        brightest = _decode(content, draft=True)[1]  # JPEG at 1/8 scale
     except Exception as error:  # on broken files PIL raises nearly anything
-        return bytes(32), _reason(error)
-    return hashlib.sha256(content).digest(), None
+        return bytes(32), _reason(error), None
+    return hashlib.sha256(content).digest(), None, brightest
 
 
 def open_image(file: Any) -> Image.Image:
@@ -64,25 +65,27 @@ def open_image(file: Any) -> Image.Image:
     return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def _decode(content: bytes, *, draft: bool = False) -> Image.Image:
-    """Decode as RGB, upright by the EXIF tag, under PIL's own limit of size."""
+def _decode(content: bytes, *, draft: bool = False) -> tuple[Image.Image, int | None]:
+    """Decode as RGB, upright by the EXIF tag, under PIL's own limit of size; of 16-bit images the brightest value."""
     with open_image(io.BytesIO(content)) as image:
         if draft:
             image.draft("RGB", (1, 1))
+        high_bytes = ";16" in str(image.tile) and image.mode in ("RGB", "RGBA", "LA")  # all that PIL reads of them
         wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        inverted = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
         upright = ImageOps.exif_transpose(image)
-    if not wide and upright.mode in ("I", "F"):
-        raise ValueError("32-bit values have no known range; save it with 8 or 16 bits")
-    if wide:  # PIL's own conversion would make everything above 255 white
-        values = np.asarray(upright)
-        if 0 < values.max() < 4096:
-            raise ValueError(f"16-bit values up to {values.max()} alone (12 bits?) would be black; save it with 8 bits")
-        upright = Image.fromarray((values / 257).round().astype(np.uint8))
-    return upright.convert("RGB")
+    if not wide:
+        if upright.mode in ("I", "F"):
+            raise ValueError("32-bit values have no known range; save it with 8 or 16 bits")
+        colour = upright.convert("RGB")
+        return colour, 256 * int(np.asarray(colour).max()) if high_bytes else None
+    values = np.asarray(upright)  # PIL's own conversion would make everything above 255 white
+    values = 65535 - values if inverted else values
+    return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB"), int(values.max())
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).split(' <_io')[0]}"
+    return str(error).split(" <_io")[0] or type(error).__name__
 
 
 class ImageSplit:
@@ -164,7 +167,8 @@ class TableSplit(ImageSplit):
         super().__init__(name, class_names, labels, np.zeros((len(table), 32), dtype=np.uint8))
         self.table, self.where = table, where
         self.seen = np.zeros(len(table), dtype=bool)
-        self.bad: dict[int, str] = {}  # why a row cannot be decoded
+        self.bad: dict[int, str] = {}  # why a row cannot be used
+        self.brightest: dict[int, int] = {}  # value in a row's 16-bit image
 
     @classmethod
     def from_files(cls, name: str, paths: Sequence[str], class_names: Sequence[str], labels: Labels) -> TableSplit:
@@ -183,15 +187,22 @@ class TableSplit(ImageSplit):
         with ThreadPoolExecutor(min(8, usable_cores())) as pool:  # decoding releases the interpreter lock
             for chunk in progress(chunks, f"checking images [{self.name}]"):
                 found = pool.map(lambda row: examine(self.table[int(row)]["image"]), chunk)
-                for row, (digest, problem) in zip(chunk.tolist(), found, strict=True):
+                for row, (digest, problem, brightest) in zip(chunk.tolist(), found, strict=True):
                     self.digests[row] = np.frombuffer(digest, dtype=np.uint8)
-                    if problem is not None:
-                        self.bad[row] = problem
+                    self.bad |= {} if problem is None else {row: problem}
+                    self.brightest |= {row: brightest} if brightest else {}
+        most = max(self.brightest.values(), default=2**16)
+        if most < 2**12:  # a camera's 12 bits would be black; a dark image among bright ones is no fault
+            self.bad |= dict.fromkeys(
+                self.brightest, f"16-bit values up to {most} alone (12 bits?); save it with 8 bits"
+            )
+        elif most < 2**14:
+            _say_once(f"{self.name}: 16-bit images have values up to {most} alone and are used as dark as that is")
         return len(self.bad) > known
 
     def image(self, index: int) -> Image.Image:
         try:
-            return _decode(cell_bytes(self.table[int(index)]["image"]))
+            return _decode(cell_bytes(self.table[int(index)]["image"]))[0]
         except Exception as error:
             raise ValueError(f"cannot read the image {self.identifier(index)}: {_reason(error)}") from error
 

@@ -19,7 +19,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
-from singreg.data.classes import head_rows, subset_of
+from singreg.classes import head_rows, subset_of
 from singreg.models import heads
 from singreg.utils import sha256_of_tensor
 
@@ -69,7 +69,7 @@ class Classifier(nn.Module):
         """Make one of any timm name, `local-dir:FOLDER` or `hf-hub:USER/MODEL`; its pretrained_cfg names the head.
 
         Args:
-            head_mode: "keep" all C rows; "slice" those of `class_names` (see `data.classes.head_rows`; rows by number
+            head_mode: "keep" all C rows; "slice" those of `class_names` (see `classes.head_rows`; rows by number
                 are taken with `slice_head`); "new" draws a fresh head of `num_classes`.
             class_names: names of a sliced or new head's rows.
             num_classes: rows of a "new" head, or of an untrained model.

@@ -86,7 +86,7 @@ class VisionLanguageModel(nn.Module):
                 # Where a further word changes nothing, the end is cut off already, and the class's name may be in it.
                 full = (self.tokenizer([f"{prompt} x" for prompt in some]).to(self.device) == tokens).all(1)
                 if bool(full.any()):
-                    said = f"tokens has no room for the whole of {some[int(full.nonzero()[0])]!r}; shorten the prompt"
+                    said = f"tokens has no room for the prompt {some[int(full.nonzero()[0])][:50]!r}: shorten it"
                     raise ValueError(f"the text encoder's context of {tokens.shape[1]} {said}")
                 rows.append(self.model.encode_text(tokens).float())  # type: ignore[operator]
         return F.normalize(torch.cat(rows), dim=-1)

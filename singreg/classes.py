@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
-_SETS_FOLDER = Path(__file__).parent / "named_sets"
+_SETS_FOLDER = Path(__file__).parent / "data" / "named_sets"
 # The four ImageNet-1k names that two classes share; the second words are those CLIP's authors use.
 _SHARED_NAMES = {"n02012849": "crane bird", "n03126707": "construction crane"}
 _SHARED_NAMES |= {"n02113186": "Cardigan Welsh corgi", "n03710721": "tank suit"}
@@ -164,7 +164,7 @@ def renamed(classes: ClassSubset, path: str) -> ClassSubset:
     names = tuple(words.get(key, name) for key, name in zip(classes.keys, classes.names, strict=True))
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"data.class_names: {path} calls several classes {', '.join(sorted(twice)[:6])}")
-    return replace(classes, names=names)
+    return replace(classes, names=names, indices=classes.indices or subset_of(names).indices)
 
 
 def head_rows(classes: ClassSubset, labels: Mapping[int, str], count: int) -> list[int]:
