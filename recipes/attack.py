@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from singreg.config import ComparedModel, Problems, RunConfig, TranslatorConfig, VLMConfig, parse
-from singreg.data.embeddings import PassSettings
 
 
 @dataclass
@@ -69,6 +68,7 @@ from singreg.analysis.attack_images import PixelModel, attack_split, choose_imag
 from singreg.analysis.fitting import fit_translators
 from singreg.checkpoints import refuse_other_inputs
 from singreg.data.datasets import Splits, load_splits
+from singreg.data.embeddings import PassSettings
 from singreg.models.edits import drop_null
 from singreg.models.vlm import hash_of_state
 from singreg.plots.attack import attack_page, attack_plots

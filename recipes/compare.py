@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from singreg.config import ComparedModel, MLPKind, Problems, RunConfig, TranslatorConfig, VLMConfig, parse
-from singreg.data.embeddings import PassSettings
 
 
 @dataclass
@@ -52,6 +51,7 @@ from singreg.analysis.models_compared import FIGURES
 from singreg.analysis.passport import compare_passports
 from singreg.analysis.scores import analyze_model
 from singreg.data.datasets import Splits, load_splits
+from singreg.data.embeddings import PassSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.plots.study import save_comparison_plot
