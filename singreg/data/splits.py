@@ -192,11 +192,11 @@ class TableSplit(ImageSplit):
                     self.bad |= {} if problem is None else {row: problem}
                     self.brightest |= {row: brightest} if brightest else {}
         most = max(self.brightest.values(), default=2**16)
-        if most < 2**12:  # a camera's 12 bits would be black; a dark image among bright ones is no fault
+        if most <= 2**12:  # a camera's 12 bits would be black; a dark image among bright ones is no fault
             self.bad |= dict.fromkeys(
                 self.brightest, f"16-bit values up to {most} alone (12 bits?); save it with 8 bits"
             )
-        elif most < 2**14:
+        elif most <= 2**14:
             _say_once(f"{self.name}: 16-bit images have values up to {most} alone and are used as dark as that is")
         return len(self.bad) > known
 
