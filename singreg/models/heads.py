@@ -39,7 +39,7 @@ def find_head(model: nn.Module, name: str | Sequence[str] | None) -> tuple[str, 
     except AttributeError as error:
         known = [n for n, m in model.named_modules() if is_linear(m)][-3:]
         raise HeadError(f"{kind} has no module {name!r}; its last linear layers are {known}") from error
-    if is_linear(module) or batch_norm_and_linear(module) is not None:
+    if is_linear(module) or batch_norm_and_linear(module) is not None or hasattr(module, "base_layer"):
         return name, module
     inner = [(n, m) for n, m in module.named_modules() if is_linear(m)]
     if not inner:
@@ -58,6 +58,9 @@ def batch_norm_and_linear(module: nn.Module) -> tuple[nn.BatchNorm1d, nn.Linear]
 
 def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return W (C, m) and b (C,) or None of the map a head is in eval mode; differentiable, batch norm folded in."""
+    if hasattr(head, "base_layer"):  # as all of PEFT's layers have it: .weight is the base's, without the adapter
+        said = f"the head {type(head).__name__} computes more than its .weight says (an adapter)"
+        raise HeadError(f"{said}; merge the adapter into the head, or leave the head out of target_modules")
     pair = batch_norm_and_linear(head)
     if pair is None:
         weight, bias = head.weight, head.bias
