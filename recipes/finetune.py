@@ -25,17 +25,21 @@ from singreg.analysis.fitting import FittedTranslator, fit_on_split
 from singreg.analysis.scores import analyze_model
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
 from singreg.data.datasets import ImageSplit, Splits
-from singreg.loop import Arm, own_random_numbers, watch
+from singreg.loop import Arm, own_random_numbers
 from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.plots.scores import finetune_sections, plot_finetune
-from singreg.report import log, log_figures, track, write_report
+from singreg.plots.scores import STAGES, finetune_sections, plot_finetune
+from singreg.report import log, log_figures, log_text, track, write_report
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start
 from singreg.setup import Setup, prepare
+from singreg.study_runs import hold_out
+from singreg.tables import audit_table
 from singreg.task import Schedule, describe_training, loss_embeddings, loss_texts, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
+from singreg.utils import progress
+from singreg.validation import Validation, validation_count
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with explained():
         run = Run(config, accelerator, "finetune").check()
         setup = prepare(config, config.model, accelerator, before_embedding=partial(check, config, run))
+        setup, _ = hold_out(setup, validation_count(config, setup))
         if config.dry_run:
             return
         run.open()
@@ -105,11 +110,14 @@ def measure_before(config: FinetuneConfig, setup: Setup, run: Run) -> Stage:
 
 def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: Stage, run: Run) -> Stage:
     """Train one arm from the common start and measure it with the loop's translator and a fresh auditor."""
+    track(run.accelerator, name, config, headline(before.figures))
+    log(run.accelerator, headline(before.figures), 0)
     tensors = {key: tensor.to(run.accelerator.device) for key, tensor in before.tensors.items()}
     fitted = FittedTranslator.from_state(tensors, TranslatorInfo(**before.notes))
     classifier, loop = train_arm(name, config, setup, fitted, run, regularised=name == "sing")
     ridge = before.figures["translators"]["auditor"]["ridge"]  # one for all stages, or a ratio would be of two scales
     auditor, measured = audit(config, setup, classifier, loop, ridge)
+    log(run.accelerator, headline(measured[1]), Schedule(config, len(setup.splits.train)).total)
     if run.accelerator.is_main_process:
         ending = "" if name == "sing" else "-control"
         classifier.save(run.folder / f"model{ending}")
@@ -148,23 +156,37 @@ def train(
     setup: Setup,
     run: Run,
 ) -> None:
-    """Train a classifier in place with cross-entropy, and SingLoss where given; it ends in eval mode."""
+    """Train a classifier in place with cross-entropy, and SingLoss where given; it ends in eval mode.
+
+    It ends with the last weights, or with the best by the validation images where that is asked for.
+    """
     accelerator, folder = run.accelerator, run.folder / "checkpoints" / name
     arm = Arm(name, classifier, sing, keeper, setup.splits.train, config, accelerator, folder)
-    track(accelerator, name, config)
+    validation, shown = Validation(config, setup, accelerator, folder), accelerator.is_local_main_process
     with own_random_numbers(accelerator, config.seed), StopRequest(accelerator) as stop:
-        for step in arm.steps(arm.resume()):
-            log(accelerator, {f"train/{figure}": value for figure, value in step.figures.items()}, step.number)
+        start, told = arm.checkpoints.load_latest(seed=config.seed), dict[str, str]()
+        steps = () if validation.gives_up(start.step) else arm.steps(start)
+        if not start.step:
+            told |= validation.look(classifier, keeper.current(sing), 0)
+        bar: dict[str, Any] = {"total": arm.schedule.total, "initial": start.step, "enabled": shown, "told": told}
+        for position, figures in progress(steps, f"training {name}", **bar):
+            step, ends_epoch = position.step, position.step % arm.schedule.steps_per_epoch == 0
+            log(accelerator, figures, step)
+            told |= {"loss": f"{figures['train/loss']:.3f}"} if figures else {}
             if stop.came():  # looked for before the translator's refresh, which may encode a million images
-                arm.save(replace(step.position, due=True))
+                arm.checkpoints.save(replace(position, due=True))
                 stop.end()
-            arm.follow(step)
-            if step.ends_epoch:
-                judge = keeper.first if sing is None else keeper.current(sing)
-                watch(classifier, setup, judge, config.model.invariance, accelerator, step.number)
-            if step.ends_epoch or step.number % config.training.checkpoint_every == 0:
-                arm.save(step.position)
-    arm.finish()
+            if sing is not None and step in arm.schedule.refresh_at:
+                keeper.refresh(classifier, sing)
+            if ends_epoch:
+                told |= validation.look(classifier, keeper.current(sing), step)
+            if ends_epoch or step % config.training.checkpoint_every == 0:
+                arm.checkpoints.save(position)
+            if ends_epoch and validation.gives_up(step):
+                break
+    accelerator.free_memory()
+    if validation.restore(classifier.eval()) and sing is not None:
+        keeper.refresh(classifier, sing)
 
 
 def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, Measured]) -> None:
@@ -172,15 +194,15 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
     comparisons = compare_arms(measured)
     plots = plot_finetune(measured, comparisons, setup.splits.class_names, run.folder / "plots")
     figures = {name: found for name, (_, found) in measured.items()}
-    for arm in ("control", "sing"):  # both curves begin at the common start
-        track(run.accelerator, arm, config)
-        for step, when in ((0, "before"), (Schedule(config, len(setup.splits.train)).total, arm)):
-            log(run.accelerator, headline(figures[when]), step)
-    log_figures(run.accelerator, plots)
+    said = verdict(measured, comparisons, trained=config.training.epochs > 0)
+    if not run.accelerator.trackers:  # both arms were finished by an earlier start
+        track(run.accelerator, "sing", config)
+    log_text(run.accelerator, "report", [*said, audit_table({STAGES[name]: found for name, found in figures.items()})])
+    log_figures(run.accelerator, plots[:2])  # four images, with the histograms of both arms
     write_report(
         run,
         title=f"{run.folder.name}: null-space leakage before and after fine-tuning",
-        verdict=verdict(measured, comparisons, trained=config.training.epochs > 0),
+        verdict=said,
         warnings=finetune_warnings(figures["before"]),
         sections=finetune_sections(figures, comparisons, plots),
         figures={

@@ -139,6 +139,7 @@ class Study:
         if make == "train":
             inside = copy.copy(self.run)
             inside.folder, name = work.folder, f"{work.arm.name}-{work.seed}"
+            track(inside.accelerator, name, config)
             return (*train_arm(name, config, setup, fitted, inside, regularised=config.loss.weight > 0), notes)
         classifier, own = copy.deepcopy(setup.classifier), (fitted.translator, setup.texts, fitted.statistics)
         if work.source is not None:

@@ -287,6 +287,9 @@ class TrainingConfig(Checked):
         l2_sp: adds half of this times the squared distance of the backbone from where it began (L2-SP).
         head_first: share of the steps in which the head alone trains (LP-FT).
         checkpoint_every: optimiser steps between checkpoints, beside one at every epoch's end.
+        best_checkpoint: keep each arm's epoch with the best top-1 on a tenth of the auditor's labelled images, which
+            are then set aside for that.
+        patience: epochs without a better one after which an arm stops, its best kept; 0 trains to the end.
     """
 
     epochs: int = 2
@@ -297,6 +300,8 @@ class TrainingConfig(Checked):
     l2_sp: float = 0.0
     head_first: float = 0.0
     checkpoint_every: int = 200
+    best_checkpoint: bool = False
+    patience: int = 0
 
     def check(self, problems: Problems) -> None:
         for name in ("learning_rate", "head_factor", "batch_size", "checkpoint_every"):

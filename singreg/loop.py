@@ -5,54 +5,34 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, synchronize_rng_states
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
 from singreg import task as tasks
-from singreg.analysis.features import iterate_features
 from singreg.checkpoints import Checkpoints, Position
 from singreg.config import FinetuneConfig
 from singreg.data.datasets import ImageSplit, make_loader
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
-from singreg.metrics import SemanticLeakage
 from singreg.models.classifier import Classifier
-from singreg.nullspace import Invariance, NullSpace
-from singreg.plots import panels, styled
-from singreg.setup import Setup
-from singreg.translator import LinearTranslator
-from singreg.utils import progress, seed_process
+from singreg.terms import TERMS
+from singreg.utils import seed_process
 
 CLIP = 1.0  # the gradient's norm is clipped to this
 LOG_EVERY = 10  # optimiser steps between points of the curves
-WATCHED = 256  # held-out images of a point of AS and IS
+TAGS = {name: f"sing/{name}" for name in TERMS}
+TAGS |= {"correct": "top1", "sing": "sing/total", "sing_weight": "sing/weight"}
 SKIPPED = 20  # steps in a row that fp16's scaler may skip: 2^20 is more than its whole range of scales from the first
 
 
 class TrainingFailed(RuntimeError):
     """The loss or its gradient became NaN or infinite; names the arm, the step and the images."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """An optimiser step that was just made: where the arm stands, and the figures where the log wants a point."""
-
-    position: Position
-    ends_epoch: bool
-    figures: dict[str, float]
-
-    @property
-    def number(self) -> int:
-        """Optimiser steps done, this one included."""
-        return self.position.step
 
 
 class Arm:
@@ -101,39 +81,16 @@ class Arm:
         self.checkpoints = Checkpoints(folder, accelerator)
         self.skipped = 0  # steps in a row that fp16's scaler skipped
 
-    def resume(self) -> Position:
-        """Restore the newest checkpoint; return where the arm stands."""
-        return self.checkpoints.load_latest(seed=self.config.seed)
+    def steps(self, start: Position) -> Iterator[tuple[Position, dict[str, float]]]:
+        """Train from a position to the end, yielding after every optimiser step; now and then with figures to log.
 
-    def save(self, position: Position) -> None:
-        """Write a checkpoint."""
-        self.checkpoints.save(position)
-
-    def steps(self, start: Position) -> Iterator[Step]:
-        """Train from a position to the end, yielding after every optimiser step.
-
-        A position whose due work was not done is yielded again first. What the caller does between two steps (see
-        `follow`) comes before the next one. `TrainingFailed` comes before anything is updated with what is not finite.
+        A position whose due work was not done is yielded again first. What the caller does between two steps comes
+        before the next one. `TrainingFailed` comes before anything is updated with what is not finite.
         """
-        shown, total = self.accelerator.is_local_main_process, self.schedule.total
-        return progress(self._steps(start), f"training {self.name}", total=total, done=start.step, enabled=shown)
-
-    def follow(self, step: Step) -> None:
-        """Let the loop's translator follow the classifier after the steps of the schedule."""
-        sing, keeper = self.plain.sing, self.translator
-        if sing is not None and keeper is not None and step.number in self.schedule.refresh_at:
-            keeper.refresh(self.plain.classifier, sing)
-
-    def finish(self) -> Classifier:
-        """Return the trained classifier, unwrapped and in eval mode; accelerate lets go of the arm."""
-        self.accelerator.free_memory()
-        return self.plain.classifier.eval()
-
-    def _steps(self, start: Position) -> Iterator[Step]:
-        accelerator, per_epoch = self.accelerator, self.schedule.steps_per_epoch
-        step, micro_steps = start.step, per_epoch * accelerator.gradient_accumulation_steps
+        accelerator, step = self.accelerator, start.step
+        micro_steps = self.schedule.steps_per_epoch * accelerator.gradient_accumulation_steps
         if start.due:
-            yield Step(replace(start, due=False), step % per_epoch == 0, {})
+            yield replace(start, due=False), {}
         for epoch in range(start.epoch, self.config.training.epochs):
             used = start.batches if epoch == start.epoch else 0
             batches: Any = accelerator.skip_first_batches(self.loader, used) if used else self.loader
@@ -147,8 +104,7 @@ class Arm:
                 used += 1
                 if accelerator.sync_gradients:
                     step += 1
-                    figures = self._averaged(outputs) if step % LOG_EVERY == 0 else {}
-                    yield Step(Position(step, epoch, used), step % per_epoch == 0, figures)
+                    yield Position(step, epoch, used), self._averaged(outputs) if step % LOG_EVERY == 0 else {}
                     self._train_mode(step)
 
     def _train_mode(self, step: int) -> None:
@@ -159,7 +115,8 @@ class Arm:
     def _averaged(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         names = sorted(outputs)
         values = torch.stack([outputs[name].detach().float().to(self.accelerator.device) for name in names])
-        return dict(zip(names, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+        tags = [f"train/{TAGS.get(name, name)}" for name in names]
+        return dict(zip(tags, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
 
 
 def micro_step(arm: Arm, batch: Sequence[Tensor], step: int) -> dict[str, Tensor]:
@@ -204,49 +161,6 @@ def _failure(arm: Arm, what: str, outputs: dict[str, Tensor], indices: Tensor, s
         f"arm {arm.name!r}: the {what} is not finite at step {step + 1} ({terms}); nothing was updated with it. Images "
         f"of the batch: {images}. Lower training.learning_rate or loss.weight and use another --out"
     )
-
-
-def watch(
-    classifier: Classifier,
-    setup: Setup,
-    translator: LinearTranslator,
-    invariance: Invariance,
-    accelerator: Accelerator,
-    step: int,
-) -> None:
-    """Log AS and IS of some labelled audit images by a translator: curves, no evidence; every process calls it."""
-    split = setup.splits.audit
-    labelled = np.flatnonzero(split.labels >= 0)
-    if not len(labelled):
-        return
-    # Evenly spaced, so that every class is among them however the split is ordered.
-    chosen = labelled[torch.linspace(0, len(labelled) - 1, min(WATCHED, len(labelled))).long().numpy()]
-    space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(setup.texts.device)
-    scores = SemanticLeakage(setup.texts).to(setup.texts.device)
-    passes, embeddings = replace(setup.passes, progress=False), setup.embeddings["audit"][chosen]
-    for batch in iterate_features(classifier, split.subset(chosen), embeddings, passes, "watching"):
-        scores.update(translator(batch.features), translator(space.remove(batch.features)), batch.labels)
-    accelerator.log({f"watch/{name}": float(value) for name, value in scores.compute().items()}, step=step)
-    image = _histogram(scores)
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"watch/histogram": image}, step=step, **layout)
-
-
-def _histogram(scores: SemanticLeakage) -> np.ndarray:
-    """Draw AS and IS of all processes' images as one image (1, height, width, 3)."""
-    with scores.sync_context():  # torchmetrics sums over processes in `compute`, but not where the state is read
-        counts = scores.histogram.cpu().numpy()
-    figure, (axes,) = panels(width=5.0, height=3.2)
-    places = np.linspace(-180, 180, counts.shape[1], endpoint=False)
-    for name, values in zip(("AS", "IS"), counts, strict=True):
-        axes.hist(places, bins=90, range=(-180, 180), weights=values, alpha=0.6, label=name)
-    styled(axes).set_xlabel("degrees")
-    axes.legend()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    return np.asarray(canvas.buffer_rgba())[None, ..., :3]  # type: ignore[no-untyped-call]
 
 
 @contextmanager

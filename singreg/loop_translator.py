@@ -37,9 +37,9 @@ class LoopTranslator:
         self.bank, self.embeddings = loop_bank(splits, embeddings), embeddings
         self.invariance, self.passes = invariance, passes or PassSettings()
 
-    def current(self, sing: SingLoss) -> LinearTranslator:
-        """Return the translator the loss reads now."""
-        return LinearTranslator(sing.matrix, sing.offset, self.info)
+    def current(self, sing: SingLoss | None) -> LinearTranslator:
+        """Return the translator the loss reads now; without a loss, the first."""
+        return self.first if sing is None else LinearTranslator(sing.matrix, sing.offset, self.info)
 
     def seen(self, indices: Tensor, device: torch.device) -> Tensor:
         """Return the embeddings (B, n) of the training images at indices (B,): they are the bank's first."""

@@ -6,7 +6,7 @@ import base64
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pandas as pd
 from accelerate import Accelerator
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
+from torch.utils.tensorboard.summary import hparams
 
 from singreg.runs import Run, describe_machine
 from singreg.utils import atomic_write, plain, write_json, write_text
@@ -68,10 +69,8 @@ def write_report(
 ) -> None:
     """Write report.json, report.md, report.html and scores.parquet of a run, then print its last lines.
 
-    Only the main process writes. `figures` go into report.json as they are; `rows` are per-image scores.
+    The main process calls it. `figures` go into report.json as they are; `rows` are per-image scores.
     """
-    if not run.accelerator.is_main_process:
-        return
     settings = {**asdict(run.config), "command": shlex.join([f"recipes/{run.recipe}.py", *sys.argv[1:]])}
     machine, stages = describe_machine(run.accelerator), run.seconds
     if rows is not None:
@@ -133,8 +132,11 @@ def _html(title: str, verdict: Sequence[str], warnings: Sequence[str], sections:
     return template.render(title=title, verdict=verdict, warnings=warnings, sections=blocks)
 
 
-def track(accelerator: Accelerator, name: str, config: Any) -> None:
-    """Begin a tracker run of that name (a curve's colour in TensorBoard) with the configuration, on every tracker."""
+def track(accelerator: Accelerator, name: str, config: Any, figures: Iterable[str] = ()) -> None:
+    """Begin a tracker run of that name (a curve's colour in TensorBoard) with the configuration, on every tracker.
+
+    TensorBoard's table of runs (HPARAMS) can be sorted by the last values of `figures`.
+    """
     for tracker in accelerator.trackers:  # accelerate would go on logging to the runs begun before
         tracker.finish()
     accelerator.trackers.clear()
@@ -142,11 +144,13 @@ def track(accelerator: Accelerator, name: str, config: Any) -> None:
         accelerator.init_trackers(name)
     flat = pd.json_normalize(asdict(config)).to_dict("records")[0]  # trackers take no nested ones
     settings = {str(key): value if isinstance(value, (bool, int, float)) else str(value) for key, value in flat.items()}
+    settings["run"] = name
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":  # whose own way would add a run in a folder named by the clock
-            tracker.log({"config": "\n".join(f"    {key}: {value}" for key, value in settings.items())}, step=0)
-        else:
+        if tracker.name != "tensorboard":
             tracker.store_init_configuration(settings)
+        elif accelerator.is_main_process:  # its own way would add a run in a folder named by the clock
+            for summary in hparams(settings, dict.fromkeys(figures)):
+                tracker.tracker.file_writer.add_summary(summary)
 
 
 def log(accelerator: Accelerator, figures: Mapping[str, Any], step: int) -> None:
@@ -155,13 +159,27 @@ def log(accelerator: Accelerator, figures: Mapping[str, Any], step: int) -> None
     wrong = [name for name, value in values.items() if not isinstance(value, (bool, int, float, type(None)))]
     if wrong:
         raise TypeError(f"expected one real number for each figure, got others for {', '.join(wrong)}")
-    accelerator.log({name: float(value) for name, value in values.items() if value is not None}, step=step)
+    if known := {name: float(value) for name, value in values.items() if value is not None}:
+        accelerator.log(known, step=step)
 
 
-def log_figures(accelerator: Accelerator, figures: Sequence[Figure], step: int = 0) -> None:
-    """Log PNG figures as images on every tracker that takes images."""
+def log_text(accelerator: Accelerator, name: str, blocks: Sequence[str | pd.DataFrame]) -> None:
+    """Log paragraphs and tables as one page of TensorBoard's TEXT tab."""
+    text = "\n\n".join(each if isinstance(each, str) else str(each.to_markdown(index=False)) for each in blocks)
     for tracker in accelerator.trackers:
-        for figure in figures if hasattr(tracker, "log_images") else ():
-            image = np.asarray(Image.open(figure.path).convert("RGB"))[None]
+        if tracker.name == "tensorboard":
+            tracker.log({name: text}, step=0)
+
+
+def log_figures(accelerator: Accelerator, figures: Sequence[Figure]) -> None:
+    """Log PNG figures as images on every tracker that takes images."""
+    for figure in figures:
+        log_image(accelerator, f"plots/{figure.path.stem}", np.asarray(Image.open(figure.path).convert("RGB"))[None])
+
+
+def log_image(accelerator: Accelerator, name: str, image: np.ndarray, step: int = 0) -> None:
+    """Log an image (1, height, width, 3) on every tracker that takes images."""
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({f"plots/{figure.path.stem}": image}, step=step, **layout)
+            tracker.log_images({name: image}, step=step, **layout)

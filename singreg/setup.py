@@ -37,6 +37,7 @@ class Setup:
     embeddings: dict[str, np.ndarray]
     info: TranslatorInfo
     passes: PassSettings
+    held: tuple[ImageSplit, np.ndarray] | None = None  # validation images with their embeddings
 
 
 def prepare(

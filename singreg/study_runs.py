@@ -122,4 +122,5 @@ def hold_out(setup: Setup, per_class: int) -> tuple[Setup, Images | None]:
     taken, kept = np.flatnonzero(chosen), np.flatnonzero(~chosen)
     splits = replace(setup.splits, audit=audit.subset(kept, "audit"))
     left = {**setup.embeddings, "audit": embeddings[kept]}
-    return replace(setup, splits=splits, embeddings=left), (audit.subset(taken, "validation"), embeddings[taken])
+    held = audit.subset(taken, "validation"), embeddings[taken]
+    return replace(setup, splits=splits, embeddings=left, held=held), held

@@ -107,13 +107,17 @@ def sha256_of_json(value: Any) -> str:
 
 
 def progress(
-    items: Iterable[Item], description: str, *, total: int | None = None, done: int = 0, enabled: bool = True
+    items: Iterable[Item], description: str, *, enabled: bool = True, told: Mapping[str, str] | None = None, **bar: Any
 ) -> Iterator[Item]:
-    """Yield the items with a progress bar that begins at `done`; where there is no terminal it is drawn seldom."""
+    """Yield the items with tqdm's bar and `told` beside it; where there is no terminal, with a line now and then."""
     terminal = sys.stderr.isatty()
     every = 0.1 if terminal else SECONDS_BETWEEN_LINES  # a log shows nothing of what takes less
-    seldom = {"mininterval": every, "maxinterval": max(10, every), "delay": 0 if terminal else every}
-    yield from tqdm(items, description, total, leave=False, initial=done, disable=not enabled, **seldom)
+    bar |= {"mininterval": every, "maxinterval": max(10, every), "delay": 0 if terminal else every}
+    bar |= {"leave": False, "bar_format": None if terminal else "{l_bar}{r_bar}\n"}
+    with tqdm(items, description, disable=not enabled, **bar) as shown:
+        for item in shown:
+            shown.set_postfix(told, refresh=False)
+            yield item
 
 
 def is_distributed() -> bool:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import finetune
-from singreg import loop
+from singreg import loop, validation
 from singreg.analysis.fitting import FittedTranslator
 from singreg.config import FinetuneConfig, overridden
 from singreg.data.datasets import ImageSplit
@@ -106,7 +106,7 @@ def small_sing(classifier: Classifier, **options: Any) -> SingLoss:
 class Arm:
     """One call of the recipe's `train`: what to train, and what came of it.
 
-    options: of SingLoss. values: of the configuration, by dotted keys.
+    options: of SingLoss. values: of the configuration, by dotted keys. chooses: whether images are held out for that.
     """
 
     folder: Path
@@ -115,6 +115,7 @@ class Arm:
     accumulation: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    chooses: bool = False
     split: Pixels = field(default_factory=Pixels)
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
     sing: SingLoss | None = None
@@ -138,20 +139,23 @@ class Arm:
         self.sing = small_sing(classifier, **options) if self.regularised else None
 
         def log(_: Accelerator, figures: dict[str, float], step: int) -> None:
-            self.logged[step] = {name.removeprefix("train/"): value for name, value in figures.items()}
-            if step == stop_after:
+            if figures:
+                self.logged.setdefault(step, {}).update(figures)
+            if figures and step == stop_after:
                 raise Stop
 
         bank, passes = Pixels(), PassSettings(16, 0, progress=False)
         splits: Any = SimpleNamespace(train=self.split, bank=bank, audit=Pixels(labelled=False))
-        setup: Any = SimpleNamespace(splits=splits, embeddings={"bank": embeddings()}, passes=passes)
+        texts = torch.eye(CLASSES, DIM)
+        setup: Any = SimpleNamespace(splits=splits, embeddings={"bank": embeddings()}, passes=passes, texts=texts)
+        setup.held = (Pixels(), embeddings()) if self.chooses else None
         run: Any = SimpleNamespace(accelerator=accelerator, folder=self.folder)
         self.keeper = LoopTranslator(small_fitted(classifier), splits, embeddings(), passes=passes)
         name = "sing" if self.regularised else "control"
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(finetune, "log", log)
-                patch.setattr(finetune, "track", lambda *_: None)
+                patch.setattr(validation, "log", log)
                 patch.setattr(loop, "LOG_EVERY", 1)
                 finetune.train(name, classifier, self.sing, self.keeper, config, setup, run)
         finally:

@@ -1,7 +1,5 @@
 """recipes/finetune.py from end to end on tiny scenes: files, reloading, resuming, interruption, refusals."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -10,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,13 +16,15 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG as START
+from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 from torch import Tensor
 
 import finetune as recipe
-from singreg import checkpoints, loop, runs, utils
-from singreg.checkpoints import Checkpoints
+from singreg import checkpoints, loop
 from singreg.classes import expand_classes
 from singreg.config import FinetuneConfig, located, parse
 from singreg.loop_translator import LoopTranslator
@@ -98,27 +98,28 @@ def test_the_translators_say_which_model_they_belong_to(finished: Path) -> None:
 
 
 def test_the_curves_of_both_arms(finished: Path) -> None:
-    found = {arm: EventAccumulator(str(finished / "tensorboard" / arm)).Reload() for arm in ("control", "sing")}
-    terms = {"train/ce", "train/readout", "train/capacity", "train/sing_weight"}
-    assert terms | {"watch/AS_neg", "watch/IS"} <= set(found["sing"].Tags()["scalars"])
-    assert {"train/ce", "train/learning_rate", "watch/IS"} <= set(found["control"].Tags()["scalars"])
-    assert not {"train/readout", "train/sing_weight"} & set(found["control"].Tags()["scalars"])
-    assert "watch/histogram" in found["control"].Tags()["images"]
-    assert [event.step for event in found["sing"].Scalars("watch/IS")] == [5, 10]
-    for arm, events in found.items():
-        measured = json.loads((finished / "report.json").read_text())["measurements"]
-        ends = [(event.step, event.value) for event in events.Scalars("auditor/class_variance")]
-        wanted = [measured[stage]["audit"]["class_variance"] for stage in ("before", arm)]
-        assert ends == [(0, pytest.approx(wanted[0])), (10, pytest.approx(wanted[1]))]
     assert sorted(path.name for path in (finished / "tensorboard").iterdir()) == ["control", "sing"]
-
-
-def test_the_arms_differ_by_the_loss_alone(finished: Path, tmp_path: Path) -> None:
-    """With a weight of 0 the regularised arm must be the control, bit for bit."""
-    finetune(tmp_path / "zero", "--loss.weight", "0", "--training.epochs", "1")
-    for folder, alike in ((tmp_path / "zero", True), (finished, False)):
-        control, sing = (load_file(folder / name / "model.safetensors") for name in ("model-control", "model"))
-        assert all(torch.equal(control[name], sing[name]) for name in control) == alike
+    measured = json.loads((finished / "report.json").read_text())["measurements"]
+    found = {arm: EventAccumulator(str(finished / "tensorboard" / arm)).Reload() for arm in ("control", "sing")}
+    audited = [f"auditor/{name}" for name in ("AS_neg", "AS_abs", "IS", "class_variance", "steered_4sd")]
+    wanted = {tag: [0, 10] for tag in ("test/top1", *audited)}
+    wanted |= {tag: [0, 5, 10] for tag in ("val/top1", "watch/AS_neg", "watch/AS_abs", "watch/IS")}
+    common = list(wanted)
+    wanted |= {f"train/{name}": [10] for name in ("loss", "ce", "top1", "gradient_norm", "learning_rate")}
+    terms = {f"train/sing/{name}": [10] for name in ("readout", "capacity", "total", "weight")}
+    for arm, events in found.items():
+        points = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        assert points == (wanted if arm == "control" else wanted | terms)
+        values = [measured[stage]["audit"]["class_variance"] for stage in ("before", arm)]
+        assert [event.value for event in events.Scalars("auditor/class_variance")] == pytest.approx(values)
+        told = parse_session_start_info_plugin_data(events.summary_metadata[START].plugin_data.content)
+        assert (told.hparams["run"].string_value, told.hparams["loss.weight"].number_value) == (arm, 1)
+    for tag in common:
+        assert found["sing"].Scalars(tag)[0].value == pytest.approx(found["control"].Scalars(tag)[0].value, abs=1e-3)
+    assert found["control"].Tags()["images"] == ["watch/histogram"]
+    assert sorted(found["sing"].Tags()["images"]) == ["plots/joint", "plots/summary", "watch/histogram"]
+    (page,) = found["sing"].Tensors("report/text_summary")
+    assert "SingLoss" in page.tensor_proto.string_val[0].decode()
 
 
 def test_a_finished_run_is_kept_and_resuming_it_does_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,37 +202,17 @@ def test_sigterm_saves_the_step_and_leaves_the_refresh_for_later(
     assert differences(tmp_path / "run", finished) == []
 
 
-def test_a_second_signal_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "REPEATED", 0.0)
-    twice = lambda _: [signal.raise_signal(signal.SIGTERM) for _ in range(2)] and None  # noqa: E731
-    in_step(monkeypatch, 6, "control", twice)
-    with pytest.raises(SystemExit):
-        finetune(tmp_path / "run")
-    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints" / "control").glob("step-*"))
-    assert steps[-1] == "step-00000006", "the seventh was not finished"
-
-
-@pytest.mark.parametrize("where", ["checkpoint", "report.json", pytest.param("stage.json", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("where", ["step-00000006", "report.json", pytest.param("stage.json", marks=pytest.mark.slow)])
 def test_a_full_disk_stops_the_run_and_it_goes_on_later(where: str, finished: Path, tmp_path: Path) -> None:
-    real, save, calls = os.replace, Checkpoints.save, [0]
-
-    def full() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    real = os.replace
 
     def replace(source: Any, target: Any) -> None:
         if Path(target).name == where:
-            full()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(source, target)
 
-    def second(self: Checkpoints, *rest: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 2 and where == "checkpoint":
-            full()
-        save(self, *rest)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.os, "replace", replace)
-        patch.setattr(Checkpoints, "save", second)
+        patch.setattr(os, "replace", replace)
         with pytest.raises(OSError, match="No space left"):
             finetune(tmp_path / "run")
     assert not [path for path in tmp_path.rglob(".*") if path.name.startswith(".report")]
@@ -249,12 +230,43 @@ def test_a_run_is_not_resumed_on_other_images_or_models(finished: Path, monkeypa
     assert contents(finished) == before
 
 
-def test_measuring_only(tmp_path: Path) -> None:
-    finetune(tmp_path / "only", "--training.epochs", "0")
+class Recorded(GeneralTracker):
+    """A tracker of someone else's: what each of its runs was told."""
+
+    name, requires_logging_directory, tracker = "recorded", False, None
+    told: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __init__(self, run_name: str) -> None:
+        super().__init__()
+        self.own = self.told[run_name] = {"images": []}
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.own["epochs"] = values["training.epochs"]
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.own |= {name: (step, value) for name, value in values.items()}
+
+    def log_images(self, values: dict[str, Any], step: int | None = None) -> None:
+        self.own["images"] += list(values)
+
+    def finish(self) -> None:
+        self.own["ended"] = True
+
+
+def test_measuring_only_with_another_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recorded", Recorded)
+    finetune(tmp_path / "only", "--training.epochs", "0", "--log_with", "recorded")
     report = json.loads((tmp_path / "only" / "report.json").read_text())
     assert [line.split()[0] for line in report["verdict"]] == ["Before:", "Nothing"]
     before, after = (report["measurements"][stage]["translators"]["auditor"]["overall"] for stage in ("before", "sing"))
     np.testing.assert_allclose([before[k] for k in ("AS", "IS")], [after[k] for k in ("AS", "IS")], atol=1e-4)
+    assert list(Recorded.told) == ["control", "sing"]
+    told = Recorded.told["sing"]
+    assert (told["epochs"], told["ended"]) == (0, True)
+    assert told["auditor/AS_neg"] == (0, pytest.approx(after["AS_neg"]))
+    assert {"val/top1", "watch/IS"} <= set(told)
+    assert told["images"] == ["watch/histogram", "plots/summary", "plots/joint"]
+    assert not (tmp_path / "only" / "tensorboard").exists()
 
 
 def test_precision_and_accumulation_are_accelerates_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

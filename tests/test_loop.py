@@ -1,7 +1,5 @@
 """An arm on the recipe's loop: accumulation, resuming to the same bits, data order, processes, what is not finite."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,7 +18,6 @@ from singreg.data.embeddings import PassSettings
 from singreg.loop import TrainingFailed, own_random_numbers
 from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
-from singreg.models.classifier import Classifier
 from tests.processes import run_processes
 from tests.reference import formulas
 from tests.small_arm import (
@@ -48,8 +45,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
     """Uninterrupted arms and their weights, trained when first asked for."""
 
     @cache
-    def train(regularised: bool = True, accumulation: int = 1) -> tuple[Arm, dict[str, Tensor]]:
-        arm = Arm(tmp_path_factory.mktemp("straight"), regularised, accumulation=accumulation)
+    def train(regularised: bool = True) -> tuple[Arm, dict[str, Tensor]]:
+        arm = Arm(tmp_path_factory.mktemp("straight"), regularised)
         return arm, arm.run()
 
     return train
@@ -74,44 +71,35 @@ def test_accumulating_two_times_four_is_a_batch_of_eight(regularised: bool, tmp_
     assert largest_difference(whole, train("4", size=4)) > 1e-3  # without accumulation it is another run
 
 
-@pytest.mark.parametrize(
-    ("regularised", "accumulation", "stop_after", "saved"),
-    # In the first epoch of five steps; at its end, before that is saved; in the second.
-    [(False, 1, 4, 3), (True, 2, 4, 3), (True, 1, 5, 3), (True, 1, 9, 6), (False, 2, 9, 6)],
-)
+SLOW_START = {"warmup_steps": 3}
+CASES: list[tuple[dict[str, Any], int, int]] = [  # what, the step after which it stops, the newest checkpoint then
+    ({"regularised": False}, 4, 3),  # in the first epoch of five steps
+    ({"accumulation": 2}, 4, 3),
+    ({}, 5, 3),  # at its end, before that is saved
+    ({}, 9, 6),
+    ({"regularised": False, "accumulation": 2}, 9, 6),
+    *[
+        ({"values": values, "options": SLOW_START}, *stop)
+        for values in ({"training.l2_sp": 30.0}, {"training.head_first": 0.4}, {"data.augmentation": "none"})
+        for stop in ((4, 3), (8, 6))
+    ],
+]
+
+
+@pytest.mark.parametrize(("options", "stop_after", "saved"), CASES)
 def test_a_stopped_arm_resumes_to_the_same_bits(
-    regularised: bool, accumulation: int, stop_after: int, saved: int, straight: Straight, tmp_path: Path
+    options: dict[str, Any], stop_after: int, saved: int, straight: Straight, tmp_path: Path
 ) -> None:
     """Mirroring, dropout, batch norm, Adam's moments, λ, running means and the refreshed translator all come back."""
-    whole, expected = straight(regularised, accumulation)
-    again, weights = resumed(tmp_path, stop_after, regularised=regularised, accumulation=accumulation)
+    whole = Arm(tmp_path / "whole", **options)
+    expected = whole.run()
+    again, weights = resumed(tmp_path / "stopped", stop_after, **options)
     assert same_bits(weights, expected)
     assert list(again.logged) == list(range(saved + 1, 11)), "it goes on after the newest checkpoint"
     assert {step: whole.logged[step] for step in again.logged} == again.logged
+    assert options == {} or largest_difference(expected, straight()[1]) > 1e-6
     if again.sing is not None and whole.sing is not None:
         assert same_bits(again.sing.state_dict(), whole.sing.state_dict())
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"training.l2_sp": 30.0},
-        {"training.head_first": 0.4},
-        {"data.augmentation": "none"},
-    ],
-    ids=["l2-sp", "head first", "one view"],
-)
-def test_every_option_resumes_to_the_same_bits(values: dict[str, Any], straight: Straight, tmp_path: Path) -> None:
-    options = {"values": values, "options": {"warmup_steps": 3}}
-    whole = Arm(tmp_path / "whole", **options)
-    expected = whole.run()
-    for stop_after in (4, 8):
-        again, weights = resumed(tmp_path / str(stop_after), stop_after, **options)
-        assert same_bits(weights, expected)
-        assert again.sing is not None
-        assert whole.sing is not None
-        assert same_bits(again.sing.state_dict(), whole.sing.state_dict())
-    assert largest_difference(expected, straight()[1]) > 1e-6
 
 
 def test_a_finished_arm_resumes_to_itself(straight: Straight) -> None:
@@ -131,23 +119,29 @@ def test_both_arms_see_the_same_images_in_the_same_order(straight: Straight) -> 
     assert set(first) != set(second), "what is left out is not always the same either"
 
 
-def test_the_translator_is_refreshed_where_the_schedule_says(
-    straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@ARMS
+def test_the_best_epoch_is_kept_also_when_resumed(
+    regularised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refreshed: list[int] = []
-    original = LoopTranslator.refresh
+    monkeypatch.setattr("singreg.checkpoints.KEEP", 99)
+    values = {"training.best_checkpoint": True, "training.epochs": 5, "training.learning_rate": 0.3}
+    arm = Arm(tmp_path / "whole", regularised, values=values, chooses=True)
+    kept = arm.run()
+    top1 = {step: figures["val/top1"] for step, figures in arm.logged.items() if "val/top1" in figures}
+    best = max(list(top1)[1:], key=lambda step: top1[step])
+    assert list(top1) == [0, 5, 10, 15, 20, 25]
+    assert best < 25, "or keeping the last would do"
+    stored = load_file(next(arm.folder.glob(f"checkpoints/*/step-{best:08d}")) / "model.safetensors")
+    assert all(torch.equal(stored[f"classifier.{name}"], value) for name, value in kept.items())
+    assert same_bits(resumed(tmp_path / "two", best + 2, regularised=regularised, values=values, chooses=True)[1], kept)
 
-    def counted(self: LoopTranslator, classifier: Classifier, sing: SingLoss) -> None:
-        refreshed.append(int(sing.step))
-        original(self, classifier, sing)
 
-    monkeypatch.setattr(LoopTranslator, "refresh", counted)
-    arm = Arm(tmp_path)
-    assert same_bits(arm.run(), straight()[1])
-    Arm(tmp_path / "control", regularised=False).run()
-    assert refreshed == [5]
-    assert arm.sing is not None
-    assert torch.equal(arm.keeper.current(arm.sing).matrix, arm.sing.matrix)
+def test_an_arm_stops_that_no_longer_gets_better(tmp_path: Path) -> None:
+    values = {"training.patience": 2, "training.epochs": 9, "training.learning_rate": 1e-12}
+    arms = [Arm(tmp_path, dropout=0.0, values=values, chooses=True) for _ in range(2)]
+    assert same_bits(arms[0].run(), arms[1].run())
+    assert max(arms[0].logged) == 15
+    assert arms[1].logged == {}, "a resumed run knows that it had ended"
 
 
 def test_without_a_weight_the_regularised_arm_is_the_control(straight: Straight, tmp_path: Path) -> None:

@@ -69,8 +69,11 @@ def test_a_tensors_hash_does_not_hang_on_layout() -> None:
 
 def test_progress_begins_where_it_stood(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("singreg.utils.SECONDS_BETWEEN_LINES", 0)
-    assert list(progress([1, 2], "counting", total=4, done=2)) == [1, 2]
-    assert "counting:  50%" in capsys.readouterr().err
+    told = {"loss": "1.5"}
+    assert list(progress([1, 2], "counting", total=4, initial=2, told=told)) == [1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert "counting:  50%" in lines[0]
+    assert any("loss=1.5" in line for line in lines)
 
 
 def _work(rank: int, world: int) -> tuple[dict[str, np.ndarray], list[float]]:
