@@ -149,7 +149,7 @@ def track(accelerator: Accelerator, name: str, config: Any, figures: Iterable[st
         if tracker.name != "tensorboard":
             tracker.store_init_configuration(settings)
         elif accelerator.is_main_process:  # its own way would add a run in a folder named by the clock
-            for summary in hparams(settings, dict.fromkeys(figures)):
+            for summary in hparams(settings, dict.fromkeys(figures)):  # type: ignore[no-untyped-call]
                 tracker.tracker.file_writer.add_summary(summary)
 
 

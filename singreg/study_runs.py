@@ -113,10 +113,10 @@ def hold_out(setup: Setup, per_class: int) -> tuple[Setup, Images | None]:
         return setup, None
     audit, embeddings = setup.splits.audit, setup.embeddings["audit"]
     labels = pd.Series(audit.labels)
-    if labels[labels >= 0].value_counts().reindex(range(len(audit.class_names)), fill_value=0).min() <= per_class:
+    if min(labels[labels >= 0].value_counts(), default=0) <= per_class:
         raise ValueError(
-            f"validation_per_class is {per_class}, but a class of the audit split has no more images; lower it, "
-            "or give the audit split more (data.per_class.audit, data.scenes.audit)"
+            f"a class of the audit split has no more than the {per_class} images to set aside for validation; lower "
+            "validation_per_class, or give it more (data.per_class.audit, data.scenes.audit)"
         )
     chosen = (labels >= 0) & (labels.groupby(labels).cumcount() < per_class)
     taken, kept = np.flatnonzero(chosen), np.flatnonzero(~chosen)

@@ -36,8 +36,7 @@ def validation_count(config: FinetuneConfig, setup: Setup) -> int:
     if not (config.training.best_checkpoint or config.training.patience):
         return 0
     labels = setup.splits.audit.labels
-    counts = np.bincount(labels[labels >= 0], minlength=len(setup.splits.class_names))
-    return max(1, int(counts.min()) // SHARE)
+    return max(1, min(np.unique(labels[labels >= 0], return_counts=True)[1], default=0) // SHARE)
 
 
 class Validation:
@@ -119,8 +118,9 @@ def _histogram(scores: SemanticLeakage) -> np.ndarray:
     figure, (axes,) = panels(width=5.0, height=3.2)
     places = np.linspace(-180, 180, counts.shape[1], endpoint=False)
     taken = places[counts.any(0)]
+    ends = taken.min() - 1, taken.max() + 1
     for name, values in zip(("AS", "IS"), counts, strict=True):
-        axes.hist(places, BARS, (taken.min() - 1, taken.max() + 1), weights=values, alpha=0.6, label=name)
+        axes.hist(places, bins=BARS, range=ends, weights=values, alpha=0.6, label=name)
     styled(axes).set_xlabel("degrees")
     axes.legend()
     canvas = FigureCanvasAgg(figure)

@@ -255,11 +255,13 @@ class Recorded(GeneralTracker):
 
 def test_measuring_only_with_another_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recorded", Recorded)
-    finetune(tmp_path / "only", "--training.epochs", "0", "--log_with", "recorded")
+    options = {"training.epochs": "0", "training.best_checkpoint": "true", "log_with": "recorded"}
+    finetune(tmp_path / "only", *(word for key, value in options.items() for word in (f"--{key}", value)))
     report = json.loads((tmp_path / "only" / "report.json").read_text())
     assert [line.split()[0] for line in report["verdict"]] == ["Before:", "Nothing"]
     before, after = (report["measurements"][stage]["translators"]["auditor"]["overall"] for stage in ("before", "sing"))
     np.testing.assert_allclose([before[k] for k in ("AS", "IS")], [after[k] for k in ("AS", "IS")], atol=1e-4)
+    assert report["measurements"]["sing"]["translators"]["auditor"]["fit_images"] == 64 - 10, "one of a class is held"
     assert list(Recorded.told) == ["control", "sing"]
     told = Recorded.told["sing"]
     assert (told["epochs"], told["ended"]) == (0, True)

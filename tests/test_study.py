@@ -252,5 +252,5 @@ def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:
         wanted = [int(each.identifier(i).removeprefix("toy-")) for i in range(len(each))]
         np.testing.assert_array_equal(table, toy.embeddings(43)[wanted])
     assert hold_out(setup, 0) == (setup, None)
-    with pytest.raises(ValueError, match="validation_per_class is 9, but a class"):
+    with pytest.raises(ValueError, match="no more than the 9 images"):
         hold_out(setup, 9)
