@@ -178,8 +178,7 @@ class SingLoss(nn.Module):
             raise ValueError(f"{wanted}; pass sing(features, labels, embeddings), row by row of the same images")
 
     def _inputs(self, features: Tensor, labels: Tensor, embeddings: Tensor | None) -> LossInputs:
-        names = ("texts", "span", "matrix", "covariance", "readout", "feature_mean", "embedding_mean")
-        buffers = {name: getattr(self, name).to(features.dtype) for name in names}
+        buffers = {name: buffer.to(features.dtype) for name, buffer in self.named_buffers()}
         centred, pulled = features - buffers["feature_mean"], buffers["texts"] @ buffers["matrix"]
         # One projection for the batch and the prompts: the factorisation of W Wᵀ is shared.
         every = torch.cat([centred, pulled])

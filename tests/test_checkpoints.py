@@ -61,6 +61,10 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def full(*_: object, **__: object) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -130,14 +134,13 @@ def test_a_full_disk_keeps_the_one_before_and_the_next_save_clears_up(
     trained.save(1)
     first = trained.state()
 
-    def full(*given: Any, **_: object) -> None:
-        if where == "save_state":
-            (Path(given[1]) / "model.safetensors").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def half(_: Accelerator, folder: str, **options: object) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        full()
 
     owner: Any = {"save_state": Accelerator, "replace": checkpoints.os, "write_json": checkpoints}[where]
     with monkeypatch.context() as patch:
-        patch.setattr(owner, where, full)
+        patch.setattr(owner, where, half if where == "save_state" else full)
         with pytest.raises(OSError, match="No space left"):
             trained.save(2)
     assert trained.load() == Position(1, 0, 1)
@@ -201,9 +204,6 @@ def test_a_finished_stage_comes_back_as_it_was_and_is_not_repeated(run: Run) -> 
 
 @pytest.mark.parametrize("failing", ["compute", "save_file", "write_json"])
 def test_a_stage_that_fails_is_computed_again(failing: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> Any:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
         if failing != "compute":
             patch.setattr(checkpoints, failing, full)

@@ -62,9 +62,7 @@ def test_sing_reads_the_clean_view_in_eval_mode_and_ce_the_augmented() -> None:
     torch.testing.assert_close(outputs["loss"].detach(), outputs["ce"] + sing.weight * outputs["sing"])
     assert seen[1] is z
     task.train()(images, labels, None, z)
-    assert not torch.allclose(seen[2], classifier.features(images)), (
-        "without a clean view: the augmented one, dropout too"
-    )
+    assert not torch.allclose(seen[2], classifier.features(images))  # no clean view: the augmented one, dropout too
 
 
 def test_l2_sp_is_the_squared_distance_of_the_backbone_from_its_start() -> None:
