@@ -3,8 +3,6 @@
 python recipes/analyze.py --config configs/analyze_demo.yaml
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

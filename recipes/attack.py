@@ -3,8 +3,6 @@
 python recipes/attack.py --config configs/attack_scenes.yaml
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,13 +63,13 @@ import torch
 
 from singreg.analysis import attack_judges as judging
 from singreg.analysis.attack_images import PixelModel, attack_split, choose_images
-from singreg.analysis.fitting import fit_translators
+from singreg.analysis.fitting import fit_all
 from singreg.checkpoints import refuse_other_inputs
 from singreg.data.datasets import Splits, load_splits
 from singreg.data.embeddings import PassSettings
 from singreg.models.edits import drop_null
 from singreg.models.vlm import hash_of_state
-from singreg.plots.attack import attack_page, attack_plots
+from singreg.plots import attack as plotting
 from singreg.report import log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import BATCH_SIZE, labels_for_head, try_one_batch
@@ -118,8 +116,7 @@ def attack_model(
     classifier = open_model(model, splits, config).to(run.accelerator.device).eval().requires_grad_(False)
     texts, test = space.texts[names], space.embeddings["test"]
     how: dict[str, Any] = {"invariance": model.invariance, "settings": passes}
-    fitted = fit_translators(classifier, splits, space.embeddings, ridge=config.translator.ridge, **how)
-    translators = {name: each.translator for name, each in fitted.items()}
+    translators, _ = fit_all(classifier, splits, space.embeddings, ridge=config.translator.ridge, **how)
     pixels = PixelModel(drop_null(classifier).eval() if model.drop_null else classifier)
     chosen, label = choose_images(splits.test, config.images, config.seed), model.known_as
     folder = re.sub("[^A-Za-z0-9]+", "-", f"{place}-{label}").strip("-").lower()
@@ -163,11 +160,18 @@ def report(config: AttackConfig, run: Run, splits: Splits, spaces: list[Space], 
         "climbs": judging.summarize_climbs(rows).to_dict("records"),
         "features": features,
     }
-    plots = attack_plots(figures, rows, splits.test, run.folder)
+    plots = plotting.attack_plots(figures, rows, splits.test, run.folder)
     track(run.accelerator, "attack", config)
     log_figures(run.accelerator, list(plots.values()))
-    title = f"{run.folder.name}: {len(found)} classifiers attacked in pixels"
-    write_report(run, title=title, figures=figures, rows=rows, **attack_page(figures, plots))
+    write_report(
+        run,
+        title=f"{run.folder.name}: {len(found)} classifiers attacked in pixels",
+        verdict=plotting.attack_verdict(figures),
+        warnings=plotting.attack_warnings(figures),
+        sections=plotting.attack_sections(figures, plots),
+        figures=figures,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 python recipes/compare.py --config configs/compare_demo.yaml
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,8 +3,6 @@
 python recipes/steer.py --config configs/steer_demo.yaml
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,7 +118,7 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
         natural = effort.natural_radii(
             iterate_features(classifier, *test, passes, "natural radii"), gaussian, len(bank[0])
         )
-    steering: dict[str, Any] = {"texts": texts, "weight": classifier.weight, "null_space": space}
+    steering: dict[str, Any] = {"weight": classifier.weight, "null_space": space}
     with run.timed("pairs"):
         batches = iterate_features(classifier, *test, passes, "steering to a fixed image score")
         pairs = steer_pairs(batches, plan, attackers=translators, image_score=config.image_score, **steering)

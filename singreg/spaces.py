@@ -1,7 +1,5 @@
 """Several classifiers and several vision-language models on the same images: what comparisons and attacks share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from singreg.data.embeddings import PassSettings
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
 from singreg.models.vlm import VisionLanguageModel
+from singreg.nullspace import NullSpace
 from singreg.setup import build_classifier, embed_splits, labels_for_head, open_vlm, try_one_batch
 
 
@@ -83,15 +82,13 @@ def look_at_heads(
         head: dict[str, Any] = {"label": model.known_as, "source": model.name, "passport": None, "omitted": None}
         try:
             classifier = open_model(model, splits, config)
-            passport = head_passport(classifier)
-            summary = {**passport["summary"], "tag": model.known_as}
-            head["passport"] = {**passport, "summary": summary}
-            if summary["nullity"] if model.invariance == "logits" else passport["softmax_nullity"]:
+            head["passport"] = passport = {**head_passport(classifier), "tag": model.known_as}
+            if NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=True).nullity:
                 labelled = labels_for_head(splits, classifier, model)
                 try_one_batch(labelled, classifier, model)
                 names.append(labelled.class_names)
             else:
-                sizes = f"{summary['classes']} classes fill all {summary['features']} features"
+                sizes = f"{passport['classes']} classes fill all {passport['features']} features"
                 head["omitted"] = f"no null space: {sizes}, every direction moves a logit"
         except HeadError as error:
             head["omitted"] = f"no linear head: {error}"

@@ -1,7 +1,5 @@
 """Scores as tables and sentences for people: the few figures a reader needs; report.json has the rest."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,7 +119,7 @@ def class_table(found: Found) -> pd.DataFrame:
 def passport_table(passports: Sequence[Found]) -> pd.DataFrame:
     """Return heads side by side (`head_passport`)."""
     columns = ["tag", "classes", "features", "rank", "nullity", "conditioning"]
-    table = _table([passport["summary"] for passport in passports], columns)
+    table = _table(passports, columns)
     table["chance angle °"] = [number(chance_angle(passport), 1) for passport in passports]
     table["verdict"] = [judge_passport(passport) for passport in passports]
     return table
@@ -172,7 +170,7 @@ def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
     left_out = [f"{len(empty)} classes have no image: {', '.join(empty)}."] if empty else []
     concepts = select_concepts(found["concepts"], "strongest", 12)
     moved = concepts[["concept", "before", "after", "AS", "AS_low", "AS_high", "kappa"]]
-    table = score_table({passport["summary"]["tag"]: measured})
+    table = score_table({passport["tag"]: measured})
     return [
         Section("The whole model", [table, READING, figures["joint"]]),
         Section("Beside chance", [chance_table(found["chance"]["auditor"])]),
@@ -232,12 +230,12 @@ def steering_warnings(found: Found) -> list[str]:
 
 def steering_sections(found: Found, figures: Mapping[str, Figure]) -> list[Section]:
     """Arrange a steering's tables and figures (`plot_steering`) as the sections of its report."""
-    table1 = _table([{**pairs, **pairs["overall"]} for pairs in found["pairs"]])
+    table1 = pd.DataFrame([{**pairs, **pairs["overall"]} for pairs in found["pairs"]])
     table1["AS °"] = [interval(pairs["overall"]["AS"], *pairs["intervals"]["AS"]) for pairs in found["pairs"]]
     table1 = table1.rename(columns={"AS_abs": "|AS| °", "AS_abs_std": "sd", "step": "step / |f|"})
     table1 = table1[["attacker", "judge", "|AS| °", "sd", "AS °", "step / |f|", "reachable", "success"]]
     table1[["reachable", "success"]] = table1[["reachable", "success"]].map(percent)
-    areas = _table(found["curves"])[["budget", "attacker", "judge"]]
+    areas = pd.DataFrame(found["curves"])[["budget", "attacker", "judge"]]
     for name in ("AS", "success"):
         areas[f"mean {name}"] = [interval(*curve["area"][name]) for curve in found["curves"]]
     reading = (

@@ -1,7 +1,5 @@
 """Four images of 48 pixels and a linear model of them, so that linear algebra knows what an attack can reach."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

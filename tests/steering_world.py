@@ -1,7 +1,5 @@
 """A small head, two alike translators and random features to steer; processes import this too."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +41,7 @@ class SteeringWorld:
     natural: dict[str, Any]
 
     @classmethod
-    def make(cls, seed: int = 0, **plan: Any) -> SteeringWorld:
+    def make(cls, seed: int = 0, **plan: Any) -> "SteeringWorld":
         g = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -79,11 +77,11 @@ class SteeringWorld:
         some, judges = self.batches() if batches is None else batches, judges or attackers
         judges = {(name, ""): each for name, each in judges.items()}
         attacks = equal_effort(attackers, self.space, self.gaussian, self.natural, STEPS, RADII)
-        how: dict[str, Any] = {"texts": self.texts, "weight": self.weight, "null_space": self.space}
+        how: dict[str, Any] = {"weight": self.weight, "null_space": self.space}
         return measure_curves(some, self.plan, attacks, judges, **how)
 
     def pairs(self, batches: list[FeatureBatch] | None = None, **changes: Any) -> list[dict[str, Any]]:
-        options = {"texts": self.texts, "null_space": self.space, "attackers": self.translators, **changes}
+        options = {"null_space": self.space, "attackers": self.translators, **changes}
         some = self.batches() if batches is None else batches
         return steer_pairs(some, self.plan, weight=self.weight, **options)
 

@@ -1,19 +1,12 @@
 """recipes/analyze.py on tiny scenes: whole, again from the cache, on two processes, and on bad input."""
 
-from __future__ import annotations
-
-import json
 import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pandas as pd
 import pytest
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 import analyze as recipe
 from singreg.models.classifier import Classifier
@@ -21,26 +14,18 @@ from singreg.tables import analysis_warnings
 from singreg.translator import load_translator
 from tests.demo import ASSETS
 from tests.processes import run_processes
+from tests.recipe_run import run_recipe
 
-TINY = {
-    "data.scenes": "{train: 150, audit: 140, test: 61, bank: 10}",
-    "concepts": '["red", "grass", "water", "Red"]',
-    "worst": "3",
-    "neighbours": "2",
-    "chance_draws": "2",
-}
+TINY = [
+    *("--data.scenes", "{train: 150, audit: 140, test: 61, bank: 10}", "--worst", "3", "--neighbours", "2"),
+    *("--concepts", '["red", "grass", "water", "Red"]', "--chance_draws", "2"),
+]
 PLOTS = ("joint", "classes", "concepts", "images", "perturbations")
 Found = dict[str, Any]
 
 
 def analyze(out: Path, *more: str) -> Found:
-    AcceleratorState._reset_state(True)
-    try:
-        recipe.main([word for key, value in TINY.items() for word in (f"--{key}", value)] + ["--out", str(out), *more])
-    finally:
-        AcceleratorState._reset_state(True)
-    found: Found = json.loads((out / "report.json").read_text()) if (out / "report.json").is_file() else {}
-    return found
+    return run_recipe(recipe.main, out, *TINY, *more)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +79,7 @@ def test_a_runs_model_is_read_by_its_translator_and_features_are_cached(
 
 def in_process(rank: int, world: int, folder: str, cache: str) -> Found:
     os.environ["SINGREG_CACHE"] = cache
-    with patch.object(Accelerator, "end_training", lambda _: None) if world > 1 else nullcontext():
-        return analyze(Path(folder))
+    return analyze(Path(folder))
 
 
 def test_two_processes_give_what_one_gives(whole: tuple[Path, Found], tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The ascent against linear programming, and its parts: the 8-bit grid, the tangent, passes measured alone."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import patch
 

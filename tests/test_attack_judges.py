@@ -1,7 +1,5 @@
 """Judging from files, checks with a broken attack that each must catch, natural twins, shares."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from pathlib import Path

@@ -1,21 +1,18 @@
 """The attack's recipe on tiny scenes: whole, killed and resumed, and on bad input."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pandas as pd
 import pytest
-from accelerate.state import AcceleratorState
 
 import attack as recipe
 from singreg.analysis import attack_images
 from singreg.analysis.attack import LAGRANGIAN, TANGENT
 from singreg.config import parse
 from singreg.plots.attack import attack_verdict, attack_warnings
+from tests.recipe_run import run_recipe
 
 MODELS = '[{"name": "demo"}, {"name": "demo", "label": "dropped", "drop_null": true}]'
 TINY = [
@@ -24,19 +21,8 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with patch.dict("os.environ", SINGREG_CACHE=str(tmp_path_factory.mktemp("cache"))):
-        yield
-
-
 def run(out: Path, *more: str) -> dict[str, Any]:
-    AcceleratorState._reset_state(True)
-    try:
-        recipe.main(["--out", str(out), *TINY, *more])
-    finally:
-        AcceleratorState._reset_state(True)
-    report = json.loads((out / "report.json").read_text()) if (out / "report.json").is_file() else {}
+    report = run_recipe(recipe.main, out, *TINY, *more)
     return {name: value for name, value in report.items() if name not in ("seconds", "settings", "machine")}
 
 

@@ -1,7 +1,5 @@
 """Chance levels against plain loops with explicit projectors, over processes; what they must be by theory."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singreg.analysis.chance import FIGURES, KINDS, RandomSubspace, _cycle, matched_coefficients, measure_chance
+from singreg.analysis.chance import FIGURES, KINDS, _cycle, matched_coefficients, measure_chance, random_projection
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator
 from tests.processes import run_processes
@@ -51,9 +49,7 @@ def loops(w: World, kind: str, centred: bool) -> dict[str, tuple[float, float]]:
     null, f, t = formulas.null_projector(w.weight), w.features.double(), w.texts.double()
     matrix, offset, draws = w.translator.matrix.double(), w.translator.offset.double(), []
     for draw in range(DRAWS):
-        space = RandomSubspace.draw(12, w.space.nullity, seed=(SEED, draw))
-        inside = space.basis @ space.basis.T
-        random = torch.eye(12).double() - inside if space.complement else inside
+        random = random_projection(12, w.space.nullity, seed=(SEED, draw))(torch.eye(12).double())
         cycle, rows = _cycle(len(t), (SEED, draw)), []
         for x, label in zip(f, w.labels.tolist(), strict=True):
             g = x - w.mean.double() if centred else x
@@ -98,9 +94,7 @@ def test_equal_energy_is_equal_for_every_image_at_the_same_angle(rows: int) -> N
     g = torch.Generator().manual_seed(rows)
     f = torch.randn(50, 12, generator=g, dtype=torch.float64) + 1
     space = NullSpace.from_weight(torch.randn(rows, 12, generator=g))
-    random = RandomSubspace.draw(12, space.nullity, seed=1)
-    assert random.complement == (rows < 6)
-    null, part, squared = space.component(f), random.component(f), f.square().sum(1)
+    null, part, squared = space.component(f), random_projection(12, space.nullity, seed=1)(f), f.square().sum(1)
     share, other = null.square().sum(1) / squared, part.square().sum(1) / squared
     assert (share - other).abs().max() > 0.05  # the control: a plain random removal takes another share of each image
     alpha, beta = matched_coefficients(share, other)
@@ -112,13 +106,13 @@ def test_equal_energy_is_equal_for_every_image_at_the_same_angle(rows: int) -> N
 
 @pytest.mark.parametrize("dimension", [3, 7])
 def test_random_subspaces_are_uniform_and_orthonormal(dimension: int) -> None:
-    spaces, eye = [RandomSubspace.draw(10, dimension, seed=seed) for seed in range(400)], torch.eye(10).double()
-    mean = torch.stack([s.component(eye) for s in spaces]).mean(0)
-    torch.testing.assert_close(mean, eye * dimension / 10, atol=0.06, rtol=0)
-    first = spaces[0].component(eye)
+    eye = torch.eye(10).double()
+    drawn = torch.stack([random_projection(10, dimension, seed=seed)(eye) for seed in range(400)])
+    torch.testing.assert_close(drawn.mean(0), eye * dimension / 10, atol=0.06, rtol=0)
+    first = drawn[0]
     torch.testing.assert_close(first @ first, first)
     assert torch.linalg.matrix_rank(first) == dimension
-    assert torch.equal(RandomSubspace.draw(10, dimension, seed=0).component(eye), first)
+    assert torch.equal(random_projection(10, dimension, seed=0)(eye), first)
 
 
 def test_energies_removed_are_reported() -> None:

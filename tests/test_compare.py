@@ -1,20 +1,15 @@
 """recipes/compare.py on tiny scenes: whole, on two processes, without a null space or a head, and on bad input."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pandas as pd
 import pytest
 import timm
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import compare as recipe
@@ -26,6 +21,7 @@ from singreg.spaces import space_labels
 from tests.demo import ASSETS
 from tests.fakes import write_tiny_vlm
 from tests.processes import run_processes
+from tests.recipe_run import run_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = ["--data.scenes", "{train: 80, audit: 80, test: 50, bank: 10}", "--data.image_size", "32"]
@@ -51,15 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(out: Path, models: list[dict[str, Any]], *more: str) -> dict[str, Any]:
-    """Run the recipe and return report.json; {} where none was written."""
-    AcceleratorState._reset_state(True)
-    with patch.object(Accelerator, "end_training", lambda _: None):  # the process group is the tests'
-        try:
-            recipe.main(["--out", str(out), *TINY, "--translator.ridge", "1", "--models", json.dumps(models), *more])
-        finally:
-            AcceleratorState._reset_state(True)
-    report = out / "report.json"
-    return dict(json.loads(report.read_text())) if report.is_file() else {}
+    return run_recipe(recipe.main, out, *TINY, "--translator.ridge", "1", "--models", json.dumps(models), *more)
 
 
 def test_the_recipe_from_end_to_end(tmp_path: Path, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,8 +116,7 @@ def test_the_same_again_on_two_processes_finds_the_same(tmp_path: Path, folders:
     resolved = tmp_path / "one" / "config.yaml"
     models = yaml.safe_load(resolved.read_text())["models"]
     assert [model["label"] for model in models] == [None, "untrained"]
-    run_processes(2, in_process, str(tmp_path / "two"), models)
-    two = json.loads((tmp_path / "two" / "report.json").read_text())
+    two = run_processes(2, in_process, str(tmp_path / "two"), models)[0]
     assert len(one["differences"]) == len(two["differences"]) == 1 + 2 * 4
     for a, b in zip(one["differences"], two["differences"], strict=True):
         mine, theirs = ([each[key] for key in ("value", "low", "high")] for each in (a, b))

@@ -1,7 +1,5 @@
 """The arms against each other: ratios and differences by hand, and the sentences in every case they distinguish."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -157,6 +155,9 @@ def test_no_claim_from_arms_that_are_the_same_or_from_few_images() -> None:
     assert not any("kept" in line for line in same)
     few = {name: (rows[:20], found) for name, (rows, found) in arms().items()}
     assert "No claim: an interval from 20 test images of" in sentences(few)[1]
+    auditor = " ".join(sentences(arms(attribute=0.3 * images(), fit_images=ENOUGH - 1)))
+    assert f"No claim: the auditor has {ENOUGH - 1} images, {ENOUGH} are needed" in auditor
+    assert "Against plain" not in auditor
     many = sentences(arms(attribute=0.97 * images()))[1]  # an effect that nobody would act on
     assert "AS⁻ 0.97× [0.97, 0.97] (too little to matter)" in many
 
@@ -195,11 +196,3 @@ def test_a_good_instrument_gives_no_warning_and_each_fault_its_own(fault: dict[s
     assert finetune_warnings(arm()[1]) == []
     (said,) = finetune_warnings(arm(**fault)[1])
     assert words in said
-
-
-def test_an_auditor_of_too_few_images_supports_no_claim() -> None:
-    attribute = 0.3 * images()
-    assert "Against plain fine-tuning" in " ".join(sentences(arms(attribute=attribute)))
-    few = " ".join(sentences(arms(attribute=attribute, fit_images=ENOUGH - 1)))
-    assert f"No claim: the auditor has {ENOUGH - 1} images, {ENOUGH} are needed" in few
-    assert "Against plain" not in few

@@ -1,7 +1,5 @@
 """What two half-auditors agree on: image by image, in a world whose truth is known, and over processes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singreg.data.embeddings import cached_embeddings, encode_split
+from singreg.data.embeddings import PassSettings, cached_embeddings, encode_split
 from singreg.data.splits import TableSplit
 from tests.images import file_split, to_tensor
 from tests.processes import run_processes
@@ -97,9 +97,9 @@ def test_a_failed_run_names_the_image_and_leaves_nothing(split: TableSplit, cach
         rows[(images == target).flatten(1).all(1), 2] = float("nan")
         return rows
 
-    options: dict[str, Any] = {"batch_size": 4, "workers": 0, "progress": False}
+    settings = PassSettings(4, progress=False, cache=str(cache))
     with pytest.raises(ValueError, match=r"not finite for 1 images: .*/7\.png$"):
-        encode_split(spoil, encoder.transform, split, 4, cache, {"spoilt": 1}, "x", **options)
+        encode_split(spoil, encoder.transform, split, 4, {"spoilt": 1}, "x", settings)
     assert list(cache.iterdir()) == []
     with pytest.raises(ValueError, match="split 'none' has no images"):
         embed(encoder, split.subset([], "none"))

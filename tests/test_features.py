@@ -1,7 +1,5 @@
 """The pass over a split: features in order, every image once over processes, bad features named, the cache."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

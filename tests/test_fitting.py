@@ -1,7 +1,5 @@
 """Translators fitted on a split: scikit-learn's ridge, plain means, the same over processes; reference image scores."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -12,12 +10,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from singreg.analysis.fitting import (
-    FittedTranslator,
-    fit_on_split,
-    fit_translators,
-    translator_agreement,
-)
+from singreg.analysis.fitting import FittedTranslator, fit_all, fit_on_split, translator_agreement
 from singreg.data.datasets import Splits
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.translator import TranslatorInfo
@@ -101,12 +94,13 @@ def test_the_two_translators_of_a_measurement_come_from_bank_and_audit() -> None
     bank, audit = toy.ToySplit(60), toy.ToySplit(50, seed=1)
     splits = Splits(bank, bank, audit, audit, toy.NAMES, None)
     z = {"bank": toy.embeddings(60), "audit": toy.embeddings(50, 1)}
-    found = fit_translators(toy.classifier(), splits, z, ridge=0.1, settings=toy.QUIET)
+    found, mean = fit_all(toy.classifier(), splits, z, ridge=0.1, settings=toy.QUIET)
     for name, split, key in (("fitted", bank, "bank"), ("auditor", audit, "audit")):
         alone = fit_on_split(toy.classifier(), split, z[key], ridges=(0.1,), settings=toy.QUIET)
-        assert torch.equal(found[name].translator.matrix, alone.translator.matrix)
-    agreement = translator_agreement(found["fitted"].translator, found["auditor"].translator, toy.texts())
+        assert torch.equal(found[name].matrix, alone.translator.matrix)
+    assert torch.equal(mean, alone.mean)
+    agreement = translator_agreement(found["fitted"], found["auditor"], toy.texts())
     contrasts = (toy.texts() - toy.texts().mean(0)).double()
-    one, other = (contrasts @ found[name].translator.matrix.double() for name in ("fitted", "auditor"))
+    one, other = (contrasts @ found[name].matrix.double() for name in ("fitted", "auditor"))
     cosines = [float(a @ b / a.norm() / b.norm()) for a, b in zip(one, other, strict=True)]
     assert agreement == pytest.approx(np.mean(cosines))

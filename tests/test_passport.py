@@ -1,7 +1,5 @@
 """Passports: numpy's numbers, heads of every kind, what may not be compared."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -21,13 +19,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def test_numbers_are_numpys() -> None:
     weight = draw(9, 30).double()
     weight[7:] = weight[:2] + weight[2:4]  # rank 7
-    passport, exact = head_passport(headed(weight, tag="deficient")), weight.numpy()
-    sigma, summary = np.linalg.svd(exact, compute_uv=False), passport["summary"]
-    named = [summary[key] for key in ("tag", "classes", "features", "rank", "rank_loose", "nullity")]
+    passport, sigma = head_passport(headed(weight, tag="deficient")), np.linalg.svd(weight.numpy(), compute_uv=False)
+    named = [passport[key] for key in ("tag", "classes", "features", "rank", "rank_loose", "nullity")]
     assert named == ["deficient", 9, 30, 7, 7, 23]
-    assert summary["null_dimensions"] == 23 / 30
-    assert summary["conditioning"] == pytest.approx(sigma[6] / sigma[0], rel=1e-9)
-    assert passport["softmax_nullity"] == 30 - np.linalg.matrix_rank(exact - exact.mean(0), tol=1e-10)
+    assert passport["null_dimensions"] == 23 / 30
+    assert passport["conditioning"] == pytest.approx(sigma[6] / sigma[0], rel=1e-9)
     assert chance_angle(passport) == pytest.approx(math.degrees(math.acos(math.sqrt(7 / 30))))
     assert judge_passport(passport) == "has a null space"
 
@@ -40,21 +36,13 @@ def test_the_chance_angle_is_what_a_random_removal_does_to_a_feature() -> None:
     assert chance_angle(head_passport(headed(draw(20, 400)))) == pytest.approx(angle, abs=0.2)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_scale_changes_nothing(scale: float) -> None:
-    first, second = head_passport(headed(draw(5, 12))), head_passport(headed(scale * draw(5, 12)))
-    assert second["summary"]["rank"] == first["summary"]["rank"]
-    assert second["summary"]["conditioning"] == pytest.approx(first["summary"]["conditioning"], rel=1e-5)
-
-
 @pytest.mark.parametrize("shape", [(12, 12), (40, 12)])
 def test_a_head_without_a_null_space_says_so(shape: tuple[int, int]) -> None:
     passport = head_passport(headed(draw(*shape), tag="full"))
-    assert (passport["summary"]["nullity"], passport["summary"]["rank"]) == (0, 12)
-    assert passport["softmax_nullity"] == (1 if shape == (12, 12) else 0)
+    assert (passport["nullity"], passport["rank"]) == (0, 12)
     assert judge_passport(passport).startswith("no null space")
     assert len(compare_passports([passport])) == 1
-    zero = head_passport(headed(torch.zeros(3, 4)))["summary"]
+    zero = head_passport(headed(torch.zeros(3, 4)))
     assert (zero["rank"], zero["nullity"], zero["conditioning"]) == (0, 4, 0)
 
 

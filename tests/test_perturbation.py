@@ -1,7 +1,5 @@
 """Perturbations of equal norm: plain loops, what theory says of each kind, heads without a null space, processes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +15,7 @@ from tests.toy import World
 
 
 def measure(w: World, *, size: int = 4, share: np.ndarray | None = None, **options: Any) -> dict[str, Any]:
-    settings = {
-        "null_space": options.pop("null_space", None) or w.space,
-        "chosen": np.arange(len(w.labels)),
-        **options,
-    }
+    settings = {"null_space": options.pop("null_space", None) or w.space, "chosen": np.arange(len(w.labels)), **options}
     return measure_perturbations(w.batches(size, share), weight=w.weight, translators={"T": w.translator}, **settings)
 
 

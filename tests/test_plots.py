@@ -1,7 +1,5 @@
 """Plots of scores: every label inside its figure and on no other, names that cannot break a figure, few classes."""
 
-from __future__ import annotations
-
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -103,12 +101,3 @@ def test_the_plots_of_perturbations_concepts_and_images(neighbours: int, drawn: 
     assert sum(bool(axes.images) for axes in drawn[-1].axes) == 2 * (1 + 3 * neighbours)
     for figure in drawn:
         assert_readable(figure)
-
-
-def test_labels_of_crowded_points_lie_on_no_other(tmp_path: Path) -> None:
-    figure, (axes,) = plots.panels(width=7)
-    x, y = np.random.default_rng(0).random((2, 12))
-    axes.scatter(x, y)
-    plots.label_points(axes, x, y, [f"arm {place}" for place in range(12)])
-    plots.save(figure, tmp_path / "points.png")
-    assert_readable(figure)

@@ -1,7 +1,5 @@
 """Unique information and the class probe against scikit-learn on whole arrays; what must not fool them; processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
@@ -151,19 +149,8 @@ def test_over_processes_it_is_the_same(world: int) -> None:
             assert found[name] == pytest.approx(value, abs=1e-8), name
 
 
-def test_bad_input_is_named() -> None:
+@pytest.mark.parametrize(("label", "words"), [(-1, "at least 2 images, got 0"), (0, "at least 2 classes, got 1 of 8")])
+def test_labels_that_fit_no_probe_are_refused(label: int, words: str) -> None:
     fit, test = parts()
-
-    def labelled(part: Planted, label: int) -> Planted:
-        return replace(part, labels=torch.full_like(part.labels, label))
-
-    for first, second, words in (
-        (labelled(fit, -1), test, "at least 2 images, got 0"),
-        (labelled(fit, 0), test, "at least 2 classes, got 1 of 8"),
-        (fit, labelled(test, -1), "none of the 101 images has a label"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            measured(first, second)
-    full = NullSpace.from_weight(torch.eye(4), allow_empty=True)
-    with pytest.raises(ValueError, match="no null space"):
-        fit_blocks([], null_space=full, classes=2, target_dim=2)
+    with pytest.raises(ValueError, match=words):
+        measured(replace(fit, labels=torch.full_like(fit.labels, label)), test)

@@ -1,7 +1,5 @@
 """Robustness to steering: plain loops, sound and broken attacks, the dropped null space, chunks and processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -67,7 +65,7 @@ def measure(rank: int = 0, world: int = 1, tolerance: float = 0.1) -> Found:
     plan = plan_pairs(LABELS, NAMES, toy.texts(), present, [NAMES[k] for k in present], toy.texts()[present])
     settings = replace(toy.QUIET, batch_size=COUNT)
     batches = iterate_features(classifier(), toy.ToySplit(COUNT), toy.embeddings(COUNT), settings, "robustness")
-    how: dict[str, Any] = {"texts": toy.texts(), "classifier": classifier(), "space": space(), "steps": STEPS}
+    how: dict[str, Any] = {"classifier": classifier(), "space": space(), "steps": STEPS}
     return measure_robustness(batches, plan, translators(), **how, tolerance=tolerance)
 
 
@@ -170,7 +168,7 @@ def test_a_broken_attack_is_found(fault: str, name: str, rules: set[str], monkey
                 aside = 1e-5 * d.norm(dim=1, keepdim=True) * classifier().weight.double()[0]
                 yield {"wrong sign": -d, "no effort": 0.2 * d, "too far": 1.5 * d}.get(fault, d + aside), steps
 
-        if (attack.name, attack.attacker) != (name, "one"):
+        if (attack.attack, attack.attacker) != (name, "one"):
             return attack
         forgets = fault == "no null space"
         return replace(attack, craft=climb(translators()["one"], everywhere, STEPS, None) if forgets else craft)

@@ -1,55 +1,26 @@
 """recipes/steer.py from end to end on tiny scenes: files, two processes, what cannot be steered, bad input."""
 
-from __future__ import annotations
-
-import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import steer as recipe
 from singreg.tables import steering_warnings
 from tests.processes import run_processes
+from tests.recipe_run import run_recipe
 
-TINY = {
-    "data.scenes": "{train: 90, audit: 80, test: 50, bank: 10}",
-    "images_per_class": "2",
-    "sources": '["circle", "star"]',
-    "targets": '["star", "heart"]',
-    "prompts": '["an image of grass"]',
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One cache for all runs of this file."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("SINGREG_CACHE", str(folder))
-        yield folder
-
-
-def arguments(out: Path, *more: str) -> list[str]:
-    return [word for key, value in TINY.items() for word in (f"--{key}", value)] + ["--out", str(out), *more]
+TINY = [
+    *("--data.scenes", "{train: 90, audit: 80, test: 50, bank: 10}", "--images_per_class", "2"),
+    *("--sources", '["circle", "star"]', "--targets", '["star", "heart"]', "--prompts", '["an image of grass"]'),
+]
 
 
 def steer(out: Path, *more: str) -> dict[str, Any]:
-    """Run the recipe in this process, whose group of processes stays as it is; return its report.json."""
-    AcceleratorState._reset_state(True)
-    with patch.object(Accelerator, "end_training", lambda _: None):
-        try:
-            recipe.main(arguments(out, *more))
-        finally:
-            AcceleratorState._reset_state(True)
-    path = out / "report.json"
-    report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return report
+    return run_recipe(recipe.main, out, *TINY, *more)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +42,6 @@ def test_the_recipe_from_end_to_end(finished: tuple[Path, dict[str, Any]]) -> No
     own = report["pairs"][0]
     assert (own["overall"]["pairs"], own["overall"]["images"]) == (5, 4)  # star to star is left out
     assert own["matrices"]["images"] == [[2, 2, 2], [0, 2, 2]]
-    assert own["calibration_error"] < 1e-3
     assert own["logit_change"] < 1e-9
     assert len(report["curves"]) == 4 * 3
     fitted = {name: t["fit_images"] for name, t in report["measurement"]["translators"].items()}
@@ -87,14 +57,13 @@ def test_the_recipe_from_end_to_end(finished: tuple[Path, dict[str, Any]]) -> No
     assert [event.value for event in logged] == pytest.approx(curve["figures"]["success"])
 
 
-def in_process(rank: int, world: int, out: str, cache: str) -> None:
+def in_process(rank: int, world: int, out: str, cache: str) -> dict[str, Any]:
     with patch.dict("os.environ", SINGREG_CACHE=cache):
-        steer(Path(out))
+        return steer(Path(out))
 
 
-def test_two_processes_find_what_one_finds(finished: tuple[Path, dict[str, Any]], tmp_path: Path, cache: Path) -> None:
-    run_processes(2, in_process, str(tmp_path / "two"), str(cache))
-    one, two = finished[1], json.loads((tmp_path / "two" / "report.json").read_text())
+def test_two_processes_find_what_one_finds(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    one, two = finished[1], run_processes(2, in_process, str(tmp_path / "two"), os.environ["SINGREG_CACHE"])[0]
     assert two["machine"]["processes"] == 2
     for a, b in zip(one["pairs"], two["pairs"], strict=True):
         assert a["matrices"]["images"] == b["matrices"]["images"]
@@ -111,7 +80,6 @@ def test_non_linear_translators_attack_and_judge(tmp_path: Path) -> None:
     assert [(p["attacker"], p["judge"]) for p in report["pairs"]] == [(a, j) for a in names for j in names]
     own = report["pairs"][-1]
     assert own["overall"]["reachable"] > 0.5
-    assert own["calibration_error"] < 1e-2  # float32 weights and bisection; the linear ones are exact to 1e-3
     assert own["logit_change"] < 1e-9
     assert own["overall"]["AS"] > 1
     assert {(c["attacker"], c["judge"]) for c in report["curves"]} == {(a, j) for a in names for j in names[:2]}
@@ -149,30 +117,15 @@ def test_a_dry_run_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--targets", "[]", "--prompts", "[]"], ["targets: expected class names"]),
         (["--prompts", '["a dog", "..."]'], ["no text in '...'"]),
         (["--image_score", "180", "--images_per_class", "0"], ["image_score: expected degrees", "images_per_class"]),
+        (["--sources", '["circel"]'], ["'circel' (near: circle"]),
+        (["--targets", "circle", "--sources", "circle", "--prompts", "[]"], ["only target is the source itself"]),
     ],
 )
-def test_bad_values_are_shown_together(
+def test_bad_input_is_said_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: list[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         steer(tmp_path / "bad", *more)
-    assert stopped.value.code == 2
-    shown = capsys.readouterr().err
+    shown = f"{stopped.value} {capsys.readouterr().err}"
     assert all(part in shown for part in expected)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        (["--sources", '["circel"]'], r"'circel' \(near: circle"),
-        (
-            ["--targets", "circle", "--sources", "circle", "--prompts", "[]"],
-            "only target is the source itself.*: circle",
-        ),
-    ],
-)
-def test_names_that_do_not_fit_stop_before_any_work(tmp_path: Path, more: list[str], expected: str) -> None:
-    with pytest.raises(SystemExit, match=expected):
-        steer(tmp_path / "bad", *more)
     assert list(tmp_path.iterdir()) == []

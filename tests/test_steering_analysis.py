@@ -1,7 +1,5 @@
 """Steering at a fixed image score and at equal effort: plain loops, chunks, processes, planted truths."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -15,14 +13,14 @@ from torch.nn.functional import cosine_similarity
 import singreg.analysis.steering as steering
 from singreg.analysis.features import iterate_features
 from singreg.analysis.steering import plan_pairs, steering_targets
-from singreg.analysis.steering_curves import at, fit_conditional, natural_marks, natural_radii, the_curve
+from singreg.analysis.steering_curves import at, fit_conditional, natural_radii
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator, ConditionalGaussian, bisect_step
 from singreg.translator import LinearTranslator
 from tests import toy
 from tests.processes import run_processes
 from tests.reference.formulas import angle_degrees
-from tests.steering_world import COUNT, RADII, C, M, N, SteeringWorld, shared
+from tests.steering_world import COUNT, C, M, N, SteeringWorld, shared
 
 
 def gradient(translator: AnyTranslator, f: Tensor, text: Tensor) -> Tensor:
@@ -105,17 +103,6 @@ def test_curves_are_those_of_plain_loops(budget: str) -> None:
     assert found[0]["figures"]["AS"] != found[1]["figures"]["AS"]  # the judges are told apart
 
 
-def test_curves_begin_at_nothing_and_hold_the_natural_percentiles() -> None:
-    world = SteeringWorld.make()
-    step, radius = (the_curve(world.curves(), budget=b, attacker="one", judge="one") for b in ("step", "radius"))
-    assert step["figures"]["AS"][0] == 0
-    assert set(natural_marks(world.natural).values()) | set(RADII) == set(radius["grid"])
-    assert radius["grid"] == sorted(radius["grid"])
-    assert at(radius, 1.0, "AS") == radius["figures"]["AS"][radius["grid"].index(1.0)]
-    with pytest.raises(ValueError, match="too many values"):
-        the_curve(world.curves(), budget="step")
-
-
 @pytest.mark.parametrize("image_score", [40.0, 75.0], ids=["all within reach", "some out of reach"])
 def test_table_of_pairs_is_that_of_plain_loops(image_score: float) -> None:
     world = SteeringWorld.make()
@@ -148,9 +135,8 @@ def test_table_of_pairs_is_that_of_plain_loops(image_score: float) -> None:
         assert found["overall"]["AS_abs_std"] == pytest.approx(np.nanstd(everything[:, 1]), abs=1e-3)
         assert found["overall"]["pairs"] == len(table) == 8  # 3 x 3 without cat to cat
         assert found["overall"]["images"] == len({i for i, *_ in steerings(world)})
-        low, high = found["intervals"]["AS_abs"]
-        assert low <= found["overall"]["AS_abs"] <= high
-        assert found["calibration_error"] < 1e-3  # steered to the wanted score exactly
+        low, high = found["intervals"]["AS"]
+        assert low <= found["overall"]["AS"] <= high
         assert found["logit_change"] < 1e-9  # and the logits stay
         assert found["matrices"]["AS"][1][1] is None  # cat to cat
     assert (everything[:, 3] > 0).all() == (image_score == 40)
@@ -160,7 +146,7 @@ def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     world = SteeringWorld.make()
     curves, pairs = world.curves(), world.pairs()
     monkeypatch.setattr(steering, "CHUNK_ELEMENTS", 2 * len(world.plan.targets) * (M + N + C))
-    rows = list(world.plan.rows(world.batches(COUNT)[0], C))
+    rows = list(world.plan.rows(world.batches(COUNT)[0]))
     assert [len(r.image.unique()) for r in rows[:-1]] == [2] * (len(rows) - 1)
     for a, b in zip(curves, world.curves(world.batches(5)), strict=True):
         for name in a["figures"]:
@@ -182,7 +168,6 @@ def test_processes_count_every_image_once(stride: int) -> None:
             assert a["overall"] == pytest.approx(b["overall"], rel=1e-9)
             assert a["matrices"]["images"] == b["matrices"]["images"]
             assert a["intervals"]["AS"] == pytest.approx(b["intervals"]["AS"], rel=1e-9)
-            assert a["calibration_error"] == pytest.approx(b["calibration_error"], abs=1e-9)
 
 
 def test_any_callable_may_attack_and_judge() -> None:
@@ -208,7 +193,6 @@ def test_what_the_translator_does_not_see_cannot_be_steered() -> None:
     (found,) = world.pairs(attackers=blind)
     assert (found["overall"]["reachable"], found["overall"]["AS"], found["overall"]["success"]) == (0, None, 0)
     assert found["intervals"]["AS"] == [None, None]
-    assert found["calibration_error"] is None
     control, transfer = world.curves()[0], world.pairs()[1]["overall"]
     assert transfer["AS"] < world.pairs()[0]["overall"]["AS"] - 1  # another judge sees less than the attacker's own
     assert control["figures"]["AS"][-1] > 10

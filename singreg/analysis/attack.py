@@ -1,7 +1,5 @@
 """Gradient ascent on 8-bit images that turns what a translator reads while the logits stay (METHOD section 9)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,13 +64,13 @@ class Tangent:
     free: Tensor  # (B, P), 1 where a pixel may move, 0 where it may not
 
     @classmethod
-    def of(cls, held: Tensor, images: Tensor) -> Tangent:
+    def of(cls, held: Tensor, images: Tensor) -> "Tangent":
         """Take J by one backward pass for each of the held (B, k); the graph is kept."""
         rows = [torch.autograd.grad(column.sum(), images, retain_graph=True)[0].flatten(1) for column in held.unbind(1)]
         jacobian = torch.stack(rows, dim=1)
         return cls(jacobian, torch.ones_like(jacobian[:, 0]))
 
-    def within(self, moved: Tensor, gradient: Tensor, low: Tensor, high: Tensor) -> Tangent:
+    def within(self, moved: Tensor, gradient: Tensor, low: Tensor, high: Tensor) -> "Tangent":
         """Hold the pixels still that are at an edge and pushed over it; all (B, 3, H, W)."""
         slack = 1e-6
         stuck = ((moved >= high - slack) & (gradient > 0)) | ((moved <= low + slack) & (gradient < 0))

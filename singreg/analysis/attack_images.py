@@ -1,7 +1,5 @@
 """The images of an attack: which ones, how a classifier reads them, what is wanted of them, their files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,8 +83,8 @@ def choose_images(split: ImageSplit, count: int, seed: int) -> pd.DataFrame:
     targets = [int(rng.choice([target for target in classes if target != label])) for label in labels]
     identifiers = [split.identifier(int(index)) for index in kept]
     rows = {"image": kept, "identifier": identifiers, "label": labels, "target": targets}
-    chosen: pd.DataFrame = pd.DataFrame(rows)
-    return chosen
+    found: pd.DataFrame = pd.DataFrame(rows)
+    return found
 
 
 def towards_prompt(model: PixelModel, translator: Translator, x: Tensor, target: Tensor, tau: float) -> Judged:

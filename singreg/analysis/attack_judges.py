@@ -1,7 +1,5 @@
 """Attacked images judged from their 8-bit files, models compared by them, and twins that nobody attacked."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -145,8 +143,8 @@ def summarize_climbs(judged: pd.DataFrame) -> pd.DataFrame:
     attacks = judged[judged["arm"] == ATTACK]
     kinds = [name for name in attacks.columns if name.endswith(" passes")]
     means = attacks.groupby(["model", "budget"], sort=False)[["one_step", "began", *kinds]].mean().reset_index()
-    climbs: pd.DataFrame = means.melt(["model", "budget", "one_step", "began"], kinds, "kind", "alone").dropna()
-    return climbs
+    found: pd.DataFrame = means.melt(["model", "budget", "one_step", "began"], kinds, "kind", "alone").dropna()
+    return found
 
 
 def attack_checks(judged: pd.DataFrame, features: Mapping[Any, Any]) -> list[dict[str, Any]]:
@@ -181,16 +179,10 @@ def twins_among(logits: Tensor, embeddings: Tensor, labels: Tensor, places: np.n
     """Find pairs of images of two classes that are close in logits and far apart in meaning; nobody attacked them.
 
     Close: largest |Δlogit| at most the median between images of one class, so a model with larger logits is held to a
-    larger limit. Far: angle at least the median between images of different classes.
-
-    Args:
-        places: (N,) what the images are called in the answer.
+    larger limit. Far: angle at least the median between images of different classes. "shown" are the closest twins, no
+    image twice, by `places` (N,).
 
     Shape: logits (N, C), embeddings (N, n), labels (N,), at least two classes. Memory grows with N².
-
-    Returns:
-        images; pairs of two classes; close (logits), far (degrees); rate of twins among the pairs; shown, the closest
-        twins (first, second, logit_distance, angle), no image twice.
     """
     exact, unit = logits.double(), normalize(embeddings.double(), dim=-1)
     distance = torch.cat([torch.cdist(chunk, exact, p=torch.inf) for chunk in torch.split(exact, 512)])
@@ -255,5 +247,5 @@ def describe(
     sources = sorted(set(chosen["label"].tolist()))
     plan = plan_pairs(labels, names, texts, sources, names, texts, max_pairs=PAIRS, seed=seed)
     batches = iterate_features(classifier, split, embeddings, settings, "robustness to steering")
-    how: dict[str, Any] = {"texts": texts, "classifier": classifier, "space": null, "steps": STEPS, "tolerance": tau}
+    how: dict[str, Any] = {"classifier": classifier, "space": null, "steps": STEPS, "tolerance": tau}
     return facts, measure_robustness(batches, plan, translators, **how), logits

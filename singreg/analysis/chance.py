@@ -1,9 +1,6 @@
 """The chance level of every score: random null spaces and shuffled texts, in one pass (METHOD sections 8.2 and 8.3)."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,26 +17,22 @@ FIGURES = ("AS", "AS_neg", "AS_pos", "AS_abs", "IS", "kappa")
 KINDS = ("dimension", "energy", "texts")
 
 
-@dataclass(frozen=True)
-class RandomSubspace:
-    """A random subspace of feature space: basis B (m, k) spans it, or its complement, whichever is thinner."""
+def random_projection(width: int, dimension: int, *, seed: int | Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Return the projection on a random subspace of d = `dimension` of m = `width` features, the same for a seed.
 
-    basis: Tensor
-    complement: bool
+    Shape: it maps (..., m) to (..., m).
+    """
+    thin = min(dimension, width - dimension)  # of the subspace and its complement, whichever is thinner
+    # NumPy's generator takes several numbers as a seed; torch's uses the lower 32 bits of one.
+    gaussian = torch.from_numpy(np.random.default_rng(seed).standard_normal((width, thin)))
+    basis: Tensor = torch.linalg.qr(gaussian).Q
 
-    @classmethod
-    def draw(cls, width: int, dimension: int, *, seed: int | Sequence[int]) -> RandomSubspace:
-        """Draw d = `dimension` of m = `width` features, the same for the same seed anywhere (float64)."""
-        thin = min(dimension, width - dimension)
-        # NumPy's generator takes several numbers as a seed; torch's uses the lower 32 bits of one.
-        gaussian = torch.from_numpy(np.random.default_rng(seed).standard_normal((width, thin)))
-        return cls(torch.linalg.qr(gaussian).Q, complement=dimension > thin)
+    def component(features: Tensor) -> Tensor:
+        spanning = basis.to(features)
+        inside = (features @ spanning) @ spanning.T
+        return features - inside if dimension > thin else inside
 
-    def component(self, features: Tensor) -> Tensor:
-        """Return P g, the part in the subspace. Shape: (..., m) to (..., m)."""
-        basis = self.basis.to(features)
-        inside = (features @ basis) @ basis.T
-        return features - inside if self.complement else inside
+    return component
 
 
 def matched_coefficients(null_share: Tensor, random_share: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,21 +76,21 @@ def measure_chance(
         and spread (standard deviation) over draws, and energy.
     """
     sizes = len(null_space.basis), null_space.nullity
-    spaces = [RandomSubspace.draw(*sizes, seed=(seed, draw)) for draw in range(draws)]
+    projections = [random_projection(*sizes, seed=(seed, draw)) for draw in range(draws)]
     cycles = [_cycle(len(texts), (seed, draw)).to(texts.device) for draw in range(draws)]
     # By removal: the real one, then draw by draw of each kind; the squares removed, and of what they were removed from.
     sums = torch.zeros(2, 1 + len(KINDS) * draws, len(COLUMNS), dtype=torch.float64, device=texts.device)
     energy, whole = (torch.zeros(2, size, dtype=torch.float64) for size in (sums.shape[1], 1))
     for batch in batches:
         f, own = batch.features, texts.to(batch.features)[batch.labels]
-        z, parts = translator(f), [space.component(f) for space in spaces]
+        z, parts = translator(f), [project(f) for project in projections]
         for place, origin in enumerate((torch.zeros_like(f[0]), mean.to(f))):
             g, null = f - origin, null_space.component(f - origin)
             real, squared = translator(f - null), g.square().sum(1)
             share = _share(null, squared)
             cases = [(null, real, own)]
-            for space, part in zip(spaces, parts, strict=True):
-                random = part - space.component(origin)
+            for project, part in zip(projections, parts, strict=True):
+                random = part - project(origin)
                 cases.append((random, translator(f - random), own))
             for random, _, _ in cases[1 : 1 + draws]:
                 alpha, beta = (c[:, None] for c in matched_coefficients(share, _share(random, squared)))

@@ -1,7 +1,5 @@
 """The arms against each other, paired by image, and what may be said about it (METHOD section 8)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +9,7 @@ import pandas as pd
 
 from singreg.analysis.crossfit import AUDITED, figures
 from singreg.analysis.fitting import IMAGES_PER_FEATURE, ZERO_SHOT
-from singreg.analysis.statistics import ENDS, paired_difference, paired_proportions, paired_ratio, resampled_means
+from singreg.analysis.statistics import ends, paired_difference, paired_proportions, paired_ratio, resampled_means
 
 Measured = tuple[pd.DataFrame, dict[str, Any]]
 """What `analyze_model` returns of one model: a row an image, and the figures."""
@@ -46,13 +44,13 @@ COMPARED: tuple[tuple[str, str, Any], ...] = (
 )
 
 
-def compare_arms(measurements: Mapping[str, Measured], names: tuple[str, str] = ("sing", "control")) -> pd.DataFrame:
-    """Compare an arm with the control: differences and ratios of means, paired by image, with 95 % intervals.
+def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:
+    """Compare "sing" with "control": differences and ratios of means, paired by image, with 95 % intervals.
 
     Returns:
         Columns name, translator, value, low, high, unit (× of means, degrees, points).
     """
-    both = [measurements[name][0] for name in names]
+    both = [measurements[name][0] for name in ("sing", "control")]
     classes = both[1]["label"].to_numpy()
     top1 = paired_proportions(*(rows["correct"].to_numpy(np.float64) for rows in both))
     found: list[tuple[Any, ...]] = [("top-1", "-", *(100 * end for end in top1), "points")]
@@ -63,11 +61,10 @@ def compare_arms(measurements: Mapping[str, Measured], names: tuple[str, str] = 
             found.append((f"{name} ratio", translator, *paired_ratio(*pair, groups=classes), "×"))
         pair = (_harm(rows[f"AS/{translator}"].to_numpy()) for rows in both)
         found.append(("AS⁻ difference", translator, *paired_difference(*pair, groups=classes), "°"))
-    if set(both[0]) >= AUDITED:
-        first, second = (figures(columns) for columns in resampled(both, sorted(AUDITED), classes))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = {name: first[name] / second[name] for name in first}
-        found += [(f"{name} ratio", "auditor", *ends(ratio), "×") for name, ratio in ratios.items()]
+    first, second = (figures(columns) for columns in resampled(both, sorted(AUDITED), classes))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = {name: first[name] / second[name] for name in first}
+    found += [(f"{name} ratio", "auditor", *ends(ratio), "×") for name, ratio in ratios.items()]
     if {"loop", "auditor"} <= set(judges):
         found.append(("confirmed share", "auditor", *confirmed_share(both, classes), "×"))
     table: pd.DataFrame = pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
@@ -90,15 +87,8 @@ def confirmed_share(both: Sequence[pd.DataFrame], classes: np.ndarray) -> tuple[
 def resampled(both: Sequence[pd.DataFrame], names: Sequence[str], classes: np.ndarray) -> list[dict[str, np.ndarray]]:
     """Return means of two arms' columns and their paired resamples, (1 + resamples,) by name: the means come first."""
     table = np.concatenate([rows[list(names)].to_numpy(np.float64) for rows in both], axis=1)
-    means = np.concatenate([table.mean(0)[None], resampled_means(table, groups=classes)]).T
+    means = resampled_means(table, groups=classes).T
     return [dict(zip(names, part, strict=True)) for part in (means[: len(names)], means[len(names) :])]
-
-
-def ends(values: np.ndarray) -> tuple[float, float, float]:
-    """Return (value, low, high) of a figure (1 + resamples,) whose own value comes first."""
-    defined = values[1:][np.isfinite(values[1:])]
-    low, high = np.quantile(defined, ENDS) if len(defined) else (np.nan, np.nan)
-    return float(values[0]), float(low), float(high)
 
 
 def no_claim(images: int, features: int) -> str | None:

@@ -4,8 +4,6 @@ A translator's own error is what an attack made on it follows, and what a quadra
 figure here is crafted with one auditor and read with the other, both ways (METHOD section 10.3).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,8 +129,7 @@ def summarize(rows: Mapping[str, np.ndarray], groups: np.ndarray) -> dict[str, A
     """Return every figure of `RATIOS` and `MEANS` with "intervals" (95 %, over classes and images)."""
     columns = sorted(AUDITED)
     table = np.stack([rows[name] for name in columns], axis=1)
-    means = np.concatenate([table.mean(0)[None], resampled_means(table, groups=groups)])
-    found = figures(dict(zip(columns, means.T, strict=True)))
+    found = figures(dict(zip(columns, resampled_means(table, groups=groups).T, strict=True)))
     intervals = {name: np.quantile(value[1:], ENDS).tolist() for name, value in found.items()}
     return {**{name: float(value[0]) for name, value in found.items()}, "intervals": intervals}
 

@@ -1,10 +1,7 @@
 """One pass over a split: features, logits and the stored embeddings of the same images, shared out over processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +39,8 @@ def process_share(count: int) -> np.ndarray:
 
 def evenly(count: int, most: int) -> np.ndarray:
     """Return at most `most` of `count` indices, (n,) int64, evenly spaced: splits are sorted by class."""
-    spread: np.ndarray = np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
-    return spread
+    found: np.ndarray = np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
+    return found
 
 
 @torch.no_grad()
@@ -95,16 +92,13 @@ def cached_features(classifier: Classifier, split: ImageSplit, settings: PassSet
 
     The head's weights are not part of the key: a model whose head alone was trained or edited finds the same file.
     """
-    if settings.cache is None:
-        raise ValueError("features are kept in a folder; give PassSettings(cache=FOLDER)")
     was_training, device, head = classifier.training, classifier.weight.device, f"{classifier.head_name}."
     backbone = {name: each for name, each in classifier.model.state_dict().items() if not name.startswith(head)}
     facts = {"backbone": hash_of_state(backbone, head), "preprocessing": classifier.preprocessing}
-    options: Any = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": settings.progress}
-    where = classifier.transform, split, classifier.feature_dim, settings.cache
+    where = classifier.transform, split, classifier.feature_dim
     classifier.eval()
     try:
-        return encode_split(lambda x: classifier.features(x.to(device)), *where, facts, "features", **options)
+        return encode_split(lambda x: classifier.features(x.to(device)), *where, facts, "features", settings)
     finally:
         classifier.train(was_training)
 

@@ -1,7 +1,5 @@
 """Fit translators on a split (METHOD sections 2 and 8.6)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +58,7 @@ class FittedTranslator:
         return {**linear, "mean": self.mean, **halves}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], info: TranslatorInfo) -> FittedTranslator:
+    def from_state(cls, state: Mapping[str, Tensor], info: TranslatorInfo) -> "FittedTranslator":
         """Return what `state_dict` was taken of."""
         translator = LinearTranslator(state["matrix"], state["offset"], info)
         halves = [RidgeStatistics(*state["0.fz"].shape, device=state["matrix"].device) for _ in range(2)]
@@ -79,7 +77,7 @@ def fit_on_split(
     info: TranslatorInfo | None = None,
     settings: PassSettings | None = None,
     description: str = "translator",
-) -> FittedTranslator:
+) -> "FittedTranslator":
     """Fit T on all images of a split in one pass, λ by the agreement of two halves. Exact over processes.
 
     The row-space and the null block of the head are brought to unit scale first, so that neither turning nor shrinking
@@ -98,25 +96,6 @@ def fit_on_split(
     return FittedTranslator(translator.to(device), mean.float(), halves)
 
 
-def fit_translators(
-    classifier: Classifier,
-    splits: Splits,
-    embeddings: Mapping[str, np.ndarray],
-    *,
-    ridge: float | None = None,
-    invariance: Invariance = "logits",
-    info: TranslatorInfo | None = None,
-    settings: PassSettings | None = None,
-) -> dict[str, FittedTranslator]:
-    """Fit "fitted" on the bank and "auditor" on the audit split (METHOD 8.6); without a ridge each chooses its own."""
-    how: dict[str, Any] = {"ridges": DEFAULT_RIDGES if ridge is None else (ridge,), "invariance": invariance}
-    how |= {"info": info, "settings": settings, "description": "fitting a translator"}
-    return {
-        "fitted": fit_on_split(classifier, splits.bank, embeddings["bank"], **how),
-        "auditor": fit_on_split(classifier, splits.audit, embeddings["audit"], **how),
-    }
-
-
 def translator_agreement(first: LinearTranslator, second: LinearTranslator, texts: Tensor) -> float:
     """Return the mean cosine over classes of the directions Aᵀ(t_k - t̄) of two translators; 1 is full agreement.
 
@@ -131,30 +110,36 @@ def fit_all(
     classifier: Classifier,
     splits: Splits,
     embeddings: Mapping[str, np.ndarray],
-    kinds: Sequence[MLPKind],
+    kinds: Sequence[MLPKind] = (),
     *,
-    ridge: float | None,
-    invariance: Invariance,
-    info: TranslatorInfo,
     settings: PassSettings,
-    seed: int,
-    stored: Path,
+    ridge: float | None = None,
+    invariance: Invariance = "logits",
+    info: TranslatorInfo | None = None,
+    seed: int = 0,
+    stored: Path | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
-    """Fit both linear translators and MLPs of some kinds on the bank; return them by name, and the auditor's mean.
+    """Fit "fitted" on the bank, "auditor" on the audit split and MLPs of some kinds on the bank (METHOD section 8.6).
 
-    "run" is the translator in the file `stored`, if it is there and of this classifier and these images' embeddings.
+    Without a ridge each linear translator chooses its own. "run" is the translator in the file `stored`, if it is there
+    and of this classifier and these images' embeddings.
+
+    Returns:
+        The translators by name, and the auditor's mean feature (m,).
     """
-    how: dict[str, Any] = {"info": info, "settings": settings}
-    linear = fit_translators(classifier, splits, embeddings, ridge=ridge, invariance=invariance, **how)
-    found: dict[str, Any] = {name: fitted.translator for name, fitted in linear.items()}
+    how: dict[str, Any] = {"ridges": DEFAULT_RIDGES if ridge is None else (ridge,), "invariance": invariance}
+    how |= {"info": info, "settings": settings, "description": "fitting a translator"}
+    fitted = fit_on_split(classifier, splits.bank, embeddings["bank"], **how)
+    auditor = fit_on_split(classifier, splits.audit, embeddings["audit"], **how)
+    found: dict[str, Any] = {"fitted": fitted.translator, "auditor": auditor.translator}
     for kind in kinds:
         arrays = cached_features(classifier, splits.bank, settings), embeddings["bank"]
         options: Any = {"info": info, "device": classifier.weight.device, "progress": settings.progress}
         found[kind] = fit_mlp_translator(*arrays, settings=MLPSettings(kind=kind, seed=seed), **options)
-    if stored.is_file():
+    if stored is not None and info is not None and stored.is_file():
         fits = replace(info, classifier="", vlm="")  # folders may move; hashes say what is in them
         try:
             found["run"] = load_translator(stored, expected=fits).to(classifier.weight.device)
         except ValueError as error:
             logger.warning("the run's translator is left out: %s", error)
-    return found, linear["auditor"].mean
+    return found, auditor.mean

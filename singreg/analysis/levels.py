@@ -1,7 +1,5 @@
 """Class, concept and image level: what the model level says of single classes, words and images (METHOD section 3)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -43,7 +41,7 @@ def analyze_classes(rows: pd.DataFrame, class_names: Sequence[str]) -> dict[str,
         intervals: dict[str, Any] = dict.fromkeys(table.columns)
         if len(images) > 1:
             drawn = resampled_means(images.to_numpy(), seed=int(str(label)))
-            intervals = dict(zip(table.columns, np.quantile(drawn, ENDS, axis=0).T, strict=True))
+            intervals = dict(zip(table.columns, np.quantile(drawn[1:], ENDS, axis=0).T, strict=True))
         named = {"label": label, "name": class_names[int(str(label))], "images": len(images)}
         classes.append({**named, "means": images.mean().to_dict(), "intervals": intervals})
     classes.sort(key=lambda each: (-each["means"]["AS_neg"], each["label"]))
@@ -88,9 +86,6 @@ def analyze_concepts(
     Returns:
         overall (K,) before, after, AS with AS_low and AS_high (normal 95 % interval) and kappa of all images.
     """
-    bad = [concept for concept, row in zip(concepts, texts, strict=True) if not (row.isfinite().all() and row.any())]
-    if bad:
-        raise ValueError(f"text embeddings that are zero or not finite: {', '.join(map(repr, bad))}")
     texts, rows = unit_rows(texts.detach().float()), max(1, CHUNK_ELEMENTS // len(texts))
     overall = torch.zeros(len(SUMS), len(texts), dtype=torch.float64, device=texts.device)
     count = overall.new_zeros(())
@@ -128,8 +123,8 @@ def worst_images(rows: pd.DataFrame, count: int) -> pd.DataFrame:
     """Return the rows (of `analyze_model`) with the auditor's most negative AS; equal ones in the images' order."""
     named = {"AS/auditor": "attribute_score", "IS/auditor": "image_score"}
     worst = rows.sort_values(["AS/auditor", "index"]).head(count).rename(columns=named)
-    kept: pd.DataFrame = worst[["index", "image", "label", *named.values()]]
-    return kept
+    found: pd.DataFrame = worst[["index", "image", "label", *named.values()]]
+    return found
 
 
 @torch.no_grad()

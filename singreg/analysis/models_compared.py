@@ -1,7 +1,5 @@
 """Several classifiers on the same images: paired differences, and whether their order holds in every view."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from singreg.analysis.comparison import ends, too_few
-from singreg.analysis.statistics import resampled_means
+from singreg.analysis.comparison import too_few
+from singreg.analysis.statistics import ends, resampled_means
 
 FIGURES = ("AS_neg", "AS_abs", "IS", "ratio")
 """Mean relu(-AS), mean |AS|, mean IS (degrees), and the ratio of means IS / |AS|: what models are compared by."""
@@ -37,9 +35,7 @@ class PairedFigures:
         return self.views.index((self.views[0][0], PRIMARY))
 
 
-def paired_figures(
-    rows: Mapping[str, Mapping[str, pd.DataFrame]], *, resamples: int = 1000, seed: int = 0
-) -> PairedFigures:
+def paired_figures(rows: Mapping[str, Mapping[str, pd.DataFrame]], *, seed: int = 0) -> PairedFigures:
     """Take every figure of several models, all resampled together, so that every difference is paired by image.
 
     Args:
@@ -54,14 +50,11 @@ def paired_figures(
     columns = [first[model]["correct"].to_numpy(np.float64) for model in models]
     for (space, translator), model in itertools.product(views, models):
         table = rows[space][model]
-        if not np.array_equal(table["image"], reference["image"]):
-            raise ValueError(f"{model} in {space} was not measured on the first model's images in the same order")
         attribute = table[f"AS/{translator}"].to_numpy(np.float64)
         columns += [np.maximum(-attribute, 0), np.abs(attribute), table[f"IS/{translator}"].to_numpy(np.float64)]
-    values = np.stack(columns, axis=1)
-    drawn = resampled_means(values, groups=reference["label"].to_numpy(), resamples=resamples, seed=seed)
-    means = np.concatenate([values.mean(0, keepdims=True), drawn])
-    read = means[:, len(models) :].reshape(1 + resamples, len(views), len(models), 3)
+    groups = reference["label"].to_numpy()
+    means = resampled_means(np.stack(columns, axis=1), groups=groups, seed=seed)
+    read = means[:, len(models) :].reshape(len(means), len(views), len(models), 3)
     with np.errstate(divide="ignore", invalid="ignore"):
         figures = dict(zip(FIGURES, (*np.moveaxis(read, 3, 0), read[..., 2] / read[..., 1]), strict=True))
     return PairedFigures(
@@ -114,8 +107,7 @@ def kendall_tau(values: np.ndarray) -> np.ndarray:
     signs = np.sign(values[:, :, None] - values[:, None]).reshape(len(values), -1)
     agreed = signs @ signs.T
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: np.ndarray = agreed / np.sqrt(np.outer(np.diag(agreed), np.diag(agreed)))
-    return found
+        return np.asarray(agreed / np.sqrt(np.outer(np.diag(agreed), np.diag(agreed))))
 
 
 def comparison_verdict(figures: PairedFigures | None, heads: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,7 +1,5 @@
 """What null, random and row-space perturbations of equal norm do (METHOD section 4, paper figure 9)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Unique information: can anything be read from f that cannot be read from Π_p f? (METHOD section 8.5)"""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,8 +74,6 @@ def fit_blocks(batches: Iterable[FeatureBatch], *, null_space: NullSpace, classe
 
     For f each block is standardised as a whole, so a null space shrunk or turned gives the same fits.
     """
-    if null_space.nullity == 0:
-        raise ValueError("this head has no null space, so there is no information in it to measure")
     width, device = null_space.basis.shape[0], null_space.basis.device
     sizes = (target_dim, classes)
     embedding, label = ([RidgeStatistics(width, size, device=device) for _ in range(2)] for size in sizes)
@@ -140,12 +136,10 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
         rows.append({name: value.cpu().numpy() for name, value in figures.items()})
     table = gather_rows(rows, sort_by="index")
     labels = table["label"][table["label"] >= 0]
-    if not len(labels):
-        raise ValueError(f"none of the {len(table['label'])} images has a label, so no probe for the class is judged")
     # Σ|z - z̄|² about these images' own mean, from the sums about the fit's.
     shift = float((all_reduce_sum(target_sum) / len(table["label"]) - fits.target_mean).square().sum())
     residuals = np.stack([table[f"r2 {name}"] for name in BLOCKS] + [table["spread"]], axis=1)
-    means = np.concatenate([residuals.mean(0)[None], resampled_means(residuals, groups=table["label"])])
+    means = resampled_means(residuals, groups=table["label"])
     r2 = 1 - means[:, :3] / (means[:, 3:] - shift)
     values = {f"r2 {name}": r2[:, place] for place, name in enumerate(BLOCKS)} | {"unique": r2[:, 0] - r2[:, 1]}
     intervals: dict[str, Any] = {name: np.quantile(value[1:], ENDS) for name, value in values.items()}

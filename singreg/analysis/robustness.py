@@ -1,8 +1,7 @@
 """How far features can be steered by every attack, as every judge reads it (METHOD section 9)."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.steering import PairPlan, SteeringRows
-from singreg.analysis.steering_curves import EXACT, SINGLE, Attack, Craft, measure_curves, null_direction, straight
+from singreg.analysis.steering_curves import EXACT, SINGLE, Attack, Craft, measure_curves, null_direction
 from singreg.maximiser import Maximiser, NearNull
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
@@ -30,6 +29,14 @@ def random_direction(rows: SteeringRows, space: NullSpace) -> Tensor:
     drawn = np.stack([np.random.default_rng(s).standard_normal(rows.features.shape[1]) for s in seeds])
     guess = torch.from_numpy(drawn).to(rows.features)
     return unit_in_null(space.component(guess), guess)
+
+
+def straight(
+    rows: SteeringRows, direction: Callable[[SteeringRows], Tensor], steps: Sequence[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go along one unit direction by shares of |f|."""
+    length = torch.linalg.vector_norm(rows.features, dim=1)
+    yield direction(rows), length[:, None] * rows.features.new_tensor(steps)
 
 
 def climb(translator: LinearTranslator, space: NullSpace, steps: Sequence[float], near: NearNull | None) -> Craft:
@@ -60,11 +67,12 @@ def usual_attacks(
     """
     attacks = []
     for name, each in translators.items():
-        single = straight(lambda rows, each=each: null_direction(rows, each, space), steps)  # type: ignore[misc]
+        single = partial(straight, direction=partial(null_direction, translator=each, space=space), steps=steps)
         attacks.append(Attack(SINGLE, name, steps, single))
         attacks.append(Attack(MAXIMISER, name, steps, climb(each, space, steps, None)))
     on, first = next(iter(translators.items()))
-    attacks.append(Attack(RANDOM, on, steps, straight(lambda rows: random_direction(rows, space), steps)))
+    drawn = partial(straight, direction=partial(random_direction, space=space), steps=steps)
+    attacks.append(Attack(RANDOM, on, steps, drawn))
     for ratio in NEAR_RATIOS:
         near = NearNull.below(weight, space, ratio=ratio, tolerance=tolerance)
         if near.basis.shape[1]:
@@ -78,7 +86,6 @@ def measure_robustness(
     plan: PairPlan,
     translators: Mapping[str, LinearTranslator],
     *,
-    texts: Tensor,
     classifier: Classifier,
     space: NullSpace,
     steps: Sequence[float],
@@ -88,8 +95,9 @@ def measure_robustness(
 
     Success: the target prompt did not outrank all classes before, and does after, with the decision kept.
 
+    All translators are attacked and all judge, so each is the others' transfer and adaptive attacker.
+
     Args:
-        translators: by name; all are attacked and all judge, so each is the others' transfer and adaptive attacker.
         steps: shares of |f|.
         tolerance: |Δlogit| that attacks with nearly null directions may take.
 
@@ -100,7 +108,7 @@ def measure_robustness(
     judges = {(name, ""): each for name, each in translators.items()}
     for name, each in translators.items():  # T Π_p f: what is read of features without their null component
         judges[name, DROPPED] = LinearTranslator(space.remove(each.matrix.double()), each.offset)
-    how: dict[str, Any] = {"texts": texts, "weight": classifier.weight, "bias": classifier.bias, "null_space": space}
+    how: dict[str, Any] = {"weight": classifier.weight, "bias": classifier.bias, "null_space": space}
     curves = measure_curves(batches, plan, attacks, judges, **how, fresh=True)
     return {"nullity": space.nullity, "curves": curves, "checks": sanity_checks(curves)}
 
@@ -110,16 +118,12 @@ def sanity_checks(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     moved, left, weaker, guesses = [], [], [], []
     own: dict[tuple[str, str], np.ndarray] = {}
     for curve in curves:
-        who, tolerance = f"{curve['attack']} on {curve['attacker']}", curve["tolerance"]
+        who, figures = f"{curve['attack']} on {curve['attacker']}", curve["figures"]
         if not curve["defence"] and curve["attacker"] == curve["judge"]:
-            own[curve["attack"], curve["judge"]] = np.array([curve["figures"]["AS"], curve["figures"]["AS_abs"]])
-        if not max(curve["logit_change"]) <= tolerance:
+            own[curve["attack"], curve["judge"]] = np.array([figures["AS"], figures["AS_abs"]])
+        if not max(curve["logit_change"]) <= curve["tolerance"]:
             moved.append(who)
-        if (
-            curve["defence"]
-            and tolerance == EXACT
-            and any(share and share > 0 for share in curve["figures"]["success"])
-        ):
+        if curve["defence"] and curve["tolerance"] == EXACT and any(figures["success"]):
             left.append(who)
     for (attack, judge), found in own.items():
         single = own[SINGLE, judge][0]

@@ -1,7 +1,5 @@
 """Model level: every figure of METHOD sections 3 and 8 for one classifier on a split, by several translators."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,7 +143,7 @@ def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Ten
     return {
         "overall": summarize_columns(table.sum(1)),
         "centred": summarize_columns(centred.sum(1)),
-        "intervals": dict(zip(INTERVALS, np.quantile(drawn, ENDS, axis=0).T.tolist(), strict=True)),
+        "intervals": dict(zip(INTERVALS, np.quantile(drawn[1:], ENDS, axis=0).T.tolist(), strict=True)),
         "per_class": summarize_columns(by_class),
         "cosine": cosine / count,
         "r2": 1 - residual / spread if spread > 0 else np.nan,

@@ -1,6 +1,6 @@
 """Bootstrap intervals over images clustered in classes (METHOD section 8.7)."""
 
-from __future__ import annotations
+from typing import Any
 
 import numpy as np
 
@@ -11,23 +11,22 @@ ENDS = (0.025, 0.975)  # of a 95 % interval
 def resampled_means(
     columns: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
 ) -> np.ndarray:
-    """Means of each column over images drawn with replacement, the same draw for every column (paired).
+    """Means of each column over the images, then over images drawn with replacement, one draw for every column.
 
     With `groups` (N,), the images' classes, classes are drawn first, then images within each (METHOD section 8.7).
 
-    Shape: columns (N, k) to (resamples, k), float64.
+    Shape: columns (N, k) to (1 + resamples, k), float64.
     """
     rng, count = np.random.default_rng(seed), len(columns)
-    means = np.empty((resamples, columns.shape[1]))
+    means = np.empty((1 + resamples, columns.shape[1]))
+    means[0] = columns.mean(0)
     if groups is None:
-        for row in range(resamples):
+        for row in range(1, 1 + resamples):
             means[row] = np.bincount(rng.integers(0, count, count), minlength=count) @ columns / count
         return means
-    if len(groups) != count:
-        raise ValueError(f"expected a group for each of {count} images, got {len(groups)}")
     order, sizes = np.argsort(groups, kind="stable"), np.unique(groups, return_counts=True)[1]
     starts = np.cumsum(sizes) - sizes
-    for row in range(resamples):
+    for row in range(1, 1 + resamples):
         drawn = rng.integers(0, len(sizes), len(sizes))
         within = np.repeat(sizes[drawn], sizes[drawn])
         places = np.repeat(starts[drawn], sizes[drawn]) + (rng.random(len(within)) * within).astype(np.int64)
@@ -36,29 +35,33 @@ def resampled_means(
     return means
 
 
-def mean_interval(
-    values: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
-) -> Interval:
-    """Return (mean, low, high) of values (N,), the 95 % percentile interval; groups as in `resampled_means`."""
-    drawn = resampled_means(values[:, None], groups=groups, resamples=resamples, seed=seed)
-    low, high = np.quantile(drawn, ENDS)
-    return float(values.mean()), float(low), float(high)
+def ends(drawn: np.ndarray) -> Interval:
+    """Return (value, low, high), the 95 % percentile interval, of a figure (1 + resamples,): its own value is first."""
+    defined = drawn[1:][np.isfinite(drawn[1:])]
+    low, high = np.quantile(defined, ENDS) if len(defined) else (np.nan, np.nan)
+    return float(drawn[0]), float(low), float(high)
 
 
-def paired_difference(
-    after: np.ndarray, before: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
-) -> Interval:
+def mean_interval(values: np.ndarray, **how: Any) -> Interval:
+    """Return (mean, low, high) of values (N,); groups, resamples and seed are those of `resampled_means`."""
+    return ends(resampled_means(values[:, None], **how)[:, 0])
+
+
+def paired_difference(after: np.ndarray, before: np.ndarray, **how: Any) -> Interval:
     """(mean(after) - mean(before), low, high), paired by image; both (N,) in the same order and unit."""
-    return mean_interval(np.asarray(after, np.float64) - before, groups=groups, resamples=resamples, seed=seed)
+    return mean_interval(np.asarray(after, np.float64) - before, **how)
 
 
-def paired_ratio(
-    after: np.ndarray, before: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
-) -> Interval:
+def paired_ratio(after: np.ndarray, before: np.ndarray, **how: Any) -> Interval:
     """(mean(after) / mean(before), low, high), a ratio of means; NaN where `before` (at least 0) is 0 everywhere."""
-    columns = np.stack([after, before], axis=1).astype(np.float64)
-    drawn = resampled_means(columns, groups=groups, resamples=resamples, seed=seed)
-    return ratio_interval(columns.mean(0), drawn) if columns[:, 1].any() else (np.nan, np.nan, np.nan)
+    if not before.any():
+        return np.nan, np.nan, np.nan
+    drawn = resampled_means(np.stack([after, before], axis=1).astype(np.float64), **how)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = drawn[:, 0] / drawn[:, 1]
+        bounds = np.quantile(ratios[1:][~np.isnan(ratios[1:])], ENDS)
+    low, high = np.where(np.isnan(bounds), np.inf, bounds)  # between two infinite draws numpy interpolates to NaN
+    return float(ratios[0]), float(low), float(high)
 
 
 def paired_proportions(after: np.ndarray, before: np.ndarray) -> Interval:
@@ -83,15 +86,3 @@ def paired_proportions(after: np.ndarray, before: np.ndarray) -> Interval:
         return inside
 
     return (gained - lost) / count, end(-1), end(1)
-
-
-def ratio_interval(means: np.ndarray, drawn: np.ndarray) -> Interval:
-    """(first / second, low, high) of two means (2,) and their resampled ones (resamples, 2)."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value, ratios = means[0] / means[1], drawn[:, 0] / drawn[:, 1]
-        defined = ratios[~np.isnan(ratios)]
-        if not len(defined):
-            return np.nan, np.nan, np.nan
-        ends = np.quantile(defined, ENDS)
-    low, high = np.where(np.isnan(ends), np.inf, ends)  # between two infinite draws numpy interpolates to NaN
-    return float(value), float(low), float(high)

@@ -1,7 +1,5 @@
 """How easily features are steered through the null space towards another prompt (METHOD sections 4 and 9)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +12,6 @@ from torch.nn.functional import normalize
 
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.statistics import paired_ratio
-from singreg.functional import angle
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator, steer
 from singreg.translator import LinearTranslator
@@ -48,13 +45,6 @@ def read(z: Tensor, text: Tensor, class_texts: Tensor, same: Tensor) -> tuple[Te
     return torch.rad2deg(torch.arccos(own.clamp(-1, 1))), own > rivals.amax(-1)
 
 
-def judged(
-    judge: AnyTranslator, features: Tensor, text: Tensor, class_texts: Tensor, same: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`read` features (R, m) as a judge translates them."""
-    return read(in_its_own_dtype(judge)(features), text, class_texts, same)
-
-
 def largest_change(change: Tensor, null_space: NullSpace) -> Tensor:
     """Return the largest |Δlogit| (R,) of changes (R, C); the softmax null lets all logits move together."""
     if null_space.invariance == "softmax":
@@ -77,23 +67,25 @@ class SteeringRows:
 class PairPlan:
     """Which of S source classes are steered towards which of K prompts.
 
-    source_labels (S,) rows of the head, texts (K, n) unit rows, wanted (S, K) bool, chosen (N,) bool: images steered.
+    source_labels (S,) rows of the head; texts (K, n) and all classes' prompts class_texts (C, n), unit rows;
+    wanted (S, K) bool; chosen (N,) bool: images steered.
     """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     source_labels: Tensor
     texts: Tensor
+    class_texts: Tensor
     wanted: Tensor
     chosen: np.ndarray
 
-    def rows(self, batch: FeatureBatch, classes: int) -> Iterator[SteeringRows]:
-        """Yield every (chosen image, wanted target) once, in chunks of whole images; C classes are ranked in each."""
+    def rows(self, batch: FeatureBatch) -> Iterator[SteeringRows]:
+        """Yield every (chosen image, wanted target) once, in chunks of whole images."""
         mine = torch.from_numpy(self.chosen[batch.indices.numpy()])
         here, texts = mine.to(batch.features.device), self.texts.to(batch.features.device).double()
         features, labels, image = batch.features[here].double(), batch.labels[here], batch.indices[mine].to(here.device)
         source = (labels[:, None] == self.source_labels.to(here.device)).int().argmax(1)
-        widest = len(texts) * (features.shape[1] + texts.shape[1] + classes)
+        widest = len(texts) * (features.shape[1] + texts.shape[1] + len(self.class_texts))
         together = max(1, CHUNK_ELEMENTS // widest)
         for start in range(0, len(image), together):
             place, target = self.wanted.to(here.device)[source[start : start + together]].nonzero(as_tuple=True)
@@ -119,9 +111,6 @@ def plan_pairs(
         max_pairs: draw so many pairs, evenly over sources; None takes all.
 
     Shape: labels (N,) of the split's images, class_texts (C, n) and target_texts (K, n) unit rows.
-
-    Raises:
-        ValueError: source classes without images, and sources whose every target is their own prompt, all at once.
     """
     wanted = class_texts[list(source_labels)].double() @ target_texts.double().T < SAME_PROMPT
     problems = []
@@ -140,7 +129,8 @@ def plan_pairs(
         if any(row):
             chosen[np.flatnonzero(labels == label)[:images_per_source]] = True
     names = tuple(class_names[label] for label in source_labels)
-    return PairPlan(names, tuple(targets), torch.tensor(list(source_labels)), target_texts, wanted, chosen)
+    rows = torch.tensor(list(source_labels))
+    return PairPlan(names, tuple(targets), rows, target_texts, class_texts, wanted, chosen)
 
 
 def _drawn(wanted: Tensor, count: int, seed: int) -> Tensor:
@@ -163,26 +153,26 @@ def steering_targets(labels: Tensor, indices: Tensor, classes: int, *, seed: int
 
 def _steered(
     rows: SteeringRows,
-    attackers: Mapping[str, AnyTranslator],
-    judges: Mapping[str, AnyTranslator],
+    translators: Mapping[str, AnyTranslator],
     texts: Tensor,
+    weight: Tensor,
     null_space: NullSpace,
     image_score: float,
 ) -> dict[str, Tensor]:
     """FIGURE/ATTACKER and FIGURE/ATTACKER/JUDGE (R,) of every row: one gradient step, NaN out of reach."""
-    same, found = own_prompt(rows.text, texts), dict[str, Tensor]()
-    before = {judge: judged(reader, rows.features, rows.text, texts, same)[0] for judge, reader in judges.items()}
-    for attacker, translator in attackers.items():
-        fixed = in_its_own_dtype(translator)
-        steered = steer(rows.features, rows.text, null_space=null_space, translator=fixed, image_score=image_score)
-        ok, nothing = steered.reachable, torch.full_like(steered.step, torch.nan)
-        error = (angle(fixed(rows.features), fixed(steered.features)) - image_score).abs()
-        found[f"reachable/{attacker}"], found[f"error/{attacker}"] = ok, torch.where(ok, error, nothing)
+    found = {"image": rows.image, "source": rows.source, "target": rows.target}
+    same, before = own_prompt(rows.text, texts), dict[str, Tensor]()
+    for judge, translator in translators.items():
+        before[judge], _ = read(translator(rows.features), rows.text, texts, same)
+    for attacker, attacked in translators.items():
+        steered = steer(rows.features, rows.text, null_space=null_space, translator=attacked, image_score=image_score)
+        found[f"reachable/{attacker}"] = ok = steered.reachable
         found[f"step/{attacker}"] = steered.step / torch.linalg.vector_norm(rows.features, dim=-1)
-        found[f"moved/{attacker}"] = steered.features - rows.features
-        for judge, reader in judges.items():
-            after, won = judged(reader, steered.features, rows.text, texts, same)
-            found[f"AS/{attacker}/{judge}"] = torch.where(ok, before[judge] - after, nothing)
+        change = (steered.features - rows.features) @ weight.T
+        found[f"logits/{attacker}"] = largest_change(change, null_space)
+        for judge, translator in translators.items():
+            after, won = read(translator(steered.features), rows.text, texts, same)
+            found[f"AS/{attacker}/{judge}"] = torch.where(ok, before[judge] - after, torch.nan)
             found[f"success/{attacker}/{judge}"] = won & ok
     return found
 
@@ -192,7 +182,6 @@ def steer_pairs(
     batches: Iterable[FeatureBatch],
     plan: PairPlan,
     *,
-    texts: Tensor,
     weight: Tensor,
     null_space: NullSpace,
     attackers: Mapping[str, AnyTranslator],
@@ -203,22 +192,18 @@ def steer_pairs(
     One gradient step each, in float64, so all figures are lower bounds. Every attacker also judges every steering.
     Exact over processes; memory grows by one row for each image and target.
 
-    Shape: texts (C, n) unit rows of all class prompts, weight (C, m).
+    Shape: weight (C, m).
 
     Returns:
-        For each attacker and judge: overall, intervals (95 %, over source classes and images) and matrices (S, K) of
-        AS, AS_abs (degrees) and step (ε / |f|) over the reachable, success and reachable over all; calibration_error
-        (largest |IS - wanted|) and logit_change (largest |Δlogit|).
+        For each attacker and judge: overall figures and matrices (S, K) of AS, AS_abs (degrees) and step (ε / |f|) over
+        the reachable, success and reachable over all; intervals of AS (95 %, over source classes and images);
+        logit_change (largest |Δlogit|).
     """
-    exact, wide = texts.double(), weight.detach().double()
-    columns = []
+    readers = {name: in_its_own_dtype(translator) for name, translator in attackers.items()}
+    columns, exact = [], (plan.class_texts.double(), weight.detach().double())
     for batch in batches:
-        for rows in plan.rows(batch, len(texts)):
-            found = _steered(rows, attackers, attackers, exact, null_space, image_score)
-            for attacker in attackers:
-                moved = found.pop(f"moved/{attacker}")
-                found[f"logits/{attacker}"] = largest_change(moved @ wide.T, null_space)
-            found |= {"image": rows.image, "source": rows.source, "target": rows.target}
+        for rows in plan.rows(batch):
+            found = _steered(rows, readers, *exact, null_space, image_score)
             columns.append({name: values.cpu().numpy() for name, values in found.items()})
     table = pd.DataFrame(gather_rows(columns, sort_by="image"))
     return [plain(_table1(table, plan, attacker, judge)) for attacker in attackers for judge in attackers]
@@ -229,23 +214,19 @@ def _table1(table: pd.DataFrame, plan: PairPlan, attacker: str, judge: str) -> d
     figures = pd.DataFrame({name: table[f"{name}/{attacker}/{judge}"] for name in ("AS", "success")}, dtype=float)
     figures = figures.assign(AS_abs=figures["AS"].abs(), step=table[f"step/{attacker}"])
     figures["reachable"] = table[f"reachable/{attacker}"].astype(float)
-    cells, images = figures.groupby([table["source"], table["target"]]), table.groupby("image")
-    overall = {**figures.mean(), "AS_std": figures["AS"].std(ddof=0), "AS_abs_std": figures["AS_abs"].std(ddof=0)}
-
-    def matrix(values: pd.Series) -> np.ndarray:
-        wide = values.unstack().reindex(index=range(len(plan.sources)), columns=range(len(plan.targets)))
-        return np.asarray(wide, dtype=float)
-
-    sums, classes = figures.assign(rows=1.0).groupby(table["image"]).sum(), images["source"].first().to_numpy()
-    below = {name: "rows" if name in ("success", "reachable") else "reachable" for name in figures}
-    pairs = {name: (sums[name].to_numpy(), sums[other].to_numpy()) for name, other in below.items()}
+    cells, sums = figures.groupby([table["source"], table["target"]]), figures.groupby(table["image"]).sum()
+    overall = {**figures.mean(), "AS_abs_std": figures["AS_abs"].std(ddof=0)}
+    overall |= {"images": len(sums), "rows": len(table), "pairs": cells.ngroups}
+    shape = len(plan.sources), len(plan.targets)
+    every = pd.MultiIndex.from_product([range(size) for size in shape])
+    matrices = cells.mean().assign(images=cells.size()).reindex(every)
+    matrices["images"] = matrices["images"].fillna(0)
+    classes = table.groupby("image")["source"].first().to_numpy()
     return {
         "attacker": attacker,
         "judge": judge,
-        "overall": {**overall, "images": images.ngroups, "rows": len(table), "pairs": cells.ngroups},
-        "intervals": {name: paired_ratio(*pair, groups=classes)[1:] for name, pair in pairs.items()},
-        "matrices": {name: matrix(values) for name, values in cells.mean().items()}
-        | {"images": np.nan_to_num(matrix(cells.size()))},
-        "calibration_error": table[f"error/{attacker}"].max(),
+        "overall": overall,
+        "intervals": {"AS": paired_ratio(sums["AS"].to_numpy(), sums["reachable"].to_numpy(), groups=classes)[1:]},
+        "matrices": {name: values.to_numpy().reshape(shape) for name, values in matrices.items()},
         "logit_change": table[f"logits/{attacker}"].max(),
     }

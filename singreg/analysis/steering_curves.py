@@ -1,9 +1,8 @@
 """AS and success against the size of the step, for any attack and judge (METHOD section 9)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ Found = Mapping[str, Any]
 class Attack:
     """A way to displace features, crafted on a translator, that moves no logit by more than its tolerance."""
 
-    name: str
+    attack: str
     attacker: str
     grid: Sequence[float]
     craft: Craft
@@ -79,16 +78,6 @@ def null_direction(rows: SteeringRows, translator: AnyTranslator, space: NullSpa
     return unit_in_null(space.component(gradient), gradient)
 
 
-def straight(direction: Callable[[SteeringRows], Tensor], steps: Sequence[float]) -> Craft:
-    """Go along one unit direction by shares of |f|."""
-
-    def craft(rows: SteeringRows) -> Iterator[tuple[Tensor, Tensor]]:
-        length = torch.linalg.vector_norm(rows.features, dim=1)
-        yield direction(rows), length[:, None] * rows.features.new_tensor(steps)
-
-    return craft
-
-
 def equal_effort(
     attackers: Mapping[str, AnyTranslator],
     space: NullSpace,
@@ -106,24 +95,23 @@ def equal_effort(
     radii = tuple(sorted({*radii, *natural_marks(natural).values()}))
     limits = natural["median"] * gaussian.mean.new_tensor(radii)
 
-    def within(translator: AnyTranslator, manifold: bool) -> Craft:
-        def craft(rows: SteeringRows) -> Iterator[tuple[Tensor, Tensor]]:
-            direction = null_direction(rows, translator, space)
-            if manifold:  # in units of a variance: may be tiny without being rounding
-                along = gaussian.on_manifold(direction)
-                direction = normalize(along, dim=-1, eps=torch.finfo(along.dtype).tiny)
-            yield direction, torch.nan_to_num(gaussian.step_for_radius(rows.features, direction, limits))
+    def craft(rows: SteeringRows, translator: AnyTranslator, budget: str) -> Iterator[tuple[Tensor, Tensor]]:
+        direction = null_direction(rows, translator, space)
+        if budget == "on-manifold":  # in units of a variance: may be tiny without being rounding
+            along = gaussian.on_manifold(direction)
+            direction = normalize(along, dim=-1, eps=torch.finfo(along.dtype).tiny)
+        length = torch.linalg.vector_norm(rows.features, dim=1, keepdim=True)
+        within = length * length.new_tensor(steps)
+        if budget != "step":
+            within = torch.nan_to_num(gaussian.step_for_radius(rows.features, direction, limits))
+        yield direction, within
 
-        return craft
-
-    def along(translator: AnyTranslator) -> Craft:
-        return straight(lambda rows: null_direction(rows, translator, space), steps)
-
-    found = [Attack(SINGLE, name, tuple(steps), along(each)) for name, each in attackers.items()]
-    for budget in BUDGETS[1:]:
-        crafts = {name: within(each, budget == "on-manifold") for name, each in attackers.items()}
-        found += [Attack(SINGLE, name, radii, craft, budget) for name, craft in crafts.items()]
-    return found
+    grids = {"step": steps, "radius": radii, "on-manifold": radii}
+    return [
+        Attack(SINGLE, name, grids[budget], partial(craft, translator=each, budget=budget), budget)
+        for budget in BUDGETS
+        for name, each in attackers.items()
+    ]
 
 
 @torch.no_grad()
@@ -133,7 +121,6 @@ def measure_curves(
     attacks: Sequence[Attack],
     judges: Mapping[tuple[str, str], LinearTranslator],
     *,
-    texts: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     null_space: NullSpace,
@@ -148,18 +135,16 @@ def measure_curves(
         fresh: count as success only what did not outrank all before and keeps the decision, as a share of the former;
             every target counts alike, and intervals are over images alone.
 
-    Shape: texts (C, n) unit rows of all class prompts.
-
     Returns:
         attack, attacker, budget, judge, defence, grid, images, rows and tolerance of each curve; figures AS, AS_abs
         (degrees) and success; their 95 % intervals over source classes and images; area, [mean height over the grid,
         low, high]; logit_change, the largest at each point.
     """
-    exact, head = texts.double(), (weight.detach().double(), 0.0 if bias is None else bias.detach().double())
+    texts, head = plan.class_texts.double(), (weight.detach().double(), 0.0 if bias is None else bias.detach().double())
     columns = []
     for batch in batches:
-        for rows in plan.rows(batch, len(texts)):
-            columns.append(_read_all(rows, attacks, judges, exact, head, null_space, fresh))
+        for rows in plan.rows(batch):
+            columns.append(_read_all(rows, attacks, judges, texts, head, null_space, fresh))
     table, curves = gather_rows(columns, sort_by="image"), list[dict[str, Any]]()
     for place, attack in enumerate(attacks):
         for judge in judges:
@@ -168,17 +153,11 @@ def measure_curves(
             sums, groups = table[f"{place} {judge}"], None if fresh else table["source"]
             if not fresh:
                 sums, counts = sums / table["rows"][:, None, None], np.ones_like(counts)
-            names: dict[str, Any] = {
-                "attack": attack.name,
-                "attacker": attack.attacker,
-                "budget": attack.budget,
-                "grid": attack.grid,
-            }
-            names |= {"judge": judge[0], "defence": judge[1], "tolerance": attack.tolerance}
-            names |= {"images": len(table["rows"]), "rows": int(table["rows"].sum())}
-            change = table[f"{place} logits"].max(0)
-            curves.append({**names, **_ratios(sums, counts, groups, attack.grid), "logit_change": change})
-    return [plain(curve) for curve in curves]
+            curve = {name: value for name, value in vars(attack).items() if name != "craft"}
+            curve |= {"judge": judge[0], "defence": judge[1], "logit_change": table[f"{place} logits"].max(0)}
+            curve |= {"images": len(table["rows"]), "rows": int(table["rows"].sum())}
+            curves.append(plain(curve | _ratios(sums, counts, groups, attack.grid)))
+    return curves
 
 
 def _read_all(
@@ -230,7 +209,7 @@ def _sum_by_image(rows: SteeringRows, found: Mapping[str, Tensor]) -> dict[str, 
 def _ratios(sums: np.ndarray, counts: np.ndarray, groups: np.ndarray | None, grid: Sequence[float]) -> dict[str, Any]:
     """Figures, intervals and area by name, from sums (N, 3, G) over counts (N, 3); NaN where nothing was counted."""
     columns = np.concatenate([sums.reshape(len(sums), -1), counts], axis=1)
-    both = np.concatenate([columns.mean(0, keepdims=True), resampled_means(columns, groups=groups)])
+    both = resampled_means(columns, groups=groups)
     with np.errstate(divide="ignore", invalid="ignore"):
         curves = both[:, :-3].reshape(len(both), 3, -1) / both[:, -3:, None]
     # The area is linear in the curve, so the same draws give its interval.

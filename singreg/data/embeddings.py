@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from singreg.data.splits import ImageSplit, Transform, make_loader
-from singreg.utils import atomic_write, cache_folder, rank_and_world, sha256_of_json, together
-from singreg.utils import progress as shown
+from singreg.utils import atomic_write, cache_folder, progress, rank_and_world, sha256_of_json, together
 
 if TYPE_CHECKING:
     from singreg.models.vlm import VisionLanguageModel
@@ -41,8 +40,8 @@ def cached_embeddings(
     They are found again in `utils.cache_folder()` by weights, preprocessing and the split's content.
     """
     key = {"weights": vlm.weights_hash, "preprocessing": vlm.preprocessing}
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-    return encode_split(vlm.embed_images, vlm.transform, split, vlm.dim, cache_folder(), key, "embedding", **options)
+    settings = PassSettings(batch_size, workers, progress)
+    return encode_split(vlm.embed_images, vlm.transform, split, vlm.dim, key, "embedding", settings)
 
 
 def encode_split(
@@ -50,13 +49,9 @@ def encode_split(
     transform: Transform,
     split: ImageSplit,
     width: int,
-    cache: str | Path,
     key: Mapping[str, Any],
     description: str,
-    *,
-    batch_size: int,
-    workers: int,
-    progress: bool,
+    settings: PassSettings,
 ) -> np.ndarray:
     """Return any encoder's output (N, width) for a split, from the cache or computed; `key` names all it depends on.
 
@@ -64,9 +59,9 @@ def encode_split(
     """
     if not len(split):
         raise ValueError(f"split {split.name!r} has no images to encode")
-    shape = (len(split), width)
+    shape, batch_size = (len(split), width), settings.batch_size
     facts = {"format": 1, "part": split.fingerprint, "shape": shape, **key}
-    target = Path(cache) / f"embeddings-{sha256_of_json(facts)[:32]}.npy"
+    target = Path(settings.cache or cache_folder()) / f"embeddings-{sha256_of_json(facts)[:32]}.npy"
 
     def begin() -> Path | None:
         if _load(target, shape) is not None:
@@ -85,11 +80,12 @@ def encode_split(
         if not len(batches):
             return
         start, stop = int(batches[0]), min(int(batches[-1]) + batch_size, len(split))
-        loader = make_loader(split.subset(np.arange(start, stop)), transform, batch_size, workers=workers)
+        loader = make_loader(split.subset(np.arange(start, stop)), transform, batch_size, workers=settings.workers)
         offset = np.load(path, mmap_mode="r").offset
         with open(path, "r+b") as file:  # not through a memory map, which a full disk would kill without a word
             file.seek(offset + 4 * width * start)
-            for images, _, places in shown(loader, f"{description} [{split.name}]", enabled=progress and rank == 0):
+            bar = progress(loader, f"{description} [{split.name}]", enabled=settings.progress and rank == 0)
+            for images, _, places in bar:
                 with torch.no_grad():
                     rows = encode(images).float().cpu()
                 wrong = (start + places[~rows.isfinite().all(dim=1)]).tolist()

@@ -1,25 +1,18 @@
-"""What all plots share: figures without pyplot's global state, drawable names, labels that do not overprint."""
+"""What all plots share: figures without pyplot's global state, and names that can be drawn."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.transforms import Bbox
 
 from singreg.utils import atomic_write
 
 GREY, BLUE, ORANGE, RED = "#6b7280", "#2563eb", "#d97706", "#c2410c"
 CYCLE = (BLUE, ORANGE, "#059669", "#9333ea", "#dc2626", "#0891b2", "#4d7c0f", "#be185d")
-HEIGHTS = (0, 9, -9, 18, -18, 27, -27)
-PLACES = [place for dy in HEIGHTS for place in ((6, dy, "left"), (-6, dy, "right"))]  # in the order they are tried
 
 
 def panels(columns: int = 1, rows: int = 1, *, width: float = 4.2, height: float = 4.0) -> tuple[Figure, list[Axes]]:
@@ -35,6 +28,14 @@ def styled(axes: Axes, title: str = "") -> Axes:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
     return axes
+
+
+def show(axes: Axes, pixels: np.ndarray, title: str, below: str = "") -> None:
+    """Draw an image with words above and below it."""
+    axes.imshow(pixels)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=7, pad=2)
+    axes.set_xlabel(below, fontsize=7)
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -58,29 +59,3 @@ def drawable(name: str, limit: int = 40) -> str:
 def _glyphs() -> frozenset[int]:
     """The code points that the figures' font has a glyph for."""
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
-
-
-def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> None:
-    """Write a name beside each point, on the side where it lies on no other label; call it when the limits are set."""
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    FigureCanvasAgg(figure)
-    figure.draw_without_rendering()
-    points = axes.transData.transform(np.column_stack([x, y]))
-    taken = [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in points]
-    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "va": "center"}
-    for place, name in enumerate(names):
-        text, others, hits = (
-            axes.annotate(drawable(name), (x[place], y[place]), (0, 0), **style),
-            taken.copy(),
-            list[int](),
-        )
-        del others[place]
-        for dx, dy, side in PLACES:
-            text.set(position=(dx, dy), ha=side)
-            box = text.get_window_extent()
-            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
-            hits.append(sum(map(box.overlaps, others)) + (not inside))
-        dx, dy, side = PLACES[int(np.argmin(hits))]
-        text.set(position=(dx, dy), ha=side)
-        taken.append(text.get_window_extent())

@@ -1,14 +1,11 @@
 """An attack's report: figures, tables and sentences from what report.json holds; computes nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from PIL import Image
 
 from singreg.analysis.attack import MOST_HELD
@@ -17,7 +14,7 @@ from singreg.analysis.robustness import DROPPED, MAXIMISER
 from singreg.analysis.robustness import RANDOM as RANDOM_DIRECTION
 from singreg.analysis.steering_curves import SINGLE
 from singreg.data.datasets import ImageSplit
-from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, styled
+from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, show, styled
 from singreg.report import Figure, Section, interval, percent
 
 Found = Mapping[str, Any]
@@ -38,12 +35,6 @@ RISE = (
     "by its features before the dropping, which hides nothing in pixels."
 )
 TWINS = "Pairs of two classes, as close in logits as images of one class and as far apart for an encoder as others."
-
-
-def attack_page(figures: Found, plots: Mapping[str, Figure]) -> dict[str, Any]:
-    """Return verdict, warnings and sections of an attack's report."""
-    said = {"verdict": attack_verdict(figures), "warnings": attack_warnings(figures)}
-    return {**said, "sections": attack_sections(figures, plots)}
 
 
 def attack_verdict(figures: Found) -> list[str]:
@@ -148,18 +139,11 @@ def _attacked(figures: Found, judged: pd.DataFrame, folder: Path) -> Figure:
             original, attacked = (np.asarray(Image.open(folder / row[name])) for name in ("original", "file"))
             moved = (127.5 + AMPLIFIED * (attacked.astype(float) - original)).clip(0, 255).astype(np.uint8)
             rises = f"{row['rise fitted']:+.0f}°, {row[f'rise {encoder}']:+.0f}°" if row["kept"] else "not kept"
-            _show(grid[line, 0], original, "original")
-            _show(grid[line, 1 + 2 * place], attacked, drawable(label, 24), rises)
-            _show(grid[line, 2 + 2 * place], moved, f"moved × {AMPLIFIED}")
+            show(grid[line, 0], original, "original")
+            show(grid[line, 1 + 2 * place], attacked, drawable(label, 24), rises)
+            show(grid[line, 2 + 2 * place], moved, f"moved × {AMPLIFIED}")
     caption = f"attacked at {budget}; below: rise by the attacked translator, and by {encoder}, which nobody attacked"
     return Figure(save(figure, folder / "plots" / "attacked.png"), caption)
-
-
-def _show(axes: Axes, pixels: np.ndarray, title: str, below: str = "") -> None:
-    axes.imshow(pixels)
-    axes.set(xticks=[], yticks=[])
-    axes.set_title(title, fontsize=8)
-    axes.set_xlabel(below, fontsize=7)
 
 
 def _features(found: Found, folder: Path) -> Figure:
@@ -190,7 +174,7 @@ def _twins(twins: list[dict[str, Any]], split: ImageSplit, folder: Path) -> Figu
                 ax.set_axis_on()
                 name = drawable(split.class_names[int(split.labels[index])], 18)
                 apart = f"Δlogit {pair['logit_distance']:.1f}, {pair['angle']:.0f}°" if ax is below else ""
-                _show(ax, np.asarray(split.image(index)), name, apart)
+                show(ax, np.asarray(split.image(index)), name, apart)
         lines[0, 0].set_ylabel(drawable(each["model"], 24), fontsize=8)
     caption = "natural twins: two classes, alike in logits and far apart for an encoder; nobody attacked them"
     return Figure(save(figure, folder / "twins.png"), caption)

@@ -1,14 +1,11 @@
 """Plots of scores: models side by side, joint distributions, classes, concepts, images, perturbations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
@@ -16,7 +13,7 @@ from singreg import report
 from singreg.analysis.comparison import Measured
 from singreg.analysis.levels import joint_distribution, select_concepts
 from singreg.data.datasets import ImageSplit
-from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, styled
+from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, show, styled
 from singreg.tables import AUDIT, READING, audit_table, score_table
 
 # How the models of a fine-tuning run are called wherever people read them.
@@ -130,13 +127,13 @@ def plot_images(
         axes.axis("off")
     for row, image, shift in zip(grid, worst, shifts, strict=True):
         names = f"{drawable(image['class_name'], 18)}\nnamed: {drawable(image['predicted'], 18)}"
-        _show(row[0], split, image["index"], names)
+        show(row[0], np.asarray(split.image(image["index"])), names)
         row[1].text(0, 0.5, _why(image), fontsize=7, va="center", transform=row[1].transAxes)
         for part, side in enumerate(SIDES):
             for axes, near in zip(row[3 + part * (across + 1) :], shift[side], strict=False):
                 label = int(gallery.labels[near["index"]])
                 name = "" if label < 0 else drawable(gallery.class_names[label], 18)
-                _show(axes, gallery, near["index"], f"{name}\n{near['angle']:.1f}°")
+                show(axes, np.asarray(gallery.image(near["index"])), f"{name}\n{near['angle']:.1f}°")
     for part, title in enumerate(SIDES.values()):
         at: dict[str, Any] = {"textcoords": "offset points", "xycoords": "axes fraction", "fontsize": 9}
         lines = title if across > 1 else title.replace(" to ", "\nto ")
@@ -144,11 +141,6 @@ def plot_images(
     title = f"the {len(worst)} worst images and the gallery's nearest; T(f~): null component removed"
     figure.suptitle(title, fontsize=10, x=room["left"], y=1 - 0.12 / height, ha="left", va="top")
     return save(figure, path)
-
-
-def _show(axes: Axes, split: ImageSplit, index: int, caption: str) -> None:
-    axes.imshow(np.asarray(split.image(index)))
-    axes.set_title(caption, fontsize=7, pad=2)
 
 
 def _why(image: Found, moved: int = 3) -> str:
@@ -205,8 +197,8 @@ def plot_analysis(
 
 
 def _cloud(rows: pd.DataFrame, translator: str) -> pd.DataFrame:
-    cloud: pd.DataFrame = rows[[f"IS/{translator}", f"AS/{translator}"]].set_axis(["IS", "AS"], axis=1)
-    return cloud
+    found: pd.DataFrame = rows[[f"IS/{translator}", f"AS/{translator}"]].set_axis(["IS", "AS"], axis=1)
+    return found
 
 
 def plot_finetune(

@@ -1,7 +1,5 @@
 """Figures of steering: source x target heat maps and curves at equal effort."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
