@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singreg.models.heads import check_is_affine
 from singreg.nullspace import Invariance, NullSpace, row_space_projection
 from singreg.ridge import RidgeStatistics
 from singreg.terms import TERMS, LossInputs, contrast_basis, resolve_terms
@@ -86,6 +87,12 @@ class SingLoss(nn.Module):
         if hasattr(head, "base_layer"):  # as all of PEFT's layers have it: .weight is the base's, without the adapter
             wrong = f"the head {type(head).__name__} computes more than its .weight says (an adapter)"
             raise ValueError(f"{wrong}; merge the adapter into the head, or leave the head out of target_modules")
+        own = getattr(head, "weight", None)
+        if not isinstance(own, Tensor) or own.ndim < 2:
+            raise ValueError(
+                f"expected a head with a weight (C, m), got {type(head).__name__}; pass its last linear layer"
+            )
+        check_is_affine(head, "head")
         wanted = (len(self.head_weight), len(translator.matrix))
         if texts.shape != wanted:
             raise ValueError(f"expected texts {wanted}, a row for each class, got {tuple(texts.shape)}")
@@ -168,7 +175,7 @@ class SingLoss(nn.Module):
             shapes = f"{tuple(features.shape)} and {tuple(labels.shape)}"
             raise ValueError(f"expected features (B, {width}) and labels (B,) of at least one image, got {shapes}")
         seen = labels.device.type == "cpu"  # elsewhere looking at values would make the host wait
-        wrong = labels.is_floating_point() or labels.ndim != 1
+        wrong = labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1
         if wrong or (seen and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
             raise ValueError(f"labels (B,) must be integers in 0..{classes - 1}, not mixed ones")
         expected = (len(labels), self.texts.shape[1])

@@ -159,11 +159,14 @@ class SemanticLeakage(_SumMetric):
         self.add_state("texts_id", torch.tensor(int(sha256_of_tensor(texts)[:12], 16)), dist_reduce_fx="max")
 
     def update(self, z: Tensor, z_eq: Tensor, labels: Tensor) -> None:
-        """Add a batch: z, z_eq (B, n), labels (B,) int64."""
+        """Add a batch: z, z_eq (B, n), labels (B,) of any integer type."""
         classes, width = self.texts.shape
         if z.shape != z_eq.shape or z.shape != (len(labels), width):
             shapes = f"{tuple(z.shape)}, {tuple(z_eq.shape)} and {tuple(labels.shape)}"
             raise ValueError(f"expected z and z_eq (B, {width}) and labels (B,), got {shapes}")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"expected labels as whole numbers, got {labels.dtype}")
+        labels = labels.long()  # uint8 would index as a mask
         if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise ValueError(f"labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
         columns = score_columns(z.detach(), z_eq.detach(), self.texts.to(z)[labels])

@@ -163,6 +163,13 @@ def adapted() -> nn.Module:
     return head
 
 
+class Cosine(nn.Linear):
+    """A head that computes more than its weight says."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return nn.functional.normalize(features, dim=1) @ self.weight.T
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -177,6 +184,10 @@ def adapted() -> nn.Module:
         (lambda s, f, y: build(nn.Linear(C, C), C), "no null space"),
         (lambda s, f, y: build(nn.Linear(C - 2, C), C - 2), "no null space"),
         (lambda s, f, y: build(adapted()), r"adapter.*merge"),
+        (lambda s, f, y: build(Cosine(M, C)), r"does not compute f W\^T \+ b"),
+        (lambda s, f, y: build(nn.Sequential(nn.Linear(M, C))), r"weight \(C, m\), got Sequential; pass its last"),
+        (lambda s, f, y: build(nn.BatchNorm1d(M)), r"weight \(C, m\), got BatchNorm1d"),
+        (lambda s, f, y: s(f, y > 0), "not mixed ones"),
         (lambda s, f, y: s(f, y), r"readout.*embeddings \(12, 7\), got none.*pass"),
         (lambda s, f, y: s(f, y, torch.ones(B, 3)), r"embeddings \(12, 7\), got \(12, 3\)"),
         (lambda s, f, y: s.set_translator(other_translator(), RidgeStatistics(3, N)), r"\(14, 7\).*\(3, 7\)"),

@@ -111,6 +111,15 @@ def test_bad_labels_and_shapes_are_named() -> None:
         metric.update(Z[:, :3], Z_EQ[:, :3], LABELS)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type_are_the_same(dtype: torch.dtype) -> None:
+    metric, whole = SemanticLeakage(TEXTS), leakage()
+    metric.update(Z, Z_EQ, LABELS.to(dtype))
+    assert torch.equal(metric.per_class()["AS"].nan_to_num(), whole.per_class()["AS"].nan_to_num())
+    with pytest.raises(ValueError, match="whole numbers"):
+        metric.update(Z, Z_EQ, LABELS > 0)
+
+
 def share(rank: int, world: int) -> tuple[dict[str, float], float]:
     metric, simple = SemanticLeakage(TEXTS), ImageScore()
     mine = slice(rank, COUNT if rank < 2 else 0, 2)  # the third process is idle
