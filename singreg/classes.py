@@ -149,8 +149,14 @@ def subset_of(keys: tuple[str, ...]) -> ClassSubset:
 def renamed(classes: ClassSubset, path: str) -> ClassSubset:
     """Give classes the names of a file: one a line for all classes of the data in `order`, or `folder: name` lines."""
     lines, owners = read_list(path), _owners(classes.order)
-    pairs = [[part.strip() for part in line.partition(":")[::2]] for line in lines]
+    marks = [
+        ":" if ":" in line else next((m for m in "\t," if line.partition(m)[0] in classes.order), ":") for line in lines
+    ]
+    pairs = [[part.strip() for part in line.partition(mark)[::2]] for line, mark in zip(lines, marks, strict=True)]
     found = [owners.get(before) or owners.get(_normal(before), set()) if after else set() for before, after in pairs]
+    again = [before for (before, _), keys in zip(pairs, found, strict=True) if keys and found.count(keys) > 1]
+    if again:
+        raise ValueError(f"data.class_names: {path} names {again[0]!r} twice; leave one line out")
     if lines and all(found):
         words = {key: after for keys, (_, after) in zip(found, pairs, strict=True) for key in keys}
     elif len(lines) == len(classes.order) and not any(found):
@@ -162,7 +168,8 @@ def renamed(classes: ClassSubset, path: str) -> ClassSubset:
             f"data.class_names: expected {wanted} or `folder: name` lines, got {len(lines)} like {wrong!r}"
         )
     names = tuple(words.get(key, name) for key, name in zip(classes.keys, classes.names, strict=True))
-    if twice := {name for name in names if names.count(name) > 1}:
+    spelled = [_normal(name) for name in names]
+    if twice := {name for name, word in zip(names, spelled, strict=True) if spelled.count(word) > 1}:
         raise ValueError(f"data.class_names: {path} calls several classes {', '.join(sorted(twice)[:6])}")
     return replace(classes, names=names, indices=classes.indices or subset_of(names).indices)
 

@@ -108,10 +108,15 @@ class DataConfig(Checked):
             problems.within(least, most, **{name: count})
         problems.need(self.unlabeled_to_audit <= 1, "unlabeled_to_audit: expected a share from 0 to 1")
         problems.need(self.image_size != 0, "image_size: expected pixels, got 0")
-        if self.source == "scenes":
+        if self.built_in:
             own = self.classes or self.class_names or self.unlabeled or self.per_class
             problems.need(not own, "source: scenes has no classes, class_names, per_class or unlabeled; leave them out")
             problems.need(not self.streaming, "streaming: needs a Hugging Face data set as source, got scenes")
+
+    @property
+    def built_in(self) -> bool:
+        """Whether the source is the built-in scenes: a user's folder goes before a built-in name."""
+        return self.source == "scenes" and not Path("scenes").is_dir()
 
     @property
     def scene_counts(self) -> dict[str, float]:
@@ -192,7 +197,7 @@ class ComparedModel(ModelConfig):
 
 def located(name: str, kind: str) -> str:
     """Return a model's name as timm or open_clip takes it: a folder, the model in a run's, the packaged one."""
-    given = Path(name.removeprefix("local-dir:"))
+    given = Path(name.removeprefix("local-dir:")).expanduser()
     if name == "demo" and not given.is_dir():
         given = ASSETS / f"demo_{kind}"
     elif not given.is_dir():

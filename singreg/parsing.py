@@ -147,7 +147,8 @@ def _changed(parser: ArgumentParser, config: Config, given: Iterable[tuple[str, 
             found = parser.parse_object(nested, defaults=False).as_dict()
         except WRONG as error:
             kind = getattr(wanted, "__name__", str(wanted)).replace("typing.", "")
-            reason = " ".join(str(error).split())[-90:]
+            quotes = "str" in str(wanted) and not isinstance(value, str)
+            reason = "put quotes around numbers, dates, yes and no" if quotes else " ".join(str(error).split())[-90:]
             problems.append(f"{key}: expected {kind}, got {_shown(value)} ({reason})")
             continue
         target = values

@@ -128,7 +128,10 @@ def test_subset_and_concatenation_keep_rows_together(tree: Path) -> None:
             {"per_class": {"train": 4, "audit": 3, "test": 3}},
             "data.per_class.*has 5 for train 4 . audit 3.*2 for test 3",
         ),
-        ({"test_split": "val"}, r"no split 'val'.*set data\.test_split to one of .*: train, validation"),
+        ({"test_split": "val"}, r"no split 'val'.*set data\.test_split to .*: train, validation"),
+        ({"source": "train"}, r"set data\.source to .*/data$"),
+        ({"source": ".."}, r"set data\.source to .*/data$"),
+        ({"source": "train/my_thing/0.png"}, "is a file"),
         ({"source": "/nowhere"}, r"nowhere .data\.source"),
         ({"unlabeled": "/nowhere"}, r"no image below .*data\.unlabeled"),
         ({"test_split": "../odd/train"}, "1 of the classes are not among the 2 there: 'my_thing'"),
@@ -157,13 +160,19 @@ def test_a_file_gives_classes_their_names(tmp_path: Path) -> None:
     given: dict[str, Any] = {"class_names": str(file)}
     assert load(root, **given).class_names[:3] == ("name 1", "name 10", "name 2")
     assert load(root, classes=["10", "3"], **given).class_names == ("name 10", "name 3")
+    file.write_text("10\tcat\n3,dog\n")
+    assert load(root, classes=["10", "3"], **given).class_names == ("cat", "dog")
     file.write_text("1: tench\n2: goldfish\n4: great white shark\n")
     assert load(root, classes=["4", "1", "2"], **given).classes.indices == (2, 0, 1)
     file.write_text("# some\n3: red kite\n10 : owl\n")
     named = load(root, classes=["10", "3", "4"], **given)
     assert (named.class_names, named.classes.keys) == (("owl", "red kite", "4"), ("10", "3", "4"))
     some = "".join(f"{key}: owl {key}\n" for key in keys[:9])
-    wrong = {"owl\nkite\n": "a name for each of 10 classes .*got 2 like 'owl'", "3: owl\n4: owl\n": "several"}
+    wrong = {
+        "owl\nkite\n": "a name for each of 10 classes .*got 2 like 'owl'",
+        "3: owl\n4: Owl\n": "several",
+        "3: owl\n3: kite": "names '3' twice",
+    }
     wrong |= {f"{some}11: kite": "got 10 like '11: kite'", f"{some}10:": "got 10 like '10:'"}
     for text, words in wrong.items():
         file.write_text(text)
@@ -174,7 +183,7 @@ def test_a_file_gives_classes_their_names(tmp_path: Path) -> None:
 def test_a_folder_goes_before_the_built_in_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_tree(tmp_path / "scenes", {"train": {"a": 2, "b": 2}, "validation": {"a": 1, "b": 1}})
-    assert load_splits(DataConfig()).class_names == ("a", "b")
+    assert load_splits(DataConfig(per_class={"train": 1})).class_names == ("a", "b")
 
 
 def test_labelled_images_set_aside_are_told(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -306,12 +315,20 @@ def test_webdataset_tars_take_their_names_from_a_file(tmp_path: Path, streaming:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_an_unknown_data_set_says_what_was_tried(streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_cannot_be_opened_is_named(
+    streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(*_: object, **__: object) -> None:
         raise ConnectionError("couldn't reach the hub")
 
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.tar").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="set', split 'train'"):
+        load(tmp_path / "set", streaming=streaming)
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match=r"'someone/things', split 'train' .data\.train_split.*couldn't reach the hub"):
+    with pytest.raises(
+        ValueError, match=r"'someone/things' .no folder here., split 'train' .data\.train_split.*couldn't reach the hub"
+    ):
         load_splits(DataConfig(source="someone/things", streaming=streaming))
 
 

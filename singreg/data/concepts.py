@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +72,13 @@ def _banks() -> list[str]:
 
 def _entries(source: str) -> Iterator[tuple[str, str]]:
     """(bank, concept) of every entry of a bank, a file or a concept in words."""
-    banks = _banks()
-    if source == IMAGENET:
-        yield from ((source, concept) for concept in imagenet_names())
-    elif source in banks or source.endswith(".txt") or "/" in source or "\\" in source:
-        path = CONCEPTS_FOLDER / f"{source}.txt" if source in banks else Path(source).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no concept file {source}")
+    path = Path(source).expanduser()
+    path = path if path.is_file() else CONCEPTS_FOLDER / f"{source}.txt"  # a user's file goes before a built-in name
+    if source != IMAGENET and path.is_file():
         yield from ((path.stem, concept) for concept in read_list(path))
+    elif source == IMAGENET:
+        yield from ((source, concept) for concept in imagenet_names())
+    elif re.fullmatch(r".*(\.\w{2,4}|[/\\].*)", source):
+        raise FileNotFoundError(f"there is no concept file {source}")
     else:
         yield "own", source.strip()

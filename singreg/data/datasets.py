@@ -54,8 +54,9 @@ def load_splits(config: DataConfig) -> Splits:
         >>> [len(split) for split in splits]
         [12, 12, 6, 5]
     """
-    scenes = config.source == "scenes" and not Path("scenes").is_dir()  # a user's folder goes before a built-in name
-    splits = _scenes(config) if scenes else together(lambda: _stored(config), "reading the data", first_only=True)
+    splits = (
+        _scenes(config) if config.built_in else together(lambda: _stored(config), "reading the data", first_only=True)
+    )
     sizes = ", ".join(f"{split.name} {len(split)}" for split in splits)
     logger.info("data %s: %d classes; images: %s", config.source, len(splits.class_names), sizes)
     return splits
@@ -84,6 +85,10 @@ def _stored(config: DataConfig) -> Splits:
         raise ValueError(f"split {config.test_split!r} of {config.source} (data.test_split): {error}") from error
     if config.class_names is not None:
         subset = renamed(subset, config.class_names)
+    told = [f"{key}: {name}" for key, name in zip(subset.keys, subset.names, strict=True)]
+    if numbers := [name for name in subset.names if name.isdigit()]:
+        logger.warning("class names such as %s mean nothing in a prompt; give data.class_names: FILE", numbers[0])
+    logger.info("classes: %s", _joined(told))
     if config.classes is None:
         _tell_left_out(sorted(set(test.keys) - set(there.keys)), f"classes are in {config.test_split} alone")
     read = [train.read(subset.keys, subset.names), test.read(there.keys, subset.names)]
@@ -192,6 +197,8 @@ def _open_split(config: DataConfig, split: str, option: str) -> _Folder | _Huggi
     classes = (path / split).is_dir() and class_folders(path / split)
     if path.is_dir() and (classes or not any(any(path.glob(pattern)) for pattern in TABLES)) and not config.streaming:
         return _Folder(path.resolve(), split, option)
+    if path.is_file():
+        raise FileNotFoundError(f"{path} (data.source) is a file; unpack it, or give the folder it is in")
     if not path.is_dir() and config.source.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"there is no folder {path} (data.source); expected one of SPLIT/CLASS/image files")
     return _HuggingFace(config, split, option)
@@ -213,9 +220,11 @@ class _Folder:
     def __init__(self, root: Path, split: str, option: str) -> None:
         self.folder = root / split
         if not self.folder.is_dir():
-            there = f"set {option} to one of the folders there: {', '.join(class_folders(root)[:6])}"
-            above = [folder for folder in (root.parent, root.parent.parent) if (folder / split).is_dir()]
-            hint = f"set data.source to {above[0]}" if above else there
+            there = class_folders(root)
+            places = [root.parent, root.parent.parent, *(root / name for name in there)]
+            right = [folder for folder in places if (folder / split).is_dir()]
+            named = f"set {option} to a folder of class folders; there are: {', '.join(there[:6]) or 'none'}"
+            hint = f"set data.source to {right[0]}" if right else named
             raise FileNotFoundError(f"no split {split!r} in {root}; {hint}")
         folders = class_folders(self.folder)
         self.keys = tuple(key for key in folders if next(_images_below(self.folder / key, []), None) is not None)
@@ -241,12 +250,15 @@ class _HuggingFace:
         source = str(path) if path.is_dir() else config.source
         try:
             rows = datasets.load_dataset(source, split=split, streaming=config.streaming)
-        except (OSError, ValueError) as error:
-            tried = "is no folder here and no data set that could be opened; datasets says"
-            raise ValueError(f"data.source {config.source!r}, split {split!r} ({option}), {tried}: {error}") from error
+        except Exception as error:  # of broken files `datasets` passes on nearly anything
+            said = " ".join(str(error.__cause__ or error).split())[:90]
+            where = "" if path.is_dir() else " (no folder here)"
+            raise ValueError(f"data.source {config.source!r}{where}, split {split!r} ({option}): {said}") from error
         features = rows.features or {}
         kinds = {name: str(getattr(feature, "dtype", "")) for name, feature in features.items()}
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        if not images and (isinstance(features.get("image"), dict) or kinds.get("image") == "binary"):
+            images = ["image"]  # as pandas, polars and pyarrow write it
         labels = [n for n in LABELS if kinds.get(n) in TEXTS or "int" in kinds.get(n, "")]
         labels += [n for n, f in features.items() if isinstance(f, datasets.ClassLabel) and n not in labels]
         self.column = self._only("image", images, features)

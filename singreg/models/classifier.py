@@ -263,6 +263,8 @@ def _create(name: str, **arguments: Any) -> Any:
     """timm's model; a ValueError names what timm does not know, or the folder that does not hold a model."""
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
+        if "/" in name:
+            raise ValueError(f"there is no folder {name}, and timm has no model of that name")
         near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3)) or "none with a name like it"
         raise ValueError(f"timm has no model {name!r}; near are: {near}")
     if not name.startswith("local-dir:"):
