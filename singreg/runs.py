@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, LoggerType, ProjectConfiguration, set_seed
 from accelerate.utils import DistributedDataParallelKwargs as DDPArguments
 from accelerate.utils import InitProcessGroupKwargs as GroupArguments
 
@@ -35,6 +36,10 @@ REPEATED = 5.0  # s in which a further signal is the same request: launcher and 
 def start(config: RunConfig) -> Accelerator:
     """Return the Accelerator of a run: seeded, batches split over processes, trackers below the run's folder."""
     _refuse_what_needs_other_weights()
+    known, available = [str(each) for each in LoggerType], [str(each) for each in get_available_trackers()]
+    if config.log_with not in ("all", *available, *(LOGGER_TYPE_TO_CLASS.keys() - known)):
+        why = "is not installed" if config.log_with in known else f"is none of {', '.join(known)}"
+        raise SystemExit(f"error: log_with: {config.log_with} {why}; available here: {', '.join(available) or 'none'}")
     # Left alone, MKL's products round by where memory happens to begin and by how its threads took turns.
     os.environ.setdefault("MKL_CBWR", "AUTO")
     gpu = torch.cuda.is_available() or torch.xpu.is_available()
@@ -115,6 +120,7 @@ class Run:
 
     def check(self) -> Run:
         """Raise, before anything long is done, if the folder holds another run, or this one and `resume` is not set."""
+        self.check_place()
         resolved = self.folder / "config.yaml"
         if self.config.dry_run or not resolved.is_file():
             return self
@@ -123,6 +129,14 @@ class Run:
         if resolved.read_text(encoding="utf-8") != self._resolved():
             raise ValueError(f"{resolved} differs from the configuration given; go on with {self.command}")
         return self
+
+    def check_place(self) -> None:
+        """Raise if the folder cannot be made or written to."""
+        place = next(each for each in (self.folder.absolute(), *self.folder.absolute().parents) if each.exists())
+        if not place.is_dir():
+            raise NotADirectoryError(f"out: {self.folder} cannot be made, as {place} is a file; give another --out")
+        if not os.access(place, os.W_OK):
+            raise PermissionError(f"out: {self.folder} cannot be made, as {place} is read-only; give another --out")
 
     def open(self) -> Run:
         """Create the folder with the resolved configuration in it, or go on in it (see `check`)."""

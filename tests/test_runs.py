@@ -41,6 +41,18 @@ def test_a_new_folder_holds_the_resolved_configuration(accelerator: Accelerator,
     assert parse(FinetuneConfig, ["--config", str(run.folder / "config.yaml")]) == run.config
 
 
+def test_a_place_that_cannot_be_written_is_refused_early(accelerator: Accelerator, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"as .*file is a file; give another --out"):
+        Run(config(tmp_path, out=str(tmp_path / "file" / "run"), dry_run=True), accelerator, "finetune").check()
+
+
+@pytest.mark.parametrize(("name", "words"), [("tensorbord", "is none of all, aim"), ("swanlab", "is not installed")])
+def test_a_tracker_that_is_not_there_is_refused(name: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=words):
+        start(config(tmp_path, log_with=name, dry_run=True))
+
+
 def test_a_folder_with_another_run_is_refused(accelerator: Accelerator, tmp_path: Path) -> None:
     open_run(tmp_path, accelerator, resume=True)  # a cluster's job script gives the same command every time
     open_run(tmp_path, accelerator, resume=True)
