@@ -181,7 +181,8 @@ class SingLoss(nn.Module):
         expected = (len(labels), self.texts.shape[1])
         if self.reads_embeddings and (embeddings is None or embeddings.shape != expected):
             got = "none" if embeddings is None else tuple(embeddings.shape)
-            wanted = f"the terms {sorted(self.terms)} need the images' own embeddings {expected}, got {got}"
+            terms = sorted(name for name in self.terms if TERMS[name].embeddings)
+            wanted = f"the terms {terms} need the images' own embeddings {expected}, got {got}"
             raise ValueError(f"{wanted}; pass sing(features, labels, embeddings), row by row of the same images")
 
     def _inputs(self, features: Tensor, labels: Tensor, embeddings: Tensor | None) -> LossInputs:

@@ -129,7 +129,7 @@ class _Rows:
         target_mean, target_variance = self.moments(1, self.fitted)
         # A constant feature says nothing: scale 0, as in the ridge fit.
         alive = variance > DEAD_FEATURE * (variance + mean.square())
-        scale = torch.where(alive, variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt(), 0)
+        scale = torch.where(alive, variance.rsqrt(), 0)
         # One scale for all of z, so that the loss stays the paper's squared distance up to a factor.
         spread = target_variance.mean().sqrt()
         if not spread > 0:
