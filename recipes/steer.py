@@ -57,6 +57,8 @@ from singreg.analysis.fitting import fit_all
 from singreg.analysis.scores import analyze_model
 from singreg.analysis.steering import PairPlan, plan_pairs, steer_pairs
 from singreg.classes import resolve_classes
+from singreg.data.datasets import Splits
+from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.plots.steering import plot_steering
 from singreg.report import log, log_figures, track, write_report
@@ -71,7 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator = start(config)
     with explained():
         run = Run(config, accelerator, "steer").check()
-        setup = prepare(config, config.model, accelerator)
+
+        def check(splits: Splits, _: Classifier) -> None:
+            places(config.sources, splits)
+            places(config.targets, splits)
+
+        setup = prepare(config, config.model, accelerator, before_embedding=check)
         plan = choose_pairs(config, setup)
         if config.dry_run:
             if accelerator.is_main_process:
@@ -84,16 +91,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
+def places(wanted: list[str] | str, splits: Splits) -> list[int]:
+    """Return where named classes stand in the head."""
+    if wanted in ("all", ["all"]):
+        return sorted(set(np.asarray(splits.test.labels).tolist()))
+    found = resolve_classes(wanted, splits.class_names).keys if wanted else ()
+    return [splits.class_names.index(name) for name in found]
+
+
 def choose_pairs(config: SteerConfig, setup: Setup) -> PairPlan:
     """Match source classes and target prompts to the head's classes."""
     names, labels = setup.splits.class_names, np.asarray(setup.splits.test.labels)
-
-    def places(wanted: list[str] | str) -> list[int]:
-        if wanted in ("all", ["all"]):
-            return sorted(set(labels.tolist()))
-        return [names.index(name) for name in resolve_classes(wanted, names).keys] if wanted else []
-
-    sources, targets = places(config.sources), places(config.targets)
+    sources, targets = (places(wanted, setup.splits) for wanted in (config.sources, config.targets))
     texts = [setup.texts[targets], *[setup.vlm.embed_texts([prompt]).to(setup.texts) for prompt in config.prompts]]
     prompts = [*(names[place] for place in targets), *config.prompts]
     limits: dict[str, Any] = {"images_per_source": config.images_per_class, "max_pairs": config.max_pairs}
