@@ -17,14 +17,14 @@ from singreg.config import FinetuneConfig, parse
 if __name__ == "__main__":  # --help and mistakes are answered before the seconds that these imports take
     parse(FinetuneConfig, description=__doc__)
 
-import numpy as np
 import pandas as pd
 
+from singreg.analysis.arms import Images
 from singreg.analysis.comparison import Measured, compare_arms, finetune_warnings, no_claim, verdict
 from singreg.analysis.fitting import FittedTranslator, fit_on_split
 from singreg.analysis.scores import analyze_model
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
-from singreg.data.datasets import ImageSplit, Splits
+from singreg.data.datasets import Splits
 from singreg.loop import Arm, own_random_numbers
 from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
@@ -67,18 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fit(
-    config: FinetuneConfig,
-    setup: Setup,
-    classifier: Classifier,
-    split: ImageSplit,
-    embeddings: np.ndarray,
-    ridge: float | None,
+    config: FinetuneConfig, setup: Setup, classifier: Classifier, images: Images, ridge: float | None
 ) -> FittedTranslator:
-    """Fit a translator on a split with the embeddings (N, n) of its images: the loop's, or an auditor."""
+    """Fit a translator on a split and the embeddings (N, n) of its images: the loop's, or an auditor."""
     return fit_on_split(
         classifier,
-        split,
-        embeddings,
+        *images,
         ridges=DEFAULT_RIDGES if ridge is None else (ridge,),
         invariance=config.model.invariance,
         info=replace(setup.info, head_hash=classifier.head_hash()),
@@ -91,7 +85,7 @@ def audit(
     config: FinetuneConfig, setup: Setup, classifier: Classifier, loop: LinearTranslator | None, ridge: float | None
 ) -> tuple[FittedTranslator, Measured]:
     """Fit the auditor on images that training never uses and measure the test split with it, and with the loop's."""
-    auditor = fit(config, setup, classifier, setup.splits.audit, setup.embeddings["audit"], ridge)
+    auditor = fit(config, setup, classifier, (setup.splits.audit, setup.embeddings["audit"]), ridge)
     judges = {**({} if loop is None else {"loop": loop}), "auditor": auditor.translator}
     test = (setup.splits.test, setup.embeddings["test"])
     options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
@@ -101,7 +95,7 @@ def audit(
 def measure_before(config: FinetuneConfig, setup: Setup, run: Run) -> Stage:
     """Fit the loop's translator on the starting classifier and measure."""
     classifier, bank = setup.classifier.eval(), loop_bank(setup.splits, setup.embeddings["bank"])
-    loop = fit(config, setup, classifier, *bank, config.translator.ridge)
+    loop = fit(config, setup, classifier, bank, config.translator.ridge)
     _, measured = audit(config, setup, classifier, loop.translator, config.translator.ridge)
     if run.accelerator.is_main_process:
         loop.translator.save(run.folder / "translator-before.safetensors")
@@ -143,7 +137,7 @@ def train_arm(
     train(name, classifier, sing, keeper, config, setup, run)
     # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.
     if sing is None:
-        return classifier, fit(config, setup, classifier, *keeper.bank, fitted.translator.info.ridge).translator
+        return classifier, fit(config, setup, classifier, keeper.bank, fitted.translator.info.ridge).translator
     return classifier, keeper.current(sing)
 
 

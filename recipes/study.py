@@ -121,14 +121,14 @@ class Study:
         """The loop's translator."""
         own = self.reader()
         bank = loop_bank(own.splits, own.embeddings["bank"])
-        return fit(self.config, own, own.classifier.eval(), *bank, self.config.translator.ridge)
+        return fit(self.config, own, own.classifier.eval(), bank, self.config.translator.ridge)
 
     def ridge(self, label: str | None = None) -> float:
         """The auditor's of the start, one for all arms, or a ratio would be of two scales."""
         if label not in self.ridges:
             own, given = self.reader("start", label), self.config.translator.ridge
             audited = own.splits.audit, own.embeddings["audit"]
-            fitted = given or fit(self.config, own, own.classifier.eval(), *audited, None).translator.info.ridge
+            fitted = given or fit(self.config, own, own.classifier.eval(), audited, None).translator.info.ridge
             self.ridges[label] = fitted
         return self.ridges[label]
 
@@ -152,7 +152,7 @@ class Study:
         elif make == "drop":
             classifier = drop_null(classifier, spare=1)
         bank = loop_bank(setup.splits, setup.embeddings["bank"])
-        return classifier, fit(config, setup, classifier.eval(), *bank, fitted.translator.info.ridge).translator, notes
+        return classifier, fit(config, setup, classifier.eval(), bank, fitted.translator.info.ridge).translator, notes
 
 
 def make_and_measure(study: Study, work: Work) -> Measured:

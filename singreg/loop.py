@@ -40,9 +40,7 @@ class Arm:
 
     Seed, order of the images and schedule do not depend on the arm. Micro-batches are shuffled; with SingLoss and an
     augmentation each has a second view, the one the vision-language model saw. Without SingLoss nobody needs `keeper`.
-
-    Args:
-        folder: of the arm's checkpoints.
+    Checkpoints are kept in `folder`.
     """
 
     def __init__(

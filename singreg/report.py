@@ -97,23 +97,25 @@ def _cell(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
+def _text(value: str | pd.DataFrame) -> str:
+    """A paragraph or a table in Markdown; a folder's or class's name cannot break a table or bring markup."""
+    if isinstance(value, str):
+        return value.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "\\`")
+    table = value.map(lambda cell: _text(_cell(cell))).rename(columns=lambda name: _text(str(name)))
+    return str(table.to_markdown(index=False, disable_numparse=True))
+
+
 def _markdown(
     folder: Path, title: str, verdict: Sequence[str], warnings: Sequence[str], sections: list[Section]
 ) -> str:
-    def text(value: str) -> str:  # a folder's or class's name cannot break a table or bring markup
-        return value.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "\\`")
-
     def block(value: str | pd.DataFrame | Figure) -> str:
-        if isinstance(value, Figure):
-            return f"![{text(value.caption)}]({value.path.relative_to(folder).as_posix()})"
-        if isinstance(value, str):
-            return text(value)
-        table = value.map(lambda cell: text(_cell(cell))).rename(columns=lambda name: text(str(name)))
-        return str(table.to_markdown(index=False, disable_numparse=True))
+        if not isinstance(value, Figure):
+            return _text(value)
+        return f"![{_text(value.caption)}]({value.path.relative_to(folder).as_posix()})"
 
-    parts = [f"# {text(title)}", *map(text, verdict), *[f"**{text(warning)}**" for warning in warnings]]
+    parts = [f"# {_text(title)}", *map(_text, verdict), *[f"**{_text(warning)}**" for warning in warnings]]
     for section in sections:
-        parts += [f"## {text(section.title)}", *map(block, section.blocks)]
+        parts += [f"## {_text(section.title)}", *map(block, section.blocks)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -143,8 +145,8 @@ def track(accelerator: Accelerator, name: str, config: Any, figures: Iterable[st
     if accelerator.log_with:
         accelerator.init_trackers(name)
     flat = pd.json_normalize(asdict(config)).to_dict("records")[0]  # trackers take no nested ones
-    settings = {str(key): value if isinstance(value, (bool, int, float)) else str(value) for key, value in flat.items()}
-    settings["run"] = name
+    known = {"run": name, **{str(key): value for key, value in flat.items() if value is not None}}
+    settings = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in known.items()}
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":
             tracker.store_init_configuration(settings)
@@ -154,21 +156,16 @@ def track(accelerator: Accelerator, name: str, config: Any, figures: Iterable[st
 
 
 def log(accelerator: Accelerator, figures: Mapping[str, Any], step: int) -> None:
-    """Log numbers on every tracker; anything with one element is a number, anything else is refused by name."""
-    values = {name: plain(value) for name, value in figures.items()}
-    wrong = [name for name, value in values.items() if not isinstance(value, (bool, int, float, type(None)))]
-    if wrong:
-        raise TypeError(f"expected one real number for each figure, got others for {', '.join(wrong)}")
-    if known := {name: float(value) for name, value in values.items() if value is not None}:
+    """Log numbers on every tracker, None and NaN left out: TensorBoard drops what is no plain number without a word."""
+    if known := {name: float(value) for name, value in plain(figures).items() if value is not None}:
         accelerator.log(known, step=step)
 
 
 def log_text(accelerator: Accelerator, name: str, blocks: Sequence[str | pd.DataFrame]) -> None:
     """Log paragraphs and tables as one page of TensorBoard's TEXT tab."""
-    text = "\n\n".join(each if isinstance(each, str) else str(each.to_markdown(index=False)) for each in blocks)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log({name: text}, step=0)
+            tracker.log({name: "\n\n".join(map(_text, blocks))}, step=0)
 
 
 def log_figures(accelerator: Accelerator, figures: Sequence[Figure]) -> None:

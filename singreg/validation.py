@@ -43,10 +43,7 @@ class Validation:
     """What an arm shows of held-out images, and its best epoch, which a resumed run finds again.
 
     The images are those of no other use, `setup.held`; without them some of the auditor's, which the classifier never
-    trains on, and no epoch can be chosen.
-
-    Args:
-        folder: of the arm's checkpoints.
+    trains on, and no epoch can be chosen. `folder` is that of the arm's checkpoints.
     """
 
     def __init__(self, config: FinetuneConfig, setup: Setup, accelerator: Accelerator, folder: Path) -> None:
@@ -78,7 +75,12 @@ class Validation:
         log(self.accelerator, {"val/top1": top1, **{f"watch/{name}": found[name] for name in SHOWN}}, step)
         log_image(self.accelerator, "watch/histogram", _histogram(scores), step)
         if self.chooses and step and top1 > self.best:
-            self._keep(classifier, top1, step)
+            self.best, self.step = top1, step
+            if self.accelerator.is_main_process:
+                with atomic_write(self.kept) as path:
+                    state = {name: value.cpu().contiguous().clone() for name, value in classifier.state_dict().items()}
+                    save_file(state, path, {"top1": repr(top1), "step": str(step)})
+            self.accelerator.wait_for_everyone()
         return {"AS⁻": f"{found['AS_neg']:.1f}°", "top-1": f"{top1:.1%}"}
 
     def gives_up(self, step: int) -> bool:
@@ -91,14 +93,6 @@ class Validation:
         if found:
             classifier.load_state_dict(load_file(self.kept, device=str(classifier.weight.device)))
         return found
-
-    def _keep(self, classifier: Classifier, top1: float, step: int) -> None:
-        self.best, self.step = top1, step
-        if self.accelerator.is_main_process:
-            state = {name: value.cpu().contiguous().clone() for name, value in classifier.state_dict().items()}
-            with atomic_write(self.kept) as path:
-                save_file(state, path, {"top1": repr(top1), "step": str(step)})
-        self.accelerator.wait_for_everyone()
 
 
 def _watched(setup: Setup) -> tuple[ImageSplit, np.ndarray] | None:

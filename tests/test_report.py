@@ -82,7 +82,7 @@ def test_trackers_get_flat_settings_and_plain_numbers(run: Run) -> None:
     log(accelerator, {"a": np.float32(0.5), "b": torch.tensor(2.0), "c": None, "d": 3}, step=1)
     log(accelerator, {"a": 0.25}, step=2)
     log_figures(accelerator, [figure(run)])
-    with pytest.raises(TypeError, match="vector"):
+    with pytest.raises(TypeError):
         log(accelerator, {"vector": np.ones(2)}, step=1)
     accelerator.end_training()
     events = EventAccumulator(str(run.folder / "tensorboard" / "sing"), size_guidance={"images": 0})
