@@ -92,7 +92,7 @@ class SingLoss(nn.Module):
             raise ValueError(
                 f"expected a head with a weight (C, m), got {type(head).__name__}; pass its last linear layer"
             )
-        check_is_affine(head, "head")
+        check_is_affine(getattr(head, "head", head), "head")  # of a `Classifier`, its own
         wanted = (len(self.head_weight), len(translator.matrix))
         if texts.shape != wanted:
             raise ValueError(f"expected texts {wanted}, a row for each class, got {tuple(texts.shape)}")
