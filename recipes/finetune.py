@@ -1,6 +1,6 @@
 """Fine-tune a classifier with SingLoss and report AS/IS before and after, next to a plain fine-tuning control.
 
-python recipes/finetune.py --config configs/demo.yaml
+accelerate launch --config_file configs/accelerate/cpu.yaml recipes/finetune.py --config configs/demo.yaml
 """
 
 from __future__ import annotations

@@ -315,7 +315,7 @@ def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_accelerate_starts_two_processes_that_give_ones_figures(finished: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    given = [*command, recipe.__file__, *arguments(tmp_path / "run")]
+    given = [*command, "--multi_gpu", "--num_processes", "2", recipe.__file__, *arguments(tmp_path / "run")]
     done = subprocess.run(given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "run"))
