@@ -3,8 +3,6 @@
 python recipes/build_demo.py          # about 15 minutes on 2 cores; writes singreg/assets, or --out FOLDER
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import random

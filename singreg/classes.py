@@ -1,7 +1,5 @@
 """Which classes: named sets, lists and class names, matched to the folders of a data set and to the rows of a head."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 import unicodedata

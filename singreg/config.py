@@ -1,7 +1,5 @@
 """What the recipes are told: nested dataclasses, read from YAML and the command line by jsonargparse."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

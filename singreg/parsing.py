@@ -1,7 +1,5 @@
 """From YAML files and the command line to a configuration dataclass, with all errors in one message."""
 
-from __future__ import annotations
-
 import codecs
 import dataclasses
 import difflib

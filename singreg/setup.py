@@ -1,7 +1,5 @@
 """From a configuration to the splits, models, texts and embeddings it names; complaints come before any long work."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

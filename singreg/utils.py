@@ -1,7 +1,5 @@
 """Files written whole or not at all, content hashes, progress, and sums and rows over processes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

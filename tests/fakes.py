@@ -1,7 +1,5 @@
 """Ten-line classifiers with every kind of head, untrained timm models, and a tiny open_clip model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Folder trees and Parquet files of small images, each with its own content; light, since processes import it."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from pathlib import Path

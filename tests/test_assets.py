@@ -1,7 +1,5 @@
 """The packaged models: unchanged small files, opened by the public loaders, that see what the demo needs seen."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import cache

@@ -1,7 +1,5 @@
 """Classes against ImageNet's own tables, by names, synonyms and lists; concepts of banks, users' files and lists."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Classifier: f then the head are the model's logits for every kind of head; modes, tuning, transforms and saving."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Configurations: read from YAML and flags, all their mistakes shown at once, written so that they read the same."""
 
-from __future__ import annotations
-
 import io
 import os
 from dataclasses import dataclass, field

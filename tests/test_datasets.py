@@ -1,7 +1,5 @@
 """Folders, Parquet files and streams to splits: exact counts, disjoint, the same draw every time, files are named."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import tarfile

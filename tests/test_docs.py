@@ -1,7 +1,5 @@
 """The pages: their Python runs, their commands exist, their figures come from the reports kept beside them."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import re

@@ -1,7 +1,5 @@
 """Every shipped configuration is read by the recipe it names; those of built-in scenes are built too."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from pathlib import Path

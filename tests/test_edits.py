@@ -1,7 +1,5 @@
 """Edited heads: aligned ones leave the null no prompt, dropping it keeps every logit."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

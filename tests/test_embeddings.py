@@ -1,7 +1,5 @@
 """The embedding cache: row i is image i, the key follows what matters, processes share the work to the same bits."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Configurations no one would write: each is read, or all its mistakes stand in one message, and never a traceback."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import importlib

@@ -1,7 +1,5 @@
 """Heads: every kind of them, what has none of its own, and which parts of a classifier train (METHOD section 5)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Image files: modes, wide values and endings; files that cannot be read, and copies in two splits."""
 
-from __future__ import annotations
-
 import logging
 import struct
 import zlib

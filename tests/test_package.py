@@ -1,7 +1,5 @@
 """The package as others get it: quick to import, few public names, a wheel with all that the recipes need."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

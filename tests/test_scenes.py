@@ -1,7 +1,5 @@
 """Scenes: the same bits everywhere, uniform and independent attributes, the background dial, what attributes paint."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 

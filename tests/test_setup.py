@@ -1,7 +1,5 @@
 """Which rows of a head are the data's classes, and what is found out before any image is embedded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

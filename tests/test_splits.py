@@ -1,7 +1,5 @@
 """Batches whose order and augmentation depend on seed, epoch and index alone; images corrupted the same every time."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files whole or not at all, hashes that do not hang on the machine, rows and sums over processes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

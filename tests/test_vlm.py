@@ -1,7 +1,5 @@
 """VisionLanguageModel against open_clip's own encoders, and every way in which weights can be missing (trap 13)."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The built-in scenes: small images of known attributes; integer arithmetic makes them the same on every machine."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Edits of a trained head: aligned with the prompts, without its null space, averaged weights (METHOD section 7)."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """A classifier's parts: its head (Linear, 1x1 convolution, batch norm + linear, end of an MLP) and its last stage."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 
