@@ -64,7 +64,7 @@ def start(config: RunConfig) -> Accelerator:
         raise SystemExit("error: --mixed_precision fp16 needs a GPU, and this run has a CPU alone; use bf16 or no")
     if accelerator.num_processes == 1 and os.environ.get("MASTER_ADDR") == "127.0.0.1" and "RANK" not in os.environ:
         # Asked for several CPU processes, accelerate's plain launcher sets this address, starts one and says nothing.
-        raise SystemExit("error: accelerate started one process only; add --multi_gpu, its flag for several on CPUs too")
+        raise SystemExit("error: accelerate started one process only; add --multi_gpu, its flag for CPUs too")
     # The name of this setting changes with torch's version; the old one is understood by all of them.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     # singreg speaks; timm, open_clip and accelerate only when something is wrong.
