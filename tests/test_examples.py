@@ -50,6 +50,8 @@ def test_leakage_falls(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_a_checkpoint_goes_on(name: str, tmp_path: Path) -> None:
+    for folder in ("once", "twice"):
+        (tmp_path / folder).mkdir()
     once = run(name, "--epochs", "2", "--folder", str(tmp_path / "once"))
     run(name, "--epochs", "1", "--folder", str(tmp_path / "twice"))
     assert run(name, "--epochs", "2", "--folder", str(tmp_path / "twice"))["after"] == once["after"]

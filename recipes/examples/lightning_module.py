@@ -2,6 +2,7 @@
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from scenes import Scenes, Task, parser
 from torch import Tensor
 
@@ -32,7 +33,7 @@ trainer = lightning.Trainer(
     max_epochs=args.epochs,
     precision="bf16-mixed" if args.bf16 else "32-true",
     accumulate_grad_batches=args.accumulate,
-    default_root_dir=args.folder,
+    callbacks=[ModelCheckpoint(args.folder, save_last=True)] if args.folder else None,
     enable_checkpointing=args.folder is not None,
     logger=False,
 )
