@@ -84,9 +84,6 @@ class SingLoss(nn.Module):
             raise ValueError(f"unknown loss terms {unknown}; known are {sorted(TERMS)}")
         self._head: tuple[Any] = (head,)  # a tuple hides it from nn.Module: not saved, not trained twice
         self.reads_embeddings = any(TERMS[name].embeddings for name in self.terms)
-        if hasattr(head, "base_layer"):  # as all of PEFT's layers have it: .weight is the base's, without the adapter
-            wrong = f"the head {type(head).__name__} computes more than its .weight says (an adapter)"
-            raise ValueError(f"{wrong}; merge the adapter into the head, or leave the head out of target_modules")
         own = getattr(head, "weight", None)
         if not isinstance(own, Tensor) or own.ndim < 2:
             raise ValueError(

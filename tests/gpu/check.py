@@ -123,7 +123,7 @@ def losses(report: Report) -> None:
             loss.backward()
             found.append((loss, features.grad, head.weight.grad))
         for what, bound, cpu, there in zip(("value", "d features", "d head"), (1e-4, 1e-3, 1e-3), *found, strict=True):
-            if cpu is not None and there is not None:  # not every term reads the features
+            if bool(cpu.detach().any()):  # capacity has no gradient to the features
                 report.add(f"loss {name}, {what}: relative to the CPU", apart(there, cpu), bound)
     if report.cuda:
         torch.cuda.set_sync_debug_mode("error")  # a wait ends the whole check, with the line that waits
