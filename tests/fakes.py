@@ -102,11 +102,11 @@ def write_tiny_vlm(folder: Path, seed: int = 0) -> str:
     return f"local-dir:{folder}"
 
 
-def used(name: str = "test_resnet", **options: Any) -> Classifier:
+def used(name: str = "test_resnet", *, seed: int = 0, strength: float = 0.02, **options: Any) -> Classifier:
     """An untrained classifier with weights and statistics far from their initial values."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     classifier = Classifier.from_timm(name, **{"pretrained": False, "num_classes": 7, "image_size": 32, **options})
-    shake(classifier.model)
+    shake(classifier.model, seed, strength)
     return classifier
 
 

@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import yaml
 
 from singreg.config import FinetuneConfig, ModelConfig, RunConfig, dump, overridden, parse
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -151,11 +148,3 @@ def test_finetune_has_at_most_48_options_and_each_has_a_text(capsys: pytest.Capt
     options = [line for line in options if "--print_config" not in line]
     assert 40 <= len(options) <= 48
     assert "(type: str, default: null)" not in text.replace("\n", " ").split("--seed")[0]
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_files_open_with_their_command(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    assert "Command" in text.partition("\n\n")[0] or "Command" in text[:800]
-    assert f"--config configs/{file.name}" in text
-    assert isinstance(yaml.safe_load(text), dict)

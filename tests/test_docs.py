@@ -1,6 +1,5 @@
 """The pages: their Python runs, their commands exist, their figures come from the reports kept beside them."""
 
-import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -10,8 +9,9 @@ import pytest
 import timm
 import torch
 
-from singreg.config import RunConfig, parse
+from singreg.config import parse
 from singreg.terms import TERMS, resolve_terms
+from tests.test_fuzz import configuration_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -60,10 +60,7 @@ def test_a_checkpoint_becomes_a_folder_that_names_its_rows(tmp_path: Path, monke
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_name_recipes_files_and_options_that_exist(command: str) -> None:
     recipe, *arguments = command.split()
-    name = Path(recipe).stem
-    module = importlib.import_module(name)
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, RunConfig)]
-    kind = next(kind for kind in kinds if kind.__name__.lower().startswith(name))
+    kind = configuration_of(Path(recipe).stem)
     given = [str(ROOT / word) if word.startswith("configs/") else word for word in arguments if word != "…"]
     assert isinstance(parse(kind, given), kind)
 

@@ -23,7 +23,7 @@ from singreg.models.edits import (
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.translator import LinearTranslator
-from tests.fakes import CLASSES, HEADS, WIDTH, images, net, shake
+from tests.fakes import CLASSES, HEADS, WIDTH, images, net, used
 
 M, N = 24, 9
 PLAIN = ("linear", "no bias", "convolution")
@@ -179,16 +179,8 @@ def test_refusals() -> None:
             call()
 
 
-def timm_model(seed: int = 0, **arguments: Any) -> Classifier:
-    torch.manual_seed(seed)
-    options = {"pretrained": False, "image_size": 32, "num_classes": 7, **arguments}
-    classifier = Classifier.from_timm(options.pop("name", "test_resnet"), **options)
-    shake(classifier.model, seed=seed, strength=0.1)
-    return classifier
-
-
 def test_plain_timm_loads_an_edited_head(tmp_path: Path) -> None:
-    classifier, texts = timm_model(), normal(4, N, seed=4)
+    classifier, texts = used(strength=0.1), normal(4, N, seed=4)
     f, T = classifier.features(images(200)).detach(), translator(width=96)
     align_head_(classifier, T, texts, RidgeStatistics(96, N).update(f, T(f)))
     classifier.save(tmp_path / "model")
@@ -222,7 +214,7 @@ def test_dropping_the_null_keeps_every_logit_and_leaves_none_to_steer_in(kind: s
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "resnetv2_18"])
 def test_dropped_timm_models_keep_transform_and_names_and_refuse_a_folder(name: str, tmp_path: Path) -> None:
-    classifier = timm_model(name=name, head_mode="new", num_classes=3, class_names=["a", "b", "c"])
+    classifier = used(name, strength=0.1, head_mode="new", num_classes=3, class_names=["a", "b", "c"])
     dropped = drop_null(classifier)
     with torch.no_grad():
         torch.testing.assert_close(dropped(images()), classifier(images()), atol=1e-5, rtol=1e-5)
@@ -234,7 +226,7 @@ def test_dropped_timm_models_keep_transform_and_names_and_refuse_a_folder(name: 
 
 
 def pair() -> tuple[Classifier, Classifier]:
-    before, after = timm_model(1), timm_model(2)
+    before, after = used(seed=1, strength=0.1), used(seed=2, strength=0.1)
     after.model.bn1.num_batches_tracked.fill_(9)  # type: ignore[union-attr, operator]
     return before, after
 

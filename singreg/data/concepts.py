@@ -1,20 +1,15 @@
 """Concept vocabularies: the banks of the package, a user's own text files, and concepts in words."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from singreg.classes import imagenet_names, read_list
-
-if TYPE_CHECKING:
-    from singreg.models.vlm import VisionLanguageModel
+from singreg.models.vlm import VisionLanguageModel
 
 CONCEPTS_FOLDER = Path(__file__).parent / "concepts"
 IMAGENET = "imagenet"

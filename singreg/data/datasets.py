@@ -85,10 +85,10 @@ def _stored(config: DataConfig) -> Splits:
         raise ValueError(f"split {config.test_split!r} of {config.source} (data.test_split): {error}") from error
     if config.class_names is not None:
         subset = renamed(subset, config.class_names)
-    told = [f"{key}: {name}" for key, name in zip(subset.keys, subset.names, strict=True)]
+        told = [f"{key}: {name}" for key, name in zip(subset.keys, subset.names, strict=True)]
+        logger.info("classes: %s", ", ".join(told[:NAMED]))
     if numbers := [name for name in subset.names if name.isdigit()]:
         logger.warning("class names such as %s mean nothing in a prompt; give data.class_names: FILE", numbers[0])
-    logger.info("classes: %s", _joined(told))
     if config.classes is None:
         _tell_left_out(sorted(set(test.keys) - set(there.keys)), f"classes are in {config.test_split} alone")
     read = [train.read(subset.keys, subset.names), test.read(there.keys, subset.names)]
