@@ -27,6 +27,8 @@ HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "recipes" / "README.md", HERE.parent / "configs" / "README.md")
 FLAGS = ("--out", "--runs", "--cache", "--resume", "--name")
 PLOTS = {"finetune": ("summary",), "study": ("pareto",), "attack": ("rises", "features")}
+FURTHER = ("class_variance", "AS_neg", "AS_abs", "IS", "cross 4 sd", "cross 25% of |f|")
+"""What the page shows of a reading by another vision-language model."""
 STAGES = {"before": "before", "control": "plain fine-tuning", "sing": "SingLoss"}
 RATIOS = {
     "class_variance": "class-score variance ×",
@@ -82,6 +84,8 @@ def _kept_study(report: Mapping[str, Any]) -> dict[str, Any]:
         kept = {name: arm[name] for name in ("arm", "role", "seeds", "note")}
         kept["mean"] = {"top1": arm["mean"]["top1"]}
         kept["paired"] = {name: arm["paired"][name] for name in ("top1", *RATIOS) if name in arm["paired"]}
+        further = arm.get("further", {}).items()
+        kept["further"] = {label: {name: found[name] for name in FURTHER if name in found} for label, found in further}
         arms.append(kept)
     return {"arms": arms, "reference": report["reference"], "images": report["images"]}
 
@@ -131,12 +135,21 @@ def _finetune_table(kept: Mapping[str, Any]) -> str:
 
 
 def _study_table(kept: Mapping[str, Any]) -> str:
-    titles = {name: title for name, title in RATIOS.items() if any(name in arm["paired"] for arm in kept["arms"])}
+    arms = kept["arms"]
+    parts = [_ratios({arm["arm"]: arm["paired"] for arm in arms}, arms)]
+    for label in dict.fromkeys(label for arm in arms for label in arm.get("further", {})):
+        said = f"The same arms, read by an auditor in the space of {label}, which no arm was trained with:"
+        parts += [said, _ratios({arm["arm"]: arm["further"].get(label, {}) for arm in arms}, arms)]
+    return "\n\n".join(parts)
+
+
+def _ratios(paired: Mapping[str, Mapping[str, Any]], arms: Sequence[Mapping[str, Any]]) -> str:
+    titles = {name: title for name, title in RATIOS.items() if any(name in found for found in paired.values())}
     rows = []
-    for arm in kept["arms"]:
+    for arm in arms:
         row = {"arm": arm["arm"], "seeds": str(len(arm["seeds"])), "top-1": percent(arm["mean"]["top1"])}
         for figure, title in titles.items():
-            found = arm["paired"].get(figure)
+            found = paired[arm["arm"]].get(figure)
             row[title] = interval(found["value"], found["low"], found["high"]) if found else "–"
         rows.append(row)
     return _markdown(rows)
