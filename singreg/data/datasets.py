@@ -133,7 +133,7 @@ def _draw(read: Sequence[TableSplit], keys: Sequence[str], config: DataConfig) -
             none = place < 2 and any(count < 1 for name, count in counts.items() if config.per_class.get(name) != 0)
             if start > len(rows) or none:
                 asked = " + ".join(f"{name} {count}" for name, count in counts.items())
-                short.append(f"{split.name}: {key} has {len(rows)} for {asked}")
+                short.append(f"{Path(split.name).name}: {key} has {len(rows)} for {asked}")
         draws.append({name: np.concatenate(rows) for name, rows in chosen.items()})
     if short:
         left_out = f" ({sum(len(split.bad) for split in read)} unreadable ones not counted)"
