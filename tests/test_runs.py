@@ -155,9 +155,23 @@ def test_what_accelerate_cannot_do_here_is_refused(
     AcceleratorState._reset_state(True)
 
 
-@pytest.mark.parametrize("name", ["cpu", "one_gpu", "multi_gpu", "multi_node"])
-def test_accelerate_takes_our_files_without_a_word(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    arguments = ["--config_file", f"configs/accelerate/{name}.yaml", "recipes/finetune.py"]
+@pytest.mark.parametrize(
+    ("name", "more", "processes"),
+    [
+        ("cpu", "", 1),
+        ("cpu", "--multi_gpu --num_processes 3", 3),
+        ("one_gpu", "", 1),
+        ("multi_gpu", "", 8),
+        ("multi_node", "", 16),
+    ],
+)
+def test_accelerate_takes_our_files_without_a_word(
+    name: str, more: str, processes: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a machine of many cores, where a file with `use_cpu` would make the launcher warn of threads."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 8)
+    arguments = ["--config_file", f"configs/accelerate/{name}.yaml", *more.split(), "recipes/finetune.py"]
     found, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
-    assert (found.num_processes > 1, found.multi_gpu) == (name != "one_gpu",) * 2
+    assert (found.num_processes, found.multi_gpu) == (processes, processes > 1)
     assert caplog.text == ""
