@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -212,12 +213,16 @@ def fit_mlp_translator(
     return MLPTranslator(settings, state, info).to(device)
 
 
-def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None) -> Translator:
+def load_translator(
+    path: str | Path, *, expected: TranslatorInfo | None = None, widths: tuple[int, int] | None = None
+) -> Translator:
     """Read a translator file of either kind; nothing in it is unpickled, and shapes are checked before use.
 
     Args:
-        path: a .safetensors file written by a translator's `.save`.
+        path: a .safetensors file written by a translator's `.save`, or the paper's authors' .pt: a state dict with
+            weight (n, m) and bias (n,), which does not say what it was fitted on.
         expected: what it must have been fitted on; its non-empty text fields but the kind are compared.
+        widths: m of the features it must take and n of the embeddings it must give.
 
     Raises:
         ValueError: not a translator; damaged; or fitted on something else, with every difference named.
@@ -231,27 +236,51 @@ def load_translator(path: str | Path, *, expected: TranslatorInfo | None = None)
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no translator file at {path}; fit one with `fit_translator` and `.save(path)`")
-    known = {field.name for field in fields(TranslatorInfo)}
-    translator: Translator
+    released = Path(path).suffix == ".pt"
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") not in (LinearTranslator.FORMAT, MLPTranslator.FORMAT):
-                raise ValueError(f"unknown format {metadata.get('format')!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        # keys of the info that later versions wrote are left out
-        info = TranslatorInfo(**{key: value for key, value in json.loads(metadata["info"]).items() if key in known})
-        if metadata["format"] == LinearTranslator.FORMAT:
-            translator = LinearTranslator(tensors["matrix"], tensors["offset"], info)
-        else:
-            translator = MLPTranslator(MLPSettings(**json.loads(metadata["settings"])), tensors, info)
-    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or not a translator file: {error}") from error
+        translator = _read_released(path) if released else _read_saved(path)
+    except (
+        SafetensorError,
+        UnpicklingError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+    ) as error:
+        said = str(error).partition(". ")[0]  # torch goes on with advice to unpickle
+        raise ValueError(f"{path} is damaged or not a translator file: {said}") from error
     differences = [
-        f"  {name}: it was fitted on {getattr(info, name)!r}, here it is {wanted!r}"
+        f"  {name}: it was fitted on {getattr(translator.info, name)!r}, here it is {wanted!r}"
         for name, wanted in asdict(expected or TranslatorInfo()).items()
-        if isinstance(wanted, str) and wanted and name != "kind" and getattr(info, name) != wanted
+        if isinstance(wanted, str) and wanted and name != "kind" and getattr(translator.info, name) != wanted
     ]
-    if differences:
+    if differences and not released:
         raise ValueError(f"the translator {path} belongs to another setting; fit a new one:\n" + "\n".join(differences))
+    if widths not in (None, (translator.feature_dim, translator.target_dim)):
+        takes = f"takes features of {translator.feature_dim} and gives embeddings of {translator.target_dim}"
+        raise ValueError(f"the translator {path} {takes}, the classifier and the VLM have {widths}; give one of theirs")
     return translator
+
+
+def _read_released(path: str | Path) -> Translator:
+    """A linear layer's state dict, as the paper's authors released theirs."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if set(state) != {"weight", "bias"}:
+        raise ValueError(f"expected a state dict of weight and bias, got {', '.join(map(str, state))[:60]}")
+    return LinearTranslator(state["weight"].float(), state["bias"].float())
+
+
+def _read_saved(path: str | Path) -> Translator:
+    known = {field.name for field in fields(TranslatorInfo)}
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") not in (LinearTranslator.FORMAT, MLPTranslator.FORMAT):
+            raise ValueError(f"unknown format {metadata.get('format')!r}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    # keys of the info that later versions wrote are left out
+    info = TranslatorInfo(**{key: value for key, value in json.loads(metadata["info"]).items() if key in known})
+    if metadata["format"] == LinearTranslator.FORMAT:
+        return LinearTranslator(tensors["matrix"], tensors["offset"], info)
+    return MLPTranslator(MLPSettings(**json.loads(metadata["settings"])), tensors, info)

@@ -78,6 +78,23 @@ def test_damaged_and_foreign_files_are_named_and_an_older_seal_is_no_harm(tmp_pa
         load_translator(path)
 
 
+def test_the_authors_released_layout_is_read_without_unpickling(tmp_path: Path) -> None:
+    path, layer, f = tmp_path / "best.pt", nn.Linear(4, 3), torch.randn(5, 4)
+    torch.save(layer.state_dict(), path)
+    loaded = load_translator(path, expected=INFO, widths=(4, 3))
+    assert torch.equal(loaded(f), layer(f))
+    with pytest.raises(ValueError, match=r"best\.pt takes features of 4.*\(5, 3\)"):
+        load_translator(path, widths=(5, 3))
+    contents: tuple[Any, ...] = ({"weight": torch.ones(3, 4)}, {**layer.state_dict(), "more": 1}, [1.0], Path("code"))
+    for content in (*contents, {"weight": torch.ones(3, 4), "bias": torch.ones(4)}, {"weight": 1, "bias": 2}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"best\.pt is damaged or not a translator file: .{5,130}$"):
+            load_translator(path)
+    path.write_bytes(b"no file of torch's")
+    with pytest.raises(ValueError, match="damaged"):
+        load_translator(path)
+
+
 def test_an_mlp_file_whose_shapes_do_not_fit_its_settings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     small().save(path)
