@@ -1,13 +1,27 @@
 """Analyse one classifier: what its null space holds, by model, class, concept and image, beside the level of chance.
 
 python recipes/analyze.py --config configs/analyze_demo.yaml
+python recipes/analyze.py --image cat.jpg --model.name resnet50 --translator.file best.pt --vlm.name ViT-B-32
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from singreg.config import MLPKind, ModelConfig, Problems, RunConfig, TranslatorConfig, parse
+from singreg.config import DataConfig, MLPKind, ModelConfig, Problems, RunConfig, TranslatorConfig, parse
+
+
+@dataclass
+class ReadTranslatorConfig(TranslatorConfig):
+    """The translators: one fitted on the bank, the auditor on images of its own; of single images also one of a file.
+
+    Args:
+        file: translator by which images are explained, a .safetensors file or the paper's authors' best.pt; null takes
+            that of the run whose model it is, or fits the auditor.
+    """
+
+    file: str | None = None
 
 
 @dataclass
@@ -21,16 +35,21 @@ class AnalyzeConfig(RunConfig):
         neighbours: of each in the gallery (the bank).
         chance_draws: random subspaces of each kind behind the chance level.
         mlp: non-linear translators compared with the linear one; training one takes minutes.
+        image: explain this image file, or list of files, instead of the test images; with a translator from a file it
+            needs no data, and the classes are the head's rows.
+        label: class of these images in words; null takes the one that each is named.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    translator: TranslatorConfig = field(default_factory=TranslatorConfig)
+    translator: ReadTranslatorConfig = field(default_factory=ReadTranslatorConfig)
     concepts: list[str] = field(default_factory=lambda: ["colours", "textures", "materials", "scenes", "parts"])
     concept_templates: list[str] | None = None
     worst: int = 6
     neighbours: int = 3
     chance_draws: int = 8
     mlp: list[MLPKind] = field(default_factory=list)
+    image: list[str] | str = field(default_factory=list)
+    label: str | None = None
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
@@ -40,6 +59,19 @@ class AnalyzeConfig(RunConfig):
         for template in self.concept_templates or []:
             problems.need("{concept}" in template, f'concept_templates: {template!r} has no "{{concept}}" in it')
         problems.once("mlp", self.mlp)
+        alone = self.image or not (self.label or self.translator.file)
+        problems.need(bool(alone), "image: label and translator.file are those of single images; name the files")
+
+    @property
+    def file(self) -> Path | None:
+        """The translator's file, if there is one."""
+        stored = self.model.translator
+        return Path(self.translator.file) if self.translator.file else stored if stored.is_file() else None
+
+    @property
+    def without_data(self) -> bool:
+        """Whether images are explained with a translator from a file and no data are given for a gallery."""
+        return bool(self.image and self.file) and replace(self.data, image_size=None) == DataConfig()
 
 
 if __name__ == "__main__":  # --help and mistakes are answered before the seconds that these imports take
@@ -54,17 +86,21 @@ from singreg.analysis import levels, perturbation
 from singreg.analysis.chance import measure_chance
 from singreg.analysis.features import FeatureBatch, cached_features, evenly, iterate_features
 from singreg.analysis.fitting import fit_all, translator_agreement
+from singreg.analysis.one_image import explain_images, open_images
 from singreg.analysis.passport import head_passport
 from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.analysis.scores import analyze_model
 from singreg.analysis.steering import steering_targets
 from singreg.data.concepts import embed_concepts, load_concepts
+from singreg.data.splits import ImageSplit
 from singreg.nullspace import NullSpace
+from singreg.plots.one_image import plot_one_image
 from singreg.plots.scores import plot_analysis
-from singreg.report import log, log_figures, track, write_report
+from singreg.report import Figure, log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, prepare
+from singreg.setup import Setup, embed_splits, prepare, prepare_alone
 from singreg.steering import steer
+from singreg.translator import Translator, load_translator
 from singreg.utils import cache_folder
 
 STEERED_TO = 40.0  # image score in degrees of the steered features shown, the paper's
@@ -78,10 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with explained():
         run = Run(config, accelerator, "analyze").check()
         bank = load_concepts(config.concepts)
-        setup = prepare(config, config.model, accelerator)
-        if len(setup.splits.bank) <= config.neighbours:
+        setup = (prepare_alone if config.without_data else prepare)(config, config.model, accelerator)
+        if len(setup.splits.bank) <= config.neighbours and not config.without_data:
             raise ValueError(f"neighbours: the gallery (the bank) has {len(setup.splits.bank)} images; ask for fewer")
         words = embed_concepts(setup.vlm, bank, config.concept_templates).to(setup.texts)
+        given = open_images(config.image, setup.splits.class_names, config.label) if config.image else None
+        fits = replace(setup.info, classifier="", vlm="")  # folders may move; hashes say what is in them
+        widths = setup.classifier.feature_dim, setup.vlm.dim
+        read = load_translator(config.file, expected=fits, widths=widths).to(words) if given and config.file else None
         if config.dry_run:
             return
         setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))
@@ -92,7 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options: Any = {"ridge": config.translator.ridge, "invariance": config.model.invariance}
             options |= {"seed": config.seed, "info": setup.info, "settings": setup.passes}
             options["stored"] = config.model.translator
-            translators, mean = fit_all(setup.classifier, setup.splits, setup.embeddings, config.mlp, **options)
+            where = setup.classifier, setup.splits, setup.embeddings
+            fitted: Any = ({"auditor": read}, None) if read else fit_all(*where, config.mlp, **options)
+            translators, mean = fitted
+        if given is not None:
+            explain(run, config, setup, given, (bank.concepts, words), space, translators["auditor"])
+            accelerator.end_training()
+            return
         rows, found = measure(run, config, setup, space, translators, mean)
         with run.timed("concepts"):
             reader: Any = {"null_space": space, "translator": translators["auditor"]}
@@ -102,6 +148,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if accelerator.is_main_process:
             report(run, setup, translators, rows, {**found, "omissions": bank.omissions})
     accelerator.end_training()
+
+
+def explain(
+    run: Run,
+    config: AnalyzeConfig,
+    setup: Setup,
+    split: ImageSplit,
+    concepts: tuple[Sequence[str], Tensor],
+    space: NullSpace,
+    translator: Translator,
+) -> None:
+    """Explain single images and write their report."""
+    options: Any = {"null_space": space, "translator": translator, "settings": setup.passes}
+    if setup.embeddings:
+        options["gallery"] = setup.splits.bank, setup.embeddings["bank"], config.neighbours
+    with run.timed("images"):
+        where = setup.classifier, split, embed_splits(setup.vlm, (split,), setup.passes)[split.name], setup.texts
+        rows, images = explain_images(*where, *concepts, **options)
+    if run.accelerator.is_main_process:
+        path = plot_one_image(images, split, setup.splits.bank, run.folder / "plots" / "images.png")
+        figure = Figure(path, "What stays and what moves when the null component is removed.")
+        track(run.accelerator, "analyze", config)
+        log_figures(run.accelerator, [figure])
+        write_report(
+            run,
+            title=f"{run.folder.name}: {len(images)} images as {setup.classifier.tag} and its null space have them",
+            verdict=tables.images_verdict(images),
+            sections=tables.images_sections(rows, images, figure),
+            figures={"images": images},
+            rows=rows,
+        )
 
 
 def batches(setup: Setup, description: str, split: str = "test") -> Iterator[FeatureBatch]:

@@ -14,6 +14,7 @@ from singreg.classes import NoRows, head_rows, imagenet_names, read_list, subset
 from singreg.config import ModelConfig, RunConfig, VLMConfig, located
 from singreg.data.datasets import NAMED, ImageSplit, Splits, load_splits, make_loader
 from singreg.data.embeddings import PassSettings, cached_embeddings
+from singreg.data.splits import TableSplit
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import VisionLanguageModel, needs_quick_gelu
 from singreg.nullspace import NullSpace
@@ -82,6 +83,26 @@ def prepare(
     return setup
 
 
+def prepare_alone(config: RunConfig, model: ModelConfig, accelerator: Accelerator) -> Setup:
+    """Load the models without any data: splits are empty, classes are all rows of the head as it is."""
+    classifier = Classifier.from_timm(model.source, pretrained=model.pretrained, image_size=config.data.image_size)
+    labels, rows = row_labels(classifier, model), classifier.num_classes
+    known = tuple(labels.values()) or imagenet_names()
+    if len(known) != rows:
+        raise ValueError(f"model.label_names: expected a file of the names of the head's {rows} rows, one a line")
+    vlm, names = open_vlm(config.vlm, accelerator), subset_of(known).names
+    nothing = TableSplit.from_files("none", [], names, [])
+    return Setup(
+        splits=Splits(nothing, nothing, nothing, nothing, names, None),
+        classifier=classifier.to(accelerator.device),
+        vlm=vlm,
+        texts=vlm.embed_classes(names, tuple(config.vlm.templates)).to(accelerator.device),
+        embeddings={},
+        info=describe_pair(classifier, vlm),
+        passes=PassSettings(BATCH_SIZE, config.data.workers, progress=accelerator.is_local_main_process),
+    )
+
+
 def read_by(setup: Setup, config: VLMConfig, accelerator: Accelerator) -> Setup:
     """Return the same classifier and splits with another VLM's prompts and embeddings of audit and test."""
     vlm, splits = open_vlm(config, accelerator), setup.splits
@@ -143,13 +164,19 @@ def build_classifier(
     return classifier.to(memory_format=torch.channels_last)
 
 
+def row_labels(classifier: Classifier, model: ModelConfig) -> dict[int, str]:
+    """Return the names of a pretrained head's rows, as far as a file or the weights say them."""
+    if model.label_names is None:
+        return classifier.label_names
+    labels, count = dict(enumerate(read_list(model.label_names))), classifier.num_classes
+    if len(labels) != count:
+        raise ValueError(f"model.label_names: {model.label_names} has {len(labels)} lines, the head {count} rows")
+    return labels
+
+
 def find_rows(splits: Splits, classifier: Classifier, model: ModelConfig) -> tuple[list[int], dict[int, str]]:
     """Return which rows of a pretrained head are the splits' classes, and the names of its rows as far as known."""
-    labels, count = classifier.label_names, classifier.num_classes
-    if model.label_names is not None:
-        labels = dict(enumerate(read_list(model.label_names)))
-        if len(labels) != count:
-            raise ValueError(f"model.label_names: {model.label_names} has {len(labels)} lines, the head {count} rows")
+    labels, count = row_labels(classifier, model), classifier.num_classes
     classes = splits.classes or subset_of(splits.class_names)
     rows = head_rows(classes, labels, count)
     named = tuple(labels.values()) or next((w for w in (imagenet_names(), classes.order) if len(w) == count), ())

@@ -22,6 +22,7 @@ KINDS = {
 BLOCKS = {"features": "f, whole", "row_space": "Π_p f, row space", "null_space": "Π_n f, null space"}
 SCORES = {"AS_neg": ("AS⁻ °", 2), "AS_abs": ("|AS| °", 2), "IS": ("IS °", 2), "kappa": ("κ", 3)}  # with decimals
 MANY_FLOORED = 0.1
+IMAGES_TOLD = 4  # of single images, in sentences
 READING = (
     "Means over the same test images with 95 % bootstrap intervals. AS⁻: what removing the null space takes from the "
     "true class (leakage, lower is better). IS: how far it moves the image's meaning. κ: its direction to the class's "
@@ -180,6 +181,46 @@ def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
         Section("Images", [figures["images"]]),
         Section("Validation", [figures["perturbations"], passport_table([passport]), translator_table(measured)]),
     ]
+
+
+def images_verdict(images: Sequence[Found]) -> list[str]:
+    """Say of each of the first images (`explain_images`) what stays when its null component goes, and what moves."""
+    said = []
+    for image in images[:IMAGES_TOLD]:
+        score, moved = image["attribute_score"], [*image["falls"][:2], *image["rises"][:2]]
+        kind = "class meaning that the head ignores goes" if score < 0 else "what goes was in the class's way"
+        words = ", ".join(f"{row['concept']} ({row['score']:+.1f}°)" for row in moved)
+        said.append(
+            f"{image['image']} is named {image['predicted']}. Removing its null component ({image['null_share']:.0%} "
+            f"of the feature's norm) moves no logit by more than {image['logit_change']:.0e} and its meaning by IS "
+            f"{image['image_score']:.1f}°; AS to {image['class_name']} {score:+.1f}°: {kind}. Most moved: {words}."
+        )
+    return said
+
+
+def images_sections(rows: pd.DataFrame, images: Sequence[Found], figure: Figure) -> list[Section]:
+    """Arrange the figures of single images as the sections of their report."""
+    names = {"attribute_score": "AS °", "image_score": "IS °", "kappa": "κ", "null_share": "null share"}
+    table = rows.assign(**{key: [image[key] for image in images] for key in ("class_name", "predicted")})
+    table = table.rename(columns={**names, "class_name": "class", "predicted": "named"})
+    moved = [each | {"image": image["image"]} for image in images for each in (*image["falls"], *image["rises"])]
+    logits = pd.concat([pd.DataFrame(image["logits"]).assign(image=image["image"]) for image in images])
+    near = [
+        {"image": image["image"], "nearest": side, "in the gallery": each["image"], "angle": each["angle"]}
+        for image in images
+        for side, found in image["near"].items()
+        for each in found
+    ]
+    reading = (
+        "cosine: of T f to the image's own embedding; a low one says that the translator does not know this image."
+    )
+    scores = table[["image", "class", "named", *names.values(), "logit_change", "cosine"]]
+    sections = [
+        Section("Scores", [scores.assign(logit_change=scores["logit_change"].map("{:.0e}".format)), reading, figure]),
+        Section("Logits, which stay", [logits[["image", "class", "before", "after"]]]),
+        Section("Concepts, which move", [_table(moved)[["image", "concept", "before", "after", "score"]]]),
+    ]
+    return [*sections, *([Section("Nearest in the gallery", [_table(near)])] if near else [])]
 
 
 def steering_verdict(found: Found) -> list[str]:

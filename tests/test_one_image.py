@@ -1,0 +1,122 @@
+"""recipes/analyze.py --image: the figures of single images are those that the whole analysis has of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import analyze as recipe
+from singreg import plots
+from singreg.config import parse
+from singreg.data.datasets import load_splits
+from singreg.data.scenes import render_scene
+from singreg.nullspace import NullSpace
+from singreg.plots import one_image
+from singreg.translator import load_translator
+from tests.demo import demo_classifier
+from tests.recipe_run import run_recipe
+from tests.test_analyze import TINY
+from tests.test_plots import assert_readable
+
+CHOSEN = (0, 7, 30)
+Found = dict[str, Any]
+
+
+def explain(out: Path, *more: str) -> Found:
+    return run_recipe(recipe.main, out, "--concepts", '["red", "grass", "water"]', *more)
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], pd.DataFrame]:
+    """A whole analysis, some of its test images as files, and its rows of them."""
+    folder = tmp_path_factory.mktemp("one")
+    run_recipe(recipe.main, folder / "whole", *TINY)
+    rows = pd.read_parquet(folder / "whole" / "scores.parquet")
+    test: Any = load_splits(parse(recipe.AnalyzeConfig, TINY).data).test
+    paths = []
+    for place in CHOSEN:
+        paths.append(str(folder / f"{place}.png"))
+        Image.fromarray(render_scene(test.table, place)).save(paths[-1])
+    return folder, paths, rows.set_index("index").loc[list(CHOSEN)]
+
+
+def same_scores(images: list[Found], rows: pd.DataFrame) -> None:
+    for image, row in zip(images, rows.to_dict("records"), strict=True):
+        assert image["attribute_score"] == pytest.approx(row["AS/auditor"], abs=1e-3)
+        assert image["image_score"] == pytest.approx(row["IS/auditor"], abs=1e-3)
+        assert image["logit_change"] < 1e-4
+
+
+def test_images_have_the_analysis_figures_with_data_and_without(
+    analysed: tuple[Path, list[str], pd.DataFrame], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, paths, rows = analysed
+    figures: list[Figure] = []
+    save = plots.save
+    monkeypatch.setattr(one_image, "save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
+    label = demo_classifier().label_names[int(rows["label"].iloc[0])]
+    given = ["--image", paths[0], "--label", label]
+    found = explain(tmp_path / "data", *TINY, *given)["images"]
+    same_scores(found, rows[:1])
+    assert (found[0]["class_name"], found[0]["image"]) == (label, paths[0])
+    assert {side: len(near) for side, near in found[0]["near"].items()} == {"before": 2, "after": 2}
+    assert "Nearest in the gallery" in (tmp_path / "data" / "report.md").read_text()
+    own = load_translator(folder / "whole" / "translator-auditor.safetensors")
+    torch.save({"weight": own.matrix, "bias": own.offset}, tmp_path / "best.pt")
+    for number, file in enumerate((folder / "whole" / "translator-auditor.safetensors", tmp_path / "best.pt")):
+        found = explain(tmp_path / str(number), *given, "--translator.file", str(file))["images"]
+        same_scores(found, rows[:1])
+        assert found[0]["near"] == {}
+    listed = "[" + ", ".join(f'"{path}"' for path in paths) + "]"
+    found = explain(tmp_path / "all", "--image", listed, "--translator.file", str(tmp_path / "best.pt"))["images"]
+    assert [image["class_name"] for image in found] == [image["predicted"] for image in found]
+    same_scores([image for image, row in zip(found, rows["correct"], strict=True) if row], rows[rows["correct"] == 1])
+    for figure in figures:
+        assert_readable(figure)
+
+
+def test_logits_and_concepts_are_those_of_the_slow_way(
+    analysed: tuple[Path, list[str], pd.DataFrame], tmp_path: Path
+) -> None:
+    folder, paths, _ = analysed
+    file = folder / "whole" / "translator-auditor.safetensors"
+    (found,) = explain(tmp_path / "run", "--image", paths[1], "--translator.file", str(file))["images"]
+    classifier = demo_classifier()
+    with torch.no_grad():
+        f, logits = classifier.features_and_logits(classifier.transform(Image.open(paths[1]))[None])
+        null = f - NullSpace.from_weight(classifier.weight).remove(f)
+    shown = [(found["logits"]["class"][0], found["logits"]["before"][0])]
+    assert shown == [(classifier.label_names[int(logits.argmax())], pytest.approx(float(logits.max()), abs=1e-4))]
+    assert found["logits"]["before"] == pytest.approx(found["logits"]["after"], abs=1e-4)
+    assert found["null_share"] == pytest.approx(float(null.norm() / f.norm()), abs=1e-4)
+    for moved in (*found["rises"], *found["falls"]):
+        assert moved["score"] == pytest.approx(moved["before"] - moved["after"])
+    assert {moved["concept"] for moved in (*found["rises"], *found["falls"])} <= {"red", "grass", "water"}
+
+
+def test_what_cannot_be_explained_is_said_in_a_sentence(
+    analysed: tuple[Path, list[str], pd.DataFrame], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, (path, *_), _ = analysed
+    torch.save({"weight": torch.ones(64, 96), "bias": torch.ones(64)}, tmp_path / "best.pt")
+    torch.save({"weight": torch.ones(64, 256), "bias": torch.ones(64)}, tmp_path / "fits.pt")
+    (tmp_path / "text.png").write_text("no image")
+    read = ("--translator.file", str(tmp_path / "fits.pt"))
+    cases: dict[str, tuple[str, ...]] = {
+        "takes features of 96": ("--image", path, "--translator.file", str(tmp_path / "best.pt")),
+        "no translator file": ("--image", path, "--translator.file", str(tmp_path / "none.pt")),
+        "there is no file none.png": ("--image", "none.png", *read),
+        "text.png cannot be read": ("--image", str(tmp_path / "text.png"), *read),
+        "label: expected one of 10 classes": ("--image", path, "--label", "cat", *read),
+        "name the files": read,
+        "has 1 lines, the head 10 rows": ("--image", path, "--model.label_names", str(tmp_path / "text.png"), *read),
+    }
+    for words, arguments in cases.items():
+        with pytest.raises(SystemExit) as stop:
+            explain(tmp_path / "run", *arguments)
+        assert words in f"{stop.value} {capsys.readouterr().err}"
+        assert not (tmp_path / "run").exists()
