@@ -30,7 +30,7 @@ class AttackConfig(RunConfig):
         further_vlms: image encoders beside `vlm` that judge.
         images: test images, evenly over classes.
         linf: L-infinity budgets in 255ths, rising.
-        tau: how far any logit may move.
+        tau: how far any logit may move, in standard deviations of the model's logits.
         steps: gradient steps a pass; below about 16 the passes may gain less than a single step.
         restarts: passes, the first from the image itself, others from random points.
         batch_size: images attacked together.
@@ -41,7 +41,7 @@ class AttackConfig(RunConfig):
     translator: TranslatorConfig = field(default_factory=TranslatorConfig)
     images: int = 128
     linf: list[int] = field(default_factory=lambda: [2, 8])
-    tau: float = 1.0
+    tau: float = 0.15
     steps: int = 40
     restarts: int = 2
     batch_size: int = 32
@@ -120,11 +120,12 @@ def attack_model(
     pixels = PixelModel(drop_null(classifier).eval() if model.drop_null else classifier)
     chosen, label = choose_images(splits.test, config.images, config.seed), model.known_as
     folder = re.sub("[^A-Za-z0-9]+", "-", f"{place}-{label}").strip("-").lower()
-    settings = {name: getattr(config, name) for name in ("tau", "seed", "batch_size", "linf", "steps", "restarts")}
-    with run.timed(label):
-        rows = attack_split(pixels, translators["fitted"], splits.test, chosen, texts, run.folder, folder, **settings)
     how |= {"tau": config.tau, "seed": config.seed, "dropped": model.drop_null}
     facts, features, logits = judging.describe(classifier, splits.test, test, texts, translators, chosen, **how)
+    settings = {name: getattr(config, name) for name in ("seed", "batch_size", "linf", "steps", "restarts")}
+    settings["tau"] = facts["tau"]
+    with run.timed(label):
+        rows = attack_split(pixels, translators["fitted"], splits.test, chosen, texts, run.folder, folder, **settings)
     judges = [judging.Judge(name, pixels, translator, texts) for name, translator in translators.items()]
     judges += [judging.Judge(each.label, each.vlm, None, each.texts[names]) for each in spaces]
     facts = {"label": label, "source": model.name, **facts}
@@ -135,11 +136,11 @@ def report(config: AttackConfig, run: Run, splits: Splits, spaces: list[Space], 
     """Judge every saved image by its own model, all judges and the other models, and write the run's report."""
     judged, transfers = [], list[dict[str, Any]]()
     for each in found:
-        judged.append(judging.judge_images(each.rows, run.folder, each.pixels, each.judges, config.tau))
+        judged.append(judging.judge_images(each.rows, run.folder, each.pixels, each.judges, each.facts["tau"]))
         others = [other.rows for other in found if other is not each and other.pixels.size == each.pixels.size]
         if others:
             rows = pd.concat(others).query("arm == 'attack'")
-            carried = judging.judge_images(rows, run.folder, each.pixels, each.judges[:1], config.tau)
+            carried = judging.judge_images(rows, run.folder, each.pixels, each.judges[:1], each.facts["tau"])
             transfers += judging.transfers_of(judged[-1], carried)
     rows, names = pd.concat(judged, ignore_index=True), [judge.name for judge in found[0].judges]
     known = {space.label: rows.drop_duplicates("image")[f"knows {space.label}"].mean() for space in spaces}

@@ -232,14 +232,18 @@ def describe(
     invariance: Invariance,
     settings: PassSettings,
 ) -> tuple[dict[str, Any], dict[str, Any] | None, Tensor]:
-    """Return facts of a classifier, how far its features of the chosen images can be steered, and logits (N, C)."""
+    """Return facts of a classifier, how far its features of the chosen images can be steered, and logits (N, C).
+
+    `tau` is in standard deviations of the logits; the facts hold it in the logits' own unit.
+    """
     f = torch.from_numpy(np.array(cached_features(classifier, split, settings))).to(texts)
     z, logits = torch.from_numpy(np.array(embeddings)).to(texts), classifier.logits(f).float().cpu()
     null = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).to(texts.device)
     sizes: dict[str, Any] = {"classes": logits.shape[1], "features": f.shape[1]}
     sizes["nullity"] = 0 if dropped else null.nullity
     cosine = {name: cosine_similarity(t(f), z, dim=-1).mean().item() for name, t in translators.items()}
-    facts = {**sizes, "logit_sd": logits.std().item(), "cosine": cosine}
+    spread = logits.std().item()
+    facts = {**sizes, "logit_sd": spread, "tau": tau * spread, "cosine": cosine}
     if not sizes["nullity"]:
         return facts, None, logits
     names, labels = split.class_names, np.full(len(f), -1)
@@ -247,5 +251,5 @@ def describe(
     sources = sorted(set(chosen["label"].tolist()))
     plan = plan_pairs(labels, names, texts, sources, names, texts, max_pairs=PAIRS, seed=seed)
     batches = iterate_features(classifier, split, embeddings, settings, "robustness to steering")
-    how: dict[str, Any] = {"classifier": classifier, "space": null, "steps": STEPS, "tolerance": tau}
+    how: dict[str, Any] = {"classifier": classifier, "space": null, "steps": STEPS, "tolerance": facts["tau"]}
     return facts, measure_robustness(batches, plan, translators, **how), logits

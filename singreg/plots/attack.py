@@ -48,7 +48,7 @@ def attack_verdict(figures: Found) -> list[str]:
         if (s["arm"], s["budget"]) == (ATTACK, budget):
             rises = ", ".join(f"{rise[0]:+.1f}° ({judge})" for judge, rise in s["rise"].items())
             each.append(f"{s['model']} {rises}, target first for {s['success']['fitted'][0]:.0%}")
-    held = f"Within {budget} and logits within {figures['tau']:g} images turn towards the target's prompt by: "
+    held = f"Within {budget} and logits within {figures['tau']:g} sd images turn towards the target's prompt by: "
     said.append(f"{held}{'; '.join(each)}.")
     if (count := len(figures["encoders"])) < 2:
         known = f"half of the untouched images rightly, and {count} of {len(figures['zero_shot'])} do"
@@ -123,7 +123,7 @@ def _rises(figures: Found, folder: Path) -> Figure:
         ax.set_xticks(range(len(mine)), [s["budget"] for s in mine])
     axes[0].set_ylabel("rise towards the target's prompt, °")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    caption = f"logits within {figures['tau']:g}; 95 % over {figures['images']} images; dots: random directions"
+    caption = f"logits within {figures['tau']:g} sd; 95 % over {figures['images']} images; dots: random directions"
     return Figure(save(figure, folder / "rises.png"), caption)
 
 
