@@ -18,6 +18,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before the second
     parse(FinetuneConfig, description=__doc__)
 
 import pandas as pd
+from huggingface_hub import HfApi, get_token
 
 from singreg.analysis.arms import Images
 from singreg.analysis.comparison import Measured, compare_arms, finetune_warnings, no_claim, verdict
@@ -30,12 +31,12 @@ from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.plots.scores import STAGES, finetune_sections, plot_finetune
-from singreg.report import log, log_figures, log_text, track, write_report
+from singreg.report import log, log_figures, log_text, track, write_model_card, write_report
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start
 from singreg.setup import Setup, prepare
 from singreg.study_runs import hold_out
-from singreg.tables import audit_table
+from singreg.tables import AUDIT, audit_table
 from singreg.task import Schedule, describe_training, loss_embeddings, loss_texts, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.utils import progress
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator = start(config)
     with explained():
         run = Run(config, accelerator, "finetune").check()
+        if config.push_to_hub and get_token() is None:
+            raise ValueError("push_to_hub: there is no token of the hub; log in with `hf auth login` or set HF_TOKEN")
         setup = prepare(config, config.model, accelerator, before_embedding=partial(check, config, run))
         setup, _ = hold_out(setup, validation_count(config, setup))
         if config.dry_run:
@@ -63,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 shutil.rmtree(run.folder / "checkpoints" / arm, ignore_errors=True)
         if accelerator.is_main_process:
             report(config, setup, run, {name: (each.rows, each.figures) for name, each in stages.items()})
+            if config.push_to_hub:
+                push(config.push_to_hub, run)
     accelerator.end_training()
 
 
@@ -191,8 +196,10 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
     said = verdict(measured, comparisons, trained=config.training.epochs > 0)
     if not run.accelerator.trackers:  # both arms were finished by an earlier start
         track(run.accelerator, "sing", config)
-    log_text(run.accelerator, "report", [*said, audit_table({STAGES[name]: found for name, found in figures.items()})])
+    table = audit_table({STAGES[name]: found for name, found in figures.items()})
+    log_text(run.accelerator, "report", [*said, table])
     log_figures(run.accelerator, plots[:2])  # four images, with the histograms of both arms
+    write_model_card(run, setup, figures["sing"], table=table, verdict=said, reading=AUDIT)
     write_report(
         run,
         title=f"{run.folder.name}: null-space leakage before and after fine-tuning",
@@ -206,6 +213,14 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
         },
         rows=pd.concat([rows.assign(model=name) for name, (rows, _) in measured.items()]),
     )
+
+
+def push(repository: str, run: Run) -> None:
+    """Upload the model's folder, with its card, to the hub."""
+    api = HfApi()
+    api.create_repo(repository, exist_ok=True)
+    api.upload_folder(repo_id=repository, folder_path=run.folder / "model", commit_message="Fine-tuned with SingLoss")
+    print(f"uploaded     https://huggingface.co/{repository}", flush=True)
 
 
 def headline(figures: dict[str, Any]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What the recipes are told: nested dataclasses, read from YAML and the command line by jsonargparse."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,8 +292,7 @@ class TrainingConfig(Checked):
         head_first: share of the steps in which the head alone trains (LP-FT).
         checkpoint_every: optimiser steps between checkpoints, beside one at every epoch's end.
         best_checkpoint: keep each arm's epoch with the best top-1 on a tenth of the auditor's labelled images, which
-            are then set aside for that.
-        patience: epochs without a better one after which an arm stops, its best kept; 0 trains to the end.
+            are then set aside for that; a number also stops an arm after so many epochs without a better one.
     """
 
     epochs: int = 2
@@ -303,13 +303,17 @@ class TrainingConfig(Checked):
     l2_sp: float = 0.0
     head_first: float = 0.0
     checkpoint_every: int = 200
-    best_checkpoint: bool = False
-    patience: int = 0
+    best_checkpoint: bool | int = False
 
     def check(self, problems: Problems) -> None:
         for name in ("learning_rate", "head_factor", "batch_size", "checkpoint_every"):
             problems.need(getattr(self, name) != 0, f"{name}: expected a number above 0, got 0")
         problems.need(self.head_first <= 1, "head_first: expected a share from 0 to 1")
+
+    @property
+    def patience(self) -> int:
+        """Epochs without a better one after which an arm stops; 0 trains to the end."""
+        return 0 if isinstance(self.best_checkpoint, bool) else self.best_checkpoint
 
 
 @dataclass
@@ -344,9 +348,19 @@ class RunConfig(Checked):
 
 @dataclass
 class FinetuneConfig(RunConfig):
-    """A run of recipes/finetune.py; every field is a key of the YAML and a flag of the command line."""
+    """A run of recipes/finetune.py; every field is a key of the YAML and a flag of the command line.
+
+    Args:
+        push_to_hub: USER/NAME on the Hugging Face hub that the model of SingLoss is uploaded to.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     translator: LoopTranslatorConfig = field(default_factory=LoopTranslatorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    push_to_hub: str | None = None
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        hub = self.push_to_hub
+        problems.need(hub is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", hub)), "push_to_hub: expected USER/NAME")

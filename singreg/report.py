@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from accelerate import Accelerator
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 from torch.utils.tensorboard.summary import hparams
 
 from singreg.runs import Run, describe_machine
+from singreg.setup import Setup
 from singreg.utils import atomic_write, plain, write_json, write_text
 
 FORMAT = 2
@@ -88,6 +90,40 @@ def write_report(
     print("\n".join([*warnings, *verdict]))  # the verdict is what the last lines on the screen say
     print(f"report       {run.folder / 'report.html'}")
     print(f"tensorboard  tensorboard --logdir {shlex.quote(str(run.folder / 'tensorboard'))}", flush=True)
+
+
+def write_model_card(
+    run: Run, setup: Setup, figures: Mapping[str, Any], *, table: pd.DataFrame, verdict: Sequence[str], reading: str
+) -> None:
+    """Write model/README.md of a fine-tuning run: the hub's model card, with the report's first table in it.
+
+    `figures` are those of the model's measurement, by the auditor too (`analyze_model`).
+    """
+    config: Any = run.config
+    start: Mapping[str, Any] = getattr(setup.classifier.model, "pretrained_cfg", {})
+    front = {"library_name": "timm", "license": start.get("license") or "other"}
+    front["tags"] = ["image-classification", "timm", "singreg"]
+    front |= {"base_model": start["hf_hub_id"]} if start.get("hf_hub_id") else {}
+    card = (
+        Environment(loader=PackageLoader("singreg", "templates"))
+        .get_template("model_card.md.j2")
+        .render(
+            front=yaml.safe_dump(front, sort_keys=False),
+            title=_text(run.folder.name),
+            tag=_text(setup.classifier.tag),
+            verdict=map(_text, verdict),
+            table=_text(table),
+            reading=_text(reading),
+            vlm=_text(setup.vlm.tag.rpartition("/")[2]),
+            auditor=figures["translators"]["auditor"],
+            prompts=_text("; ".join(config.vlm.templates)),
+            data=_text(Path(config.data.source).name),
+            classes=len(setup.splits.class_names),
+            place=f"hf-hub:{config.push_to_hub}" if config.push_to_hub else "local-dir:model",
+            known=start.get("license"),
+        )
+    )
+    write_text(run.folder / "model" / "README.md", card + "\n")
 
 
 def _cell(value: Any) -> str:

@@ -33,7 +33,7 @@ BARS = 30
 
 def validation_count(config: FinetuneConfig, setup: Setup) -> int:
     """Return how many labelled audit images of every class an epoch is chosen by; 0 where none is chosen."""
-    if not (config.training.best_checkpoint or config.training.patience):
+    if not config.training.best_checkpoint:
         return 0
     labels = setup.splits.audit.labels
     return max(1, min(np.unique(labels[labels >= 0], return_counts=True)[1], default=0) // SHARE)
@@ -50,9 +50,9 @@ class Validation:
         self.setup, self.invariance, self.accelerator = setup, config.model.invariance, accelerator
         self.images = setup.held or _watched(setup)
         self.patience = config.training.patience * Schedule(config, len(setup.splits.train)).steps_per_epoch
-        self.chooses = config.training.best_checkpoint or config.training.patience > 0
+        self.chooses = bool(config.training.best_checkpoint)
         if self.chooses and setup.held is None:
-            raise ValueError("training.best_checkpoint and patience need validation images: set validation_per_class")
+            raise ValueError("training.best_checkpoint needs validation images: set validation_per_class")
         self.kept, self.best, self.step = folder / "best.safetensors", -1.0, 0
         if self.kept.is_file():
             with safe_open(self.kept, framework="pt") as file:

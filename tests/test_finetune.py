@@ -17,6 +17,7 @@ import timm
 import torch
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG as START
@@ -228,6 +229,53 @@ def test_a_run_is_not_resumed_on_other_images_or_models(finished: Path, monkeypa
         with pytest.raises(SystemExit, match=rf"the run was begun with other {name} \(then .*another --out"):
             finetune(finished, "--resume", "true")
     assert contents(finished) == before
+
+
+class RecordedHub:
+    """The calls that would reach the hub."""
+
+    calls: ClassVar[list[dict[str, Any]]] = []
+
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        self.calls.append({"made": repo_id, **options})
+
+    def upload_folder(self, *, folder_path: Path, **options: Any) -> None:
+        files = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+        self.calls.append({"files": files, **options})
+
+
+def test_a_model_is_uploaded_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "HfApi", RecordedHub)
+    monkeypatch.setattr(recipe, "get_token", lambda: "hf_test")
+    folder = tmp_path / "run"
+    finetune(folder, "--training.epochs", "0", "--push_to_hub", "me/scenes")
+    made, pushed = RecordedHub.calls
+    assert made == {"made": "me/scenes", "exist_ok": True}
+    assert pushed["repo_id"] == "me/scenes"
+    assert set(pushed["files"]) == {"README.md", "config.json", "model.safetensors"}
+    _, front, card = pushed["files"]["README.md"].decode().split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "timm"
+    assert {"license", "tags"} <= set(yaml.safe_load(front))
+    assert [line.split()[1] for line in card.splitlines() if line.startswith("| ")][1:] == [
+        "before",
+        "control",
+        "SingLoss",
+    ]
+    assert str(tmp_path) not in card
+    code = card.partition("```py\n")[2].partition("```")[0].replace("hf-hub:me/scenes", f"local-dir:{folder / 'model'}")
+    names: dict[str, Any] = {"image": Image.new("RGB", (70, 60))}
+    exec(code, names)
+    assert names["logits"].shape == (1, len(names["model"].pretrained_cfg["label_names"])) == (1, 10)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run", "true"]])
+def test_without_a_token_nothing_begins(more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "get_token", lambda: None)
+    with pytest.raises(SystemExit, match=r"^error: push_to_hub: .*token.*HF_TOKEN$"):
+        finetune(tmp_path / "run", "--push_to_hub", "me/scenes", *more)
+    with pytest.raises(SystemExit):
+        finetune(tmp_path / "run", "--push_to_hub", "scenes", *more)
+    assert not (tmp_path / "run").exists()
 
 
 class Recorded(GeneralTracker):

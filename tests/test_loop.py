@@ -137,7 +137,7 @@ def test_the_best_epoch_is_kept_also_when_resumed(
 
 
 def test_an_arm_stops_that_no_longer_gets_better(tmp_path: Path) -> None:
-    values = {"training.patience": 2, "training.epochs": 9, "training.learning_rate": 1e-12}
+    values = {"training.best_checkpoint": 2, "training.epochs": 9, "training.learning_rate": 1e-12}
     arms = [Arm(tmp_path, dropout=0.0, values=values, chooses=True) for _ in range(2)]
     assert same_bits(arms[0].run(), arms[1].run())
     assert max(arms[0].logged) == 15
