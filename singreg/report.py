@@ -114,7 +114,7 @@ def write_model_card(
             verdict=map(_text, verdict),
             table=_text(table),
             reading=_text(reading),
-            vlm=_text(setup.vlm.tag.rpartition("/")[2]),
+            vlm=_text(Path(tag).name if (tag := setup.vlm.tag).startswith("local-dir:") else tag),
             auditor=figures["translators"]["auditor"],
             prompts=_text("; ".join(config.vlm.templates)),
             data=_text(Path(config.data.source).name),
