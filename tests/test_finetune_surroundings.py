@@ -122,7 +122,7 @@ def test_measuring_only_with_another_tracker(tmp_path: Path, monkeypatch: pytest
     ("more", "words"),
     [
         (["--vlm.pretrained", "openai"], "brings its own weights: set vlm.pretrained to null"),
-        (["--data.scenes", "{train: 80, audit: 0, test: 9}"], "audit split is empty"),
+        (["--data.scenes", "{train: 80, audit: 0, test: 9}"], "no image is left for the auditor"),
         (["--vlm.name", "local-dir:no/such/folder"], "no/such/folder"),
         (["--model.name", "no_such_model"], "no_such_model"),
         (["--model.name", "test_vit", "--model.pretrained", "false", "--model.head", "keep"], "no null space"),
