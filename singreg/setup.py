@@ -53,7 +53,7 @@ def prepare(
     needs_quick_gelu(located(config.vlm.name, "vlm"), config.vlm.pretrained)  # or say now what is wrong with them
     splits = load_splits(config.data)
     if not len(splits.audit):
-        raise ValueError("no image is left for the auditor, who confirms each score; give data.per_class.audit or data.scenes.audit")
+        raise ValueError("no image is left for the auditor; give data.per_class.audit or data.scenes.audit")
     fit_batch(config, len(splits.train), accelerator)
     options: dict[str, Any] = {"image_size": config.data.image_size, "trained": hasattr(config, "training")}
     classifier = build_classifier(model, splits, **options).to(accelerator.device)

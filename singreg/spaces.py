@@ -51,7 +51,7 @@ def open_spaces(
 ) -> list[Space]:
     """Open every vision-language model and embed the images of bank, audit and test, and prompts of class names."""
     if not len(splits.audit):
-        raise ValueError("the audit split is empty, so no auditor can be fitted; give data.per_class.audit")
+        raise ValueError("no image is left for the auditor; give data.per_class.audit or data.scenes.audit")
     spaces = []
     for config, label in zip(vlms, space_labels(vlms), strict=True):
         vlm = open_vlm(config, accelerator)
