@@ -113,7 +113,11 @@ class CrossFit:
         # δ = k Σ_n g / √(gᵀ Σ_n g): of all null steps that lie k standard deviations away, the one that gains most.
         direction = self.space.component(gradient @ self.covariance)
         variance = (gradient * direction).sum(1, keepdim=True)
-        unit = direction / variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+        # Where no null component varies, rounding alone is left of the variance, and its root would be any length.
+        known = variance > torch.finfo(variance.dtype).eps * gradient.norm(dim=1, keepdim=True) * direction.norm(
+            dim=1, keepdim=True
+        )
+        unit = torch.where(known, direction / variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt(), 0.0)
         length = torch.linalg.vector_norm(features, dim=1)
         climb = self.maximisers[place].maximise
         steps = [k * unit for k in DEVIATIONS] + [climb(features, text, s * length)[0] for s in SHARES]
