@@ -156,7 +156,7 @@ def _features(found: Found, folder: Path) -> Figure:
             values, band = (100 * np.array(curve[kind]["success"], float) for kind in ("figures", "intervals"))
             ax.plot(curve["grid"], values, line, color=colour, marker="o", ms=3, label=said)
             ax.fill_between(curve["grid"], *band.T, color=colour, alpha=0.12, linewidth=0)
-        styled(ax, drawable(label, 34)).set_xlabel("ε / |f|")
+        styled(ax, drawable(label, 34)).set(xlabel="ε / |f|", ylim=(-3, 103))
     axes[0].set_ylabel("target first, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     caption = "the same images steered in feature space, on the attacked translator; bands: 95 % over images"
