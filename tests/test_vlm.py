@@ -133,6 +133,11 @@ def test_names_without_weights_are_refused(registered: Path, folder: Path) -> No
             open_model(*arguments)
 
 
+def test_a_folder_below_home_is_found(vlm: VisionLanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert open_model(f"local-dir:~/{folder.name}").tag == vlm.tag
+
+
 def test_a_tag_brings_its_activation_a_file_the_plain_one(registered: Path) -> None:
     path = registered / "mine.safetensors"
     save_file(tiny_state(3)[1], path)

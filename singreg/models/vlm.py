@@ -46,6 +46,8 @@ class VisionLanguageModel(nn.Module):
         The activation is taken from the tag. A weight file carries no such note: name the architecture it was trained
         with, such as "ViT-L-14-quickgelu".
         """
+        if name.startswith("local-dir:~"):
+            name = f"local-dir:{Path(name.removeprefix('local-dir:')).expanduser()}"
         quick_gelu = needs_quick_gelu(name, pretrained)
         tag = name if pretrained is None else f"{name}/{Path(pretrained).name}"
         loading: Any = {"device": device, "force_quick_gelu": quick_gelu, "weights_only": True}
