@@ -2,6 +2,7 @@
 
 python .github/docs.py                       # fill every block from the reports kept in this folder
 python .github/docs.py demo=runs/demo        # first keep that run's report as .github/demo.json
+python .github/docs.py bank=runs/a,runs/b    # the same of several fine-tuning runs, a row each
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from singreg.utils import write_json, write_text
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "recipes" / "README.md", HERE.parent / "configs" / "README.md")
 FLAGS = ("--out", "--runs", "--cache", "--resume", "--name")
-PLOTS = {"finetune": ("summary",), "study": ("pareto",), "attack": ("rises", "features")}
+PLOTS = {"bank": (), "finetune": ("summary",), "study": ("pareto",), "attack": ("rises", "features")}
+GROWN = {"confirmed share": "confirmed share", "class_variance ratio": "class-score variance ×", "AS⁻ ratio": "AS⁻ ×"}
+GROWN_COMMAND = "recipes/finetune.py --config configs/demo.yaml --data.scenes.bank N"
 FURTHER = ("class_variance", "AS_neg", "AS_abs", "IS", "cross 4 sd", "cross 25% of |f|")
 """What the page shows of a reading by another vision-language model."""
 STAGES = {"before": "before", "control": "plain fine-tuning", "sing": "SingLoss"}
@@ -45,6 +48,8 @@ RATIOS = {
 
 def kind_of(report: Mapping[str, Any]) -> str:
     """Name the recipe that wrote a report."""
+    if "runs" in report:
+        return "bank"
     if "arms" in report:
         return "study"
     return "attack" if "summaries" in report else "finetune"
@@ -63,6 +68,25 @@ def keep(run: Path, target: Path) -> None:
     for plot in PLOTS[kind]:
         shutil.copy(run / "plots" / f"{plot}.png", target.with_name(f"{target.stem}-{plot}.png"))
     write_json(target, _rounded(kept))
+
+
+def keep_several(runs: Sequence[Path], target: Path) -> None:
+    """Copy what the pages show of several fine-tuning runs that differ in their bank alone."""
+    reports = [json.loads((run / "report.json").read_text(encoding="utf-8")) for run in runs]
+    rows = []
+    for report in reports:
+        found = {(each["name"], each["translator"]): each for each in report["comparisons"]}
+        loop = report["measurements"]["before"]["translators"]["loop"]
+        rows.append({"bank": loop["fit_images"], **{name: found[f"{name}", "auditor"] for name in GROWN}})
+    first = reports[0]
+    kept = {
+        "runs": rows,
+        "machine": first["machine"],
+        "settings": {"command": GROWN_COMMAND},
+        "verdict": [],
+        "warnings": [],
+    }
+    write_json(target, _rounded({**kept, "seconds": {"all": sum(sum(each["seconds"].values()) for each in reports)}}))
 
 
 def _kept_finetune(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,21 +132,22 @@ def _rounded(value: Any) -> Any:
 def block(kept: Mapping[str, Any], name: str, page: Path) -> str:
     """Write what a page says about a kept report: sentences, table, figures, command and machine."""
     kind = kind_of(kept)
-    table = {"finetune": _finetune_table, "study": _study_table, "attack": _attack_table}[kind](kept)
+    table = {"bank": _bank_table, "finetune": _finetune_table, "study": _study_table, "attack": _attack_table}[kind](
+        kept
+    )
     machine, minutes = kept["machine"], sum(kept["seconds"].values()) / 60
     where = f"{machine['cores']} cores ({machine['processor']}), {machine['device']}, torch {machine['torch']}"
     up = "" if page.parent == HERE.parent else "../"
     shown = PLOTS[kind] if kind != "finetune" else ()  # README shows that one above
     figures = [path for plot in shown if (path := HERE / f"{name}-{plot}.png").is_file()]
     sentences = kept["verdict"] if kind != "study" else [f"- {sentence}" for sentence in kept["verdict"]]
-    return "\n\n".join(
-        [
-            table,
-            ("\n" if kind == "study" else " ").join([*sentences, *kept["warnings"]]),
-            *[f"![{path.stem}]({up}.github/{path.name})" for path in figures],
-            f"Generated from report.json of `{kept['settings']['command']}`: {where}, {minutes:.1f} minutes.",
-        ]
-    )
+    parts = [
+        table,
+        ("\n" if kind == "study" else " ").join([*sentences, *kept["warnings"]]),
+        *[f"![{path.stem}]({up}.github/{path.name})" for path in figures],
+        f"Generated from report.json of `{kept['settings']['command']}`: {where}, {minutes:.1f} minutes.",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
@@ -132,6 +157,16 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 def _finetune_table(kept: Mapping[str, Any]) -> str:
     table = audit_table({STAGES[stage]: found for stage, found in kept["measurements"].items()})
     return str(table.rename(columns={"|AS| °": "abs. AS °"}).to_markdown(index=False, disable_numparse=True))
+
+
+def _bank_table(kept: Mapping[str, Any]) -> str:
+    rows = []
+    for run in kept["runs"]:
+        cells = {
+            title: interval(*(run[name][end] for end in ("value", "low", "high"))) for name, title in GROWN.items()
+        }
+        rows.append({"bank images": f"{run['bank']:.0f}", **cells})
+    return _markdown(rows)
 
 
 def _study_table(kept: Mapping[str, Any]) -> str:
@@ -207,7 +242,8 @@ def main(arguments: Sequence[str]) -> None:
     """Keep the reports named, then fill all pages."""
     for pair in arguments:
         name, _, run = pair.partition("=")
-        keep(Path(run), HERE / f"{name}.json")
+        target, runs = HERE / f"{name}.json", [Path(each) for each in run.split(",")]
+        keep_several(runs, target) if len(runs) > 1 else keep(*runs, target)
     for page in PAGES:
         write_text(page, fill(page))
 
