@@ -63,7 +63,7 @@ def keep(run: Path, target: Path) -> None:
     places = {place for place, word in enumerate(words) if word in FLAGS}
     command = [word for place, word in enumerate(words) if place not in places and place - 1 not in places]
     kept = {name: report[name] for name in ("warnings", "machine", "seconds")}
-    kept |= {"settings": {"command": " ".join(command)}, "verdict": report.get("verdict", report.get("sentences", []))}
+    kept |= {"settings": {"command": " ".join(command)}, "verdict": report["verdict"]}
     kept |= {"finetune": _kept_finetune, "study": _kept_study, "attack": _kept_attack}[kind](report)
     for plot in PLOTS[kind]:
         shutil.copy(run / "plots" / f"{plot}.png", target.with_name(f"{target.stem}-{plot}.png"))
@@ -118,7 +118,7 @@ def _kept_attack(report: Mapping[str, Any]) -> dict[str, Any]:
     summaries = [
         {n: s[n] for n in ("model", "budget", "kept", "rise")} for s in report["summaries"] if s["arm"] == "attack"
     ]
-    return {"summaries": summaries, "tau": report["tau"], "images": report.get("images", report.get("pictures"))}
+    return {"summaries": summaries, "tau": report["tau"], "images": report["images"]}
 
 
 def _rounded(value: Any) -> Any:

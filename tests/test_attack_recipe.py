@@ -39,6 +39,9 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(rows) == 2 * 2 * 2 * 4
     assert (rows["target"] != rows["label"]).all()
     assert rows.loc[rows["arm"] == "attack", "kept"].all()
+    for model in report["models"]:  # τ is a share of the model's own spread, and the attack uses nearly all of it
+        largest = rows[(rows["model"] == model["label"]) & (rows["arm"] == "attack")]["logit_change"].max()
+        assert 0.5 < largest / (0.5 * model["logit_sd"]) <= 1
     for name in ("rises", "attacked", "features", "twins"):
         assert (tmp_path / "whole" / "plots" / f"{name}.png").is_file()
     assert "Natural twins" in (tmp_path / "whole" / "report.html").read_text()

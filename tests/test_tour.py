@@ -1,4 +1,4 @@
-"""The tour keeps its pictures, and runs to the same end."""
+"""The tour keeps its figures, and runs to the same end."""
 
 import json
 import re
@@ -15,8 +15,8 @@ def printed(cells: list[dict]) -> str:
 
 def test_pictures_are_kept() -> None:
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    pictures = [out for cell in cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
-    assert len(pictures) == 8
+    figures = [out for cell in cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    assert len(figures) == 8
     assert NOTEBOOK.stat().st_size < 600_000
 
 
