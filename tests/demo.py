@@ -1,7 +1,5 @@
 """The packaged demo models and what they see of rendered scenes, loaded once for all tests; nothing here asserts."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """An arm's figures against plain loops: known attributes, side effects, a dropped null space; processes."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """recipes/study.py from end to end on the smallest arms: table, resuming, changed arms, refusals; plan and splits."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """A study's arms against the reference: pairing, seeds, placebos, the verdict and figures, on rows made up for it."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A split of small random images, a small classifier, and random worlds of features; processes import this too."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,7 +109,7 @@ class World:
     mean: Tensor
 
     @classmethod
-    def make(cls, count: int = 31, seed: int = 0, *, unlabelled: bool = True) -> World:
+    def make(cls, count: int = 31, seed: int = 0, *, unlabelled: bool = True) -> "World":
         g = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
