@@ -32,7 +32,7 @@ GROWN = {"confirmed share": "confirmed share", "class_variance ratio": "class-sc
 GROWN_COMMAND = "recipes/finetune.py --config configs/demo.yaml --data.scenes.bank N"
 FURTHER = ("class_variance", "AS_neg", "AS_abs", "IS", "cross 4 sd", "cross 25% of |f|")
 """What the page shows of a reading by another vision-language model."""
-STAGES = {"before": "before", "control": "plain fine-tuning", "sing": "SingLoss"}
+STAGES = {"before": "before", "control": "plain fine-tuning", "sing": "SingLoss", "dropped": "plain, null dropped"}
 RATIOS = {
     "class_variance": "class-score variance ×",
     "AS_neg": "AS⁻ ×",
@@ -155,7 +155,8 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _finetune_table(kept: Mapping[str, Any]) -> str:
-    table = audit_table({STAGES[stage]: found for stage, found in kept["measurements"].items()})
+    found = kept["measurements"]
+    table = audit_table({said: found[stage] for stage, said in STAGES.items() if stage in found})
     return str(table.rename(columns={"|AS| °": "abs. AS °"}).to_markdown(index=False, disable_numparse=True))
 
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before the second
 
 import pandas as pd
 from huggingface_hub import HfApi, get_token
+from safetensors.torch import load_file
 
 from singreg.analysis.arms import Images
 from singreg.analysis.comparison import Measured, compare_arms, finetune_warnings, no_claim, verdict
@@ -30,7 +31,8 @@ from singreg.loop import Arm, own_random_numbers
 from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
-from singreg.plots.scores import STAGES, finetune_sections, plot_finetune
+from singreg.models.edits import drop_null
+from singreg.plots.scores import DROPPED, STAGES, finetune_sections, plot_finetune
 from singreg.report import log, log_figures, log_text, track, write_model_card, write_report
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start
@@ -64,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stages[arm] = stage(run, arm, partial(train_and_measure, arm, config, setup, before, run))
             if accelerator.is_main_process:  # the finished model is in its folder
                 shutil.rmtree(run.folder / "checkpoints" / arm, ignore_errors=True)
+        stages["dropped"] = stage(run, "dropped", partial(measure_dropped, config, setup, before, run))
         if accelerator.is_main_process:
             report(config, setup, run, {name: (each.rows, each.figures) for name, each in stages.items()})
             if config.push_to_hub:
@@ -122,6 +125,14 @@ def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: S
         classifier.save(run.folder / f"model{ending}")
         auditor.translator.save(run.folder / f"translator-after{ending}.safetensors")
     return Stage(*measured)
+
+
+def measure_dropped(config: FinetuneConfig, setup: Setup, before: Stage, run: Run) -> Stage:
+    """Measure the baseline to beat: the control's export with its null space dropped, which costs no training."""
+    control = copy.deepcopy(setup.classifier)
+    control.model.load_state_dict(load_file(run.folder / "model-control" / "model.safetensors"))
+    ridge = before.figures["translators"]["auditor"]["ridge"]
+    return Stage(*audit(config, setup, drop_null(control, spare=1), None, ridge)[1])
 
 
 def train_arm(
@@ -196,7 +207,7 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
     said = verdict(measured, comparisons, trained=config.training.epochs > 0)
     if not run.accelerator.trackers:  # both arms were finished by an earlier start
         track(run.accelerator, "sing", config)
-    table = audit_table({STAGES[name]: found for name, found in figures.items()})
+    table = audit_table({said: figures[name] for name, said in (STAGES | DROPPED).items()})
     log_text(run.accelerator, "report", [*said, table])
     log_figures(run.accelerator, plots[:2])  # four images, with the histograms of both arms
     write_model_card(run, setup, figures["sing"], table=table, verdict=said, reading=AUDIT)

@@ -33,7 +33,8 @@ AUDIT = (
     "By an auditor, fitted on images that training never saw; 95 % intervals over classes and images. In the null: "
     "the share of the class scores' variance that the null space carries, read by two halves of the auditor, whose "
     "errors so cancel. 4 sd: how often a null step of four standard deviations, made on one half, lets another "
-    "class's prompt win in the reading of the other half. All of these are to fall together; IS is to stay."
+    "class's prompt win in the reading of the other half. All of these are to fall together. IS and R² beside the "
+    "prompts, what features say beside the classes, are to stay."
 )
 Found = Mapping[str, Any]
 
@@ -68,7 +69,7 @@ def audit_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
     rows = []
     for model, found in measurements.items():
         by, audit = found["translators"]["auditor"], found["audit"]
-        shares = {"class_variance": "in the null %", "cross 4 sd": "4 sd %"}
+        shares = {"class_variance": "in the null %", "cross 4 sd": "4 sd %", "harmless_r2": "R² beside %"}
         row = {"model": model, "top-1": percent(found["top1"])}
         row |= {SCORES[k][0]: _with(by["overall"][k], by["intervals"][k]) for k in ("AS_neg", "AS_abs", "IS")}
         bounds = {key: [100 * end for end in audit["intervals"][key]] for key in shares}

@@ -29,7 +29,7 @@ from singreg.translator import load_translator
 from tests.processes import run_processes
 from tests.tiny_run import arguments, differences, finetune, one_core, run
 
-STAGES = ["before", "control", "sing"]
+STAGES = ["before", "control", "sing", "dropped"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,6 +59,11 @@ def test_the_folder_of_a_run(finished: Path) -> None:
     assert list(report["measurements"]) == STAGES
     assert {measured["images"] for measured in report["measurements"].values()} == {45}
     assert set(report["measurements"]["sing"]["translators"]) == {"loop", "auditor"}
+    dropped, control = (report["measurements"][name] for name in ("dropped", "control"))
+    assert dropped["top1"] == control["top1"]
+    assert (dropped["audit"]["class_variance"], dropped["translators"]["auditor"]["overall"]["IS"]) == pytest.approx(
+        (0, 0), abs=1e-3
+    )
     assert "confirmed share" in {row["name"] for row in report["comparisons"]}
     rows = pd.read_parquet(finished / "scores.parquet")
     assert rows.groupby("model").size().to_dict() == dict.fromkeys(STAGES, 45)

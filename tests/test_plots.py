@@ -59,7 +59,7 @@ def assert_readable(figure: Figure) -> None:
 
 
 def test_the_plots_of_a_fine_tuning_run(drawn: list[Figure], tmp_path: Path) -> None:
-    measured = dict.fromkeys(scores.STAGES, measure())
+    measured = dict.fromkeys(scores.STAGES | scores.DROPPED, measure())
     figures = scores.plot_finetune(measured, compare_arms(measured), AWKWARD, tmp_path)
     for figure in drawn:
         assert_readable(figure)

@@ -18,6 +18,7 @@ from singreg.tables import AUDIT, READING, audit_table, score_table
 
 # How the models of a fine-tuning run are called wherever people read them.
 STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "SingLoss"}
+DROPPED = {"dropped": "control, null space dropped"}  # only in tables: where it is 0 there is nothing to draw
 COLOURS = {"before": GREY, "control": ORANGE, "sing": BLUE}
 PERTURBATIONS = {"null": (BLUE, "null space"), "random": (GREY, "random"), "principal": (RED, "row space")}
 SIDES = {"before": "nearest to T(f)", "after": "nearest to T(f~)", "steered": "nearest to the steered T(f)"}
@@ -205,8 +206,9 @@ def plot_finetune(
     measured: Mapping[str, Measured], comparisons: pd.DataFrame, class_names: Sequence[str], folder: Path
 ) -> list[report.Figure]:
     """Draw every figure of recipes/finetune.py below a folder, the summary first."""
-    figures = {stage: found for stage, (_, found) in measured.items()}
-    clouds = {stage: (_cloud(rows, "auditor"), joint_distribution(rows)) for stage, (rows, _) in measured.items()}
+    drawn = {stage: measured[stage] for stage in STAGES}
+    figures = {stage: found for stage, (_, found) in drawn.items()}
+    clouds = {stage: (_cloud(rows, "auditor"), joint_distribution(rows)) for stage, (rows, _) in drawn.items()}
     return [
         report.Figure(plot_ratios(comparisons, figures["before"]["images"], folder / "summary.png"), "what is left"),
         report.Figure(plot_joint(clouds, folder / "joint.png"), "AS against IS of every test image"),
@@ -218,7 +220,7 @@ def finetune_sections(
     figures: Mapping[str, Found], comparisons: pd.DataFrame, plots: Sequence[report.Figure]
 ) -> list[report.Section]:
     """Arrange a run's tables and plots (`plot_finetune`) as the sections of its report."""
-    named = {STAGES[stage]: found for stage, found in figures.items()}
+    named = {said: figures[stage] for stage, said in (STAGES | DROPPED).items()}
     return [
         report.Section("Results", [audit_table(named), AUDIT, *plots[:1]]),
         report.Section("By the auditor and by the loop", [score_table(named), READING]),
