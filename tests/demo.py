@@ -3,7 +3,6 @@
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,14 +23,6 @@ def demo_vlm() -> VisionLanguageModel:
 @cache
 def demo_classifier() -> Classifier:
     return Classifier.from_timm(f"local-dir:{ASSETS / 'demo_classifier'}")
-
-
-def altered(table: SceneTable, **values: int | np.ndarray) -> SceneTable:
-    """The same scenes with some attributes' codes replaced, by one value or by (N,); everything else stays."""
-    codes = {
-        name: np.broadcast_to(values.get(name, column), column.shape).copy() for name, column in table.codes.items()
-    }
-    return SceneTable(table.seed, codes, table.noise)
 
 
 def rendered(table: SceneTable) -> list[Image.Image]:

@@ -30,11 +30,8 @@ from tests.processes import run_processes
 from tests.reference.formulas import null_projector
 
 FIT, COUNT = 90, 31
-BANK, AUDIT, TEST = (
-    toy.ToySplit(40, seed=2, unlabelled=tuple(range(17))),
-    toy.ToySplit(FIT),
-    toy.ToySplit(COUNT, seed=1),
-)
+BANK = toy.ToySplit(40, seed=2, unlabelled=tuple(range(17)))
+AUDIT, TEST = toy.ToySplit(FIT), toy.ToySplit(COUNT, seed=1)
 BANK.name, AUDIT.name, TEST.name = "bank", "audit", "test"
 TESTED = TEST, toy.embeddings(COUNT, seed=1)
 
@@ -184,9 +181,9 @@ def test_ood_scores_are_those_of_plain_loops() -> None:
 
     known, strange, fit = (np.array([parts(f) for f in each]) for each in features)
     ways = {"null_energy": (1, 0), "energy": (0, 1), "vim": (fit[:, 2].mean() / fit[:, 0].mean(), 1)}
-    slow = {
-        f"ood_{n}": slow_auroc(*(a * e[:, 0] - b * e[:, 1] for e in (known, strange))) for n, (a, b) in ways.items()
-    }
+    slow = {}
+    for name, (a, b) in ways.items():
+        slow[f"ood_{name}"] = slow_auroc(*(a * e[:, 0] - b * e[:, 1] for e in (known, strange)))
     assert ood_figures(*outputs(weight, bias, features)) == pytest.approx(slow, abs=1e-6)
     assert len({round(value, 3) for value in slow.values()}) == 3
 

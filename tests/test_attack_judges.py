@@ -205,10 +205,8 @@ def test_twins_are_those_of_a_loop_over_all_pairs() -> None:
 def test_only_a_classifier_that_cannot_tell_classes_apart_has_twins() -> None:
     g, labels = toy.seeded(1), torch.arange(40) % 4
     z, noise, places = torch.randn(40, 6, generator=g), torch.randn(40, 4, generator=g), np.arange(40)
-    apart, blind, larger = (
-        judges.twins_among(logits, z, labels, places)
-        for logits in (noise + 100 * torch.eye(4)[labels], noise, 1000 * noise)
-    )
+    given = (noise + 100 * torch.eye(4)[labels], noise, 1000 * noise)
+    apart, blind, larger = (judges.twins_among(logits, z, labels, places) for logits in given)
     assert (apart["rate"], apart["shown"]) == (0.0, [])
     assert blind["rate"] > 0.15
     assert larger["rate"] == pytest.approx(blind["rate"])  # the limit grows with the logits

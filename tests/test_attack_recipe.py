@@ -66,12 +66,6 @@ def test_weak_attacks_failed_checks_and_blind_encoders_are_said() -> None:
     assert "0 of 1 do" in third
 
 
-def test_a_dry_run_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path / "dry", "--dry_run", "true")
-    assert "4 images, budgets [2, 8], models ['demo', 'dropped']" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_bad_values_are_shown_together(capsys: pytest.CaptureFixture[str]) -> None:
     twice = '[{"name": "demo"}, {"name": "demo"}]'
     with pytest.raises(SystemExit) as stopped:

@@ -3,9 +3,10 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -51,10 +52,8 @@ class Trained:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Iterator[Trained]:
-    AcceleratorState._reset_state(True)
-    yield Trained(tmp_path)
-    AcceleratorState._reset_state(True)
+def trained(tmp_path: Path) -> Trained:
+    return Trained(tmp_path)
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -89,9 +88,7 @@ FILES = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "position.
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_broken_file_is_named_and_the_one_before_is_used(
-    name: str, damage: str, trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_checkpoint_before_a_broken_one_is_used(name: str, damage: str, trained: Trained, tmp_path: Path) -> None:
     """Random states too: accelerate passes over those it cannot read, and the resumed run would be another one."""
     trained.save(1)
     first = trained.state()
@@ -101,10 +98,8 @@ def test_a_broken_file_is_named_and_the_one_before_is_used(
     file.unlink()
     if damage == "cut":
         file.write_bytes(content[: len(content) // 2])
-    with caplog.at_level("WARNING"):
-        assert trained.load() == Position(1, 0, 1)
+    assert trained.load() == Position(1, 0, 1)
     assert same(first, trained.state())
-    assert f"{tmp_path / 'step-00000002'} is broken" in caplog.text
     broken, whole = names(tmp_path)
     assert broken.startswith("broken-step-00000002-")
     assert whole == "step-00000001"
@@ -128,9 +123,8 @@ def test_broken_checkpoints_are_set_aside_and_do_not_crowd_out_new_ones(trained:
 
 
 @pytest.mark.parametrize("where", ["save_state", "replace", "write_json"])
-def test_a_full_disk_keeps_the_one_before_and_the_next_save_clears_up(
-    where: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_one_before(where: str, trained: Trained, tmp_path: Path) -> None:
+    """And the next save clears up."""
     trained.save(1)
     first = trained.state()
 
@@ -139,10 +133,8 @@ def test_a_full_disk_keeps_the_one_before_and_the_next_save_clears_up(
         full()
 
     owner: Any = {"save_state": Accelerator, "replace": checkpoints.os, "write_json": checkpoints}[where]
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, where, half if where == "save_state" else full)
-        with pytest.raises(OSError, match="No space left"):
-            trained.save(2)
+    with patch.object(owner, where, half if where == "save_state" else full), pytest.raises(OSError, match="No space"):
+        trained.save(2)
     assert trained.load() == Position(1, 0, 1)
     assert same(first, trained.state())
     trained.save(3)
@@ -153,9 +145,7 @@ def _elsewhere(rank: int, world: int, folder: str) -> tuple[Position, list[float
     """Go on from what one process saved; rank 1 sees every checkpoint as broken, which must not matter."""
     AcceleratorState._reset_state(True)
     trained = Trained(Path(folder))
-    with pytest.MonkeyPatch.context() as patch:
-        if rank:
-            patch.setattr(checkpoints, "_whole", None)
+    with patch.object(checkpoints, "_whole", None if rank else checkpoints._whole):
         position = trained.load()
     drawn = torch.rand(3).tolist()
     AcceleratorState._reset_state(True)
@@ -182,11 +172,9 @@ def measured(seed: int = 0) -> Stage:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    AcceleratorState._reset_state(True)
+def run(tmp_path: Path) -> Run:
     config = FinetuneConfig(out=str(tmp_path / "one"))
-    yield Run(config, start(config), "finetune")
-    AcceleratorState._reset_state(True)
+    return Run(config, start(config), "finetune")
 
 
 def test_a_finished_stage_comes_back_as_it_was_and_is_not_repeated(run: Run) -> None:
@@ -203,12 +191,10 @@ def test_a_finished_stage_comes_back_as_it_was_and_is_not_repeated(run: Run) -> 
 
 
 @pytest.mark.parametrize("failing", ["compute", "save_file", "write_json"])
-def test_a_stage_that_fails_is_computed_again(failing: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        if failing != "compute":
-            patch.setattr(checkpoints, failing, full)
-        with pytest.raises(OSError, match="No space left"):
-            stage(run, "sing", full if failing == "compute" else measured)
+def test_a_stage_that_fails_is_computed_again(failing: str, run: Run) -> None:
+    broken = patch.object(checkpoints, failing, full) if failing != "compute" else nullcontext()
+    with broken, pytest.raises(OSError, match="No space left"):
+        stage(run, "sing", full if failing == "compute" else measured)
     assert stage(run, "sing", measured).notes == {"vlm": "demo"}
     assert (run.folder / "checkpoints" / "stages" / "sing" / "stage.json").is_file()
 
@@ -222,10 +208,8 @@ def test_a_run_goes_on_only_where_images_and_models_are_as_they_were(run: Run) -
     note = run.folder / "checkpoints" / "inputs.json"
     assert json.loads(note.read_text()) == INPUTS
     changed = {**INPUTS, "test images": "d" * 64, "starting classifier": "e" * 64}
-    other = (
-        r"other test images \(then bbbbbbbb, now dddddddd\), other starting classifier \(then cccccccc, now eeeeeeee\)"
-    )
-    with pytest.raises(SystemExit, match=rf"inputs\.json: the run was begun with {other}.*another --out"):
+    other = r"other test images \(then b+, now d+\), other starting classifier \(then c+, now e+\)"
+    with pytest.raises(SystemExit, match=rf"inputs\.json: the run was begun with {other}"):
         refuse_other_inputs(run, changed)
     note.unlink()
     refuse_other_inputs(run, changed)

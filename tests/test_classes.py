@@ -1,6 +1,7 @@
 """Classes against ImageNet's own tables, by names, synonyms and lists; concepts of banks, users' files and lists."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,8 +37,7 @@ def test_any_way_to_name_a_class(entry: str) -> None:
 
 def test_the_order_of_the_list_is_the_label_order() -> None:
     subset = resolve_classes(["Persian cat", "goldfish"], ["n01443537", "n02123394"])
-    assert subset.keys == ("n02123394", "n01443537")
-    assert subset.indices == (283, 1)
+    assert (subset.keys, subset.indices) == (("n02123394", "n01443537"), (283, 1))
     assert resolve_classes(None, ["b", "a"]).keys == ("a", "b")
 
 
@@ -45,8 +45,7 @@ def test_folders_that_are_not_imagenets() -> None:
     subset = resolve_classes("imagenette", [*expand_classes("imagenette"), "my_things"])
     assert len(subset.keys) == 10
     mixed = resolve_classes(["goldfish", "my things"], ["n01443537", "my_things"])
-    assert mixed.keys == ("n01443537", "my_things")
-    assert mixed.names == ("goldfish", "my things")
+    assert (mixed.keys, mixed.names) == (("n01443537", "my_things"), ("goldfish", "my things"))
     assert mixed.indices is None
 
 
@@ -99,37 +98,26 @@ def test_a_list_mixes_banks_files_and_words(tmp_path: Path) -> None:
     assert bank.omissions == ("3 repeated concepts were left out.",)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"# only\n\n   # comments\n", "no concept in .*bad.txt"),
-        (b'red\n""\n--\n', "bad: .*bad: "),
-        (b"x" * 201, "bad: .*"),
-    ],
-)
-def test_files_of_nothing_or_nonsense_are_refused(content: bytes, words: str, tmp_path: Path) -> None:
-    (tmp_path / "bad.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=words):
-        load_concepts([str(tmp_path / "bad.txt")])
+def test_files_of_nothing_or_nonsense_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bad.txt"
+    for text, words in (
+        ("# only\n\n   # comments\n", "no concept in"),
+        ('red\n""\n--\n', "bad: .*bad: "),
+        ("x" * 201, "bad: "),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            load_concepts([str(file)])
     with pytest.raises(FileNotFoundError, match=r"no concept file .*nowhere\.txt"):
         load_concepts(["red", str(tmp_path / "nowhere.txt")])
 
 
-class Words:
-    """An encoder that remembers what it was asked, and answers with a row that tells the name's length."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
-
-    def embed_classes(self, names: list[str], templates: list[str]) -> torch.Tensor:
-        self.asked.append((tuple(names), tuple(templates)))
-        return torch.tensor([[float(len(name))] for name in names])
-
-
 def test_every_concept_gets_its_banks_prompt_and_keeps_its_row() -> None:
-    bank, words = ConceptBank(("red", "a zebra", "blue"), ("colours", "own", "colours")), Words()
+    bank, words = ConceptBank(("red", "a zebra", "blue"), ("colours", "own", "colours")), Mock()
+    words.embed_classes.side_effect = lambda names, _: torch.tensor([[float(len(name))] for name in names])
     assert embed_concepts(words, bank)[:, 0].tolist() == [3.0, 7.0, 4.0]
-    assert words.asked[0] == (("red", "blue"), ("an image of something {class}",))
-    assert words.asked[1] == (("a zebra",), ("an image of {class}",))
     embed_concepts(words, bank, ["{concept}!", "a {concept}"])
-    assert words.asked[2] == (("red", "a zebra", "blue"), ("{class}!", "a {class}"))
+    asked = [tuple(map(list, call.args)) for call in words.embed_classes.call_args_list]
+    assert asked[0] == (["red", "blue"], ["an image of something {class}"])
+    assert asked[1] == (["a zebra"], ["an image of {class}"])
+    assert asked[2] == (["red", "a zebra", "blue"], ["{class}!", "a {class}"])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -54,20 +53,6 @@ def test_the_papers_architectures(name: str, width: str, head: str) -> None:
     side = classifier.preprocessing["input_size"][-1]
     features, logits = classifier.features_and_logits(torch.empty(2, 3, side, side, device="meta"))
     assert (features.shape, logits.shape) == ((2, int(width)), (2, 1000))
-
-
-def test_the_feature_is_what_timm_calls_pre_logits() -> None:
-    """Another way to the same feature; and the width is head_hidden_size, not num_features (trap 8)."""
-    differing = 0
-    for name in ("test_resnet", "mobilenetv3_small_050", "resnetv2_18", "test_vit", "test_mambaout", "efficientvit_b0"):
-        classifier = used(name)
-        model: Any = classifier.model
-        with torch.no_grad():
-            expected = model.forward_head(model.forward_features(images()), pre_logits=True)
-            torch.testing.assert_close(classifier.features(images()), expected.flatten(1))
-        assert classifier.feature_dim == model.head_hidden_size
-        differing += classifier.feature_dim != model.num_features
-    assert differing == 3
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050", "test_vit"])
@@ -163,12 +148,6 @@ def test_rows_that_are_not_there_or_come_twice(stored: str, rows: list[int], wor
         Classifier.from_timm(stored).slice_head(rows)
 
 
-def ramp(width: int = 90, height: int = 70) -> Image.Image:
-    """Brighter to the right, so that its mirror image is another."""
-    row = np.linspace(0, 255, width).astype(np.uint8)
-    return Image.fromarray(np.repeat(np.tile(row, (height, 1))[..., None], 3, axis=2))
-
-
 def test_a_plain_module_has_the_transform_it_is_given() -> None:
     bare = Classifier.from_module(net("linear"), head="head")
     with pytest.raises(ValueError, match="Net is not a timm model"):
@@ -179,17 +158,9 @@ def test_a_plain_module_has_the_transform_it_is_given() -> None:
         bare.train_transform("timm")
     transforms = (lambda image: torch.ones(3, 8, 8), lambda image: torch.zeros(3, 8, 8))
     made = [Classifier.from_module(net("linear"), head="head", transform=each, tag="mine") for each in transforms]
-    assert torch.equal(made[0].train_transform("flip")(ramp()), torch.ones(3, 8, 8))
+    assert torch.equal(made[0].train_transform("flip")(Image.new("RGB", (9, 7))), torch.ones(3, 8, 8))
     texts = [json.dumps(classifier.preprocessing) for classifier in made]
     assert (made[0].tag, "0x" in texts[0], texts[0] == texts[1]) == ("mine", False, False)
-
-
-def test_a_fixed_size_transformer_is_rebuilt_for_another_size() -> None:
-    small = used("vit_tiny_patch16_224")
-    assert small.model.pos_embed.shape[1] == 2 * 2 + 1  # type: ignore[union-attr, index]
-    assert small.features(small.transform(ramp())[None]).shape == (1, 192)
-    with pytest.raises(AssertionError, match="doesn't match model"):
-        small(images(size=64))
 
 
 def check_reload(classifier: Classifier, folder: Path, size: int = 32) -> Any:
@@ -220,22 +191,14 @@ def test_a_saved_classifier_reloads_with_plain_timm(tmp_path: Path, name: str, s
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "resnetv2_18"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"head_mode": "slice", "class_names": ["snail", "owl", "drum"]},
-        {"head_mode": "new", "num_classes": 4, "class_names": ["a", "b", "c", "d"]},
-    ],
-)
+@pytest.mark.parametrize("options", [{"head_mode": "slice"}, {"head_mode": "new", "num_classes": 3}])
 def test_sliced_and_new_heads_are_saved_with_their_names(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    whole = used(name)
-    whole.class_names = tuple(NAMES)
-    whole.save(tmp_path / "whole")
-    classifier = Classifier.from_timm(f"local-dir:{tmp_path / 'whole'}", **options)
+    stored, kept = write_model(tmp_path / "whole", name, labels=NAMES), ["snail", "owl", "drum"]
+    classifier = Classifier.from_timm(stored, class_names=kept, **options)
     classifier.save(tmp_path / "runs" / "arm" / "model")
     model = check_reload(classifier, tmp_path / "runs" / "arm" / "model")
-    assert model.num_classes == classifier.num_classes == len(options["class_names"])
-    assert list(model.pretrained_cfg["label_names"]) == options["class_names"]
+    assert model.num_classes == classifier.num_classes == 3
+    assert list(model.pretrained_cfg["label_names"]) == kept
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -45,13 +45,12 @@ def test_every_column_is_the_slow_one() -> None:
     bank, test, ridge = plant("leakage", seed=1, count=200), plant("leakage", seed=2, count=24), 0.1
     got = read(CrossFit(auditor(bank, ridge), bank.texts, bank.space), test)
     assert set(got) == AUDITED
-    scaled = [(p, formulas.block_scale(p.features.numpy(), bank.weight)) for p in (*split(bank), bank)]
-    translators = [fitted(part, ridge, scale) for part, scale in scaled]
-    for maps in ([scale for _, scale in scaled], [bank.space.basis.numpy()] * 3):  # what predicts best: of f, of Π_p f
-        one, other = (
-            (p.features.numpy() @ m, p.embeddings.numpy()) for (p, _), m in zip(scaled[:2], maps, strict=False)
-        )
-        best = max(DEFAULT_RIDGES, key=lambda r: formulas.held_out_r2(one, other, r))
+    halves = split(bank)
+    scales = [formulas.block_scale(part.features.numpy(), bank.weight) for part in (*halves, bank)]
+    translators = [fitted(part, ridge, scale) for part, scale in zip((*halves, bank), scales, strict=True)]
+    for maps in (scales, [bank.space.basis.numpy()] * 3):  # what predicts best: of f, of Π_p f
+        pair = [(part.features.numpy() @ maps[place], part.embeddings.numpy()) for place, part in enumerate(halves)]
+        best = max(DEFAULT_RIDGES, key=lambda r: formulas.held_out_r2(*pair, r))
         matrix, offset = formulas.ridge(bank.features.numpy() @ maps[2], bank.embeddings.numpy(), best)
         translators.append((torch.from_numpy(matrix @ maps[2].T), torch.from_numpy(offset)))
     targets = steering_targets(test.labels, torch.arange(24), CLASSES)
@@ -71,9 +70,8 @@ def success(case: str, count: int) -> tuple[dict[str, float], float, dict[str, f
     targets = steering_targets(test.labels, torch.arange(400), CLASSES)
     unmoved = [(normalize(half(test.features), dim=1) @ test.texts.T).argmax(1) == targets for half in crossfit.halves]
     found = summarize(rows, test.labels.numpy())
-    assert {name: found[name] for name in figures(rows)} == pytest.approx(
-        {name: float(value) for name, value in figures({name: rows[name].mean() for name in rows}).items()}
-    )
+    means = figures({name: rows[name].mean() for name in rows})
+    assert {name: found[name] for name in means} == pytest.approx({name: float(value) for name, value in means.items()})
     return found, float(torch.stack(unmoved).double().mean()), found["intervals"]
 
 

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from singreg.config import parse
 from tests.test_fuzz import configuration_of
@@ -35,11 +34,7 @@ def test_configurations_of_scenes_are_built_and_make_nothing(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SINGREG_CACHE", str(tmp_path / "cache"))
-    AcceleratorState._reset_state(True)
-    try:
-        importlib.import_module(recipe_of(path)).main(["--config", str(path), *FEW, "--out", str(tmp_path / "run")])
-    finally:
-        AcceleratorState._reset_state(True)
+    importlib.import_module(recipe_of(path)).main(["--config", str(path), *FEW, "--out", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert "dry run: nothing was" in shown
     assert not (tmp_path / "run").exists()

@@ -6,20 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 from singreg.models import edits
 from singreg.models.classifier import Classifier
-from singreg.models.edits import (
-    AlignedHead,
-    align_head_,
-    aligned_weight,
-    drop_null,
-    interpolate_weights,
-    prompt_directions,
-)
+from singreg.models.edits import AlignedHead, align_head_, aligned_weight, drop_null, interpolate_weights
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.translator import LinearTranslator
@@ -47,7 +39,7 @@ def translator(seed: int = 2, width: int = M) -> LinearTranslator:
 
 
 def directions(prompts: int, width: int = M) -> Tensor:
-    return prompt_directions(translator(width=width), normal(prompts, N, seed=4))
+    return edits.prompt_directions(translator(width=width), normal(prompts, N, seed=4))
 
 
 def align(weight: Tensor, d: Tensor) -> AlignedHead:
@@ -173,21 +165,10 @@ def test_refusals() -> None:
         (lambda: align_head_(normalised, T, texts, statistics), "is parametrised"),
         (lambda: aligned_weight(weight[:2], d, **moments(f)), r"a head of 2 rows cannot hold 3 independent"),
         (lambda: align_head_(small(), T, texts, RidgeStatistics(WIDTH, N)), "at least 2 images"),
-        (lambda: prompt_directions(LinearTranslator(0 * T.matrix, T.offset), texts), r"translated prompt .* zero"),
+        (lambda: edits.prompt_directions(LinearTranslator(0 * T.matrix, T.offset), texts), "prompt .* zero"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
-
-
-def test_plain_timm_loads_an_edited_head(tmp_path: Path) -> None:
-    classifier, texts = used(strength=0.1), normal(4, N, seed=4)
-    f, T = classifier.features(images(200)).detach(), translator(width=96)
-    align_head_(classifier, T, texts, RidgeStatistics(96, N).update(f, T(f)))
-    classifier.save(tmp_path / "model")
-    model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
-    with torch.no_grad():
-        assert torch.equal(model(images()), classifier(images()))
-    assert left_out(model.fc.weight.detach(), texts @ T.matrix) < 1e-4  # float32 head
 
 
 @pytest.mark.parametrize("kind", sorted(HEADS))

@@ -1,5 +1,7 @@
 """Angles and scores against arccos, at the ends where arccos fails, and their invariants."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,11 +60,9 @@ def test_kappa_is_its_definition_and_zero_at_chance() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.float64, 1e-7)])
-def test_pairwise_angles_are_right_from_0_to_180(
-    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@patch.object(functional, "REFINED_AT_ONCE", 7)
+def test_pairwise_angles_are_right_from_0_to_180(dtype: torch.dtype, tolerance: float) -> None:
     """Vectors of 768 dimensions at planted angles; arccos of the cosine alone is the control."""
-    monkeypatch.setattr(functional, "REFINED_AT_ONCE", 7)
     generator = torch.Generator().manual_seed(0)
     base, across = torch.linalg.qr(torch.randn(768, 2, generator=generator, dtype=torch.float64)).Q.T
     ends = [0, 1e-6, 1e-4, 1e-3, 0.01, 0.5, 5, 30, 36, 37, 60, 90, 120, 144, 150, 179, 179.9999, 180]

@@ -1,14 +1,12 @@
 """Configurations no one would write: each is read, or all its mistakes stand in one message, and never a traceback."""
 
-import contextlib
 import copy
 import importlib
-import io
 import random
-import traceback
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from singreg.config import RunConfig, parse
@@ -17,19 +15,9 @@ ROOT = Path(__file__).parents[1]
 RECIPES = {name: f"{name}_demo" for name in ("analyze", "steer", "compare")}
 RECIPES |= {"finetune": "demo", "attack": "attack_scenes", "study": "study_scenes"}
 VALUES: list[Any] = [None, True, -1, 0, 2.5, 1e308, float("nan"), float("inf"), -(10**30), "", " ", "no", "1", "1e3"]
-VALUES += [
-    "../up",
-    "\x1b[31mred",
-    "\u202eevil {class}",
-    "x" * 5000,
-    "local-dir:/nowhere",
-    "~/x",
-    "a,b",
-    [],
-    [[]],
-    [None],
-]
-VALUES += [[1, "a", {}], {}, {"a": {"b": {"c": 1}}}, {"": 1}, {1: 2}, {None: None}, {"class_path": "os.system"}]
+VALUES += ["../up", "\x1b[31mred", "\u202eevil {class}", "x" * 5000, "local-dir:/nowhere", "~/x", "a,b"]
+VALUES += [[], [[]], [None], [1, "a", {}], {}, {"a": {"b": {"c": 1}}}, {"": 1}, {1: 2}, {None: None}]
+VALUES += [{"class_path": "os.system"}]
 RAW = """!!python/object/apply:os.system ['true'] | !unknown 3 | !!int "" | !!float '' | 2024-13-45 | !!binary '***'
 !!set {a, b} | &a [*a] | [1 | {a: 1 | {a: 1, a: 2} | << | *nothing | @ | 1_0_0 | 1:30:00 | .nan | ~ | "\\x1b[2J {class}"
 ? [a, b] : 1 | %YAML 9.9""".replace("\n", " | ").split(" | ")
@@ -80,35 +68,23 @@ def configuration(base: str, rng: random.Random) -> str:
     return "".join(letters)
 
 
-def fuzz(count: int, scratch: Path, *, seed: int = 0) -> tuple[int, int, list[str]]:
-    """Return how many configurations were read, how many refused in one message, and the stories of all others."""
-    rng, file = random.Random(seed), scratch / "fuzzed.yaml"
-    read, refused, wrong = 0, 0, []
-    for place in range(count):
-        name = list(RECIPES)[place % len(RECIPES)]
-        text = configuration((ROOT / "configs" / f"{RECIPES[name]}.yaml").read_text(encoding="utf-8"), rng)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_damaged_configurations_never_give_a_traceback(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng, file, refused = random.Random(recipe), tmp_path / "fuzzed.yaml", 0
+    base = (ROOT / "configs" / f"{RECIPES[recipe]}.yaml").read_text(encoding="utf-8")
+    for _ in range(6):
+        text, given = configuration(base, rng), ["--config", str(file)]
         file.write_text(text, encoding="utf-8")
-        given, said, status = ["--config", str(file)], io.StringIO(), 0
         if rng.random() < 0.3:
             key = rng.choice(["seed", "training.epochs", "vlm.templates", "data", ""])
             given += [f"--{key}", rng.choice([*RAW[:20], "3"])]
+        status = 0
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-                parse(configuration_of(name), given)
-            read += 1
+            parse(configuration_of(recipe), given)
         except SystemExit as error:
-            status = error.code
-        except BaseException:
-            said.write(traceback.format_exc())
-        good = status == 2 and said.getvalue().strip() and "Traceback" not in said.getvalue()
-        refused += bool(good)
-        if said.getvalue() and not good:
-            wrong.append(f"{name} {given[2:]}: status {status}: {said.getvalue()[-1500:]}\n{text[:2000]}")
-    return read, refused, wrong
-
-
-def test_damaged_configurations_never_give_a_traceback(tmp_path: Path) -> None:
-    read, refused, wrong = fuzz(36, tmp_path, seed=1)
-    assert wrong == []
-    assert read + refused == 36
-    assert refused > read
+            status, refused = error.code, refused + 1
+        said = capsys.readouterr().err.strip()
+        assert (status, bool(said), "Traceback" in said) in [(0, False, False), (2, True, False)], (text, given, said)
+    assert refused >= 3

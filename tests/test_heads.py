@@ -24,12 +24,9 @@ def test_every_kind_of_head_keeps_contract_and_null_space(kind: str) -> None:
     assert (removed - features).abs().max() > 0.1
     torch.testing.assert_close(classifier.logits(removed), classifier.logits(features), atol=1e-11, rtol=0)
     folded = features @ classifier.weight.T + (0 if classifier.bias is None else classifier.bias)
-    gradients = [
-        torch.autograd.grad((logits * upstream).sum(), list(classifier.head.parameters()))
-        for logits in (folded, classifier.logits(features))
-    ]
-    for mine, own in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, own)
+    leaves = list(classifier.head.parameters())
+    mine = torch.autograd.grad((folded * upstream).sum(), leaves)
+    torch.testing.assert_close(mine, torch.autograd.grad((classifier.logits(features) * upstream).sum(), leaves))
 
 
 class CosineLinear(nn.Linear):

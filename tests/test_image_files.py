@@ -55,11 +55,8 @@ def colour_png(path: Path, most: int) -> None:
     """A grey ramp up to a value as a PNG file of 16 bits a colour, which PIL does not write."""
     rows = np.repeat((RAMP / 65535 * most).astype(">u2")[..., None], 3, axis=2).reshape(64, -1).view(np.uint8)
     pixels = np.pad(rows, ((0, 0), (1, 0)))  # each row begins with its filter, 0
-    parts = {
-        b"IHDR": struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0),
-        b"IDAT": zlib.compress(pixels.tobytes()),
-        b"IEND": b"",
-    }
+    header = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)
+    parts = {b"IHDR": header, b"IDAT": zlib.compress(pixels.tobytes()), b"IEND": b""}
     chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts.items()]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 

@@ -1,7 +1,8 @@
 """The maximiser: against brute force, a general climb and the single step; budgets, logits, tolerances."""
 
 import math
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,6 @@ from singreg.steering import similarity_gradient, unit_in_null
 from singreg.translator import LinearTranslator
 
 C, M, N, ROWS = 5, 12, 8, 30
-
-
-class Maximised(NamedTuple):
-    displacement: Tensor
-    similarity: Tensor
 
 
 class World:
@@ -48,14 +44,14 @@ class World:
     def near(self, tolerance: float, ratio: float = 0.05) -> NearNull:
         return NearNull.below(self.weight, self.space, ratio=ratio, tolerance=tolerance)
 
-    def run(self, budget: float | Tensor, near: NearNull | None = None, **limits: int) -> Maximised:
+    def run(self, budget: float | Tensor, near: NearNull | None = None, **limits: int) -> SimpleNamespace:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in limits.items():
                 patch.setattr(maximiser, name.upper(), value)
             climber = Maximiser(LinearTranslator(self.matrix, self.offset), self.space, near)
             limit = torch.as_tensor(budget, dtype=torch.float64).expand(len(self.features))
             displacement, _ = climber.maximise(self.features, self.text, limit)
-        return Maximised(displacement, self.cosine(displacement))
+        return SimpleNamespace(displacement=displacement, similarity=self.cosine(displacement))
 
     def single(self, budget: float) -> Tensor:
         """The cosine that the paper's one gradient step of the whole budget reaches."""

@@ -9,14 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from singreg.analysis.models_compared import (
-    FIGURES,
-    comparison_verdict,
-    kendall_tau,
-    model_differences,
-    order_check,
-    paired_figures,
-)
+from singreg.analysis import models_compared
+from singreg.analysis.models_compared import comparison_verdict, model_differences, order_check, paired_figures
 from singreg.analysis.statistics import ends, paired_difference, paired_ratio
 
 COUNT = 200
@@ -52,7 +46,7 @@ def test_figures_and_differences_are_the_slow_ones() -> None:
     keys = ["figure", "space", "translator", "first", "second"]
     table = pd.DataFrame(model_differences(figures)).set_index(keys)[["value", "low", "high"]]
     found = {key: tuple(row) for key, row in zip(table.index, table.to_numpy(), strict=True)}
-    assert len(found) == 3 * (1 + 4 * len(FIGURES))
+    assert len(found) == 3 * (1 + 4 * len(models_compared.FIGURES))
     good, bad = measured["good"], measured["bad"]
     options: dict[str, Any] = {"seed": 3, "groups": good["label"].to_numpy()}
     for figure, of in (
@@ -73,7 +67,9 @@ def test_figures_and_differences_are_the_slow_ones() -> None:
 def test_tau_is_scipys_with_ties_too(pairs: list[tuple[int, int]]) -> None:
     first, second = (np.array(values, dtype=float) for values in zip(*pairs, strict=True))
     expected = float(kendalltau(first, second).statistic)
-    assert kendall_tau(np.stack([first, second]))[0, 1] == pytest.approx(expected, nan_ok=True, abs=1e-6)
+    assert models_compared.kendall_tau(np.stack([first, second]))[0, 1] == pytest.approx(
+        expected, nan_ok=True, abs=1e-6
+    )
 
 
 def test_a_clear_order_holds_and_a_reversed_view_is_seen() -> None:

@@ -90,8 +90,7 @@ def test_a_null_space_keeps_its_precision_survives_a_copy_and_is_not_saved() -> 
 @pytest.mark.parametrize(("classes", "width"), [(1, 3), (5, 12), (64, 100), (65, 65), (130, 200)])
 def test_orthonormal_rows_are_a_factor_of_the_head(classes: int, width: int) -> None:
     weight = head(classes, width)
-    found = orthonormal_rows(weight.clone())
-    q, factor = found
+    q, factor = orthonormal_rows(weight.clone())
     torch.testing.assert_close(factor @ q, weight, atol=1e-14, rtol=0)
     assert departure(q) < 1e-13
     assert torch.equal(factor, factor.tril())
@@ -166,10 +165,8 @@ def test_a_head_whose_mean_row_is_rounding_noise_has_the_gradient_of_its_contras
     weight = seeded(6, 20).float()
     weight = (weight - weight.mean(0) + 1e-8 * torch.randn(6, 20)).requires_grad_()
     features = torch.randn(5, 20)
-    found, wanted = (
-        torch.autograd.grad(row_space_projection(weight, features, invariance=kind).square().sum(), weight)[0]
-        for kind in ("logits", "softmax")
-    )
+    lengths = [row_space_projection(weight, features, invariance=kind).square().sum() for kind in ("logits", "softmax")]
+    found, wanted = (torch.autograd.grad(length, weight)[0] for length in lengths)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
     assert wanted.abs().max() > 0.1
 

@@ -65,12 +65,8 @@ def test_the_house_does_not_grow() -> None:
 
 @pytest.mark.slow
 def test_a_wheel_holds_what_the_recipes_need(tmp_path: Path) -> None:
-    built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stderr
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("singreg-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -79,12 +75,6 @@ def test_a_wheel_holds_what_the_recipes_need(tmp_path: Path) -> None:
         assert f"singreg/{wanted}" in names
     assert not [name for name in names if not name.startswith("singreg")]
     small = '{"train": 64, "audit": 20, "test": 20, "bank": 0}'
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "finetune.py"), "--dry_run", "true", "--data.scenes", small],
-        env={"PYTHONPATH": str(tmp_path / "site"), "SINGREG_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "nullity 246" in done.stdout
+    command = [sys.executable, str(ROOT / "recipes" / "finetune.py"), "--dry_run", "true", "--data.scenes", small]
+    env = {"PYTHONPATH": str(tmp_path / "site"), "SINGREG_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    assert "nullity 246" in subprocess.check_output(command, env=env, cwd=tmp_path, text=True)

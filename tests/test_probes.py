@@ -1,6 +1,5 @@
 """Unique information and the class probe against scikit-learn on whole arrays; what must not fool them; processes."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -12,12 +11,11 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from torch.nn.functional import one_hot
 
-from singreg.analysis.features import FeatureBatch
 from singreg.analysis.probes import BLOCKS, VALIDATION_EVERY, BlockFits, fit_blocks, fit_probe, measure_information
-from singreg.nullspace import NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from tests.planted import CLASSES, DIM, WIDTH, Planted, plant
 from tests.processes import run_processes
+from tests.recipe_run import same
 
 FIT, TEST = 403, 101
 
@@ -31,13 +29,12 @@ def parts(unlabelled: bool = True) -> tuple[Planted, Planted]:
     return fit, test
 
 
+def fitted(fit: Planted, rank: int = 0, world: int = 1) -> BlockFits:
+    return fit_blocks(fit.batches(50, rank, world), null_space=fit.space, classes=CLASSES, target_dim=DIM)
+
+
 def measured(fit: Planted, test: Planted, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
-    batches = fit.batches(50, rank, world)
-    return measure_information(test.batches(50, rank, world), fitted(batches, fit.space))
-
-
-def fitted(batches: Iterable[FeatureBatch], space: NullSpace) -> BlockFits:
-    return fit_blocks(batches, null_space=space, classes=CLASSES, target_dim=DIM)
+    return measure_information(test.batches(50, rank, world), fitted(fit, rank, world))
 
 
 def coordinates(part: Planted, like: Planted) -> dict[str, np.ndarray]:
@@ -77,25 +74,20 @@ def test_the_probe_is_scikit_learns_discriminant() -> None:
     fit, test = parts(unlabelled=False)
     statistics = RidgeStatistics(WIDTH, CLASSES).update(fit.features, one_hot(fit.labels, CLASSES))
     x, y, fresh = fit.features.numpy(), fit.labels.numpy(), test.features.numpy()
-
-    def scores(ridge: float) -> np.ndarray:
-        probe = fit_probe(statistics, ridge)
-        found: np.ndarray = (test.features @ probe.matrix.T + probe.offset).numpy()
-        return found
-
+    probes = [fit_probe(statistics, ridge) for ridge in (0.0, 0.5)]
+    mine, shrunk = ((test.features @ probe.matrix.T + probe.offset).numpy() for probe in probes)
     theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(x, y).decision_function(fresh)
-    mine = scores(0.0)
     np.testing.assert_allclose(mine - mine.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), atol=1e-8)
     means = np.stack([x[y == c].mean(0) for c in range(CLASSES)])
     centred, total = x - means[y], ((x - x.mean(0)) ** 2).sum() / WIDTH
     solved = np.linalg.solve((centred.T @ centred + 0.5 * total * np.eye(WIDTH)) / FIT, means.T)
     slow = fresh @ solved - (means @ solved).diagonal() / 2 + np.log(np.bincount(y) / FIT)
-    np.testing.assert_allclose(scores(0.5), slow, atol=1e-8)
+    np.testing.assert_allclose(shrunk, slow, atol=1e-8)
 
 
 def test_accuracies_and_chance_are_plain_shares_of_the_labelled() -> None:
     fit, test = parts()
-    found, fits = measured(fit, test), fitted(fit.batches(50), fit.space)
+    found, fits = measured(fit, test), fitted(fit)
     known, held = fit.labels >= 0, test.labels >= 0
     for name in BLOCKS:
         x, fresh = (torch.from_numpy(coordinates(part, fit)[name]) for part in (fit, test))
@@ -107,8 +99,7 @@ def test_accuracies_and_chance_are_plain_shares_of_the_labelled() -> None:
         assert low <= share <= high
     majority = int(torch.bincount(fit.labels[known]).argmax())
     assert found["chance"] == pytest.approx(float((test.labels[held] == majority).double().mean()))
-    gain = found["accuracy"]["features"] - found["accuracy"]["row_space"]
-    assert found["unique_accuracy"] == pytest.approx(gain)
+    assert found["unique_accuracy"] == found["accuracy"]["features"] - found["accuracy"]["row_space"]
     assert found["chance"] < 0.3 < found["accuracy"]["null_space"]
 
 
@@ -141,12 +132,8 @@ def in_process(rank: int, world: int) -> dict[str, Any]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_over_processes_it_is_the_same(world: int) -> None:
     expected = measured(*parts())
-    intervals = expected.pop("intervals")
     for found in run_processes(world, in_process):
-        for key, bounds in found.pop("intervals").items():
-            assert bounds == pytest.approx(intervals[key], abs=1e-6), key
-        for name, value in expected.items():
-            assert found[name] == pytest.approx(value, abs=1e-8), name
+        same(found, expected, rel=1e-8, abs=1e-6)
 
 
 @pytest.mark.parametrize(("label", "words"), [(-1, "at least 2 images, got 0"), (0, "at least 2 classes, got 1 of 8")])

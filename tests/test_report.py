@@ -1,14 +1,12 @@
 """Reports: the same tables in every form, nothing of a user's that breaks them, and trackers that get plain numbers."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG as START
@@ -22,11 +20,9 @@ NASTY = 'a|b <script>alert("x")</script> `c`'
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    AcceleratorState._reset_state(True)
+def run(tmp_path: Path) -> Run:
     config = RunConfig(out=str(tmp_path / "run"))
-    yield Run(config, start(config), "finetune").open()
-    AcceleratorState._reset_state(True)
+    return Run(config, start(config), "finetune").open()
 
 
 def figure(run: Run) -> Figure:
@@ -47,15 +43,8 @@ def test_a_report_holds_everything_in_every_form(run: Run, capsys: pytest.Captur
     rows = pd.DataFrame({"image": ["a.png", "b.png"], "AS/auditor": [0.5, -0.5]})
     with run.timed("measure"):
         sections = [Section("Results", ["a paragraph", table, figure(run)])]
-    write_report(
-        run,
-        title=f"Run {NASTY}",
-        verdict=["It leaks."],
-        warnings=["Few images."],
-        sections=sections,
-        figures={"top1": np.float32(0.5), "gap": float("nan")},
-        rows=rows,
-    )
+    said = {"title": f"Run {NASTY}", "verdict": ["It leaks."], "warnings": ["Few images."], "sections": sections}
+    write_report(run, **said, figures={"top1": np.float32(0.5), "gap": float("nan")}, rows=rows)  # type: ignore[arg-type]
     report = json.loads((run.folder / "report.json").read_text())
     assert (report["kind"], report["top1"], report["gap"], report["verdict"]) == ("finetune", 0.5, None, ["It leaks."])
     assert {"settings", "machine", "seconds"} <= set(report)
@@ -69,10 +58,7 @@ def test_a_report_holds_everything_in_every_form(run: Run, capsys: pytest.Captur
     assert "](plots/a.png)" in text
     lines = [line for line in text.splitlines() if line.startswith("| 1.235")]
     assert lines[0].replace("\\|", "").count("|") == 3, "a name cannot add a column"
-    said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["Few images.", "It leaks."]
-    assert "report.html" in said[-2]
-    assert "tensorboard --logdir" in said[-1]
+    assert capsys.readouterr().out.splitlines()[:2] == ["Few images.", "It leaks."]
 
 
 def test_trackers_get_flat_settings_and_plain_numbers(run: Run) -> None:

@@ -25,6 +25,7 @@ from singreg.steering import similarity_gradient, unit_in_null
 from singreg.translator import LinearTranslator
 from tests import toy
 from tests.processes import run_processes
+from tests.recipe_run import same
 from tests.reference.formulas import angle_degrees, null_projector
 
 COUNT, STEPS = 12, (0.0, 0.1, 0.3, 0.6)
@@ -199,5 +200,4 @@ def test_chunks_and_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(steering, "CHUNK_ELEMENTS", 2 * toy.CLASSES * (toy.WIDTH + toy.DIM + toy.CLASSES))
     for other in (measure(), *shared):
         for a, b in zip(whole["curves"], other["curves"], strict=True):
-            for name in a["figures"]:
-                np.testing.assert_allclose(a["figures"][name], b["figures"][name], atol=2e-4)
+            same(b["figures"], a["figures"], rel=1e-7, abs=2e-4)

@@ -3,101 +3,81 @@
 import os
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import pytest
-import torch
 from accelerate import Accelerator
 from accelerate.commands import launch
-from accelerate.state import AcceleratorState
 
 from singreg import runs
 from singreg.config import FinetuneConfig, parse
 from singreg.runs import Run, StopRequest, explained, start
 
+Make = Callable[..., Run]
+
 
 @pytest.fixture
-def accelerator(tmp_path: Path) -> Iterator[Accelerator]:
-    AcceleratorState._reset_state(True)
-    yield start(config(tmp_path))
-    AcceleratorState._reset_state(True)
+def make(tmp_path: Path) -> Make:
+    """A run in a folder of its own, with other values where they are given."""
+    usual = {"out": str(tmp_path / "one")}
+    accelerator = start(FinetuneConfig(**usual))  # type: ignore[arg-type]
+    return lambda **changes: Run(FinetuneConfig(**{**usual, **changes}), accelerator, "finetune")
 
 
-def config(folder: Path, **changes: Any) -> FinetuneConfig:
-    return FinetuneConfig(**{"out": str(folder / "one"), **changes})
-
-
-def open_run(folder: Path, accelerator: Accelerator, **changes: Any) -> Run:
-    return Run(config(folder, **changes), accelerator, "finetune").open()
-
-
-def test_a_new_folder_holds_the_resolved_configuration(accelerator: Accelerator, tmp_path: Path) -> None:
-    Run(config(tmp_path), accelerator, "finetune").check()
+def test_a_new_folder_holds_the_resolved_configuration(make: Make, tmp_path: Path) -> None:
+    make().check()
     assert list(tmp_path.iterdir()) == [], "checking makes nothing"
-    run = open_run(tmp_path, accelerator)
+    run = make().open()
     assert [path.name for path in run.folder.iterdir()] == ["config.yaml"]
     assert parse(FinetuneConfig, ["--config", str(run.folder / "config.yaml")]) == run.config
 
 
-def test_a_place_that_cannot_be_written_is_refused_early(accelerator: Accelerator, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_refused_early(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"as .*file is a file; give another --out"):
-        Run(config(tmp_path, out=str(tmp_path / "file" / "run"), dry_run=True), accelerator, "finetune").check()
+        make(out=str(tmp_path / "file" / "run"), dry_run=True).check()
 
 
 @pytest.mark.parametrize(("name", "words"), [("tensorbord", "is none of all, aim"), ("swanlab", "is not installed")])
-def test_a_tracker_that_is_not_there_is_refused(name: str, words: str, tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_there_is_refused(name: str, words: str) -> None:
     with pytest.raises(SystemExit, match=words):
-        start(config(tmp_path, log_with=name, dry_run=True))
+        start(FinetuneConfig(log_with=name, dry_run=True))
 
 
-def test_a_folder_with_another_run_is_refused(accelerator: Accelerator, tmp_path: Path) -> None:
-    open_run(tmp_path, accelerator, resume=True)  # a cluster's job script gives the same command every time
-    open_run(tmp_path, accelerator, resume=True)
+def test_a_folder_with_another_run_is_refused(make: Make) -> None:
+    for _ in range(2):
+        make(resume=True).open()  # a cluster's job script gives the same command every time
     with pytest.raises(FileExistsError, match="already holds a run"):
-        open_run(tmp_path, accelerator)
+        make().open()
     with pytest.raises(ValueError, match="differs from the configuration given"):
-        open_run(tmp_path, accelerator, resume=True, seed=1)
+        make(resume=True, seed=1).open()
 
 
-class Failure(Exception):
-    """Any error in the middle of a run."""
-
-
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Failure])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, RuntimeError])
 def test_what_ends_a_run_says_how_to_go_on(
-    kind: type[BaseException],
-    accelerator: Accelerator,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    kind: type[BaseException], make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A folder with a space and a quote in its name too; the script is the one that was started."""
-    monkeypatch.setattr("sys.argv", ["/my scripts/finetune.py", "--seed", "0"])
-    run = open_run(tmp_path, accelerator, out=str(tmp_path / "anna's run"))
-    with pytest.raises(kind), run.guarded():
+    run = make(out=str(tmp_path / "anna's run")).open()
+    with patch("sys.argv", ["/my scripts/finetune.py", "--seed", "0"]), pytest.raises(kind), run.guarded():
         raise kind
-    said = capsys.readouterr().err
-    script, *given = shlex.split(said.partition("go on with: python ")[2])
+    script, *given = shlex.split(capsys.readouterr().err.partition("go on with: python ")[2])
     assert script == "/my scripts/finetune.py"
-    assert Run(parse(FinetuneConfig, given), accelerator, "finetune").open().folder == run.folder
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    assert run.command.startswith("accelerate launch --multi_gpu --num_processes 2 ")
+    assert Run(parse(FinetuneConfig, given), run.accelerator, "finetune").open().folder == run.folder
+    with patch.object(Accelerator, "num_processes", 2):
+        assert run.command.startswith("accelerate launch --multi_gpu --num_processes 2 ")
 
 
-def test_an_error_that_says_what_is_wrong_is_all_that_is_said(
-    accelerator: Accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="other images"), open_run(tmp_path, accelerator).guarded():
+def test_an_error_that_says_what_is_wrong_is_all(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="other images"), make().open().guarded():
         raise SystemExit("error: other images")
     assert "go on with" not in capsys.readouterr().err
 
 
-def test_sigterm_ends_a_run_and_is_handled_inside_only(accelerator: Accelerator, tmp_path: Path) -> None:
-    run = open_run(tmp_path, accelerator)
-    outside = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def test_sigterm_ends_a_run_and_is_handled_inside_only(make: Make) -> None:
+    run, outside = make().open(), signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(SystemExit) as stop, run.guarded():
             signal.raise_signal(signal.SIGTERM)
@@ -108,12 +88,12 @@ def test_sigterm_ends_a_run_and_is_handled_inside_only(accelerator: Accelerator,
 
 
 @pytest.mark.parametrize(("repeated", "waits"), [(0.0, False), (5.0, True)])
-def test_a_loop_takes_the_first_signal_and_a_late_second_one_ends(
-    repeated: float, waits: bool, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_loop_takes_one_signal_and_a_late_second_ends(
+    repeated: float, waits: bool, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run, steps = make().open(), list[str]()
     monkeypatch.setattr(runs, "REPEATED", repeated)
-    steps: list[str] = []
-    with pytest.raises(SystemExit), open_run(tmp_path, accelerator).guarded(), StopRequest(accelerator) as request:
+    with pytest.raises(SystemExit), run.guarded(), StopRequest(run.accelerator) as request:
         signal.raise_signal(signal.SIGTERM)
         assert request.came()
         signal.raise_signal(signal.SIGTERM)
@@ -141,37 +121,22 @@ def test_a_users_mistake_is_a_sentence_and_a_bug_is_not() -> None:
         ("MASTER_ADDR", "127.0.0.1", "one process only"),  # of accelerate launch --num_processes 2 on a CPU
     ],
 )
-def test_what_accelerate_cannot_do_here_is_refused(
-    key: str, value: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    AcceleratorState._reset_state(True)
-    start(config(tmp_path))
-    AcceleratorState._reset_state(True)
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv(key, value)
-    with pytest.raises(SystemExit, match=said):
-        start(config(tmp_path))
-    AcceleratorState._reset_state(True)
+def test_what_accelerate_cannot_do_here_is_refused(key: str, value: str, said: str, tmp_path: Path) -> None:
+    without_gpu = patch("torch.cuda.is_available", return_value=False)
+    with without_gpu, patch.dict(os.environ, {key: value}), pytest.raises(SystemExit, match=said):
+        start(FinetuneConfig(out=str(tmp_path / "run")))
 
 
-@pytest.mark.parametrize(
-    ("name", "more", "processes"),
-    [
-        ("cpu", "", 1),
-        ("cpu", "--multi_gpu --num_processes 3", 3),
-        ("one_gpu", "", 1),
-        ("multi_gpu", "", 8),
-        ("multi_node", "", 16),
-    ],
-)
 def test_accelerate_takes_our_files_without_a_word(
-    name: str, more: str, processes: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also on a machine of many cores, where a file with `use_cpu` would make the launcher warn of threads."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 8)
-    arguments = ["--config_file", f"configs/accelerate/{name}.yaml", *more.split(), "recipes/finetune.py"]
-    found, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
-    assert (found.num_processes, found.multi_gpu) == (processes, processes > 1)
+    files = {"cpu": 1, "cpu --multi_gpu --num_processes 3": 3, "one_gpu": 1, "multi_gpu": 8, "multi_node": 16}
+    for given, processes in files.items():
+        name, *more = given.split()
+        arguments = ["--config_file", f"configs/accelerate/{name}.yaml", *more, "recipes/finetune.py"]
+        found, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+        assert (found.num_processes, found.multi_gpu) == (processes, processes > 1)
     assert caplog.text == ""

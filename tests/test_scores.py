@@ -1,6 +1,5 @@
 """analyze_model against image-by-image loops and the public metric, over processes, and what it refuses."""
 
-import math
 from functools import cache
 from typing import Any
 
@@ -16,6 +15,7 @@ from singreg.analysis.statistics import mean_interval
 from singreg.models.classifier import Classifier
 from tests import toy
 from tests.processes import run_processes
+from tests.recipe_run import same
 from tests.reference import formulas
 
 COUNT = 43
@@ -110,20 +110,12 @@ def test_the_softmax_null_keeps_probabilities_and_has_one_dimension_more() -> No
     assert not np.allclose(rows["AS/frozen"], measured()[0]["AS/frozen"], atol=0.1)
 
 
-def flat(value: Any, name: str = "") -> dict[str, float]:
-    """Nested numbers as one level, for comparisons with a tolerance."""
-    if isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: inner for place, each in pairs for key, inner in flat(each, f"{name}.{place}").items()}
-    return {} if isinstance(value, str) else {name: math.nan if value is None else value}
-
-
 @pytest.mark.parametrize(("world", "count"), [(2, COUNT), (3, COUNT), (3, 2)], ids=["odd over 2", "odd over 3", "idle"])
 def test_processes_measure_what_one_measures(world: int, count: int) -> None:
     rows, expected = measure(count=count)
     for got_rows, got in run_processes(world, measure, count):
         assert got_rows["image"].tolist() == rows["image"].tolist()
-        assert flat(got) == pytest.approx(flat(expected), abs=1e-3, rel=1e-5, nan_ok=True)
+        same(got, expected, rel=1e-5)
         pd.testing.assert_frame_equal(got_rows, rows, atol=1e-4, rtol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Which rows of a head are the data's classes, and what is found out before any image is embedded."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,11 +122,8 @@ def test_labels_become_rows_of_a_kept_head(finetuned: tuple[str, torch.Tensor]) 
         labels_for_head(many(2), kept, model)
     whole = ModelConfig(name="test_efficientnet", pretrained=False, head="keep")
     among = labels_for_head(splits(1, 0), build_classifier(whole, splits(1, 0), allow_empty=True), whole)
-    assert (len(among.class_names), among.class_names[283], among.test.labels.tolist()) == (
-        1000,
-        "Persian cat",
-        [283, 1],
-    )
+    assert (len(among.class_names), among.class_names[283]) == (1000, "Persian cat")
+    assert among.test.labels.tolist() == [283, 1]
 
 
 def test_a_file_names_the_rows(nameless: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -187,17 +185,15 @@ def test_a_head_without_a_null_space_is_refused() -> None:
     assert build_classifier(model, many(255)).num_classes == 255
     with pytest.raises(ValueError, match="has no null space"):
         build_classifier(model, many(256))
-    softmax = ModelConfig(name="test_efficientnet", pretrained=False, head="new", invariance="softmax")
-    assert build_classifier(softmax, many(256)).num_classes == 256
+    assert build_classifier(replace(model, invariance="softmax"), many(256)).num_classes == 256
 
 
 def test_gradient_checkpointing_saves_memory_and_changes_nothing() -> None:
-    plain, checkpointed = (
-        build_classifier(
-            ModelConfig(name="test_vit", pretrained=False, head="new", gradient_checkpointing=on), splits(0, 1, 2)
-        )
-        for on in (False, True)
-    )
+    def build(name: str, on: bool = True, **options: Any) -> Classifier:
+        model = ModelConfig(name=name, pretrained=False, head="new", gradient_checkpointing=on, **options)
+        return build_classifier(model, splits(0, 1, 2))
+
+    plain, checkpointed = build("test_vit", on=False), build("test_vit")
     checkpointed.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     saved: list[int] = []
@@ -210,11 +206,7 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing() -> None:
     assert saved[1] < 0.7 * saved[0]
     for (name, a), (_, b) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, msg=name)
-    wrong = ModelConfig(name="coat_lite_tiny", pretrained=False, head="new", gradient_checkpointing=True)
     with pytest.raises(ValueError, match="gradient checkpointing not supported"):
-        build_classifier(wrong, splits(0, 1, 2))
-    wrong = ModelConfig(
-        name="test_efficientnet", pretrained=False, head="new", gradient_checkpointing=True, batch_norm="train"
-    )
+        build("coat_lite_tiny")
     with pytest.raises(ValueError, match="batch-norm statistics twice"):
-        build_classifier(wrong, splits(0, 1, 2))
+        build("test_efficientnet", batch_norm="train")

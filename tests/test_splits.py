@@ -11,18 +11,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, ToTensor
 
+from singreg.data import splits
 from singreg.data.scenes import sample_scenes
-from singreg.data.splits import (
-    BLUR,
-    CONTRAST,
-    KINDS,
-    NOISE,
-    CorruptedSplit,
-    SceneSplit,
-    TableSplit,
-    corrupt,
-    make_loader,
-)
+from singreg.data.splits import KINDS, CorruptedSplit, SceneSplit, TableSplit, corrupt, make_loader
 from tests.images import file_split
 
 
@@ -99,12 +90,12 @@ def photo(side: int = 80) -> Image.Image:
 
 def test_each_corruption_is_its_formula() -> None:
     image, values = photo(), np.asarray(photo(), float)
-    assert np.array_equal(corrupt(image, "blur", 1), image.filter(ImageFilter.GaussianBlur(80 * BLUR)))
+    assert np.array_equal(corrupt(image, "blur", 1), image.filter(ImageFilter.GaussianBlur(80 * splits.BLUR)))
     noise = np.asarray(corrupt(image, "noise", 1), float) - values
-    assert noise.std() == pytest.approx(255 * NOISE, rel=0.03)
+    assert noise.std() == pytest.approx(255 * splits.NOISE, rel=0.03)
     assert abs(noise.mean()) < 1
     flat = np.asarray(corrupt(image, "contrast", 1), float)
-    assert flat.std() == pytest.approx(CONTRAST * values.std(), abs=0.15)
+    assert flat.std() == pytest.approx(splits.CONTRAST * values.std(), abs=0.15)
     assert flat.mean() == pytest.approx(values.mean(), abs=0.5)
 
 

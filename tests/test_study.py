@@ -1,15 +1,13 @@
 """recipes/study.py from end to end on the smallest arms: table, resuming, changed arms, refusals; plan and splits."""
 
-import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 
 import study as recipe
 from singreg.analysis.crossfit import BUDGETS
@@ -18,8 +16,10 @@ from singreg.config import parse
 from singreg.data.splits import Splits
 from singreg.setup import Setup
 from singreg.study import ArmConfig, StudyConfig
-from singreg.study_runs import Work, hold_out, plan_study
+from singreg.study_runs import hold_out, plan_study
 from tests import toy
+from tests.recipe_run import run_recipe, same
+from tests.tiny_run import report_of
 
 SETTINGS: dict[str, Any] = {
     "data": {"scenes": {"train": 48, "audit": 60, "test": 30, "bank": 0}, "augmentation": "none", "image_size": 32},
@@ -42,34 +42,13 @@ NAMES = ["plain", "sing", "mixed", "shuffled", "dropped"]  # of every seed
 RUNS = [*(f"{name} 0" for name in [*NAMES[:3], "aligned", *NAMES[3:]]), *(f"{name} 1" for name in NAMES)]
 
 
-def study(out: Path, *more: str, **changes: Any) -> None:
+def study(out: Path, *more: str, **changes: Any) -> list[str]:
+    """Run the recipe and return the arms that it made, in order."""
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump({**SETTINGS, **changes}))
-    AcceleratorState._reset_state(True)
-    try:
-        recipe.main(["--config", str(file), "--out", str(out), *more])
-    finally:
-        AcceleratorState._reset_state(True)
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    """report.json without what may differ between two runs of the same configuration."""
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return {name: value for name, value in report.items() if name not in ("seconds", "settings", "machine")}
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf by its path."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    return {path: value} if pairs is None else {k: v for n, each in pairs for k, v in flat(each, f"{path}/{n}").items()}
-
-
-def same(found: Any, wanted: Any) -> None:
-    """Equal in every word and count; numbers but for rounding, which follows where memory happens to lie."""
-    one, other = flat(found), flat(wanted)
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert value == (pytest.approx(other[key], rel=1e-3, abs=1e-3) if isinstance(value, float) else other[key]), key
+    with patch.object(recipe, "make_and_measure", side_effect=recipe.make_and_measure) as make:
+        run_recipe(recipe.main, out, "--config", str(file), *more)
+    return [f"{work.arm.name} {work.seed}" for _, work in (call.args for call in make.call_args_list)]
 
 
 @pytest.fixture(scope="module")
@@ -79,29 +58,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The arms that were made, in order."""
-    found: list[str] = []
-    original = recipe.make_and_measure
-
-    def noted(study: Any, work: Work) -> Any:
-        found.append(f"{work.arm.name} {work.seed}")
-        return original(study, work)
-
-    monkeypatch.setattr(recipe, "make_and_measure", noted)
-    return found
-
-
 def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None:
-    names = ("config.yaml", "report.md", "report.html", "scores.parquet")
-    assert all((whole / name).is_file() for name in names)
+    assert {"config.yaml", "report.html", "scores.parquet"} <= {path.name for path in whole.iterdir()}
     assert {path.stem for path in (whole / "plots").iterdir()} == {"pareto"}
     for run in RUNS:
         arm, seed = run.split()
         files = {path.name for path in (whole / "arms" / arm / f"seed-{seed}").iterdir()}
-        tables = {"rows.parquet", "further demo.parquet"}
-        assert files == {"digest.txt", "measurement.json", "weights.safetensors", *tables}, run
+        wanted = {"digest.txt", "measurement.json", "weights.safetensors", "rows.parquet", "further demo.parquet"}
+        assert files == wanted, run
     assert not (whole / "features").exists()
     report = report_of(whole)
     arms = {arm["arm"]: arm for arm in report["arms"]}
@@ -134,43 +98,31 @@ def test_a_dropped_null_space_leaves_top1_and_nothing_to_steer_through(whole: Pa
 
 
 @pytest.mark.parametrize("kept", [9, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_killed_study_goes_on_to_the_same_table(kept: int, whole: Path, tmp_path: Path, made: list[str]) -> None:
+def test_a_killed_study_goes_on_to_the_same_table(kept: int, whole: Path, tmp_path: Path) -> None:
     for run in RUNS[:kept]:
         arm, seed = run.split()
         shutil.copytree(whole / "arms" / arm / f"seed-{seed}", tmp_path / "tiny" / "arms" / arm / f"seed-{seed}")
     shutil.copy(whole / "config.yaml", tmp_path / "tiny" / "config.yaml")
-    study(tmp_path / "tiny", "--resume", "true")
-    assert made == RUNS[kept:]
+    assert study(tmp_path / "tiny", "--resume", "true") == RUNS[kept:]
     same(report_of(tmp_path / "tiny"), report_of(whole))
 
 
-def test_a_finished_study_is_read_back_never_overwritten(whole: Path, made: list[str]) -> None:
+def test_a_finished_study_is_read_back_never_overwritten(whole: Path) -> None:
     before = report_of(whole)
     with pytest.raises(SystemExit, match="already holds a run; use --resume true"):
         study(whole)
-    study(whole, "--resume", "true")
-    assert not made
+    assert study(whole, "--resume", "true") == []
     same(report_of(whole), before)
 
 
-def test_a_changed_arm_is_made_again_with_what_depends_on_it(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_changed_arm_is_made_again_with_what_depends_on_it(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "tiny")
     arms = [{**arm} for arm in SETTINGS["arms"]]
     arms[1]["note"] = "words change nothing"
     arms[0]["overrides"] = {"loss.weight": 0, "training.learning_rate": 0.002}
-    wanted: list[str] = []
-
-    def skip(_: Any, work: Work) -> None:
-        wanted.append(f"{work.arm.name} {work.seed}")
-
-    monkeypatch.setattr(recipe, "make_and_measure", skip)
-    monkeypatch.setattr(recipe, "report", lambda *_: None)
-    with caplog.at_level(logging.INFO):
-        study(tmp_path / "tiny", "--resume", "true", arms=arms)
-    assert wanted == ["plain 0", "mixed 0", "dropped 0", "plain 1", "mixed 1", "dropped 1"]
-    assert "arm plain, seed 0 was made with another configuration and is made again" in caplog.text
+    with patch.object(recipe, "make_and_measure"), patch.object(recipe, "report"):
+        made = study(tmp_path / "tiny", "--resume", "true", arms=arms)
+    assert made == ["plain 0", "mixed 0", "dropped 0", "plain 1", "mixed 1", "dropped 1"]
 
 
 WRONG = [
@@ -204,19 +156,10 @@ def test_all_that_is_wrong_with_a_study_is_said_at_once(
     assert not (tmp_path / "tiny").exists()
 
 
-def test_a_dry_run_lists_the_arms_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study(tmp_path / "tiny", "--dry_run", "true")
-    assert "mixed, seed 0: average, from plain; no training" in capsys.readouterr().out
-    assert not (tmp_path / "tiny").exists()
-
-
 def test_arms_without_randomness_run_once_and_sources_are_of_the_same_seed() -> None:
-    arms = [
-        ArmConfig("before", make="leave"),
-        ArmConfig("plain", overrides={"loss.weight": 0}),
-        ArmConfig("mixed", make="average", weights_from="plain"),
-    ]
-    options: dict[str, Any] = {"arms": arms, "claim": "plain"}
+    before, plain = ArmConfig("before", make="leave"), ArmConfig("plain", overrides={"loss.weight": 0})
+    mixed = ArmConfig("mixed", make="average", weights_from="plain")
+    options: dict[str, Any] = {"arms": [before, plain, mixed], "claim": "plain"}
     works = plan_study(StudyConfig(seeds=[3, 4], **options), {"test images": "a"})
     found = [(work.arm.name, work.seed) for work in works]
     assert found == [("before", 3), ("plain", 3), ("mixed", 3), ("plain", 4), ("mixed", 4)]
@@ -240,9 +183,7 @@ def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:
     splits = Splits(split, split, split, split, split.class_names, None)
     nothing: Any = None
     setup = Setup(splits, nothing, nothing, nothing, {"audit": table}, nothing, nothing)
-    held, validation = hold_out(setup, 2)
-    assert validation is not None
-    split, embeddings = validation
+    held, (split, embeddings) = hold_out(setup, 2)  # type: ignore[misc]
     assert (len(split), len(held.splits.audit)) == (10, 33)
     names = [each.identifier(i) for each in (split, held.splits.audit) for i in range(len(each))]
     assert len(set(names)) == 43

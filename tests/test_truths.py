@@ -163,11 +163,9 @@ def test_the_whole_path_from_images_to_report_stays_within_one_per_cent() -> Non
         layers, layer = list(copy.deepcopy(model.model).children()), nn.Linear(toy.WIDTH, toy.WIDTH, bias=False)
         layer.weight.data.copy_(matrix)
         other = Classifier.from_module(nn.Sequential(*layers[:-1], layer, layers[-1]), "5", transform=toy.to_tensor)
-        plain = [(toy.features(other, split), torch.from_numpy(z))]
-        auditors = {
-            "blocks": fit_on_split(other, split, z, ridges=[RIDGE], settings=toy.QUIET).translator,
-            "plain": fit_translator(plain, ridges=[RIDGE]),
-        }
+        plain = fit_translator([(toy.features(other, split), torch.from_numpy(z))], ridges=[RIDGE])
+        blocks = fit_on_split(other, split, z, ridges=[RIDGE], settings=toy.QUIET).translator
+        auditors = {"blocks": blocks, "plain": plain}
         options: Any = {"mean": mean @ matrix.T, "settings": toy.QUIET}
         measured = analyze_model(other, test, toy.embeddings(31, 1), toy.texts(), auditors, **options)[1]
         for how, by in measured["translators"].items():

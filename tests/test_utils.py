@@ -7,25 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from singreg.utils import (
-    all_reduce_mean,
-    all_reduce_sum,
-    atomic_write,
-    cache_folder,
-    gather_rows,
-    progress,
-    sha256_of_tensor,
-    sweep,
-    write_json,
-    write_text,
-)
+from singreg import utils
 from tests.processes import run_processes
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
-    write_text(target, "old")
-    with pytest.raises(RuntimeError), atomic_write(target) as temporary:
+    utils.write_text(target, "old")
+    with pytest.raises(RuntimeError), utils.atomic_write(target) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old"
@@ -33,7 +22,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_sweeping_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
-    with atomic_write(tmp_path / "a.txt") as temporary:
+    with utils.atomic_write(tmp_path / "a.txt") as temporary:
         left = tmp_path / "below" / temporary.name
     left.parent.mkdir()
     others = [tmp_path / "below" / ".keep", tmp_path / "b-writing-abcdefgh"]
@@ -41,7 +30,7 @@ def test_sweeping_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
         path.write_text("")
     folder = tmp_path / ".model-writing-abcdefgh" / "new"
     folder.mkdir(parents=True)
-    sweep(tmp_path)
+    utils.sweep(tmp_path)
     assert not left.exists()
     assert not folder.parent.exists()
     assert all(path.exists() for path in others)
@@ -51,26 +40,20 @@ def test_without_a_home_directory_the_cache_must_be_named(monkeypatch: pytest.Mo
     monkeypatch.delenv("SINGREG_CACHE")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where the user has no entry and $HOME is unset
     with pytest.raises(ValueError, match="SINGREG_CACHE"):
-        cache_folder()
+        utils.cache_folder()
 
 
 def test_json_is_strict(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"a": [np.float32(0.5), float("inf")], "b": torch.tensor([1.0]), 3: Path("x")})
+    utils.write_json(
+        tmp_path / "a.json", {"a": [np.float32(0.5), float("inf")], "b": torch.tensor([1.0]), 3: Path("x")}
+    )
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [0.5, None], "b": [1.0], "3": "x"}
 
 
 def test_a_tensors_hash_does_not_hang_on_layout() -> None:
     x = torch.randn(4, 6)
-    assert sha256_of_tensor(x) == sha256_of_tensor(x.T.contiguous().T)
-    assert sha256_of_tensor(x) != sha256_of_tensor(x.reshape(6, 4))
-
-
-def test_progress_begins_where_it_stood(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("singreg.utils.SECONDS_BETWEEN_LINES", 0)
-    assert list(progress([1, 2], "counting", total=4, initial=2, told={"loss": "1.5"})) == [1, 2]
-    said = capsys.readouterr().err
-    assert "counting:  50%" in said
-    assert "loss=1.5]\n" in said, "a line each time"
+    assert utils.sha256_of_tensor(x) == utils.sha256_of_tensor(x.T.contiguous().T)
+    assert utils.sha256_of_tensor(x) != utils.sha256_of_tensor(x.reshape(6, 4))
 
 
 def _work(rank: int, world: int) -> tuple[dict[str, np.ndarray], list[float]]:
@@ -78,14 +61,14 @@ def _work(rank: int, world: int) -> tuple[dict[str, np.ndarray], list[float]]:
     mine = np.arange(rank, 5, world) if rank < 2 else np.zeros(0, dtype=np.int64)
     rows = [{"index": mine, "pair": np.stack([mine, -mine], 1) * 0.5, "flag": mine > 2}] if len(mine) else []
     values = torch.arange(rank + 1.0)
-    sums = [all_reduce_sum(values.sum()), all_reduce_mean(values)]
-    return gather_rows(rows, sort_by="index"), [float(value) for value in sums]
+    sums = [utils.all_reduce_sum(values.sum()), utils.all_reduce_mean(values)]
+    return utils.gather_rows(rows, sort_by="index"), [float(value) for value in sums]
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_rows_and_sums_over_processes(world: int) -> None:
     with pytest.raises(ValueError, match="no process has any row"):
-        gather_rows([])
+        utils.gather_rows([])
     for rows, sums in run_processes(world, _work):
         wanted = sorted(i for rank in range(min(world, 2)) for i in range(rank, 5, world))
         assert rows["index"].tolist() == wanted
