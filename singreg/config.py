@@ -257,13 +257,14 @@ class LossConfig(Checked):
         terms: weights by term that replace the usual ones, readout 1 and capacity 10; 0 removes a term.
         floor: ε of capacity's metric, which also counts directions that no feature takes; a large one is Euclidean.
         placebo: a control that the true loss must beat. The loss is given random directions for prompts, the prompts
-            of classes that are not in the data (foreign), or every image the embedding of another one (shuffled).
+            of classes that are not in the data (foreign), or every image the embedding of another one (shuffled); or
+            the readout reads all of f, not the row space alone (everywhere).
     """
 
     weight: float = 1.0
     terms: dict[str, float] = field(default_factory=dict)
     floor: float = 1.0
-    placebo: Literal["none", "random", "foreign", "shuffled"] = "none"
+    placebo: Literal["none", "random", "foreign", "shuffled", "everywhere"] = "none"
 
     def check(self, problems: Problems) -> None:
         problems.within(0, **{f"terms.{name}": weight for name, weight in self.terms.items()})

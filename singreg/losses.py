@@ -35,6 +35,7 @@ class SingLoss(nn.Module):
         accumulation: forwards in one step, all with the same λ, for loops that accumulate gradients.
         invariance: null space of the "logits" or of the "softmax".
         floor: ε of `capacity`'s metric; towards infinity it becomes the Euclidean one.
+        everywhere: read the readout from all of f, a control: distillation that need not go through the head.
 
     Shape: features (B, m), labels (B,) of integers, embeddings (B, n) of the same images by the vision-language model,
         which `readout` needs -> (), in float32 or wider, outside autocast.
@@ -77,6 +78,7 @@ class SingLoss(nn.Module):
         accumulation: int = 1,
         invariance: Invariance = "logits",
         floor: float = 1.0,
+        everywhere: bool = False,
     ) -> None:
         super().__init__()
         self.terms = resolve_terms({}) if terms is None else dict(terms)
@@ -95,7 +97,8 @@ class SingLoss(nn.Module):
             raise ValueError(f"expected texts {wanted}, a row for each class, got {tuple(texts.shape)}")
         NullSpace.from_weight(self.head_weight, invariance=invariance)  # says so where there is no null space
         self.weight, self.warmup_steps, self.ramp_steps = weight, warmup_steps, ramp_steps
-        self.accumulation, self.invariance, self.floor = accumulation, invariance, floor
+        self.accumulation, self.invariance = accumulation, invariance
+        self.floor, self.everywhere = floor, everywhere
         # No buffer: it stays on the CPU, so that λ is known without asking a device. The extra state saves it.
         self.step = torch.zeros((), dtype=torch.long)
         self.last_terms: dict[str, Tensor] = {}
@@ -115,7 +118,8 @@ class SingLoss(nn.Module):
     def set_translator(self, translator: LinearTranslator, statistics: RidgeStatistics) -> None:
         """Use another translator from now on, with capacity's metric and a new readout from the same images' sums.
 
-        The readout is a ridge regression of s = Uᵀ(z - z̄) on Qᵀ(f - μ), Q the row space of the head as it is now.
+        The readout is a ridge regression of s = Uᵀ(z - z̄) on Qᵀ(f - μ), Q the row space of the head as it is now; with
+        `everywhere` Q is all of feature space.
         """
         wanted, got = (self.texts.shape[1], self.head_weight.shape[1]), translator.matrix.shape
         if got != wanted or statistics.fz.shape != wanted[::-1]:
@@ -123,6 +127,7 @@ class SingLoss(nn.Module):
             raise ValueError(f"expected {sizes}, got {tuple(got)} and {tuple(statistics.fz.shape)}")
         scatter, cross, _ = statistics.centred()
         basis = NullSpace.from_weight(self.head_weight, invariance=self.invariance).basis.to(scatter)
+        basis = torch.eye(len(basis)).to(basis) if self.everywhere else basis
         inner = basis.T @ scatter @ basis
         inner.diagonal().add_(READOUT_RIDGE * inner.diagonal().mean())
         coefficients = torch.linalg.solve(inner, basis.T @ cross @ self.span.to(cross))
@@ -201,5 +206,5 @@ class SingLoss(nn.Module):
             covariance=buffers["covariance"],
             floor=self.floor,
             seen=seen,
-            read=inside @ buffers["readout"].T,
+            read=(centred if self.everywhere else inside) @ buffers["readout"].T,
         )

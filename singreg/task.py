@@ -89,6 +89,7 @@ def make_sing(
     total, loss = Schedule(config, images).total, config.loss
     options: dict[str, Any] = {"floor": loss.floor, "invariance": config.model.invariance, "weight": loss.weight}
     options |= {"terms": resolve_terms(loss.terms), "accumulation": accumulation}
+    options["everywhere"] = loss.placebo == "everywhere"
     options |= {"warmup_steps": round(WARMUP * total), "ramp_steps": round(RAMP * total)}
     return SingLoss(classifier, fitted.translator, texts, fitted.statistics, **options).to(texts.device)
 
