@@ -77,33 +77,30 @@ class AnalyzeConfig(RunConfig):
 if __name__ == "__main__":  # --help and mistakes are answered before the seconds that these imports take
     parse(AnalyzeConfig, description=__doc__)
 
+import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from singreg import tables
 from singreg.analysis import levels, perturbation
 from singreg.analysis.chance import measure_chance
-from singreg.analysis.features import FeatureBatch, cached_features, evenly, iterate_features
+from singreg.analysis.features import FeatureBatch, evenly, iterate_features
 from singreg.analysis.fitting import fit_all, translator_agreement
-from singreg.analysis.one_image import explain_images, open_images
+from singreg.analysis.images import explain_images, open_images
 from singreg.analysis.passport import head_passport
 from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.analysis.scores import analyze_model
-from singreg.analysis.steering import steering_targets
 from singreg.data.concepts import embed_concepts, load_concepts
 from singreg.data.splits import ImageSplit
 from singreg.nullspace import NullSpace
-from singreg.plots.one_image import plot_one_image
+from singreg.plots.images import plot_images
 from singreg.plots.scores import plot_analysis
 from singreg.report import Figure, log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, embed_splits, prepare, prepare_alone
-from singreg.steering import steer
-from singreg.translator import Translator, load_translator
+from singreg.translator import load_translator
 from singreg.utils import cache_folder
 
-STEERED_TO = 40.0  # image score in degrees of the steered features shown, the paper's
 Found = dict[str, Any]
 
 
@@ -135,50 +132,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             where = setup.classifier, setup.splits, setup.embeddings
             fitted: Any = ({"auditor": read}, None) if read else fit_all(*where, config.mlp, **options)
             translators, mean = fitted
-        if given is not None:
-            explain(run, config, setup, given, (bank.concepts, words), space, translators["auditor"])
-            accelerator.end_training()
-            return
-        rows, found = measure(run, config, setup, space, translators, mean)
-        with run.timed("concepts"):
-            reader: Any = {"null_space": space, "translator": translators["auditor"]}
-            found["concepts"] = levels.analyze_concepts(batches(setup, "concepts"), bank.concepts, words, **reader)
+        reader: Any = {"null_space": space, "translator": translators["auditor"]}
+        about = bank.concepts, words
+        if given is None:
+            rows, found = measure(run, config, setup, space, translators, mean)
+            with run.timed("concepts"):
+                found["concepts"] = levels.analyze_concepts(batches(setup, "concepts"), *about, **reader)
+            worst = rows.sort_values(["AS/auditor", "index"])["index"].to_numpy()[: config.worst]
+            shown = setup.splits.test, worst, setup.embeddings["test"]
+        else:
+            shown = given, np.arange(len(given)), embed_splits(setup.vlm, (given,), setup.passes)[given.name]
         with run.timed("images"):
-            found |= show_images(config, setup, rows, bank.concepts, words, reader)
+            if setup.embeddings:
+                reader["gallery"] = setup.splits.bank, setup.embeddings["bank"], config.neighbours
+            reader["settings"] = setup.passes
+            images = explain_images(setup.classifier, *shown, setup.texts, *about, **reader)
         if accelerator.is_main_process:
-            report(run, setup, translators, rows, {**found, "omissions": bank.omissions})
+            if given is None:
+                report(run, setup, translators, rows, {**found, "images": images, "omissions": bank.omissions})
+            else:
+                report_images(run, setup, given, images)
     accelerator.end_training()
-
-
-def explain(
-    run: Run,
-    config: AnalyzeConfig,
-    setup: Setup,
-    split: ImageSplit,
-    concepts: tuple[Sequence[str], Tensor],
-    space: NullSpace,
-    translator: Translator,
-) -> None:
-    """Explain single images and write their report."""
-    options: Any = {"null_space": space, "translator": translator, "settings": setup.passes}
-    if setup.embeddings:
-        options["gallery"] = setup.splits.bank, setup.embeddings["bank"], config.neighbours
-    with run.timed("images"):
-        where = setup.classifier, split, embed_splits(setup.vlm, (split,), setup.passes)[split.name], setup.texts
-        rows, images = explain_images(*where, *concepts, **options)
-    if run.accelerator.is_main_process:
-        path = plot_one_image(images, split, setup.splits.bank, run.folder / "plots" / "images.png")
-        figure = Figure(path, "What stays and what moves when the null component is removed.")
-        track(run.accelerator, "analyze", config)
-        log_figures(run.accelerator, [figure])
-        write_report(
-            run,
-            title=f"{run.folder.name}: {len(images)} images as {setup.classifier.tag} and its null space have them",
-            verdict=tables.images_verdict(images),
-            sections=tables.images_sections(rows, images, figure),
-            figures={"images": images},
-            rows=rows,
-        )
 
 
 def batches(setup: Setup, description: str, split: str = "test") -> Iterator[FeatureBatch]:
@@ -218,26 +192,6 @@ def measure(
     }
 
 
-def show_images(
-    config: AnalyzeConfig, setup: Setup, rows: pd.DataFrame, concepts: Sequence[str], words: Tensor, reader: Any
-) -> Found:
-    """Describe the worst images by the auditor, and find the gallery's nearest before, after and steered."""
-    worst, texts = levels.worst_images(rows, config.worst), setup.texts
-    index, labels = (torch.tensor(worst[name].to_numpy()) for name in ("index", "label"))
-    stored = cached_features(setup.classifier, setup.splits.test, setup.passes)
-    features = torch.from_numpy(stored[index.numpy()]).to(texts.device)
-    images = levels.describe_images(
-        setup.classifier, features, worst, setup.splits.class_names, concepts, words, **reader
-    )
-    prompts = texts[steering_targets(labels.to(texts.device), index, len(texts), seed=config.seed)]
-    moved = {"before": features, "after": reader["null_space"].remove(features)}
-    moved["steered"] = steer(features, prompts, image_score=STEERED_TO, **reader).features
-    gallery = (setup.splits.bank, setup.embeddings["bank"], config.neighbours)
-    near = {side: levels.nearest_images(reader["translator"](each.double()), *gallery) for side, each in moved.items()}
-    shifts = [{side: found[place] for side, found in near.items()} for place in range(len(images))]
-    return {"images": {"worst": images}, "shifts": shifts}
-
-
 def report(run: Run, setup: Setup, translators: dict[str, Any], rows: pd.DataFrame, found: Found) -> None:
     """Save the translators, draw the plots, write the report and log to the trackers."""
     track(run.accelerator, "analyze", run.config)
@@ -255,6 +209,22 @@ def report(run: Run, setup: Setup, translators: dict[str, Any], rows: pd.DataFra
         sections=tables.analysis_sections(found, figures),
         figures=found,
         rows=rows,
+    )
+
+
+def report_images(run: Run, setup: Setup, split: ImageSplit, images: list[Found]) -> None:
+    """Draw single images, write their report and log to the trackers."""
+    path = plot_images(images, split, setup.splits.bank, run.folder / "plots" / "images.png")
+    figure = Figure(path, "What stays and what moves when the null component is removed.")
+    track(run.accelerator, "analyze", run.config)
+    log_figures(run.accelerator, [figure])
+    write_report(
+        run,
+        title=f"{run.folder.name}: {len(images)} images as {setup.classifier.tag} and its null space have them",
+        verdict=tables.images_verdict(images),
+        sections=tables.images_sections(images, figure),
+        figures={"images": images},
+        rows=pd.DataFrame(images).drop(columns=["rises", "falls", "logits", "near"]),
     )
 
 

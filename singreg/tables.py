@@ -199,11 +199,10 @@ def images_verdict(images: Sequence[Found]) -> list[str]:
     return said
 
 
-def images_sections(rows: pd.DataFrame, images: Sequence[Found], figure: Figure) -> list[Section]:
+def images_sections(images: Sequence[Found], figure: Figure) -> list[Section]:
     """Arrange the figures of single images as the sections of their report."""
     names = {"attribute_score": "AS °", "image_score": "IS °", "kappa": "κ", "null_share": "null share"}
-    table = rows.assign(**{key: [image[key] for image in images] for key in ("class_name", "predicted")})
-    table = table.rename(columns={**names, "class_name": "class", "predicted": "named"})
+    table = _table(images).rename(columns={**names, "class_name": "class", "predicted": "named"})
     moved = [each | {"image": image["image"]} for image in images for each in (*image["falls"], *image["rises"])]
     logits = pd.concat([pd.DataFrame(image["logits"]).assign(image=image["image"]) for image in images])
     near = [

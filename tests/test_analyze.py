@@ -44,6 +44,9 @@ def test_the_files_and_what_they_say(whole: tuple[Path, Found]) -> None:
     assert any("140 images for 256 features" in sentence for sentence in found["warnings"])
     rows = pd.read_parquet(folder / "scores.parquet")
     assert len(rows) == 61
+    worst = rows.sort_values("AS/auditor")[:3]
+    assert [image["index"] for image in found["images"]] == worst["index"].tolist()
+    assert [image["attribute_score"] for image in found["images"]] == pytest.approx(worst["AS/auditor"], abs=1e-3)
     assert rows["AS/auditor"].mean() == pytest.approx(found["measurement"]["translators"]["auditor"]["overall"]["AS"])
     for name in ("fitted", "auditor"):
         ridge = load_translator(folder / f"translator-{name}.safetensors").info.ridge
@@ -73,7 +76,7 @@ def test_a_runs_model_is_read_by_its_translator_and_features_are_cached(
     def others(value: Any) -> Any:
         return {k: others(v) for k, v in value.items() if k != "run"} if isinstance(value, dict) else value
 
-    for name in ("measurement", "chance", "information", "concepts", "images", "shifts"):
+    for name in ("measurement", "chance", "information", "concepts", "images"):
         assert others(found[name]) == whole[1][name], name
 
 
@@ -89,7 +92,7 @@ def test_two_processes_give_what_one_gives(whole: tuple[Path, Found], tmp_path: 
         mine, theirs = (r["measurement"]["translators"][name]["overall"] for r in (one, two))
         assert mine == pytest.approx(theirs, abs=1e-3)
     assert one["concepts"]["overall"]["AS"] == pytest.approx(two["concepts"]["overall"]["AS"], abs=1e-3)
-    assert [image["image"] for image in one["images"]["worst"]] == [image["image"] for image in two["images"]["worst"]]
+    assert [image["image"] for image in one["images"]] == [image["image"] for image in two["images"]]
     assert one["information"]["accuracy"] == pytest.approx(two["information"]["accuracy"])
     observed = (r["chance"]["auditor"]["paper"]["observed"] for r in (one, two))
     assert next(observed) == pytest.approx(next(observed), abs=1e-3)

@@ -1,4 +1,4 @@
-"""Class, concept and image level: against slow loops, over processes, on planted scenes, on bad input."""
+"""Class and concept level: against slow loops, over processes, on planted scenes, on bad input."""
 
 from functools import cache
 from typing import Any
@@ -11,24 +11,15 @@ from torch import Tensor, nn
 
 from singreg.analysis import levels
 from singreg.analysis.features import FeatureBatch, process_share
-from singreg.analysis.levels import (
-    analyze_classes,
-    analyze_concepts,
-    describe_images,
-    joint_distribution,
-    nearest_images,
-    select_concepts,
-    worst_images,
-)
+from singreg.analysis.levels import analyze_classes, analyze_concepts, joint_distribution, select_concepts
 from singreg.data.scenes import ATTRIBUTES, sample_scenes
 from singreg.functional import kappa
 from singreg.nullspace import NullSpace
 from singreg.translator import fit_translator
-from tests import toy
 from tests.demo import demo_vlm, embedded
 from tests.processes import run_processes
 from tests.reference import formulas
-from tests.toy import NamedSplit, World
+from tests.toy import World
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 Found = dict[str, Any]
@@ -171,46 +162,3 @@ def test_the_concept_that_the_head_does_not_see_is_the_one_that_moves(hidden: st
         assert scores.idxmin() == value
         assert scores[value] < -5
         assert abs(scores[value]) > 2 * scores.drop(list(ATTRIBUTES[hidden])).abs().max()
-
-
-def test_the_worst_images_and_their_concepts_are_those_of_the_slow_loops() -> None:
-    w = World.make(unlabelled=False)
-    pairs, degrees = pairs_of(w), formulas.degrees
-    before, after = formulas.concept_angles(pairs, w.concept_texts)
-    own = [w.texts[label] for label in w.labels]
-    attribute = np.array([degrees(z, t) - degrees(z_eq, t) for (z, z_eq), t in zip(pairs, own, strict=True)])
-    rows = pd.DataFrame({"index": range(31), "image": "x", "label": w.labels, "IS/auditor": 1.0})
-    rows["AS/auditor"] = attribute
-    worst = worst_images(rows[::-1], 6)
-    index = worst["index"].to_numpy()
-    assert index.tolist() == np.argsort(attribute)[:6].tolist()
-    options: Any = {"null_space": w.space, "translator": w.translator}
-    named = (worst, w.class_names, w.concepts, w.concept_texts)
-    found = describe_images(toy.headed(w.weight), w.features[index], *named, **options)
-    for place, each in zip(index, found, strict=True):
-        predicted = int((w.weight @ w.features[place]).argmax())
-        assert (each["class_name"], each["predicted"]) == (f"class {w.labels[place]}", f"class {predicted}")
-        score = (before - after)[place]
-        order = torch.argsort(score).tolist()
-        falls = [f"concept {k}" for k in order if score[k] < 0][:5]
-        rises = [f"concept {k}" for k in order[::-1] if score[k] > 0][:5]
-        assert [shift["concept"] for shift in (*each["falls"], *each["rises"])] == falls + rises
-        for shift in (*each["falls"], *each["rises"]):
-            k = int(shift["concept"].split()[1])
-            angles = float(before[place, k]), float(after[place, k]), float(score[k])
-            assert (shift["before"], shift["after"], shift["score"]) == pytest.approx(angles, abs=1e-4)
-    equal = worst_images(rows.assign(**{"AS/auditor": -1.0})[::-1], 3)
-    assert equal["index"].tolist() == [0, 1, 2]  # equal images go by their number
-
-
-@pytest.mark.parametrize("chunk", [4096, 5, 1])
-def test_nearest_images_are_those_of_the_loop(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(levels, "GALLERY_CHUNK", chunk)
-    z = np.random.default_rng(5).normal(size=(23, 7)).astype(np.float32)
-    z[20] = z[3]  # equal angles go by the gallery's order
-    queries = World.make().features[:4, :7]
-    found = nearest_images(queries, NamedSplit(np.full(23, -1), 1, "gallery"), z, 3)
-    for query, near in zip(queries, found, strict=True):
-        ranked = sorted((formulas.degrees(query, torch.from_numpy(row)), place) for place, row in enumerate(z))[:3]
-        assert [each["image"] for each in near] == [f"gallery-{place}" for _, place in ranked]
-        assert [each["angle"] for each in near] == pytest.approx([degrees for degrees, _ in ranked], abs=1e-4)

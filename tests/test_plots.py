@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 from singreg import plots
 from singreg.analysis.comparison import compare_arms
-from singreg.analysis.levels import analyze_classes, analyze_concepts, describe_images, nearest_images, worst_images
+from singreg.analysis.images import explain_images
+from singreg.analysis.levels import analyze_classes, analyze_concepts
 from singreg.analysis.perturbation import measure_perturbations
-from singreg.plots import scores
+from singreg.nullspace import NullSpace
+from singreg.plots import images, scores
 from tests import toy
 from tests.test_scores import measure
 from tests.toy import World
@@ -35,7 +36,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         kept.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(scores, "save", keep)
+    for module in (scores, images):
+        monkeypatch.setattr(module, "save", keep)
     return kept
 
 
@@ -79,25 +81,25 @@ def test_the_plot_of_classes_at_any_number(classes: int, drawn: list[Figure], tm
     assert len(shown) == min(classes, scores.CLASSES_SHOWN)
 
 
-@pytest.mark.parametrize("neighbours", [1, 5])
-def test_the_plots_of_perturbations_concepts_and_images(neighbours: int, drawn: list[Figure], tmp_path: Path) -> None:
-    split, model = toy.ToySplit(31), toy.classifier()
-    f, concepts = toy.features(model, split).float(), [f"{name} {place}" for place in range(4) for name in AWKWARD]
-    w = World(f, torch.from_numpy(split.labels), model.weight, toy.translator(), toy.texts(), torch.randn(20, 7), f[0])
+def test_the_plots_of_perturbations_and_concepts(drawn: list[Figure], tmp_path: Path) -> None:
+    w, concepts = World.make(), [f"{name} {place}" for place in range(4) for name in AWKWARD]
     chosen: Any = {"translators": {"auditor": w.translator}, "chosen": np.arange(31)}
     moved = measure_perturbations(w.batches(), weight=w.weight, null_space=w.space, **chosen)
     scores.plot_perturbations(moved, tmp_path / "perturbations.png")
-    reader: Any = {"null_space": w.space, "translator": w.translator}
-    found = analyze_concepts(w.batches(), concepts, w.concept_texts, **reader)
+    found = analyze_concepts(w.batches(), concepts, toy.texts(20), **w.reader)
     scores.plot_concepts(found, tmp_path / "concepts.png")
-    rows = pd.DataFrame(
-        {"index": range(31), "image": "x", "label": split.labels, "AS/auditor": -1.0, "IS/auditor": 9.0}
-    )
-    worst = worst_images(rows, 2)
-    images = describe_images(model, f[:2], worst, AWKWARD, concepts, w.concept_texts, **reader)
-    near = nearest_images(w.translator(f[:2]), split, toy.embeddings(31), neighbours)
-    shifts = [dict.fromkeys(scores.SIDES, each) for each in near]
-    scores.plot_images(images, shifts, split, split, tmp_path / "images.png")
-    assert sum(bool(axes.images) for axes in drawn[-1].axes) == 2 * (1 + 3 * neighbours)
     for figure in drawn:
         assert_readable(figure)
+
+
+@pytest.mark.parametrize(("neighbours", "shown"), [(1, 6), (5, 2)])
+def test_the_plot_of_explained_images(neighbours: int, shown: int, drawn: list[Figure], tmp_path: Path) -> None:
+    split, model = toy.ToySplit(31), toy.classifier()
+    split.class_names = tuple(AWKWARD)
+    concepts, words = [f"{name} {place}" for place in range(4) for name in AWKWARD], toy.texts(20)
+    reader: Any = {"null_space": NullSpace.from_weight(model.weight), "translator": toy.translator()}
+    reader |= {"gallery": (split, toy.embeddings(31), neighbours), "settings": toy.QUIET}
+    where = model, split, np.arange(shown), toy.embeddings(31), toy.texts()
+    images.plot_images(explain_images(*where, concepts, words, **reader), split, split, tmp_path / "images.png")
+    assert sum(bool(axes.images) for axes in drawn[0].axes) == shown * (1 + 2 * neighbours)
+    assert_readable(drawn[0])

@@ -254,14 +254,11 @@ def test_bad_plans_name_everything_wrong() -> None:
         plan_pairs(labels, ["ant", "bee", "cat"], texts, [0, 1, 2], ["an image of a bee"], texts[1:2])
 
 
-def test_targets_are_other_classes_fixed_by_image_and_seed() -> None:
+def test_targets_are_other_classes_fixed_by_the_image() -> None:
     labels, indices = torch.arange(4000) % 7, torch.arange(4000)
     targets = steering_targets(labels, indices, 7)
     assert (targets != labels).all()
     assert torch.bincount((targets - labels) % 7, minlength=7)[1:].min() > 0.7 * 4000 / 6
     some = torch.tensor([3999, 5, 17])
     assert torch.equal(steering_targets(labels[some], indices[some], 7), targets[some])
-    other = steering_targets(labels, indices, 7, seed=1)
-    assert (other == targets).double().mean() < 0.4  # chance is one in six
-    assert (other != labels).all()
     assert steering_targets(torch.tensor([0, 1, 0]), torch.tensor([0, 1, 2]), 2).tolist() == [1, 0, 1]

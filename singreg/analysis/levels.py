@@ -1,4 +1,4 @@
-"""Class, concept and image level: what the model level says of single classes, words and images (METHOD section 3)."""
+"""Class and concept level: what the model level says of single classes and words (METHOD section 3)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.statistics import ENDS, resampled_means
-from singreg.data.datasets import ImageSplit
 from singreg.functional import pairwise_angles, unit_rows
-from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.translator import Translator
 from singreg.utils import all_reduce_sum, plain
@@ -21,8 +19,6 @@ CHUNK_ELEMENTS = 2**20  # images x concepts at a time: 4 MiB an array in float32
 SUMS = ("before", "after", "AS", "AS²", "kappa")
 NORMAL_95 = 1.959963984540054
 Order = Literal["strongest", "rises", "falls"]
-GALLERY_CHUNK = 4096  # gallery images at a time
-MOVED = 5  # concepts shown of an image, each way
 
 
 def analyze_classes(rows: pd.DataFrame, class_names: Sequence[str]) -> dict[str, Any]:
@@ -117,57 +113,3 @@ def select_concepts(found: Mapping[str, Any], order: Order, count: int) -> pd.Da
     places = key[key < 0].index if order in ("rises", "falls") else key.index
     chosen: pd.DataFrame = table.loc[places[:count]].reset_index(drop=True)
     return chosen
-
-
-def worst_images(rows: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Return the rows (of `analyze_model`) with the auditor's most negative AS; equal ones in the images' order."""
-    named = {"AS/auditor": "attribute_score", "IS/auditor": "image_score"}
-    worst = rows.sort_values(["AS/auditor", "index"]).head(count).rename(columns=named)
-    found: pd.DataFrame = worst[["index", "image", "label", *named.values()]]
-    return found
-
-
-@torch.no_grad()
-def describe_images(
-    classifier: Classifier,
-    features: Tensor,
-    worst: pd.DataFrame,
-    class_names: Sequence[str],
-    concepts: Sequence[str],
-    texts: Tensor,
-    *,
-    null_space: NullSpace,
-    translator: Translator,
-) -> list[dict[str, Any]]:
-    """Name class and decision of each worst image, and the concepts that come closer (rises) and move away (falls).
-
-    Shape: features (B, m) of the rows of `worst`, texts (K, n) of the concepts.
-    """
-    f, target = features.double(), unit_rows(texts.double())
-    predicted = classifier.logits(features).argmax(1).tolist()
-    angles = (pairwise_angles(unit_rows(translator(each)), target)[0].cpu() for each in (f, null_space.remove(f)))
-    found = []
-    for row, decision, before, after in zip(worst.to_dict("records"), predicted, *angles, strict=True):
-        moves = pd.DataFrame({"concept": concepts, "before": before.numpy(), "after": after.numpy()})
-        moves = moves.assign(score=moves["before"] - moves["after"]).sort_values("score", kind="stable")
-        falls, rises = moves[moves["score"] < 0][:MOVED], moves[moves["score"] > 0][::-1][:MOVED]
-        names = {"class_name": class_names[row["label"]], "predicted": class_names[decision]}
-        found.append({**row, **names, "rises": rises.to_dict("records"), "falls": falls.to_dict("records")})
-    return found
-
-
-@torch.no_grad()
-def nearest_images(queries: Tensor, gallery: ImageSplit, embeddings: np.ndarray, k: int) -> list[list[dict[str, Any]]]:
-    """Find the k gallery images at the smallest angles to translated features, equal ones in the gallery's order.
-
-    Shape: queries (Q, n), embeddings (G, n) of the gallery.
-    """
-    unit, angles = unit_rows(queries.double().cpu()), []
-    for start in range(0, len(gallery), GALLERY_CHUNK):
-        chunk = torch.from_numpy(np.asarray(embeddings[start : start + GALLERY_CHUNK], dtype=np.float64))
-        angles.append(pairwise_angles(unit, unit_rows(chunk))[0])
-    nearest, places = torch.cat(angles, dim=1).sort(dim=1, stable=True)
-    return [
-        [{"index": at, "image": gallery.identifier(at), "angle": angle} for at, angle in zip(row, degrees, strict=True)]
-        for row, degrees in zip(places[:, :k].tolist(), nearest[:, :k].tolist(), strict=True)
-    ]

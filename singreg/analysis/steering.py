@@ -144,10 +144,10 @@ def _drawn(wanted: Tensor, count: int, seed: int) -> Tensor:
     return kept.reshape(wanted.shape)
 
 
-def steering_targets(labels: Tensor, indices: Tensor, classes: int, *, seed: int = 0) -> Tensor:
-    """Choose a target class other than its own for every image, fixed by seed and index. Shape: (B,), (B,) to (B,)."""
+def steering_targets(labels: Tensor, indices: Tensor, classes: int) -> Tensor:
+    """Choose a target class other than its own for every image, fixed by its index. Shape: (B,), (B,) to (B,)."""
     # A hash of the index, not a generator: the same on any number of processes and for every model compared.
-    mixed = (indices.to(torch.int64) + 1 + seed * 7919) * 2654435761 % (2**32)
+    mixed = (indices.to(torch.int64) + 1) * 2654435761 % (2**32)
     return (labels + 1 + mixed.to(labels.device) % (classes - 1)) % classes
 
 

@@ -1,4 +1,4 @@
-"""Plots of scores: models side by side, joint distributions, classes, concepts, images, perturbations."""
+"""Plots of scores: models side by side, joint distributions, classes, concepts, perturbations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from singreg import report
 from singreg.analysis.comparison import Measured
 from singreg.analysis.levels import joint_distribution, select_concepts
 from singreg.data.datasets import ImageSplit
-from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, show, styled
+from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, styled
+from singreg.plots.images import plot_images
 from singreg.tables import AUDIT, READING, audit_table, score_table
 
 # How the models of a fine-tuning run are called wherever people read them.
@@ -21,7 +21,6 @@ STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "Sin
 DROPPED = {"dropped": "control, null space dropped"}  # only in tables: where it is 0 there is nothing to draw
 COLOURS = {"before": GREY, "control": ORANGE, "sing": BLUE}
 PERTURBATIONS = {"null": (BLUE, "null space"), "random": (GREY, "random"), "principal": (RED, "row space")}
-SIDES = {"before": "nearest to T(f)", "after": "nearest to T(f~)", "steered": "nearest to the steered T(f)"}
 RATIOS_SHOWN = {
     "class_variance ratio": ("class-score variance in the null", True),
     "AS⁻ ratio": ("AS⁻", True),
@@ -113,45 +112,6 @@ def plot_concepts(found: Found, path: Path) -> Path:
     return save(figure, path)
 
 
-def plot_images(
-    worst: Sequence[Found], shifts: Sequence[Found], split: ImageSplit, gallery: ImageSplit, path: Path
-) -> Path:
-    """Draw each worst image with its figures and the gallery's nearest to T(f), to T(f~) and to the steered T(f)."""
-    across = len(shifts[0]["before"])
-    widths = [1.0, 1.45, *[0.06, *[1.0] * across] * len(SIDES)]
-    width, height = 1.35 * sum(widths) + 0.3, 1.72 * len(worst) + 0.75
-    figure = Figure(figsize=(width, height))
-    room = {"left": 0.12 / width, "right": 1 - 0.12 / width, "bottom": 0.08 / height, "top": 1 - 1.0 / height}
-    spacing = {"width_ratios": widths, "wspace": 0.08, "hspace": 0.32, **room}
-    grid = figure.subplots(len(worst), len(widths), squeeze=False, gridspec_kw=spacing)
-    for axes in grid.ravel():
-        axes.axis("off")
-    for row, image, shift in zip(grid, worst, shifts, strict=True):
-        names = f"{drawable(image['class_name'], 18)}\nnamed: {drawable(image['predicted'], 18)}"
-        show(row[0], np.asarray(split.image(image["index"])), names)
-        row[1].text(0, 0.5, _why(image), fontsize=7, va="center", transform=row[1].transAxes)
-        for part, side in enumerate(SIDES):
-            for axes, near in zip(row[3 + part * (across + 1) :], shift[side], strict=False):
-                label = int(gallery.labels[near["index"]])
-                name = "" if label < 0 else drawable(gallery.class_names[label], 18)
-                show(axes, np.asarray(gallery.image(near["index"])), f"{name}\n{near['angle']:.1f}°")
-    for part, title in enumerate(SIDES.values()):
-        at: dict[str, Any] = {"textcoords": "offset points", "xycoords": "axes fraction", "fontsize": 9}
-        lines = title if across > 1 else title.replace(" to ", "\nto ")
-        grid[0, 3 + part * (across + 1)].annotate(lines, (0, 1), (0, 24), **at)
-    title = f"the {len(worst)} worst images and the gallery's nearest; T(f~): null component removed"
-    figure.suptitle(title, fontsize=10, x=room["left"], y=1 - 0.12 / height, ha="left", va="top")
-    return save(figure, path)
-
-
-def _why(image: Found, moved: int = 3) -> str:
-    lines = [f"AS {image['attribute_score']:+.1f}°, IS {image['image_score']:.1f}°"]
-    for title, shifts in (("moves away:", image["falls"]), ("comes closer:", image["rises"])):
-        if shifts:
-            lines += [title, *(f"  {drawable(s['concept'], 20)} {s['score']:+.1f}°" for s in shifts[:moved])]
-    return "\n".join(lines)
-
-
 def plot_perturbations(found: Found, path: Path) -> Path:
     """Draw |Δlogit|, flipped decisions and translated angle against the perturbation's size (paper figure 9)."""
     figure, drawn = panels(3, height=4.6)
@@ -185,14 +145,13 @@ def plot_analysis(
 ) -> dict[str, report.Figure]:
     """Draw every figure of recipes/analyze.py below a folder; the images are those of `split` and of the gallery."""
     clouds = {name: (_cloud(rows, name), joint) for name, joint in found["joint"].items()}
-    sheet = (found["images"]["worst"], found["shifts"], split, gallery)
-    near = "the worst images, and the gallery's nearest to their translated features before, after and steered"
+    images = "the worst images: their logits stay, and what moves when the null component is removed"
     drawings: dict[str, tuple[Any, tuple[Any, ...], str]] = {
         "joint": (plot_joint, (clouds,), "AS against IS of every test image"),
         "classes": (plot_classes, (rows, found["classes"]), "AS and IS of every class, the leakiest on top"),
         "concepts": (plot_concepts, (found["concepts"],), "angle of each concept to the images before and after"),
         "perturbations": (plot_perturbations, (found["perturbation"],), "perturbations of equal norm"),
-        "images": (plot_images, sheet, near),
+        "images": (plot_images, (found["images"], split, gallery), images),
     }
     return {n: report.Figure(draw(*data, folder / f"{n}.png"), said) for n, (draw, data, said) in drawings.items()}
 

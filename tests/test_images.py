@@ -1,8 +1,9 @@
-"""recipes/analyze.py --image: the figures of single images are those that the whole analysis has of them."""
+"""Image level: against slow loops, and single images as the whole analysis has them (recipes/analyze.py --image)."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,14 +12,17 @@ from PIL import Image
 
 import analyze as recipe
 from singreg import plots
+from singreg.analysis import images as level
 from singreg.config import parse
 from singreg.data.datasets import load_splits
 from singreg.data.scenes import render_scene
 from singreg.nullspace import NullSpace
-from singreg.plots import one_image
+from singreg.plots import images as drawings
 from singreg.translator import load_translator
+from tests import toy
 from tests.demo import demo_classifier
 from tests.recipe_run import run_recipe
+from tests.reference import formulas
 from tests.test_analyze import TINY
 from tests.test_plots import assert_readable
 
@@ -57,7 +61,7 @@ def test_images_have_the_analysis_figures_with_data_and_without(
     folder, paths, rows = analysed
     figures: list[Figure] = []
     save = plots.save
-    monkeypatch.setattr(one_image, "save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
+    monkeypatch.setattr(drawings, "save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
     label = demo_classifier().label_names[int(rows["label"].iloc[0])]
     given = ["--image", paths[0], "--label", label]
     found = explain(tmp_path / "data", *TINY, *given)["images"]
@@ -89,13 +93,58 @@ def test_logits_and_concepts_are_those_of_the_slow_way(
     with torch.no_grad():
         f, logits = classifier.features_and_logits(classifier.transform(Image.open(paths[1]))[None])
         null = f - NullSpace.from_weight(classifier.weight).remove(f)
-    shown = [(found["logits"]["class"][0], found["logits"]["before"][0])]
-    assert shown == [(classifier.label_names[int(logits.argmax())], pytest.approx(float(logits.max()), abs=1e-4))]
+    shown = found["logits"]["class"][0], found["logits"]["before"][0]
+    assert shown == (classifier.label_names[int(logits.argmax())], pytest.approx(float(logits.max()), abs=1e-4))
     assert found["logits"]["before"] == pytest.approx(found["logits"]["after"], abs=1e-4)
     assert found["null_share"] == pytest.approx(float(null.norm() / f.norm()), abs=1e-4)
     for moved in (*found["rises"], *found["falls"]):
         assert moved["score"] == pytest.approx(moved["before"] - moved["after"])
     assert {moved["concept"] for moved in (*found["rises"], *found["falls"])} <= {"red", "grass", "water"}
+
+
+def test_images_and_their_concepts_are_those_of_the_slow_loops() -> None:
+    model, split, translator, texts = (
+        toy.classifier(),
+        toy.ToySplit(31, unlabelled=(20,)),
+        toy.translator(),
+        toy.texts(),
+    )
+    f, z, words = toy.features(model, split), toy.embeddings(31), torch.randn(9, toy.DIM)
+    concepts, degrees, chosen = [f"concept {place}" for place in range(9)], formulas.degrees, np.array([20, 3, 7])
+    reader: Any = {"null_space": NullSpace.from_weight(model.weight), "translator": translator}
+    found = level.explain_images(model, split, chosen, z, texts, concepts, words, **reader, settings=toy.QUIET)
+    pairs = formulas.translations(f, model.weight, translator.matrix, translator.offset)
+    before, after = formulas.concept_angles(pairs, words)
+    for place, image in zip(chosen, found, strict=True):
+        predicted = int(model.logits(f[place].float()).argmax())
+        label = predicted if place == 20 else int(split.labels[place])
+        names = image["image"], image["class_name"], image["predicted"]
+        assert names == (f"toy-{place}", toy.NAMES[label], toy.NAMES[predicted])
+        score, (z_f, z_eq) = (before - after)[place], pairs[place]
+        figures = image["attribute_score"], image["image_score"]
+        own = degrees(z_f, texts[label]) - degrees(z_eq, texts[label]), degrees(z_f, z_eq)
+        assert figures == pytest.approx(own, abs=1e-3)
+        cosine = torch.nn.functional.cosine_similarity(z_f, torch.from_numpy(z[place]).double(), dim=0)
+        assert image["cosine"] == pytest.approx(float(cosine), abs=1e-5)
+        order = torch.argsort(score).tolist()
+        falls, rises = [k for k in order if score[k] < 0][:5], [k for k in order[::-1] if score[k] > 0][:5]
+        for shift, k in zip((*image["falls"], *image["rises"]), falls + rises, strict=True):
+            angles = float(before[place, k]), float(after[place, k]), float(score[k])
+            assert (shift["before"], shift["after"], shift["score"]) == pytest.approx(angles, abs=1e-4)
+            assert shift["concept"] == f"concept {k}"
+
+
+@pytest.mark.parametrize("chunk", [4096, 5, 1])
+def test_nearest_images_are_those_of_the_loop(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(level, "GALLERY_CHUNK", chunk)
+    z = np.random.default_rng(5).normal(size=(23, 7)).astype(np.float32)
+    z[20] = z[3]  # equal angles go by the gallery's order
+    queries = toy.World.make().features[:4, :7]
+    found = level.nearest_images(queries, toy.NamedSplit(np.full(23, -1), 1, "gallery"), z, 3)
+    for query, near in zip(queries, found, strict=True):
+        ranked = sorted((formulas.degrees(query, torch.from_numpy(row)), place) for place, row in enumerate(z))[:3]
+        assert [each["image"] for each in near] == [f"gallery-{place}" for _, place in ranked]
+        assert [each["angle"] for each in near] == pytest.approx([degrees for degrees, _ in ranked], abs=1e-4)
 
 
 def test_what_cannot_be_explained_is_said_in_a_sentence(

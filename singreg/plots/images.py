@@ -17,7 +17,7 @@ CONCEPTS_SHOWN = 4  # each way
 Image = Mapping[str, Any]
 
 
-def plot_one_image(images: Sequence[Image], split: ImageSplit, gallery: ImageSplit, path: Path) -> Path:
+def plot_images(images: Sequence[Image], split: ImageSplit, gallery: ImageSplit, path: Path) -> Path:
     """Draw each image with its logits, the concepts that moved and the gallery's nearest, before and after."""
     across = max(len(near) for near in images[0]["near"].values()) if images[0]["near"] else 0
     widths = [1.6, 2.0, 2.6, *[0.95] * across]
