@@ -37,12 +37,11 @@ from singreg.report import log, log_figures, log_text, track, write_model_card, 
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start
 from singreg.setup import Setup, prepare
-from singreg.study_runs import hold_out
 from singreg.tables import AUDIT, audit_table
 from singreg.task import Schedule, describe_training, loss_embeddings, loss_texts, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.utils import progress
-from singreg.validation import Validation, validation_count
+from singreg.validation import NO_IMAGES, Validation, hold_out, validation_images
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if config.push_to_hub and get_token() is None:
             raise ValueError("push_to_hub: there is no token of the hub; log in with `hf auth login` or set HF_TOKEN")
         setup = prepare(config, config.model, accelerator, before_embedding=partial(check, config, run))
-        setup, _ = hold_out(setup, validation_count(config, setup))
+        setup = hold_out(setup)
         if config.dry_run:
             return
         run.open()
@@ -245,9 +244,12 @@ def headline(figures: dict[str, Any]) -> dict[str, float]:
 def check(config: FinetuneConfig, run: Run, splits: Splits, classifier: Classifier) -> None:
     """Refuse what cannot be trained before the images are embedded; in a dry run tell what training would take."""
     told = describe_training(config, run.accelerator, classifier, len(splits.train))
-    claim = no_claim(len(splits.audit), classifier.feature_dim) or "enough images for the auditor"
+    held = validation_images(splits.audit)
+    if config.training.best_checkpoint and not held.any():
+        raise ValueError(NO_IMAGES)
+    claim = no_claim(int((~held).sum()), classifier.feature_dim) or "enough images for the auditor"
     if config.dry_run and run.accelerator.is_main_process:
-        print(f"{told}\n{claim}", flush=True)
+        print(f"{told}\nvalidation {held.sum()} of the audit images\n{claim}", flush=True)
 
 
 if __name__ == "__main__":

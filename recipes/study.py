@@ -38,10 +38,11 @@ from singreg.report import Section, interval, log_figures, number, percent, trac
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, prepare, read_by
 from singreg.spaces import space_labels
-from singreg.study_runs import StudyRun, Work, hold_out, plan_study
+from singreg.study_runs import StudyRun, Work, plan_study
 from singreg.task import describe_training
 from singreg.translator import LinearTranslator
 from singreg.utils import atomic_write
+from singreg.validation import hold_out
 
 logger = get_logger(__name__)
 MAIN = {"top1": "top-1", HARM: PAIRED[HARM], "AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °"}
@@ -101,14 +102,14 @@ class Study:
 
     def __init__(self, config: StudyConfig, run: Run, setup: Setup) -> None:
         self.config, self.run = config, run
-        self.setup, self.validation = hold_out(setup, config.validation_per_class)
+        self.setup = hold_out(setup, config.validation_per_class)
         self.whole, self.ridges = setup, dict[str | None, float]()
 
     @cached_property
     def further(self) -> dict[str, Setup]:
         """The same images, read by the other vision-language models."""
         models, count = self.config.further_vlms, self.config.validation_per_class
-        read = [hold_out(read_by(self.whole, vlm, self.run.accelerator), count)[0] for vlm in models]
+        read = [hold_out(read_by(self.whole, vlm, self.run.accelerator), count) for vlm in models]
         return dict(zip(space_labels(models), read, strict=True))
 
     def reader(self, name: str = "start", label: str | None = None) -> Setup:
@@ -174,7 +175,7 @@ def make_and_measure(study: Study, work: Work) -> Measured:
         for label in study.further
     }
     options: Any = {"invariance": config.model.invariance, "ood": config.ood, "seed": config.seed}
-    found = measure_arm(classifier, setup, auditor, scores, study.validation, **options)
+    found = measure_arm(classifier, setup, auditor, scores, study.setup.held, **options)
     found = replace(found, further=further, extra=notes, seconds=time.monotonic() - begun)
     if accelerator.is_main_process:
         work.keep(found)

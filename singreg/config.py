@@ -292,8 +292,8 @@ class TrainingConfig(Checked):
         l2_sp: adds half of this times the squared distance of the backbone from where it began (L2-SP).
         head_first: share of the steps in which the head alone trains (LP-FT).
         checkpoint_every: optimiser steps between checkpoints, beside one at every epoch's end.
-        best_checkpoint: keep each arm's epoch with the best top-1 on a tenth of the auditor's labelled images, which
-            are then set aside for that; a number also stops an arm after so many epochs without a better one.
+        best_checkpoint: keep each arm's epoch with the best top-1 on the validation images, a tenth of the labelled
+            audit images; a number also stops an arm after so many epochs without a better one.
     """
 
     epochs: int = 2

@@ -6,18 +6,16 @@ import itertools
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from accelerate.logging import get_logger
 
-from singreg.analysis.arms import Images, Measured
+from singreg.analysis.arms import Measured
 from singreg.config import FinetuneConfig
 from singreg.runs import Run
-from singreg.setup import Setup
 from singreg.study import ArmConfig, StudyConfig, arm_config
 from singreg.utils import atomic_write, sha256_of_json, write_text
 
@@ -106,22 +104,3 @@ class StudyRun(Run):
                 "changed ones made again), or another --out"
             )
         return self
-
-
-def hold_out(setup: Setup, per_class: int) -> tuple[Setup, Images | None]:
-    """Take the first `per_class` labelled audit images of every class as validation images."""
-    if not per_class:
-        return setup, None
-    audit, embeddings = setup.splits.audit, setup.embeddings["audit"]
-    labels = pd.Series(audit.labels)
-    if min(labels[labels >= 0].value_counts(), default=0) <= per_class:
-        raise ValueError(
-            f"a class of the audit split has no more than the {per_class} images to set aside for validation; lower "
-            "validation_per_class, or give it more (data.per_class.audit, data.scenes.audit)"
-        )
-    chosen = (labels >= 0) & (labels.groupby(labels).cumcount() < per_class)
-    taken, kept = np.flatnonzero(chosen), np.flatnonzero(~chosen)
-    splits = replace(setup.splits, audit=audit.subset(kept, "audit"))
-    left = {**setup.embeddings, "audit": embeddings[kept]}
-    held = audit.subset(taken, "validation"), embeddings[taken]
-    return replace(setup, splits=splits, embeddings=left, held=held), held

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from singreg.analysis.features import evenly, iterate_features
+from singreg.analysis.features import iterate_features
 from singreg.config import FinetuneConfig
 from singreg.data.datasets import ImageSplit
 from singreg.metrics import SemanticLeakage
@@ -25,34 +26,57 @@ from singreg.task import Schedule
 from singreg.translator import LinearTranslator
 from singreg.utils import all_reduce_sum, atomic_write
 
-WATCHED = 256  # images of a point where no epoch is chosen by them
-SHARE = 10  # of a class's audit images one in so many is set aside where an epoch is chosen by them
+SHARE = 10  # a run sets one in so many of the labelled audit images of its smallest class aside, and as many of each
 SHOWN = ("AS_neg", "AS_abs", "IS")
 BARS = 30
+NO_IMAGES = (
+    "training.best_checkpoint: expected two labelled audit images of every class (a study: validation_per_class)"
+)
 
 
-def validation_count(config: FinetuneConfig, setup: Setup) -> int:
-    """Return how many labelled audit images of every class an epoch is chosen by; 0 where none is chosen."""
-    if not config.training.best_checkpoint:
-        return 0
-    labels = setup.splits.audit.labels
-    return max(1, min(np.unique(labels[labels >= 0], return_counts=True)[1], default=0) // SHARE)
+def validation_images(audit: ImageSplit, per_class: int | None = None) -> np.ndarray:
+    """Return which labelled audit images are validation images, (N,) bool: the first `per_class` of every class.
+
+    By default a tenth of the smallest class's, at least one, and none where a class has a single image.
+    """
+    labels = pd.Series(audit.labels)
+    fewest = min(labels[labels >= 0].value_counts(), default=0)
+    if per_class is None:
+        per_class = max(1, fewest // SHARE) if fewest > 1 else 0
+    if per_class and fewest <= per_class:
+        raise ValueError(
+            f"a class of the audit split has no more than the {per_class} images to set aside for validation; lower "
+            "validation_per_class, or give it more (data.per_class.audit, data.scenes.audit)"
+        )
+    chosen = (labels >= 0) & (labels.groupby(labels).cumcount() < per_class)
+    return np.asarray(chosen)
+
+
+def hold_out(setup: Setup, per_class: int | None = None) -> Setup:
+    """Take validation images, and their embeddings, out of the auditor's."""
+    audit, embeddings = setup.splits.audit, setup.embeddings["audit"]
+    chosen = validation_images(audit, per_class)
+    if not chosen.any():
+        return setup
+    taken, kept = np.flatnonzero(chosen), np.flatnonzero(~chosen)
+    splits = replace(setup.splits, audit=audit.subset(kept, "audit"))
+    left = {**setup.embeddings, "audit": embeddings[kept]}
+    return replace(setup, splits=splits, embeddings=left, held=(audit.subset(taken, "validation"), embeddings[taken]))
 
 
 class Validation:
     """What an arm shows of held-out images, and its best epoch, which a resumed run finds again.
 
-    The images are those of no other use, `setup.held`; without them some of the auditor's, which the classifier never
-    trains on, and no epoch can be chosen. `folder` is that of the arm's checkpoints.
+    The images are those of no other use, `setup.held`; without them there are no curves and no epoch can be chosen.
+    `folder` is that of the arm's checkpoints.
     """
 
     def __init__(self, config: FinetuneConfig, setup: Setup, accelerator: Accelerator, folder: Path) -> None:
         self.setup, self.invariance, self.accelerator = setup, config.model.invariance, accelerator
-        self.images = setup.held or _watched(setup)
         self.patience = config.training.patience * Schedule(config, len(setup.splits.train)).steps_per_epoch
         self.chooses = bool(config.training.best_checkpoint)
         if self.chooses and setup.held is None:
-            raise ValueError("training.best_checkpoint needs validation images: set validation_per_class")
+            raise ValueError(NO_IMAGES)
         self.kept, self.best, self.step = folder / "best.safetensors", -1.0, 0
         if self.kept.is_file():
             with safe_open(self.kept, framework="pt") as file:
@@ -63,15 +87,15 @@ class Validation:
 
         Every process calls it. The start, step 0, is no epoch to choose.
         """
-        if self.images is None:
+        if self.setup.held is None:
             return {}
         texts, passes = self.setup.texts, replace(self.setup.passes, progress=False)
         space = NullSpace.from_weight(classifier.weight, invariance=self.invariance).to(texts.device)
         scores, right = SemanticLeakage(texts).to(texts.device), torch.zeros((), device=texts.device)
-        for batch in iterate_features(classifier, *self.images, passes, "watching"):
+        for batch in iterate_features(classifier, *self.setup.held, passes, "watching"):
             scores.update(judge(batch.features), judge(space.remove(batch.features)), batch.labels)
             right += (batch.logits.argmax(1) == batch.labels).sum()
-        found, top1 = scores.compute(), float(all_reduce_sum(right)) / len(self.images[0])
+        found, top1 = scores.compute(), float(all_reduce_sum(right)) / len(self.setup.held[0])
         log(self.accelerator, {"val/top1": top1, **{f"watch/{name}": found[name] for name in SHOWN}}, step)
         log_image(self.accelerator, "watch/histogram", _histogram(scores), step)
         if self.chooses and step and top1 > self.best:
@@ -93,16 +117,6 @@ class Validation:
         if found:
             classifier.load_state_dict(load_file(self.kept, device=str(classifier.weight.device)))
         return found
-
-
-def _watched(setup: Setup) -> tuple[ImageSplit, np.ndarray] | None:
-    """Some labelled images of the auditor, evenly spaced so that every class is among them, or None without labels."""
-    split = setup.splits.audit
-    labelled = np.flatnonzero(split.labels >= 0)
-    if not len(labelled):
-        return None
-    chosen = labelled[evenly(len(labelled), WATCHED)]
-    return split.subset(chosen), setup.embeddings["audit"][chosen]
 
 
 def _histogram(scores: SemanticLeakage) -> np.ndarray:

@@ -39,9 +39,9 @@ class Stop(Exception):
 class Pixels(ImageSplit):
     """COUNT small images of noise; which of them were asked for, in order, is in `asked`."""
 
-    def __init__(self, labelled: bool = True) -> None:
-        labels = np.arange(COUNT) % CLASSES if labelled else np.full(COUNT, -1)
-        super().__init__("train", [f"class {n}" for n in range(CLASSES)], labels, np.zeros((COUNT, 32), np.uint8))
+    def __init__(self) -> None:
+        labels, names = np.arange(COUNT) % CLASSES, [f"class {n}" for n in range(CLASSES)]
+        super().__init__("train", names, labels, np.zeros((COUNT, 32), np.uint8))
         self.pixels = np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
         self.asked: list[int] = []
 
@@ -145,7 +145,7 @@ class Arm:
                 raise Stop
 
         bank, passes = Pixels(), PassSettings(16, 0, progress=False)
-        splits: Any = SimpleNamespace(train=self.split, bank=bank, audit=Pixels(labelled=False))
+        splits: Any = SimpleNamespace(train=self.split, bank=bank)
         texts = torch.eye(CLASSES, DIM)
         setup: Any = SimpleNamespace(splits=splits, embeddings={"bank": embeddings()}, passes=passes, texts=texts)
         setup.held = (Pixels(), embeddings()) if self.chooses else None

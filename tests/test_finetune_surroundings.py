@@ -102,7 +102,7 @@ class Recorded(GeneralTracker):
 
 def test_measuring_only_with_another_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recorded", Recorded)
-    options = {"training.epochs": "0", "training.best_checkpoint": "true", "log_with": "recorded"}
+    options = {"training.epochs": "0", "log_with": "recorded"}
     finetune(tmp_path / "only", *(word for key, value in options.items() for word in (f"--{key}", value)))
     report = json.loads((tmp_path / "only" / "report.json").read_text())
     assert [line.split()[0] for line in report["verdict"]] == ["Before:", "Nothing"]
@@ -147,7 +147,7 @@ def test_a_dry_run_tells_its_numbers_before_it_embeds_and_makes_nothing(
     shown = capsys.readouterr().out
     for words in ("rank 10, nullity 246 (96.1% of", "train 80, bank 90, audit 64, test 45", "steps: 10 (5 an epoch)"):
         assert words in shown
-    assert "No claim: the auditor has 64 images, 1536 are needed" in shown
+    assert "No claim: the auditor has 54 images, 1536 are needed" in shown
     assert "one batch: features (45, 256), logits (45, 10)" in shown
     assert "nullity 246" in early
     assert "steps: " in early

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import yaml
 
@@ -13,11 +12,8 @@ import study as recipe
 from singreg.analysis.crossfit import BUDGETS
 from singreg.analysis.study import HARM, PAIRED
 from singreg.config import parse
-from singreg.data.splits import Splits
-from singreg.setup import Setup
 from singreg.study import ArmConfig, StudyConfig
-from singreg.study_runs import hold_out, plan_study
-from tests import toy
+from singreg.study_runs import plan_study
 from tests.recipe_run import run_recipe, same
 from tests.tiny_run import report_of
 
@@ -181,21 +177,3 @@ def test_every_arm_of_the_shipped_studies_can_be_built() -> None:
             "everywhere",
         }
         assert len(config.seeds) == 3
-
-
-def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:
-    np.save(tmp_path / "table.npy", toy.embeddings(43))
-    split, table = toy.ToySplit(43), np.load(tmp_path / "table.npy", mmap_mode="r")
-    splits = Splits(split, split, split, split, split.class_names, None)
-    nothing: Any = None
-    setup = Setup(splits, nothing, nothing, nothing, {"audit": table}, nothing, nothing)
-    held, (split, embeddings) = hold_out(setup, 2)  # type: ignore[misc]
-    assert (len(split), len(held.splits.audit)) == (10, 33)
-    names = [each.identifier(i) for each in (split, held.splits.audit) for i in range(len(each))]
-    assert len(set(names)) == 43
-    for each, table in ((split, embeddings), (held.splits.audit, held.embeddings["audit"])):
-        wanted = [int(each.identifier(i).removeprefix("toy-")) for i in range(len(each))]
-        np.testing.assert_array_equal(table, toy.embeddings(43)[wanted])
-    assert hold_out(setup, 0) == (setup, None)
-    with pytest.raises(ValueError, match="no more than the 9 images"):
-        hold_out(setup, 9)
