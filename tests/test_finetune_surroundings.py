@@ -59,6 +59,7 @@ def test_a_model_is_uploaded_with_its_card(tmp_path: Path, monkeypatch: pytest.M
         "before",
         "control",
         "SingLoss",
+        "control,",  # its null space dropped
     ]
     assert str(tmp_path) not in card
     code = card.partition("```py\n")[2].partition("```")[0].replace("hf-hub:me/scenes", f"local-dir:{folder / 'model'}")
