@@ -50,7 +50,12 @@ MAIN |= {"contrast AS_abs": "contrast |AS| °", "orthogonal IS": "orthogonal IS 
 MAIN |= {key: PAIRED[key] for key in ("unique_r2", "harmless_r2", "cross 4 sd", "cross 25% of |f|")}
 MAIN |= {"self 4 sd": "4 sd step, judged by itself", "null_probe": "null probe"}
 SIDE = {"ece": "calibration error", **{f"corrupted/{kind}": f"top-1, {kind}" for kind in KINDS}}
-SIDE |= {"ood_vim": "AUROC by ViM", "ood_energy": "AUROC by energy", "ood_null_energy": "AUROC by null energy"}
+SIDE |= {
+    "retrieval": "neighbours within the class",
+    "ood_vim": "AUROC by ViM",
+    "ood_energy": "AUROC by energy",
+    "ood_null_energy": "AUROC by null energy",
+}
 VALIDATION = "Images that serve nothing else, by the same auditor: what settings are chosen on."
 KNOWN = "R² of a scene's attribute from the null component, of R² from all features. The class is the shape."
 FURTHER = "Ratios as above, by an auditor in the space of a vision-language model that no arm was trained with."

@@ -93,7 +93,21 @@ def test_without_the_null_space_logits_stay_and_what_it_held_is_gone() -> None:
     for figure in ("class_variance", "AS_abs", "IS", "null_energy"):
         assert abs(dropped[figure]) < 1e-9 < abs(kept[figure]), figure
     assert dropped["harmless_r2"] < kept["harmless_r2"]
+    assert dropped["retrieval"] < kept["retrieval"]
     assert dropped["self 4 sd"] == dropped["self 1 sd"] < kept["self 4 sd"]
+
+
+def test_retrieval_is_1_for_turned_embeddings_and_chance_for_others() -> None:
+    generator, labels = torch.Generator().manual_seed(0), np.repeat(np.arange(4), 60)
+    z, other = torch.randn(2, 240, 16, generator=generator)
+    turned = z @ torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+
+    def of(features: torch.Tensor) -> float:
+        batch = FeatureBatch(features, features, z, torch.from_numpy(labels), torch.arange(240))
+        return arms.retrieval([batch], labels)
+
+    assert of(3 * turned) == 1
+    assert of(other) == pytest.approx(arms.NEIGHBOURS / 59, abs=0.03)
 
 
 def test_cached_features_and_processes_give_the_same_figures(tmp_path: Path) -> None:

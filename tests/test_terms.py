@@ -80,7 +80,7 @@ def test_capacity_is_0_for_a_head_that_spans_the_prompts_and_1_for_one_orthogona
 
 
 def test_readout_is_0_where_the_row_space_tells_all_and_1_where_it_tells_nothing() -> None:
-    """Embeddings made of the row space alone, then of the null space alone (METHOD section 10.1); `everywhere` sees both."""
+    """Embeddings made of the row space alone, then of the null space alone (METHOD section 10.1)."""
     for block, everywhere, expected in (("row", False, 0.0), ("null", False, 1.0), ("null", True, 0.0)):
         sing, head, _, labels = setup(terms={"readout": 1.0}, everywhere=everywhere)
         null = formulas.null_projector(head.weight)

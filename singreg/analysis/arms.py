@@ -29,6 +29,7 @@ from singreg.utils import gather_rows
 
 AUDITOR = "auditor"
 BINS = 15  # of the calibration error
+NEIGHBOURS, QUERIES = 10, 2000  # of an image within its class, and test images asked for them
 ROUNDING = 1e-6  # a null residual below this share of |f| is what float32 left of none
 SCORES = ("AS_neg", "AS_abs", "IS")
 Images = tuple[ImageSplit, np.ndarray]
@@ -78,6 +79,7 @@ def measure_arm(
     fits = fit_blocks(read(*audit), target_dim=texts.shape[1], **blocks)
     information = measure_information(read(*test), fits)
     figures |= {"null_probe": information["accuracy"]["null_space"], "probe_chance": information["chance"]}
+    figures["retrieval"] = retrieval(read(*test), splits.test.labels)
     known, held = known_attributes(splits.audit), known_attributes(splits.test)
     if known is not None and held is not None:
         targets = known.to_numpy(np.float32), held.to_numpy(np.float32)
@@ -138,6 +140,34 @@ def known_attributes(split: ImageSplit) -> pd.DataFrame | None:
     places = {f"{name}: {value}": (name, i) for name, values in ATTRIBUTES.items() for i, value in enumerate(values)}
     every: pd.DataFrame = pd.DataFrame({key: split.table.codes[name] == i for key, (name, i) in places.items()})
     return every
+
+
+def retrieval(batches: Iterable[FeatureBatch], labels: np.ndarray) -> float:
+    """Return how well features find images of like meaning beside the class (METHOD section 8.8).
+
+    Of an image's `NEIGHBOURS` nearest of its class by the cosine of features, the share that is among the nearest as
+    the vision-language model embeds them; images evenly spaced, at most `QUERIES`. Shape: labels (N,) of the split.
+    """
+    rows, chosen = [], evenly(len(labels), QUERIES)
+    for batch in batches:
+        mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
+        here = mine.to(batch.features.device)
+        rows.append(_arrays(index=batch.indices[mine], f=batch.features[here], z=batch.embeddings[here]))
+    table, found = gather_rows(rows, sort_by="index"), list[float]()
+    for label in np.unique(labels[table["index"]]):
+        own = labels[table["index"]] == label
+        if (count := min(NEIGHBOURS, int(own.sum()) - 2)) < 1:
+            continue
+        near = [_nearest(table[name][own], count) for name in ("f", "z")]
+        found += [len(set(first) & set(second)) / count for first, second in zip(*near, strict=True)]
+    return float(np.mean(found)) if found else math.nan
+
+
+def _nearest(rows: np.ndarray, count: int) -> list[list[int]]:
+    """The places of the `count` other rows at the smallest angles to each of (N, n)."""
+    unit = torch.nn.functional.normalize(torch.from_numpy(rows).double(), dim=1)
+    places: list[list[int]] = (unit @ unit.T).fill_diagonal_(-2).topk(count).indices.tolist()
+    return places
 
 
 def attribute_r2(batches: Iterable[FeatureBatch], fits: BlockFits, names: Sequence[str]) -> dict[str, float]:
