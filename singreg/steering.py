@@ -140,7 +140,6 @@ class ConditionalGaussian:
 
     mean: Tensor  # (m,), of the features
     whitening: Tensor  # (d, m): f - mean to w, standard normal under it, so that the Mahalanobis radius is |w|
-    colouring: Tensor  # (m, d): back into the null space
     floor: float  # variances below this share of their mean count as that
     floored: int  # how many of the d did
 
@@ -168,8 +167,7 @@ class ConditionalGaussian:
         if not least > 0:
             raise ValueError("the features do not vary in the null space at all, so no radius can be measured in it")
         deviation = variances.clamp_min(least).sqrt()
-        whitening, colouring = (vectors / deviation).T @ residual, null @ (vectors * deviation)
-        return cls(mean, whitening, colouring, floor, floored=int((variances < least).sum()))
+        return cls(mean, (vectors / deviation).T @ residual, floor, floored=int((variances < least).sum()))
 
     def whiten(self, features: Tensor) -> Tensor:
         """Return w (..., d), 0 at the null component expected from the row-space one."""
@@ -179,10 +177,6 @@ class ConditionalGaussian:
         """Return the Mahalanobis radius |w| (...,), about √d for natural features."""
         radius: Tensor = torch.linalg.vector_norm(self.whiten(features), dim=-1)
         return radius
-
-    def on_manifold(self, gradient: Tensor) -> Tensor:
-        """Return Σ g (..., m), the null direction that gains most along g at equal radius."""
-        return (gradient.to(self.mean) @ self.colouring) @ self.colouring.T
 
     def step_for_radius(self, features: Tensor, direction: Tensor, radii: Tensor) -> Tensor:
         """Return the largest ε >= 0 with radius(f + ε d) <= R for every R, in closed form; NaN where there is none.

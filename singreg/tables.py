@@ -227,7 +227,7 @@ def steering_verdict(found: Found) -> list[str]:
     """Say how far features turn at a fixed image score, at equal effort and within natural radii."""
     read = {(p["attacker"], p["judge"]): p["overall"] for p in found["pairs"]}
     own, audited, score = read["fitted", "fitted"], read["fitted", "auditor"], found["image_score"]
-    step, radius, manifold = (the_curve(found["curves"], budget=b, attacker="fitted", judge="auditor") for b in BUDGETS)
+    step, radius = (the_curve(found["curves"], budget=b, attacker="fitted", judge="auditor") for b in BUDGETS)
     mark = natural_marks(found["natural"])["95 %"]
     first = f"No image can be steered to an image score of {score:g}°; use a smaller one."
     if own["AS_abs"] is not None:
@@ -240,8 +240,7 @@ def steering_verdict(found: Found) -> list[str]:
         first,
         f"At a step of 10% of |f| the target outranks every class prompt in {at(step, 0.1, 'success'):.0%} "
         f"of the steerings by the auditor, against {at(step, 0.0, 'success'):.0%} without a step.",
-        f"Within the radius of 95 % of natural images {at(radius, mark, 'success'):.0%} succeed along the gradient "
-        f"and {at(manifold, mark, 'success'):.0%} along the on-manifold direction, by the auditor.",
+        f"Within the radius of 95 % of natural images {at(radius, mark, 'success'):.0%} succeed, by the auditor.",
         f"Logits moved by at most {max(p['logit_change'] for p in found['pairs']):.1e}. One gradient step each, so "
         "these are lower bounds of how easily the classifier is steered.",
     ]
@@ -286,7 +285,7 @@ def steering_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
     )
     effort = (
         "Mean height over the grid. Radius: Mahalanobis distance of the null component from what the row-space "
-        "component predicts, over its median on untouched test images. On-manifold: the covariance times the gradient."
+        "component predicts, over its median on untouched test images."
     )
     return [
         Section(f"Table 1: at an image score of {found['image_score']:g}°", [table1, reading]),

@@ -43,7 +43,7 @@ def test_the_recipe_from_end_to_end(finished: tuple[Path, dict[str, Any]]) -> No
     assert (own["overall"]["pairs"], own["overall"]["images"]) == (5, 4)  # star to star is left out
     assert own["matrices"]["images"] == [[2, 2, 2], [0, 2, 2]]
     assert own["logit_change"] < 1e-9
-    assert len(report["curves"]) == 4 * 3
+    assert len(report["curves"]) == 4 * 2
     fitted = {name: t["fit_images"] for name, t in report["measurement"]["translators"].items()}
     assert fitted == {"fitted": 100, "auditor": 80}
     assert (report["natural"]["images"], report["natural"]["fit_images"]) == (50, 100)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from singreg.analysis.features import FeatureBatch, gathered, iterate_features
 from singreg.analysis.statistics import ENDS, resampled_means
@@ -23,7 +22,7 @@ from singreg.translator import LinearTranslator
 from singreg.utils import gather_rows, plain
 
 FIGURES = ("AS", "AS_abs", "success")
-BUDGETS = ("step", "radius", "on-manifold")
+BUDGETS = ("step", "radius")
 STEPS = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 RADII = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
 SINGLE = "single step"
@@ -88,25 +87,21 @@ def equal_effort(
 ) -> list[Attack]:
     """Make one gradient step of every attacker under every budget; an untouched image lies at a radius of about 1.
 
-    "step": shares of |f|. "radius": Mahalanobis radii in natural medians, the percentiles of natural images among them.
-    "on-manifold": the same along Σ times the gradient. An image outside a radius, that no step along its direction
-    brings back, stays where it is.
+    "step": shares of |f|. "radius": Mahalanobis radii in natural medians, the percentiles of natural images among them;
+    an image outside a radius, that no step along its direction brings back, stays where it is.
     """
     radii = tuple(sorted({*radii, *natural_marks(natural).values()}))
     limits = natural["median"] * gaussian.mean.new_tensor(radii)
 
     def craft(rows: SteeringRows, translator: AnyTranslator, budget: str) -> Iterator[tuple[Tensor, Tensor]]:
         direction = null_direction(rows, translator, space)
-        if budget == "on-manifold":  # in units of a variance: may be tiny without being rounding
-            along = gaussian.on_manifold(direction)
-            direction = normalize(along, dim=-1, eps=torch.finfo(along.dtype).tiny)
-        length = torch.linalg.vector_norm(rows.features, dim=1, keepdim=True)
-        within = length * length.new_tensor(steps)
-        if budget != "step":
-            within = torch.nan_to_num(gaussian.step_for_radius(rows.features, direction, limits))
-        yield direction, within
+        if budget == "step":
+            length = torch.linalg.vector_norm(rows.features, dim=1, keepdim=True)
+            yield direction, length * length.new_tensor(steps)
+        else:
+            yield direction, torch.nan_to_num(gaussian.step_for_radius(rows.features, direction, limits))
 
-    grids = {"step": steps, "radius": radii, "on-manifold": radii}
+    grids = {"step": steps, "radius": radii}
     return [
         Attack(SINGLE, name, grids[budget], partial(craft, translator=each, budget=budget), budget)
         for budget in BUDGETS

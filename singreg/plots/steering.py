@@ -15,9 +15,8 @@ CLASSES_SHOWN, NUMBERS_UP_TO, NAME_LENGTH = 60, 20, 22
 PAGE_WIDTH = 12.0  # inches: a report shows that at four fifths of its size
 FIGURES = {"success": (100.0, "target outranks all classes, %"), "AS": (1.0, "AS towards the target, °")}
 BUDGETS = {
-    "step": ("relative step, along the gradient", "ε / |f|"),
-    "radius": ("radius, along the gradient", "Mahalanobis radius / natural median"),
-    "on-manifold": ("radius, on-manifold direction", "Mahalanobis radius / natural median"),
+    "step": ("relative step", "ε / |f|"),
+    "radius": ("radius", "Mahalanobis radius / natural median"),
 }
 STYLES = {"fitted": "--", "auditor": "-"}
 Found = Mapping[str, Any]
@@ -77,7 +76,7 @@ def _heat_map(axes: Axes, values: np.ndarray, names: Sequence[Sequence[str]], sc
 
 def _curves(found: Found, path: Path) -> Path:
     """Success and AS against every budget, by attacker (colour) and judge (line), with 95 % bands."""
-    figure, axes = panels(len(BUDGETS), len(FIGURES), width=PAGE_WIDTH / 3, height=3.6)
+    figure, axes = panels(len(BUDGETS), len(FIGURES), width=4.8, height=3.6)
     attackers = list(dict.fromkeys(curve["attacker"] for curve in found["curves"]))
     for column, (budget, (name, unit)) in enumerate(BUDGETS.items()):
         for row, (figure_name, (factor, label)) in enumerate(FIGURES.items()):
