@@ -180,8 +180,7 @@ def models_table(heads: list[Read], measured: Mapping[tuple[str, str], Read]) ->
         table["AS⁻ at chance °"] = [level if name == "auditor" else "–" for name in table["translator"]]
         tables.append(table.assign(space=space))
     omitted = [{"model": head["label"], "translator": head["omitted"]} for head in heads if head["omitted"]]
-    found: pd.DataFrame = pd.concat([*tables, pd.DataFrame(omitted)]).fillna("")
-    return found
+    return pd.concat([*tables, pd.DataFrame(omitted)]).fillna("")
 
 
 def differences_table(differences: list[dict[str, Any]]) -> pd.DataFrame:
@@ -194,8 +193,7 @@ def differences_table(differences: list[dict[str, Any]]) -> pd.DataFrame:
     ]
     table = pd.DataFrame(rows, columns=["model", "minus", "space", "figure", "shown"])
     wide = table.pivot(index=["model", "minus", "space"], columns="figure", values="shown")
-    found: pd.DataFrame = wide.fillna("").reset_index()
-    return found
+    return wide.fillna("").reset_index()
 
 
 def order_table(order: dict[str, Any]) -> pd.DataFrame:

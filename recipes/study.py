@@ -249,8 +249,7 @@ def arms_table(arms: list[Summary], titles: dict[str, str]) -> pd.DataFrame:
 
     names = [arm["arm"] + (" (front)" if arm["front"] else "") for arm in arms]
     columns = {title: [cell(arm, key) for arm in arms] for key, title in titles.items()}
-    table: pd.DataFrame = pd.DataFrame({"arm": names, "seeds": [str(len(arm["seeds"])) for arm in arms], **columns})
-    return table
+    return pd.DataFrame({"arm": names, "seeds": [str(len(arm["seeds"])) for arm in arms], **columns})
 
 
 def ratio_table(arms: list[Summary], label: str | None = None) -> pd.DataFrame:
@@ -261,8 +260,7 @@ def ratio_table(arms: list[Summary], label: str | None = None) -> pd.DataFrame:
         named = {"arm": arm["arm"], "seeds": str(len(arm["seeds"])), "top-1": percent(arm["mean"]["top1"])}
         ratios = {title: words(paired.get(key)) for key, title in PAIRED.items() if key != "top1"}
         rows.append({**named, "top-1, difference": words(paired.get("top1")), **ratios})
-    table: pd.DataFrame = pd.DataFrame(rows)
-    return table
+    return pd.DataFrame(rows)
 
 
 def attribute_table(arms: list[Summary]) -> pd.DataFrame:
@@ -274,8 +272,7 @@ def attribute_table(arms: list[Summary]) -> pd.DataFrame:
         .mean()
         for block in ("null_space", "features")
     )
-    table: pd.DataFrame = (null.map(number) + " of " + every.map(number)).T.reset_index(names="arm")
-    return table
+    return (null.map(number) + " of " + every.map(number)).T.reset_index(names="arm")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,7 @@ class _MeanScore(_SumMetric):
 
     def compute(self) -> Tensor:
         """Return the mean over all images, ()."""
-        mean: Tensor = getattr(self, self.sums[0]) / self.count
-        return mean
+        return getattr(self, self.sums[0]) / self.count
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Draw the value, or the values given, as torchmetrics does."""

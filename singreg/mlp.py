@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class MLPNetwork(nn.Module):
         x = self.enter(x)
         for block in self.inner:
             x = x + block(x) if self.residual else block(x)
-        return cast(Tensor, self.leave(x))
+        return self.leave(x)
 
 
 def train_mlp(

@@ -240,5 +240,4 @@ def _ill_conditioned(rows: Tensor, flat: Tensor) -> Tensor:
 def null_share(features: Tensor, null: Tensor) -> Tensor:
     """Return the share of the feature norm in the null component, |Π_n f| / |f|. Shape: two (..., m) to (...)."""
     norm = torch.linalg.vector_norm(features, dim=-1).clamp_min(math.sqrt(torch.finfo(features.dtype).tiny))
-    share: Tensor = torch.linalg.vector_norm(null, dim=-1) / norm
-    return share
+    return torch.linalg.vector_norm(null, dim=-1) / norm

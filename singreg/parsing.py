@@ -67,8 +67,7 @@ def overridden(config: Config, values: Mapping[str, Any]) -> Config:
 
 def dump(config: Any) -> str:
     """Write a configuration (a dataclass) as YAML: parsed again it gives the same run."""
-    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-    return text
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def build(kind: type[Config], values: Any, problems: list[str], prefix: str = "") -> Config:

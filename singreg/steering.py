@@ -76,8 +76,7 @@ def similarity_gradient(features: Tensor, text: Tensor, translator: AnyTranslato
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     unit, target = z / length, text / torch.linalg.vector_norm(text, dim=-1, keepdim=True)
     cosine = (unit * target).sum(-1, keepdim=True)
-    gradient: Tensor = ((target - cosine * unit) / length) @ matrix
-    return gradient
+    return ((target - cosine * unit) / length) @ matrix
 
 
 def unit_in_null(direction: Tensor, gradient: Tensor) -> Tensor:
@@ -175,8 +174,7 @@ class ConditionalGaussian:
 
     def radius(self, features: Tensor) -> Tensor:
         """Return the Mahalanobis radius |w| (...,), about √d for natural features."""
-        radius: Tensor = torch.linalg.vector_norm(self.whiten(features), dim=-1)
-        return radius
+        return torch.linalg.vector_norm(self.whiten(features), dim=-1)
 
     def step_for_radius(self, features: Tensor, direction: Tensor, radii: Tensor) -> Tensor:
         """Return the largest ε >= 0 with radius(f + ε d) <= R for every R, in closed form; NaN where there is none.

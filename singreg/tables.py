@@ -39,11 +39,6 @@ AUDIT = (
 Found = Mapping[str, Any]
 
 
-def _table(rows: Any, columns: list[str] | None = None) -> pd.DataFrame:
-    table: pd.DataFrame = pd.DataFrame(rows, columns=columns)
-    return table
-
-
 def _with(value: float, bounds: Sequence[float] | None, digits: int = 2) -> str:
     low, high = bounds or (None, None)
     return interval(value, low, high, digits)
@@ -61,7 +56,7 @@ def score_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
         row = {"model": model, "translator": name, "top-1": percent(found["top1"])}
         row |= _scores(by["overall"], by["intervals"])
         rows.append({**row, "null share": number(found["null_share"], 3), "zero-shot": percent(by["zero_shot"])})
-    return _table(rows)
+    return pd.DataFrame(rows)
 
 
 def audit_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
@@ -74,14 +69,14 @@ def audit_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
         row |= {SCORES[k][0]: _with(by["overall"][k], by["intervals"][k]) for k in ("AS_neg", "AS_abs", "IS")}
         bounds = {key: [100 * end for end in audit["intervals"][key]] for key in shares}
         rows.append(row | {title: _with(100 * audit[key], bounds[key], 1) for key, title in shares.items()})
-    return _table(rows)
+    return pd.DataFrame(rows)
 
 
 def translator_table(measured: Found) -> pd.DataFrame:
     """Return how good every translator of a measurement is."""
     columns = ["fit_images", "ridge", "cosine", "r2", "zero_shot"]
-    table = _table([{"translator": name, **by} for name, by in measured["translators"].items()])
-    return _table(table[["translator", *columns]].assign(**{"the VLM's own": measured["vlm_zero_shot"]}))
+    table = pd.DataFrame([{"translator": name, **by} for name, by in measured["translators"].items()])
+    return table[["translator", *columns]].assign(**{"the VLM's own": measured["vlm_zero_shot"]})
 
 
 def chance_table(found: Found) -> pd.DataFrame:
@@ -95,7 +90,7 @@ def chance_table(found: Found) -> pd.DataFrame:
                 spread = f" ± {number(level['spread'][key], digits)}" if level["spread"] else ""
                 row[title] = number(level["mean"][key], digits) + spread
             rows.append({**row, "energy": percent(level["energy"])})
-    return _table(rows)
+    return pd.DataFrame(rows)
 
 
 def information_table(found: Found) -> pd.DataFrame:
@@ -105,7 +100,7 @@ def information_table(found: Found) -> pd.DataFrame:
     blocks.append(("f less Π_p f, only in the null space", found["unique"], bounds["unique"], found["unique_accuracy"]))
     rows = [(title, _with(r2, ends, 3), percent(accuracy)) for title, r2, ends, accuracy in blocks]
     rows.append(("always the most frequent class", "0", percent(found["chance"])))
-    return _table(rows, ["fitted on", "R² of the image embedding", "class probe"])
+    return pd.DataFrame(rows, columns=["fitted on", "R² of the image embedding", "class probe"])
 
 
 def class_table(found: Found) -> pd.DataFrame:
@@ -115,13 +110,13 @@ def class_table(found: Found) -> pd.DataFrame:
         scores = _scores(each["means"], each["intervals"])
         accuracy = percent(each["means"]["accuracy"])
         rows.append({"class": each["name"], "images": each["images"], **scores, "accuracy": accuracy})
-    return _table(rows)
+    return pd.DataFrame(rows)
 
 
 def passport_table(passports: Sequence[Found]) -> pd.DataFrame:
     """Return heads side by side (`head_passport`)."""
     columns = ["tag", "classes", "features", "rank", "nullity", "conditioning"]
-    table = _table(passports, columns)
+    table = pd.DataFrame(passports, columns=columns)
     table["chance angle °"] = [number(chance_angle(passport), 1) for passport in passports]
     table["verdict"] = [judge_passport(passport) for passport in passports]
     return table
@@ -202,7 +197,7 @@ def images_verdict(images: Sequence[Found]) -> list[str]:
 def images_sections(images: Sequence[Found], figure: Figure) -> list[Section]:
     """Arrange the figures of single images as the sections of their report."""
     names = {"attribute_score": "AS °", "image_score": "IS °", "kappa": "κ", "null_share": "null share"}
-    table = _table(images).rename(columns={**names, "class_name": "class", "predicted": "named"})
+    table = pd.DataFrame(images).rename(columns={**names, "class_name": "class", "predicted": "named"})
     moved = [each | {"image": image["image"]} for image in images for each in (*image["falls"], *image["rises"])]
     logits = pd.concat([pd.DataFrame(image["logits"]).assign(image=image["image"]) for image in images])
     near = [
@@ -218,9 +213,9 @@ def images_sections(images: Sequence[Found], figure: Figure) -> list[Section]:
     sections = [
         Section("Scores", [scores.assign(logit_change=scores["logit_change"].map("{:.0e}".format)), reading, figure]),
         Section("Logits, which stay", [logits[["image", "class", "before", "after"]]]),
-        Section("Concepts, which move", [_table(moved)[["image", "concept", "before", "after", "score"]]]),
+        Section("Concepts, which move", [pd.DataFrame(moved)[["image", "concept", "before", "after", "score"]]]),
     ]
-    return [*sections, *([Section("Nearest in the gallery", [_table(near)])] if near else [])]
+    return [*sections, *([Section("Nearest in the gallery", [pd.DataFrame(near)])] if near else [])]
 
 
 def steering_verdict(found: Found) -> list[str]:

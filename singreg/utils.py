@@ -147,8 +147,7 @@ def together(work: Callable[[], Item], what: str, *, first_only: bool = False) -
         raise ValueError(f"{what} failed elsewhere: {'; '.join(failed)}")
     if first_only and world > 1:
         dist.broadcast_object_list(results, src=0)
-    value: Item = results[0]
-    return value
+    return results[0]
 
 
 @torch.no_grad()

@@ -52,8 +52,7 @@ def measure(rank: int = 0, world: int = 1, cache: str | None = None, dropped: bo
 
 @cache
 def measured() -> tuple[Measured, tuple[pd.DataFrame, dict[str, Any]]]:
-    found: Any = measure(validation=TESTED)
-    return found
+    return measure(validation=TESTED)
 
 
 def test_scores_are_those_of_analyze_model() -> None:

@@ -35,8 +35,7 @@ def test_files_are_those_the_provenance_names() -> None:
 def zero_shot(attribute: str, prompts: list[str]) -> np.ndarray:
     """Whether the attribute of every fresh scene is the one whose prompt lies nearest: (N,) bool."""
     texts = demo_vlm().embed_texts(prompts).double()
-    right: np.ndarray = (seen() @ texts.T).argmax(1).numpy() == sample_scenes(COUNT, seed=FRESH).codes[attribute]
-    return right
+    return (seen() @ texts.T).argmax(1).numpy() == sample_scenes(COUNT, seed=FRESH).codes[attribute]
 
 
 @pytest.mark.parametrize("attribute", ["shape", "color", "background"])

@@ -129,8 +129,7 @@ def test_energies_removed_are_reported() -> None:
 def beyond(scores: Found, kind: str, figure: str) -> float:
     """How many spreads the observed figure lies from the draws' mean."""
     level = scores["levels"][kind]
-    found: float = (scores["observed"][figure] - level["mean"][figure]) / level["spread"][figure]
-    return found
+    return (scores["observed"][figure] - level["mean"][figure]) / level["spread"][figure]
 
 
 def test_a_null_space_drawn_at_random_is_at_its_own_chance_level() -> None:

@@ -76,8 +76,7 @@ def adapted(**settings: Any) -> nn.Module:
     """A small network with LoRA adapters in it, by PEFT; layer 4 is the head."""
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'singreg[examples]')")
     config = peft.LoraConfig(r=2, init_lora_weights=False, **settings)
-    model: nn.Module = peft.get_peft_model(toy.classifier().model, config)
-    return model
+    return peft.get_peft_model(toy.classifier().model, config)
 
 
 def sing_of(classifier: Classifier) -> SingLoss:

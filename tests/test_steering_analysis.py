@@ -77,8 +77,7 @@ def slow_curve(world: SteeringWorld, attacker: str, judge: str, budget: str) -> 
             step = limit * float(f.norm()) if budget == "step" else largest_inside(gaussian, f, d, radius)
             row.append(figures(world, judge, f, f + step * d, text))
         by_image.setdefault(i, []).append(row)
-    found: np.ndarray = np.mean([np.mean(rows, axis=0) for rows in by_image.values()], axis=0).T
-    return found
+    return np.mean([np.mean(rows, axis=0) for rows in by_image.values()], axis=0).T
 
 
 @pytest.mark.parametrize("budget", ["step", "radius"])

@@ -69,8 +69,7 @@ def embeddings(count: int, seed: int = 0) -> np.ndarray:
     f = features(classifier(), ToySplit(count, seed=seed))
     rng = np.random.default_rng(7)
     matrix, noise = rng.normal(size=(DIM, WIDTH)), np.random.default_rng(seed + 70).normal(size=(count, DIM))
-    z: np.ndarray = (f.numpy() @ matrix.T + 1 + 0.3 * noise).astype(np.float32)
-    return z
+    return (f.numpy() @ matrix.T + 1 + 0.3 * noise).astype(np.float32)
 
 
 def texts(classes: int = CLASSES) -> Tensor:

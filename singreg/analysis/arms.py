@@ -138,8 +138,7 @@ def known_attributes(split: ImageSplit) -> pd.DataFrame | None:
     if not isinstance(split, SceneSplit):
         return None
     places = {f"{name}: {value}": (name, i) for name, values in ATTRIBUTES.items() for i, value in enumerate(values)}
-    every: pd.DataFrame = pd.DataFrame({key: split.table.codes[name] == i for key, (name, i) in places.items()})
-    return every
+    return pd.DataFrame({key: split.table.codes[name] == i for key, (name, i) in places.items()})
 
 
 def retrieval(batches: Iterable[FeatureBatch], labels: np.ndarray) -> float:
@@ -166,8 +165,7 @@ def retrieval(batches: Iterable[FeatureBatch], labels: np.ndarray) -> float:
 def _nearest(rows: np.ndarray, count: int) -> list[list[int]]:
     """The places of the `count` other rows at the smallest angles to each of (N, n)."""
     unit = torch.nn.functional.normalize(torch.from_numpy(rows).double(), dim=1)
-    places: list[list[int]] = (unit @ unit.T).fill_diagonal_(-2).topk(count).indices.tolist()
-    return places
+    return (unit @ unit.T).fill_diagonal_(-2).topk(count).indices.tolist()
 
 
 def attribute_r2(batches: Iterable[FeatureBatch], fits: BlockFits, names: Sequence[str]) -> dict[str, float]:

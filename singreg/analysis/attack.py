@@ -92,8 +92,7 @@ class Tangent:
         scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
         gram = gram + DAMPING * scale[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         solved = torch.linalg.solve(gram, held.double()[:, :, None]).to(open_rows)
-        lifted: Tensor = (solved * open_rows).sum(1)
-        return lifted
+        return (solved * open_rows).sum(1)
 
 
 def on_grid(x: Tensor, moved: Tensor, size: int) -> Tensor:

@@ -83,8 +83,7 @@ def choose_images(split: ImageSplit, count: int, seed: int) -> pd.DataFrame:
     targets = [int(rng.choice([target for target in classes if target != label])) for label in labels]
     identifiers = [split.identifier(int(index)) for index in kept]
     rows = {"image": kept, "identifier": identifiers, "label": labels, "target": targets}
-    found: pd.DataFrame = pd.DataFrame(rows)
-    return found
+    return pd.DataFrame(rows)
 
 
 def towards_prompt(model: PixelModel, translator: Translator, x: Tensor, target: Tensor, tau: float) -> Judged:

@@ -94,8 +94,7 @@ def judge_images(
             columns[f"won {judge.name}"] = kept & (last == targets) & (first != targets)
             columns[f"knows {judge.name}"] = first == labels
         frames.append(chunk.assign(**{name: values.numpy() for name, values in columns.items()}))
-    found: pd.DataFrame = pd.concat(frames, ignore_index=True)
-    return found
+    return pd.concat(frames, ignore_index=True)
 
 
 def share_interval(count: int, total: int) -> list[float]:
@@ -134,8 +133,7 @@ def transfers_of(own: pd.DataFrame, carried: pd.DataFrame) -> list[dict[str, Any
     means = carried.groupby(["model", "budget"], sort=False)[["rise fitted", "kept"]].mean().reset_index()
     white_box = own[own["arm"] == ATTACK].groupby("budget")["rise fitted"].mean().rename("own")
     means = means.rename(columns={"model": "crafted_on", "rise fitted": "rise"}).merge(white_box, on="budget")
-    found: list[dict[str, Any]] = means.assign(judged_on=own["model"].iloc[0]).to_dict("records")
-    return found
+    return means.assign(judged_on=own["model"].iloc[0]).to_dict("records")
 
 
 def summarize_climbs(judged: pd.DataFrame) -> pd.DataFrame:
@@ -143,8 +141,7 @@ def summarize_climbs(judged: pd.DataFrame) -> pd.DataFrame:
     attacks = judged[judged["arm"] == ATTACK]
     kinds = [name for name in attacks.columns if name.endswith(" passes")]
     means = attacks.groupby(["model", "budget"], sort=False)[["one_step", "began", *kinds]].mean().reset_index()
-    found: pd.DataFrame = means.melt(["model", "budget", "one_step", "began"], kinds, "kind", "alone").dropna()
-    return found
+    return means.melt(["model", "budget", "one_step", "began"], kinds, "kind", "alone").dropna()
 
 
 def attack_checks(judged: pd.DataFrame, features: Mapping[Any, Any]) -> list[dict[str, Any]]:

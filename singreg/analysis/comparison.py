@@ -67,8 +67,7 @@ def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:
     found += [(f"{name} ratio", "auditor", *ends(ratio), "×") for name, ratio in ratios.items()]
     if {"loop", "auditor"} <= set(judges):
         found.append(("confirmed share", "auditor", *confirmed_share(both, classes), "×"))
-    table: pd.DataFrame = pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
-    return table
+    return pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
 
 
 def confirmed_share(both: Sequence[pd.DataFrame], classes: np.ndarray) -> tuple[float, float, float]:

@@ -39,8 +39,7 @@ def process_share(count: int) -> np.ndarray:
 
 def evenly(count: int, most: int) -> np.ndarray:
     """Return at most `most` of `count` indices, (n,) int64, evenly spaced: splits are sorted by class."""
-    found: np.ndarray = np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
-    return found
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
 @torch.no_grad()

@@ -60,8 +60,7 @@ def joint_distribution(rows: pd.DataFrame, *, translator: str = "auditor") -> di
         tilt = np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1]))
         ellipses = [{"sigma": s, "width": s * width, "height": s * height, "tilt": tilt} for s in (1.0, 2.0)]
     ratio = mean[0] / absolute if absolute > 0 else None
-    found: dict[str, Any] = plain({"mean": mean, "ratio": ratio, "ellipses": ellipses})
-    return found
+    return plain({"mean": mean, "ratio": ratio, "ellipses": ellipses})
 
 
 @torch.no_grad()
@@ -111,5 +110,4 @@ def select_concepts(found: Mapping[str, Any], order: Order, count: int) -> pd.Da
     key = {"strongest": -score.abs(), "rises": -score, "falls": score}[order]
     key = key.sort_values(kind="stable")
     places = key[key < 0].index if order in ("rises", "falls") else key.index
-    chosen: pd.DataFrame = table.loc[places[:count]].reset_index(drop=True)
-    return chosen
+    return table.loc[places[:count]].reset_index(drop=True)

@@ -154,5 +154,4 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
         "chance": (labels == fits.probes["features"].majority).mean(),
         "intervals": intervals,
     }
-    plainly: dict[str, Any] = plain(found)
-    return plainly
+    return plain(found)

@@ -126,8 +126,7 @@ def _columns(rows: pd.DataFrame) -> pd.DataFrame:
     """What is averaged over seeds: of AS the harmful side alone, by both translators."""
     harmful = {name: np.minimum(rows[name], 0.0) for name in ("AS/loop", f"AS/{AUDITOR}") if name in rows}
     scores = {"AS_abs": rows[f"AS/{AUDITOR}"].abs(), "IS": rows[f"IS/{AUDITOR}"], "correct": rows["correct"]}
-    table: pd.DataFrame = rows[sorted(AUDITED)].assign(**harmful, **scores).astype(np.float64).reset_index(drop=True)
-    return table
+    return rows[sorted(AUDITED)].assign(**harmful, **scores).astype(np.float64).reset_index(drop=True)
 
 
 def words(paired: Mapping[str, Any] | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -116,6 +116,6 @@ def take_rows(table: np.ndarray, rows: np.ndarray) -> Tensor:
 def _load(target: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """The cached rows, or None where there are none of this shape."""
     try:
-        return cast(np.ndarray, np.load(target, mmap_mode="r", allow_pickle=False).reshape(shape))
+        return np.load(target, mmap_mode="r", allow_pickle=False).reshape(shape)
     except (OSError, ValueError, EOFError):
         return None

@@ -34,8 +34,7 @@ def _hash(seed: int, counter: np.ndarray) -> np.ndarray:
         x += np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed: np.ndarray = x ^ (x >> np.uint64(31))
-        return mixed
+        return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ def _background(name: str, noise: int) -> np.ndarray:
         mark, base, ink = (x + (y // 16) % 3) % 7 < 2, (164, 112, 62), (118, 74, 36)
     else:
         mark, base, ink = ((x + y) % 12 < 5) & ((x - y) % 12 < 5), (24, 84, 44), (112, 150, 32)
-    painted: np.ndarray = np.where(mark[..., None], np.array(ink), np.array(base)) + shade
-    return painted
+    return np.where(mark[..., None], np.array(ink), np.array(base)) + shade
 
 
 def _paint_shape(image: np.ndarray, code: dict[str, int], noise: int) -> None:

@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -192,7 +192,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, C) of images (B, 3, H, W)."""
-        return cast(Tensor, self.model(x))
+        return self.model(x)
 
     @property
     def transform(self) -> Transform:
@@ -210,7 +210,7 @@ class Classifier(nn.Module):
         if self.data_config is None:
             raise ValueError("timm's training augmentation needs a timm model; use none or flip")
         options: Any = {"is_training": True, "auto_augment": "rand-m7-mstd0.5", "re_prob": 0.1}
-        return cast(Transform, create_transform(**self.data_config, **options))
+        return create_transform(**self.data_config, **options)
 
     @property
     def preprocessing(self) -> dict[str, Any]:

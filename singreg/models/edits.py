@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
     """Orthonormal basis (r, m) of the span of rows (k, m), leading first, dependent ones left out."""
     _, sigma, right = torch.linalg.svd(rows, full_matrices=False)
     rank = int((sigma > max(rows.shape) * torch.finfo(rows.dtype).eps * sigma[:1]).sum())
-    return cast(Tensor, right[:rank].contiguous())
+    return right[:rank].contiguous()
 
 
 def _fit(old: Tensor, d: Tensor, covariance: Tensor, room: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """A classifier's parts: its head (Linear, 1x1 convolution, batch norm + linear, end of an MLP) and its last stage."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.models import group_parameters
@@ -77,7 +77,7 @@ def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def apply_head(head: nn.Module, features: Tensor) -> Tensor:
     """Return logits (B, C) of features (B, m) through the head module itself."""
-    return cast(Tensor, head(features[:, :, None, None]).flatten(1) if isinstance(head, nn.Conv2d) else head(features))
+    return head(features[:, :, None, None]).flatten(1) if isinstance(head, nn.Conv2d) else head(features)
 
 
 def check_is_affine(head: nn.Module, name: str) -> None:

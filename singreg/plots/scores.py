@@ -157,8 +157,7 @@ def plot_analysis(
 
 
 def _cloud(rows: pd.DataFrame, translator: str) -> pd.DataFrame:
-    found: pd.DataFrame = rows[[f"IS/{translator}", f"AS/{translator}"]].set_axis(["IS", "AS"], axis=1)
-    return found
+    return rows[[f"IS/{translator}", f"AS/{translator}"]].set_axis(["IS", "AS"], axis=1)
 
 
 def plot_finetune(
