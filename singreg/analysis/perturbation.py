@@ -39,8 +39,8 @@ def measure_perturbations(
         chosen: (n,) indices of the images used; `evenly(len(split), IMAGES)` are enough.
 
     Returns:
-        margin (mean gap between the two largest logits) and curves by kind: means by size of the largest |Δlogit| in
-        float64 and float32, the share flipped and the angle of T f to T(f + δ).
+        margin (mean gap between the two largest logits) and curves by kind: means by size of the largest |Δlogit|, of
+        null perturbations in float32 too, and of the angle of T f to T(f + δ).
     """
     rows = []
     for batch in batches:
@@ -79,23 +79,21 @@ def _image_figures(
     seed: int,
 ) -> dict[str, Tensor]:
     """Columns "KIND/FIGURE" (B, number of sizes) with the images' margin and index (B,)."""
-    logits, narrow = features @ weight.T, features.float() @ weight.float().T
+    logits, narrow = features @ weight.T, weight.float()
     norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     readers = {f"angle {name}": in_its_own_dtype(translator) for name, translator in translators.items()}
     z = {name: read(features) for name, read in readers.items()}
-    top = logits.topk(min(2, logits.shape[1]), dim=1)
+    top = logits.topk(min(2, logits.shape[1]), dim=1).values
     columns: dict[str, list[Tensor]] = {}
     for kind, direction in _directions(indices, space, seed).items():
         for size in SIZES:
             moved = features + size * norm * direction
-            changed = moved @ weight.T
-            figures = {
-                "logit_change": largest_change(changed - logits, space),
-                "logit_change_float32": largest_change(moved.float() @ weight.float().T - narrow, space).double(),
-                "flipped": (changed.argmax(1) != top.indices[:, 0]).double(),
-                **{name: angle(z[name], read(moved)) for name, read in readers.items()},
-            }
+            figures = {name: angle(z[name], read(moved)) for name, read in readers.items()}
+            figures["logit_change"] = largest_change(moved @ weight.T - logits, space)
+            if kind == "null":
+                change = moved.float() @ narrow.T - features.float() @ narrow.T
+                figures["logit_change_float32"] = largest_change(change, space).double()
             for name, value in figures.items():
                 columns.setdefault(f"{kind}/{name}", []).append(value)
     stacked = {name: torch.stack(values, dim=1) for name, values in columns.items()}
-    return {"index": indices, "margin": top.values[:, 0] - top.values[:, -1], **stacked}
+    return {"index": indices, "margin": top[:, 0] - top[:, -1], **stacked}

@@ -113,25 +113,21 @@ def plot_concepts(found: Found, path: Path) -> Path:
 
 
 def plot_perturbations(found: Found, path: Path) -> Path:
-    """Draw |Δlogit|, flipped decisions and translated angle against the perturbation's size (paper figure 9)."""
-    figure, drawn = panels(3, height=4.6)
-    left, middle, right = drawn
+    """Draw |Δlogit| and the translated angle against the perturbation's size (paper figure 9)."""
+    figure, (left, right) = panels(2, width=5.0, height=4.6)
     for kind, curve in found["curves"].items():
         colour, title = PERTURBATIONS[kind]
         style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4}
         mean = {name: np.array(values) for name, values in curve.items()}
-        widths = {"logit_change": "-", "logit_change_float32": "--"} if kind == "null" else {"logit_change": "-"}
-        for name, line in widths.items():
-            kept = np.where(mean[name] > 0, mean[name], np.nan)  # a logarithmic axis has no 0
-            label = f"{title}, {'float32' if line == '--' else 'float64'}"
-            left.plot(found["sizes"], kept, linestyle=line, label=label, **style)
-        middle.plot(found["sizes"], 100 * mean["flipped"], label=title, **style)
+        for name, line, dtype in (("logit_change", "-", "float64"), ("logit_change_float32", "--", "float32")):
+            if name in mean:
+                kept = np.where(mean[name] > 0, mean[name], np.nan)  # a logarithmic axis has no 0
+                left.plot(found["sizes"], kept, linestyle=line, label=f"{title}, {dtype}", **style)
         for name, line in zip(found["translators"], ("-", "--", ":", "-.", "-"), strict=False):
             right.plot(found["sizes"], mean[f"angle {name}"], linestyle=line, label=f"{title}, {name}", **style)
     left.axhline(found["margin"], color="black", linewidth=1, linestyle=":", label="mean margin of the top-1")
     left.set_yscale("log")
-    titles = ("largest |Δlogit| of an image", "top-1 flipped, %", "angle between T(f) and T(f + δ), degrees")
-    for axes, title in zip(drawn, titles, strict=True):
+    for axes, title in ((left, "largest |Δlogit| of an image"), (right, "angle between T(f) and T(f + δ), degrees")):
         axes.set_xscale("log")
         axes.set_xlabel("size of the perturbation, |δ| / |f|")
         styled(axes, title)
