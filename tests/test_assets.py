@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import runpy
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import timm
 import torch
 from torch import Tensor
 
-from build_demo import BIAS, PROMPTS
 from singreg.data.scenes import ATTRIBUTES, SHAPES, sample_scenes
 from tests.demo import ASSETS, demo_classifier, demo_vlm, embedded, rendered
 
+BUILDER = runpy.run_path(str(Path(__file__).parents[1] / ".github" / "build_demo.py"))
+BIAS, PROMPTS = BUILDER["BIAS"], BUILDER["PROMPTS"]
 COUNT = 400
 FRESH = 20_240_601  # no seed of the builder's, which are 0 to 4
 PROVENANCE = json.loads((ASSETS / "provenance.json").read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Train, from scratch, the two small models that the built-in demo ships: an open_clip model and a timm classifier.
 
-python recipes/build_demo.py          # about 15 minutes on 2 cores; writes singreg/assets, or --out FOLDER
+python .github/build_demo.py          # about 15 minutes on 2 cores; writes singreg/assets, or --out FOLDER
 """
 
 import argparse
@@ -146,7 +146,7 @@ def main() -> None:
     build_vlm(out / "demo_vlm")
     files = sorted(path for kind in ("demo_vlm", "demo_classifier") for path in (out / kind).iterdir())
     hashes = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    facts = {"command": "python recipes/build_demo.py", "seconds": round(time.monotonic() - start)}
+    facts = {"command": "python .github/build_demo.py", "seconds": round(time.monotonic() - start)}
     write_json(out / "provenance.json", facts | {"torch": torch.__version__, "sha256": hashes})
 
 
