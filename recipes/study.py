@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from finetune import audit, fit, train_arm
 from singreg.analysis.arms import Measured, measure_arm
 from singreg.analysis.fitting import FittedTranslator
-from singreg.analysis.study import HARM, PAIRED, Summary, study_verdict, study_warnings, summarize_study, words
 from singreg.checkpoints import fingerprints
 from singreg.data.splits import KINDS
 from singreg.loop_translator import loop_bank
@@ -38,7 +37,8 @@ from singreg.report import Section, interval, log_figures, number, percent, trac
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, prepare, read_by
 from singreg.spaces import space_labels
-from singreg.study_runs import StudyRun, Work, plan_study
+from singreg.study.results import HARM, PAIRED, Summary, study_verdict, study_warnings, summarize_study, words
+from singreg.study.runs import StudyRun, Work, plan_study
 from singreg.task import describe_training
 from singreg.translator import LinearTranslator
 from singreg.utils import atomic_write

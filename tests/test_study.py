@@ -10,10 +10,10 @@ import yaml
 
 import study as recipe
 from singreg.analysis.crossfit import BUDGETS
-from singreg.analysis.study import HARM, PAIRED
 from singreg.config import parse
 from singreg.study import ArmConfig, StudyConfig
-from singreg.study_runs import plan_study
+from singreg.study.results import HARM, PAIRED
+from singreg.study.runs import plan_study
 from tests.recipe_run import run_recipe, same
 from tests.tiny_run import report_of
 

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from singreg.analysis.models_compared import PRIMARY
-from singreg.analysis.study import HARM, Summary
 from singreg.plots import BLUE, GREY, ORANGE, RED, drawable, panels, save, styled
 from singreg.report import Figure
+from singreg.study.results import HARM, Summary
 
 COLOURS = {"reference": ORANGE, "method": BLUE, "baseline": GREY, "placebo": RED}
 VIEW_LENGTH = 80  # two names, one above the other
