@@ -39,7 +39,8 @@ def parse(kind: type[Config], arguments: Sequence[str] | None = None, *, descrip
     config = _changed(parser, kind(), _given(kind, arguments, problems), problems)
     if problems:
         listed = "".join(f"  - {problem}\n" for problem in problems)
-        parser.exit(2, f"the configuration has {len(problems)} problem(s):\n{listed}--help explains every key\n")
+        said = f"the configuration has {len(problems)} problem(s):\n{listed}--help explains every key\n"
+        parser.exit(2, said if os.environ.get("LOCAL_RANK", "0") == "0" else "")  # once, whatever is launched
     if shown:
         print(dump(config), end="")
         parser.exit()

@@ -89,6 +89,14 @@ def test_bad_values_are_refused_by_name(arguments: list[str], key: str, capsys: 
     assert any(line.startswith(f"{key}:") for line in refusal(capsys, *arguments))
 
 
+@pytest.mark.parametrize(("rank", "problems"), [("0", 1), ("1", 0)])
+def test_of_several_processes_one_says_what_is_wrong(
+    rank: str, problems: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert len(refusal(capsys, "--seed", "x")) == problems
+
+
 def test_a_section_that_stands_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """YAML itself would keep the last one without a word."""
     (line,) = refusal(
