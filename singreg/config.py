@@ -138,7 +138,6 @@ class ModelConfig(Checked):
         batch_norm: keep batch-norm statistics (eval) or update them (train).
         invariance: null space of the logits, or of the softmax (one dimension more).
         compile: train through torch.compile.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
     name: str = "demo"
@@ -149,7 +148,6 @@ class ModelConfig(Checked):
     batch_norm: Literal["eval", "train"] = "eval"
     invariance: Literal["logits", "softmax"] = "logits"
     compile: bool = False
-    gradient_checkpointing: bool = False
 
     def check(self, problems: Problems) -> None:
         problems.need(bool(self.name.strip()), "name: expected words, got a blank")
@@ -278,38 +276,40 @@ class LossConfig(Checked):
 
 @dataclass
 class TrainingConfig(Checked):
-    """Optimisation by AdamW with warm-up and cosine decay, the same for both arms.
+    """Optimisation, the same for both arms.
 
     Mixed precision and gradient accumulation are accelerate's own: accelerate launch --mixed_precision bf16, and
     ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2 in the environment (its flag of that name reaches DeepSpeed alone).
 
     Args:
+        optimizer: one that timm makes (timm.optim.list_optimizers()).
+        schedule: timm's learning rates after a linear warm-up of a tenth of the steps. With each third of the others
+            step and multistep fall to a tenth; wsd and rsqrt decay in the last third; poly falls linearly.
         epochs: passes over the training images; 0 measures only.
         batch_size: images an optimiser step sees, over all processes and accumulation steps.
-        learning_rate: peak.
+        learning_rate: peak, after the warm-up.
         head_factor: the head's learning rate is this times learning_rate.
-        weight_decay: AdamW's.
+        weight_decay: the optimiser's, of all but norms and biases.
         l2_sp: adds half of this times the squared distance of the backbone from where it began (L2-SP).
-        head_first: share of the steps in which the head alone trains (LP-FT).
         checkpoint_every: optimiser steps between checkpoints, beside one at every epoch's end.
         best_checkpoint: keep each arm's epoch with the best top-1 on the validation images, a tenth of the labelled
             audit images; a number also stops an arm after so many epochs without a better one.
     """
 
+    optimizer: str = "adamw"
+    schedule: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"] = "cosine"
     epochs: int = 2
     batch_size: int = 32
     learning_rate: float = 2e-4
     head_factor: float = 5.0
     weight_decay: float = 0.01
     l2_sp: float = 0.0
-    head_first: float = 0.0
     checkpoint_every: int = 200
     best_checkpoint: bool | int = False
 
     def check(self, problems: Problems) -> None:
         for name in ("learning_rate", "head_factor", "batch_size", "checkpoint_every"):
             problems.need(getattr(self, name) != 0, f"{name}: expected a number above 0, got 0")
-        problems.need(self.head_first <= 1, "head_first: expected a share from 0 to 1")
 
     @property
     def patience(self) -> int:

@@ -59,8 +59,8 @@ class Arm:
         self.name, self.split, self.config, self.accelerator = name, split, config, accelerator
         self.plain = tasks.FinetuneTask(classifier, sing, l2_sp=config.training.l2_sp, compile=config.model.compile)
         self.schedule = tasks.Schedule(config, len(split))
-        optimizer = torch.optim.AdamW(tasks.parameter_groups(classifier, config))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate_factor)
+        optimizer = tasks.make_optimizer(classifier, config)
+        self.rates = self.schedule.rates(optimizer)  # a function of the step, so checkpoints need not hold it
         augmentation = config.data.augmentation
         loader = make_loader(
             split,
@@ -73,8 +73,7 @@ class Arm:
             drop_last=True,
         )
         self.sampler: Any = loader.sampler  # takes the epoch
-        prepared = accelerator.prepare(self.plain, optimizer, scheduler, loader)
-        self.task, self.optimizer, self.scheduler, self.loader = prepared
+        self.task, self.optimizer, self.loader = accelerator.prepare(self.plain, optimizer, loader)
         self.translator = keeper if sing is not None else None
         self.checkpoints = Checkpoints(folder, accelerator)
         self.skipped = 0  # steps in a row that fp16's scaler skipped
@@ -96,19 +95,14 @@ class Arm:
             # end of. It does not find the sampler when batches are skipped on several processes.
             batches.set_epoch(epoch)
             self.sampler.set_epoch(epoch)
-            self._train_mode(step)
+            self.task.train()
             for batch in itertools.islice(batches, micro_steps - used):
                 outputs = micro_step(self, batch, step)
                 used += 1
                 if accelerator.sync_gradients:
                     step += 1
                     yield Position(step, epoch, used), self._averaged(outputs) if step % LOG_EVERY == 0 else {}
-                    self._train_mode(step)
-
-    def _train_mode(self, step: int) -> None:
-        self.task.train()
-        if step < self.schedule.head_only:
-            tasks.train_head_only(self.plain.classifier)
+                    self.task.train()
 
     def _averaged(self, outputs: dict[str, Tensor]) -> dict[str, float]:
         names = sorted(outputs)
@@ -130,16 +124,12 @@ def micro_step(arm: Arm, batch: Sequence[Tensor], step: int) -> dict[str, Tensor
             raise TrainingFailed(_failure(arm, "loss", outputs, indices, step))
         accelerator.backward(outputs["loss"])
         if accelerator.sync_gradients:
-            if step < arm.schedule.head_only:
-                for parameter in tasks.trained_backbone(arm.plain.classifier):
-                    parameter.grad = None  # AdamW passes it over: no step, no decay, no moments
             outputs["gradient_norm"] = torch.as_tensor(accelerator.clip_grad_norm_(arm.task.parameters(), CLIP))
             _check_gradient(arm, outputs, indices, step)
+            arm.rates.step_update(step + 1)
+            outputs["learning_rate"] = torch.tensor(arm.optimizer.param_groups[0]["lr"])
         arm.optimizer.step()
         arm.optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            outputs["learning_rate"] = torch.tensor(arm.scheduler.get_last_lr()[0])
-            arm.scheduler.step()
     return outputs
 
 

@@ -58,7 +58,6 @@ def start(config: RunConfig) -> Accelerator:
             # One process may embed a million images while the others wait; NCCL would give up after 10 minutes.
             GroupArguments(timeout=timedelta(hours=3)),
         ],
-        step_scheduler_with_optimizer=False,
     )
     if accelerator.mixed_precision == "fp16" and not gpu:  # accelerate accepts it and trains in float32
         raise SystemExit("error: --mixed_precision fp16 needs a GPU, and this run has a CPU alone; use bf16 or no")

@@ -152,13 +152,6 @@ def build_classifier(
     if classifier.num_classes < 2:
         raise ValueError(f"the data have one class ({names[0]}), and a head of one row separates nothing; give two")
     NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=allow_empty)  # or say so now
-    if model.gradient_checkpointing:
-        if model.batch_norm == "train":
-            raise ValueError("model.gradient_checkpointing updates batch-norm statistics twice; set batch_norm: eval")
-        try:
-            classifier.model.set_grad_checkpointing(True)  # type: ignore[operator]
-        except (AssertionError, AttributeError) as error:
-            raise ValueError(f"model.gradient_checkpointing: timm's {model.name} cannot ({error})") from error
     if model.compile and not hasattr(classifier.model, "forward_features"):
         raise ValueError(f"model.compile: timm's {model.name} has no forward_features to compile; set it to false")
     return classifier.to(memory_format=torch.channels_last)

@@ -1,14 +1,19 @@
-"""One training step as a module, what AdamW is given, and how the steps are laid out (METHOD section 6)."""
+"""One training step as a module, what the optimiser is given, and how the steps are laid out (METHOD section 6)."""
 
 import copy
 import math
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.layers.norm_act import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
+from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from singreg.analysis.fitting import FittedTranslator
 from singreg.classes import imagenet_names
@@ -123,15 +128,8 @@ def trained_backbone(classifier: Classifier) -> list[nn.Parameter]:
     return [parameter for parameter in classifier.parameters() if parameter.requires_grad and id(parameter) not in head]
 
 
-def train_head_only(classifier: Classifier) -> None:
-    """Let the backbone's batch norms and dropout rest, for the steps of LP-FT that throw its gradients away."""
-    backbone = nn.ParameterList(trained_backbone(classifier)).requires_grad_(False)
-    classifier.train()
-    backbone.requires_grad_(True)
-
-
 def parameter_groups(classifier: Classifier, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Return AdamW's groups: the head at `head_factor` times the rate; no decay on norms and biases (shape (k,))."""
+    """Return groups to train: the head at `head_factor` times the rate; no decay on norms and biases (shape (k,))."""
     training = config.training
     head = {id(parameter) for parameter in classifier.head.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -148,10 +146,23 @@ def parameter_groups(classifier: Classifier, config: FinetuneConfig) -> list[dic
     ]
 
 
+def make_optimizer(classifier: Classifier, config: FinetuneConfig) -> Optimizer:
+    """Build timm's optimiser of the name given over our own groups; one that cannot be made is refused."""
+    name = config.training.optimizer
+    try:
+        optimizer = create_optimizer_v2(parameter_groups(classifier, config), name, config.training.learning_rate)
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        near = ", ".join(get_close_matches(name, list_optimizers(), 5)) or "adamw, sgd, lamb, lion"  # type: ignore[arg-type]
+        raise ValueError(f"training.optimizer: timm cannot make {name!r} ({error}); names near it: {near}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"training.optimizer: {name} needs second derivatives, which training does not take")
+    return optimizer
+
+
 class Schedule:
     """An arm's optimiser steps for a number of images; the last incomplete batch of an epoch is dropped.
 
-    After the steps `refresh_at` the loop's translator is refitted; in the first `head_only` the head alone trains.
+    After the steps `refresh_at` the loop's translator is refitted.
     """
 
     def __init__(self, config: FinetuneConfig, images: int) -> None:
@@ -161,15 +172,29 @@ class Schedule:
             wanted = f"at least training.batch_size = {training.batch_size} training images"
             raise ValueError(f"expected {wanted}, got {images}; lower the batch size or give more images")
         total = self.total = self.steps_per_epoch * training.epochs
-        self.warmup, self.head_only = math.ceil(LR_WARMUP * total), round(training.head_first * total)
+        self.name, self.warmup = training.schedule, max(1, math.ceil(LR_WARMUP * total))
         self.refresh_at = sorted({round(total * i / count) for i in range(1, count)} - {0, total})
 
-    def learning_rate_factor(self, step: int) -> float:
-        """Return the rate's factor in [0, 1]: a linear warm-up, then a cosine decay to 0."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        span = max(1, self.total - self.warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.warmup) / span)))
+    def rates(self, optimizer: Optimizer) -> Scheduler:
+        """Return timm's schedule; its `step_update(number)`, from 1, sets the rates of a step before it is taken.
+
+        The last step comes just before the rates reach their end, or it would be one of rate 0.
+        """
+        span = max(1, self.total - self.warmup + 1)
+        scheduler: Scheduler = create_scheduler_v2(
+            optimizer,
+            self.name,
+            num_epochs=span,
+            warmup_epochs=self.warmup,
+            warmup_prefix=True,
+            warmup_lr=0.0,
+            decay_epochs=max(1.0, span / 3),
+            decay_milestones=[round(span / 3), round(2 * span / 3)],
+            decay_rate=1.0 if self.name == "poly" else 0.1,  # timm's factory takes poly's power by this name
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )[0]
+        return scheduler
 
 
 def describe_training(config: FinetuneConfig, accelerator: Accelerator, classifier: Classifier, images: int) -> str:
@@ -178,6 +203,7 @@ def describe_training(config: FinetuneConfig, accelerator: Accelerator, classifi
     refuse_batch_norm(config, accelerator)
     schedule = Schedule(config, images)
     tuned = copy.deepcopy(classifier).tune(config.model.tuning, batch_norm=config.model.batch_norm)
+    make_optimizer(tuned, config)
     every = sum(parameter.numel() for parameter in tuned.parameters())
     trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     return (

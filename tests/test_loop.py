@@ -80,7 +80,11 @@ CASES: list[tuple[dict[str, Any], int, int]] = [  # what, the step after which i
     ({"regularised": False, "accumulation": 2}, 9, 6),
     *[
         ({"values": values, "options": SLOW_START}, *stop)
-        for values in ({"training.l2_sp": 30.0}, {"training.head_first": 0.4}, {"data.augmentation": "none"})
+        for values in (
+            {"training.l2_sp": 30.0},
+            {"training.optimizer": "momentum", "training.schedule": "step"},
+            {"data.augmentation": "none"},
+        )
         for stop in ((4, 3), (8, 6))
     ],
 ]
@@ -192,31 +196,6 @@ def test_fp16_may_skip_nineteen_steps_in_a_row_and_not_one_more() -> None:
         gradient(norm, 7)
     with pytest.raises(TrainingFailed, match=r"the gradient, the 20th in a row .* at step 9 .*pixels-4, pixels-2"):
         gradient(float("inf"), 8)
-
-
-@ARMS
-def test_head_first_all_the_way_is_training_the_head_alone(
-    regularised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weight decay, momentum, clipping, batch norm and dropout: to the bit as if the backbone were frozen."""
-    monkeypatch.setattr(loop, "CLIP", 0.1)
-    values = {"training.weight_decay": 0.5}
-    first = Arm(tmp_path / "first", regularised, values={**values, "training.head_first": 1.0}).run()
-    head = Arm(tmp_path / "head", regularised, values={**values, "model.tuning": "head"}).run()
-    assert same_bits(first, head)
-    begun = small_classifier().state_dict()
-    changed = {name for name in begun if not torch.equal(begun[name], first[name])}
-    assert {name.split(".")[-2] for name in changed} == {"fc"}
-
-
-def test_the_backbone_joins_after_its_share_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten steps, four of the head alone: checkpoints of every step show when the backbone begins to move."""
-    monkeypatch.setattr("singreg.checkpoints.KEEP", 99)
-    Arm(tmp_path, values={"training.head_first": 0.4, "training.checkpoint_every": 1}).run()
-    folders = sorted(tmp_path.glob("checkpoints/sing/step-*"))
-    stored = [load_file(folder / "model.safetensors")["classifier.model.first.weight"] for folder in folders]
-    begun = cast(Any, small_classifier().model).first.weight.detach()
-    assert [torch.equal(value, begun) for value in stored] == [True] * 4 + [False] * 6
 
 
 def _in_process(rank: int, world: int, folder: str, stop_after: int | None, view: str) -> Any:

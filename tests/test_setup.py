@@ -186,27 +186,3 @@ def test_a_head_without_a_null_space_is_refused() -> None:
     with pytest.raises(ValueError, match="has no null space"):
         build_classifier(model, many(256))
     assert build_classifier(replace(model, invariance="softmax"), many(256)).num_classes == 256
-
-
-def test_gradient_checkpointing_saves_memory_and_changes_nothing() -> None:
-    def build(name: str, on: bool = True, **options: Any) -> Classifier:
-        model = ModelConfig(name=name, pretrained=False, head="new", gradient_checkpointing=on, **options)
-        return build_classifier(model, splits(0, 1, 2))
-
-    plain, checkpointed = build("test_vit", on=False), build("test_vit")
-    checkpointed.load_state_dict(plain.state_dict())
-    images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
-    saved: list[int] = []
-    for classifier in (plain, checkpointed):
-        kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            features, logits = classifier.train().features_and_logits(images)
-        saved.append(sum(kept))
-        (features.square().sum() + logits.square().sum()).backward()
-    assert saved[1] < 0.7 * saved[0]
-    for (name, a), (_, b) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, msg=name)
-    with pytest.raises(ValueError, match="gradient checkpointing not supported"):
-        build("coat_lite_tiny")
-    with pytest.raises(ValueError, match="batch-norm statistics twice"):
-        build("test_efficientnet", batch_norm="train")

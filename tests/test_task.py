@@ -89,16 +89,6 @@ def test_l2_sp_is_the_squared_distance_of_the_backbone_from_its_start() -> None:
     assert float(FinetuneTask(head, l2_sp=3.0)(images, labels)["l2_sp"]) == 0
 
 
-def test_training_the_head_only_leaves_what_trains_as_it_was() -> None:
-    classifier = small_classifier()
-    backbone, norm = tasks.trained_backbone(classifier), cast(Any, classifier.model).norm
-    tasks.train_head_only(classifier)
-    assert tasks.trained_backbone(classifier) == backbone != []
-    assert not norm.training
-    classifier.train()
-    assert norm.training
-
-
 def test_groups_split_head_from_backbone_and_flat_from_matrices() -> None:
     classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=4).tune("all")
     config = configured(training__learning_rate=1e-3, training__head_factor=5.0, training__weight_decay=0.1)
@@ -109,18 +99,63 @@ def test_groups_split_head_from_backbone_and_flat_from_matrices() -> None:
     assert sorted(together) == sorted(id(p) for p in classifier.parameters())
 
 
-def test_schedule_drops_the_last_batch_warms_up_and_refreshes_evenly() -> None:
-    config = configured(training__epochs=3, training__batch_size=32, translator__refreshes=3, training__head_first=0.5)
+def test_schedule_drops_the_last_batch_and_refreshes_evenly() -> None:
+    config = configured(training__epochs=3, training__batch_size=32, translator__refreshes=3)
     schedule = Schedule(config, 1003)
-    assert (schedule.steps_per_epoch, schedule.total, schedule.warmup, schedule.head_only) == (31, 93, 10, 46)
+    assert (schedule.steps_per_epoch, schedule.total, schedule.warmup) == (31, 93, 10)
     assert schedule.refresh_at == [23, 46, 70]
-    factors = [schedule.learning_rate_factor(step) for step in range(94)]
-    assert factors[0] == pytest.approx(0.1)
-    assert max(factors) == factors[9] == factors[10] == 1
-    assert factors[52] == pytest.approx(0.5 * (1 + math.cos(math.pi * 42 / 83)))
-    assert factors[93] == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match=r"training.batch_size = 32 training images, got 31"):
         Schedule(config, 31)
+
+
+def test_the_default_optimizer_is_torchs_adamw_over_our_groups() -> None:
+    classifier, config = small_classifier(), configured()
+    made = tasks.make_optimizer(classifier, config)
+    wanted = torch.optim.AdamW(tasks.parameter_groups(classifier, config))
+    assert type(made) is torch.optim.AdamW
+    assert [{**group, "params": 0} for group in made.param_groups] == [
+        {**group, "params": 0} for group in wanted.param_groups
+    ]
+    for group, other in zip(made.param_groups, wanted.param_groups, strict=True):
+        assert all(one is two for one, two in zip(group["params"], other["params"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [  # in steps 11, 22, 52, 83 and the last of 93: k / 84 of the way after the warm-up
+        ("cosine", [0.5 * (1 + math.cos(math.pi * k / 84)) for k in (1, 12, 42, 73, 83)]),
+        ("poly", [1 - k / 84 for k in (1, 12, 42, 73, 83)]),
+        ("step", [1, 1, 0.1, 0.01, 0.01]),
+        ("multistep", [1, 1, 0.1, 0.01, 0.01]),
+        ("wsd", [1, 1, 1, 1 - (17 / 28) ** 0.5, 1 - (27 / 28) ** 0.5]),
+        ("constant", [1] * 5),
+    ],
+)
+def test_every_schedule_warms_up_and_lasts_to_the_end(schedule: str, factors: list[float]) -> None:
+    config = configured(training__epochs=3, training__schedule=schedule, training__optimizer="sgd")
+    optimizer = tasks.make_optimizer(small_classifier(), config)
+    steps, peaks = Schedule(config, 1003), [group["lr"] for group in optimizer.param_groups]
+    rates, found = steps.rates(optimizer), {}
+    for number in (93, *range(1, 94)):  # whatever came before: a resumed run starts anywhere
+        rates.step_update(number)
+        found[number] = [group["lr"] / peak for group, peak in zip(optimizer.param_groups, peaks, strict=True)]
+        assert found[number] == pytest.approx([found[number][0]] * len(peaks)), "the head keeps its factor"
+    assert [found[number][0] for number in range(1, 11)] == pytest.approx([number / 10 for number in range(1, 11)])
+    assert [found[number][0] for number in (11, 22, 52, 83, 93)] == pytest.approx(factors)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"training__optimizer": "adamx"}, r"optimizer: timm cannot make 'adamx' .*near it: adam"),
+        ({"training__optimizer": "adahessian"}, "second derivatives"),
+        ({"training__schedule": "plateau"}, "schedule"),
+    ],
+)
+def test_optimizers_and_schedules_that_cannot_train_are_refused(values: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as refused:
+        tasks.describe_training(configured(**values), fake(), small_classifier(), 100)
+    assert len(str(refused.value)) <= 200
 
 
 @pytest.mark.parametrize(
