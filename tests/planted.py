@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from singreg.analysis.features import FeatureBatch
+from singreg.analysis.features import FeatureBatch, process_share
 from singreg.nullspace import NullSpace
 
 CLASSES, WIDTH, DIM, ATTRIBUTES, GAP = 8, 40, 24, 4, 1.5
@@ -30,9 +30,9 @@ class Planted:
     def space(self) -> NullSpace:
         return NullSpace.from_weight(self.weight)
 
-    def batches(self, size: int = 500, rank: int = 0, world: int = 1) -> Iterator[FeatureBatch]:
-        """Every world-th image in batches; the logits are not read by anything here."""
-        for rows in torch.arange(rank, len(self.labels), world).split(size):
+    def batches(self, size: int = 500) -> Iterator[FeatureBatch]:
+        """This process's images in batches; the logits are not read by anything here."""
+        for rows in torch.from_numpy(process_share(len(self.labels))).split(size):
             f = self.features[rows]
             yield FeatureBatch(f, f @ self.weight.T, self.embeddings[rows], self.labels[rows], rows)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -16,17 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from singreg.analysis import arms
-from singreg.analysis.arms import AUDITOR, Measured, network_outputs, ood_figures
+from singreg.analysis.arms import AUDITOR, network_outputs, ood_figures
 from singreg.analysis.features import FeatureBatch, iterate_features
 from singreg.analysis.fitting import fit_on_split
-from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
+from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.analysis.scores import Rows, analyze_model
 from singreg.data.splits import CorruptedSplit, Splits
 from singreg.models.edits import drop_null
 from singreg.nullspace import NullSpace
 from singreg.setup import Setup
 from tests import planted, toy
-from tests.processes import run_processes
+from tests.processes import run_same
 from tests.reference.formulas import null_projector
 
 FIT, COUNT = 90, 31
@@ -36,8 +35,8 @@ BANK.name, AUDIT.name, TEST.name = "bank", "audit", "test"
 TESTED = TEST, toy.embeddings(COUNT, seed=1)
 
 
-def measure(rank: int = 0, world: int = 1, cache: str | None = None, dropped: bool = False, **changes: Any) -> Any:
-    """Measured, and what `analyze_model` found before."""
+def measure(cache: str | None = None, dropped: bool = False, **changes: Any) -> Any:
+    """The arm's `Measured`, and what `analyze_model` found before."""
     splits = Splits(BANK, BANK, AUDIT, TEST, TEST.class_names, None)
     tables = {"bank": toy.embeddings(40, seed=2), "audit": toy.embeddings(FIT), "test": TESTED[1]}
     nothing: Any = None
@@ -50,9 +49,7 @@ def measure(rank: int = 0, world: int = 1, cache: str | None = None, dropped: bo
     return arms.measure_arm(model, setup, fitted, scores, **{"ood": 9, **changes}), scores
 
 
-@cache
-def measured() -> tuple[Measured, tuple[pd.DataFrame, dict[str, Any]]]:
-    return measure(validation=TESTED)
+measured = cache(lambda: measure(validation=TESTED))
 
 
 def test_scores_are_those_of_analyze_model() -> None:
@@ -113,17 +110,12 @@ def test_cached_features_and_processes_give_the_same_figures(tmp_path: Path) -> 
     whole, (rows, _) = measured()
     assert measure(cache=str(tmp_path))[0].figures == pytest.approx(whole.figures, abs=1e-4, rel=1e-4)
     assert len(list(tmp_path.glob("*.npy"))) == 3  # audit, test and strange images, each through the network once
-    for got, _ in run_processes(2, measure):
+    for got, _ in run_same(2, measure):
         assert got.figures == pytest.approx(whole.figures, abs=2e-3, rel=1e-4)
         assert got.rows["image"].tolist() == rows["image"].tolist()
 
 
 # Known attributes.
-def fits_of(train: planted.Planted, rank: int = 0, world: int = 1) -> BlockFits:
-    batches, dim = train.batches(100, rank, world), train.embeddings.shape[1]
-    return fit_blocks(batches, null_space=train.space, classes=planted.CLASSES, target_dim=dim)
-
-
 def attributes(seed: int, count: int) -> planted.Planted:
     """Known attributes in the place of embeddings: one in the row space, one in the null space, noise, a constant."""
     w = planted.plant("nuisance", seed=seed, count=count)
@@ -132,19 +124,19 @@ def attributes(seed: int, count: int) -> planted.Planted:
     return replace(w, embeddings=torch.stack([row[:, 0] + row[:, 3], null[:, 0], noise, torch.ones_like(noise)], dim=1))
 
 
-def known(rank: int, world: int) -> dict[str, float]:
-    train, test = attributes(0, 1200), attributes(1, 601)
-    fits, names = fits_of(train, rank, world), ("seen", "hidden", "noise", "constant")
-    return arms.attribute_r2(test.batches(100, rank, world), fits, names)
+def known() -> dict[str, float]:
+    train, test, names = attributes(0, 1200), attributes(1, 601), ("seen", "hidden", "noise", "constant")
+    fits = fit_blocks(train.batches(100), null_space=train.space, classes=planted.CLASSES, target_dim=len(names))
+    return arms.attribute_r2(test.batches(100), fits, names)
 
 
 def test_attributes_are_found_where_they_were_planted() -> None:
-    found = known(0, 1)
+    found = known()
     for name, values in {"seen": (1, 1, 0), "hidden": (1, 0, 1), "noise": (0, 0, 0)}.items():
         got = [found[f"{block}_r2/{name}"] for block in ("features", "row_space", "null_space")]
         assert got == pytest.approx(values, abs=0.06), name
     assert all(np.isnan(value) for key, value in found.items() if key.endswith("constant"))
-    for got in run_processes(2, known):
+    for got in run_same(2, known):
         assert got == pytest.approx(found, abs=1e-8, nan_ok=True)
 
 

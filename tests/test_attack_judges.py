@@ -75,9 +75,7 @@ def test_a_broken_pass_is_caught(tmp_path: Path, kind: str, fault: str) -> None:
 def test_attacks_that_forget_the_budget_or_the_logits_are_caught(tmp_path: Path) -> None:
     """And what breaks either is no success."""
 
-    def everywhere(x: Tensor, moved: Tensor, _: int) -> Tensor:
-        return (255 * (x + 3 * moved)).round().clamp(0, 255) / 255
-
+    everywhere = lambda x, moved, _: (255 * (x + 3 * moved)).round().clamp(0, 255) / 255  # noqa: E731
     with patch.object(attack, "on_grid", everywhere):
         far = toy.judged(tmp_path / "far")
     nothing = property(lambda reading: torch.zeros(len(reading.value), 4))

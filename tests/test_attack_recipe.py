@@ -10,7 +10,6 @@ import pytest
 import attack as recipe
 from singreg.analysis import attack_images
 from singreg.analysis.attack import LAGRANGIAN, TANGENT
-from singreg.config import parse
 from singreg.plots.attack import attack_verdict, attack_warnings
 from tests.recipe_run import run_recipe
 
@@ -64,13 +63,3 @@ def test_weak_attacks_failed_checks_and_blind_encoders_are_said() -> None:
     assert first == "Checks failed: climbs (m). Nothing may be claimed of robustness."
     assert "m +1.0° (fitted), target first for 50%" in second
     assert "0 of 1 do" in third
-
-
-def test_bad_values_are_shown_together(capsys: pytest.CaptureFixture[str]) -> None:
-    twice = '[{"name": "demo"}, {"name": "demo"}]'
-    with pytest.raises(SystemExit) as stopped:
-        parse(recipe.AttackConfig, ["--linf", "[8, 2, 0]", "--tau", "0", "--models", twice])
-    assert stopped.value.code == 2
-    shown = capsys.readouterr().err
-    for part in ("linf: expected rising", "linf: expected a number", "tau: expected", "listed twice: demo"):
-        assert part in shown, part

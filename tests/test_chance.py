@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from singreg.analysis.chance import FIGURES, KINDS, _cycle, matched_coefficients, measure_chance, random_projection
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator
-from tests.processes import run_processes
+from tests.processes import run_same
 from tests.recipe_run import same
 from tests.reference import formulas
 from tests.toy import World
@@ -25,9 +24,9 @@ def world() -> World:
     return World.make(31, unlabelled=False)
 
 
-def measure(w: World, *, size: int = 4, share: np.ndarray | None = None, **options: object) -> Found:
+def measure(w: World, size: int = 4, **options: object) -> Found:
     reader = w.translator.double()
-    batches = (replace(b, features=b.features.double()) for b in w.batches(size, share))
+    batches = (replace(b, features=b.features.double()) for b in w.batches(size))
     settings: Any = {"draws": DRAWS, "seed": SEED, "texts": w.texts.double(), "null_space": w.space, **options}
     return measure_chance(batches, translator=reader, mean=w.mean.double(), **settings)
 
@@ -56,12 +55,8 @@ def loops(w: World, kind: str, centred: bool) -> dict[str, tuple[float, float]]:
             g = x - w.mean.double() if centred else x
             delta = null @ g if kind == "texts" else displacement(kind, g, null, random)
             text = t[int(cycle[label])] if kind == "texts" else t[label]
-            z, z_eq = matrix @ x + offset, matrix @ (x - delta) + offset
-            before, after, moved = (formulas.angle_degrees(a, b) for a, b in ((z, text), (z_eq, text), (z, z_eq)))
-            a, b, c = (torch.deg2rad(v) for v in (before, after, moved))
-            kappa = (b.cos() - a.cos() * c.cos()) / (a.sin() * c.sin())
-            score = before - after
-            rows.append([score, (-score).clamp_min(0), score.clamp_min(0), score.abs(), moved, kappa])
+            score, image, kappa = formulas.scores(matrix @ x + offset, matrix @ (x - delta) + offset, text).values()
+            rows.append([score, (-score).clamp_min(0), score.clamp_min(0), score.abs(), image, kappa])
         draws.append(torch.tensor(rows).double().mean(0))
     table = torch.stack(draws)
     return {name: (float(table[:, k].mean()), float(table[:, k].std())) for k, name in enumerate(FIGURES)}
@@ -83,11 +78,10 @@ def test_the_observed_scores_are_the_real_removals(centred: bool) -> None:
     w, found = world(), measured()["centred" if centred else "paper"]
     z, text = w.translator.double()(w.features.double()), w.texts.double()[w.labels]
     z_eq = w.translator(w.space.remove(w.features.double(), mean=w.mean.double() if centred else None))
-    change = formulas.angle_degrees(z, text) - formulas.angle_degrees(z_eq, text)
-    image = float(formulas.angle_degrees(z, z_eq).mean())
-    assert (found["observed"]["IS"], found["observed"]["AS"]) == pytest.approx((image, float(change.mean())), abs=1e-6)
+    means = {name: float(values.mean()) for name, values in formulas.scores(z, z_eq, text).items()}
+    assert {name: found["observed"][name] for name in means} == pytest.approx(means, abs=1e-6)
     texts = found["levels"]["texts"]
-    assert (texts["mean"]["IS"], texts["spread"]["IS"]) == pytest.approx((image, 0), abs=1e-6)
+    assert (texts["mean"]["IS"], texts["spread"]["IS"]) == pytest.approx((means["IS"], 0), abs=1e-6)
 
 
 @pytest.mark.parametrize("rows", [2, 9])  # a null space larger and smaller than the row space
@@ -168,13 +162,9 @@ def test_the_seed_decides_and_float32_gives_the_same_to_rounding() -> None:
         assert narrow["centred"]["levels"][kind]["mean"] == pytest.approx(mean, abs=1e-3)
 
 
-def in_process(rank: int, processes: int) -> Found:
-    share = np.arange(rank, 31, 2) if rank < 2 else np.arange(0)  # the third process is idle
-    return measure(world(), size=5, share=share)
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_over_processes_it_is_the_same(processes: int) -> None:
-    expected = measured()
-    for found in run_processes(processes, in_process):
+@pytest.mark.parametrize(("processes", "count"), [(2, 31), (3, 31), (3, 2)])  # with two images the third is idle
+def test_over_processes_it_is_the_same(processes: int, count: int) -> None:
+    w = World.make(count, unlabelled=False)
+    expected = measure(w)
+    for found in run_same(processes, measure, w, 5):
         same(found, expected, rel=1e-9, abs=1e-9)

@@ -83,10 +83,7 @@ def test_the_newest_comes_back_whole_and_only_the_last_stay(trained: Trained, tm
     assert trained.load() == due
 
 
-FILES = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "position.json"]
-
-
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "position.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_the_checkpoint_before_a_broken_one_is_used(name: str, damage: str, trained: Trained, tmp_path: Path) -> None:
     """Random states too: accelerate passes over those it cannot read, and the resumed run would be another one."""
@@ -199,15 +196,13 @@ def test_a_stage_that_fails_is_computed_again(failing: str, run: Run) -> None:
     assert (run.folder / "checkpoints" / "stages" / "sing" / "stage.json").is_file()
 
 
-INPUTS = {"train images": "a" * 64, "test images": "b" * 64, "starting classifier": "c" * 64}
-
-
 def test_a_run_goes_on_only_where_images_and_models_are_as_they_were(run: Run) -> None:
-    refuse_other_inputs(run, INPUTS)
-    refuse_other_inputs(run, INPUTS)
+    inputs = {"train images": "a" * 64, "test images": "b" * 64, "starting classifier": "c" * 64}
+    refuse_other_inputs(run, inputs)
+    refuse_other_inputs(run, inputs)
     note = run.folder / "checkpoints" / "inputs.json"
-    assert json.loads(note.read_text()) == INPUTS
-    changed = {**INPUTS, "test images": "d" * 64, "starting classifier": "e" * 64}
+    assert json.loads(note.read_text()) == inputs
+    changed = {**inputs, "test images": "d" * 64, "starting classifier": "e" * 64}
     other = r"other test images \(then b+, now d+\), other starting classifier \(then c+, now e+\)"
     with pytest.raises(SystemExit, match=rf"inputs\.json: the run was begun with {other}"):
         refuse_other_inputs(run, changed)

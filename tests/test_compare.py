@@ -20,7 +20,7 @@ from singreg.models.classifier import Classifier
 from singreg.spaces import space_labels
 from tests.demo import ASSETS
 from tests.fakes import write_tiny_vlm
-from tests.processes import run_processes
+from tests.processes import run_same
 from tests.recipe_run import run_recipe, same
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -101,40 +101,17 @@ def test_nothing_to_measure_is_a_report_too(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "plots" / "comparison.png").is_file()
 
 
-def in_process(rank: int, world: int, out: str, models: list[dict[str, Any]]) -> dict[str, Any]:
-    return compare(Path(out), models)
-
-
 def test_the_same_again_on_two_processes_finds_the_same(tmp_path: Path, folders: Path) -> None:
     one = compare(tmp_path / "one", [{"name": str(folders / "tuned")}, UNTRAINED])
     resolved = tmp_path / "one" / "config.yaml"
     models = yaml.safe_load(resolved.read_text())["models"]
     assert [model["label"] for model in models] == [None, "untrained"]
-    two = run_processes(2, in_process, str(tmp_path / "two"), models)[0]
+    two = run_same(2, compare, tmp_path / "two", models)[0]
     assert len(one["differences"]) == 1 + 2 * 4
     same(two["differences"], one["differences"])
     assert two["machine"]["processes"] == 2
     with pytest.raises(SystemExit, match="already holds a run"):
         recipe.main(["--config", str(resolved)])
-
-
-@pytest.mark.parametrize(
-    ("models", "expected"),
-    [
-        ([DEMO], "models: expected at least two to compare, got 1"),
-        ([DEMO, DEMO], "models: listed twice: demo"),
-        ([DEMO, {"name": " "}], "models[1].name: expected words"),
-        ([DEMO, {"naem": "x"}], "naem"),
-    ],
-)
-def test_bad_values_are_shown(
-    models: list[Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        compare(tmp_path / "bad", models)
-    assert stopped.value.code == 2
-    assert expected in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_models_that_do_not_exist_are_all_named_before_any_work(tmp_path: Path, folders: Path) -> None:

@@ -16,13 +16,10 @@ from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.translator import LinearTranslator
 from tests.fakes import CLASSES, HEADS, WIDTH, images, net, used
+from tests.toy import normal
 
 M, N = 24, 9
 PLAIN = ("linear", "no bias", "convolution")
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def features(count: int = 400, width: int = M) -> Tensor:

@@ -102,13 +102,9 @@ def test_lora_on_the_head_is_refused_until_merged() -> None:
     model = adapted(target_modules=["1", "4"])
     with pytest.raises(ValueError, match="merge"):
         Classifier.from_module(model, "base_model.model.4")
-    merged = model.merge_and_unload()
-    assert sing_of(Classifier.from_module(merged, "4")).head_weight.shape == (toy.CLASSES, toy.WIDTH)
-
-
-def test_lora_put_on_a_known_head_is_refused() -> None:
-    classifier = toy.classifier()
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'singreg[examples]')")
-    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["4"]), classifier.model)
+    merged = Classifier.from_module(model.merge_and_unload(), "4")
+    assert sing_of(merged).head_weight.shape == (toy.CLASSES, toy.WIDTH)
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["4"]), merged.model)  # on a head that is known
     with pytest.raises(ValueError, match="merge"):
-        sing_of(classifier)
+        sing_of(merged)

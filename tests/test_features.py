@@ -57,7 +57,9 @@ def test_the_models_mode_comes_back_even_when_left_early(training: bool) -> None
     torch.testing.assert_close(first.features, toy.features(toy.classifier(), split)[:4].float())  # no dropout in it
 
 
-def test_a_feature_that_is_not_finite_names_its_images(tmp_path: Path) -> None:
+def test_bad_features_are_named_and_embeddings_must_be_as_many(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="11 images but 10 embeddings"):
+        walk(embeddings=toy.embeddings(10))
     model, split = toy.classifier().train(), toy.ToySplit(11)
     split.pixels.clip(1, out=split.pixels)
     split.pixels[[6, 9]] = 0
@@ -70,11 +72,6 @@ def test_a_feature_that_is_not_finite_names_its_images(tmp_path: Path) -> None:
     assert model.training
     with pytest.raises(ValueError, match="toy-6"):
         walk(model, split, replace(toy.QUIET, cache=str(tmp_path)))
-
-
-def test_embeddings_of_another_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="11 images but 10 embeddings"):
-        walk(embeddings=toy.embeddings(10))
 
 
 def in_process(rank: int, world: int, count: int, cache: str | None) -> tuple[list[int], Tensor, list[int]]:

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
-from torch import Tensor
 
 from singreg.analysis.fitting import FittedTranslator, fit_all, fit_on_split, translator_agreement
 from singreg.data.datasets import Splits
 from singreg.ridge import DEFAULT_RIDGES
 from singreg.translator import TranslatorInfo
 from tests import toy
-from tests.processes import run_processes
+from tests.processes import run_same
 from tests.reference import formulas
 
 COUNT, UNLABELLED = 83, (3, 4)
@@ -76,18 +75,13 @@ def test_batch_size_does_not_matter_and_bad_input_is_refused() -> None:
         fit_on_split(toy.classifier(), toy.ToySplit(3), toy.embeddings(3), settings=toy.QUIET)
 
 
-def fit_in_process(rank: int, world: int) -> tuple[Tensor, Tensor, TranslatorInfo]:
-    got = fitted()
-    return got.translator.matrix, got.mean, got.translator.info
-
-
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_fit_what_one_fits(world: int) -> None:
     expected = fitted()
-    for matrix, mean, info in run_processes(world, fit_in_process):
-        torch.testing.assert_close(matrix, expected.translator.matrix, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(mean, expected.mean)
-        assert (info.images, info.ridge) == (COUNT, expected.translator.info.ridge)
+    for found in run_same(world, fitted):
+        torch.testing.assert_close(found.translator.matrix, expected.translator.matrix, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.mean, expected.mean)
+        assert (found.translator.info.images, found.translator.info.ridge) == (COUNT, expected.translator.info.ridge)
 
 
 def test_the_two_translators_of_a_measurement_come_from_bank_and_audit() -> None:

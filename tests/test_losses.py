@@ -153,14 +153,10 @@ def test_a_state_brings_translator_metric_readout_and_step() -> None:
     assert value(copy.deepcopy(other), features, labels) == value(saved, features, labels)
 
 
-def build(head: nn.Module, width: int = M) -> SingLoss:
+def build(head: nn.Module, width: int = M, *, adapted: bool = False) -> SingLoss:
+    if adapted:
+        head.base_layer = nn.Linear(M, C)
     return SingLoss(head, other_translator(width), torch.randn(C, N), RidgeStatistics(width, N))
-
-
-def adapted() -> nn.Module:
-    head = nn.Linear(M, C)
-    head.base_layer = nn.Linear(M, C)
-    return head
 
 
 class Cosine(nn.Linear):
@@ -180,7 +176,7 @@ class Cosine(nn.Linear):
         (lambda s, f, y: s.set_translator(other_translator(3), RidgeStatistics(3, N)), r"\(7, 14\).*\(7, 3\)"),
         (lambda s, f, y: setup(terms={"leek": 1.0}), "leek.*known"),
         (lambda s, f, y: build(nn.Linear(C, C), C), "no null space"),
-        (lambda s, f, y: build(adapted()), r"adapter.*merge"),
+        (lambda s, f, y: build(nn.Linear(M, C), adapted=True), r"adapter.*merge"),
         (lambda s, f, y: build(Cosine(M, C)), r"does not compute f W\^T \+ b"),
         (lambda s, f, y: build(nn.Sequential(nn.Linear(M, C))), r"weight \(C, m\), got Sequential; pass its last"),
         (lambda s, f, y: s(f, y > 0), "not mixed ones"),

@@ -10,27 +10,24 @@ from torch import Tensor
 from singreg import nullspace
 from singreg.nullspace import NullSpace, helmert_contrasts, null_share, orthonormal_rows, row_space_projection
 from tests.reference import formulas
-
-
-def seeded(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.toy import normal
 
 
 def head(classes: int, width: int, condition: float = 3.0) -> Tensor:
     """A head of full rank with singular values from 1 down to 1 / condition."""
-    left, right = torch.linalg.qr(seeded(classes, classes)).Q, torch.linalg.qr(seeded(width, classes, seed=1)).Q
+    left, right = torch.linalg.qr(normal(classes, classes)).Q, torch.linalg.qr(normal(width, classes, seed=1)).Q
     return left @ torch.diag(torch.logspace(0, -math.log10(condition), classes, dtype=torch.float64)) @ right.T
 
 
 def of_rank(classes: int, width: int, rank: int) -> Tensor:
-    return seeded(classes, rank, seed=2) @ seeded(rank, width)
+    return normal(classes, rank, seed=2) @ normal(rank, width)
 
 
 def departure(q: Tensor) -> float:
     return float(torch.linalg.matrix_norm(q @ q.T - torch.eye(len(q))))
 
 
-@pytest.mark.parametrize("weight", [seeded(5, 12), of_rank(12, 20, 7), of_rank(30, 12, 8), seeded(1, 4), head(70, 90)])
+@pytest.mark.parametrize("weight", [normal(5, 12), of_rank(12, 20, 7), of_rank(30, 12, 8), normal(1, 4), head(70, 90)])
 def test_component_is_the_full_svd_projector(weight: Tensor) -> None:
     given, features = weight.clone(), torch.randn(9, weight.shape[1], dtype=torch.float64)
     space, projector = NullSpace.from_weight(weight), formulas.null_projector(weight)
@@ -57,7 +54,7 @@ def test_rank_is_relative() -> None:
 
 
 def test_softmax_null_has_one_dimension_more_and_keeps_probabilities() -> None:
-    weight, features = seeded(6, 15), torch.randn(4, 15, dtype=torch.float64)
+    weight, features = normal(6, 15), torch.randn(4, 15, dtype=torch.float64)
     logits, softmax = NullSpace.from_weight(weight), NullSpace.from_weight(weight, invariance="softmax")
     assert softmax.nullity == logits.nullity + 1
     before, after = features @ weight.T, softmax.remove(features) @ weight.T
@@ -67,7 +64,7 @@ def test_softmax_null_has_one_dimension_more_and_keeps_probabilities() -> None:
     torch.testing.assert_close(contrasts.T @ contrasts, centred.T @ centred)
 
 
-@pytest.mark.parametrize("weight", [torch.ones(2, 3, 1), torch.tensor([[1.0, float("nan")]]), seeded(20, 10)])
+@pytest.mark.parametrize("weight", [torch.ones(2, 3, 1), torch.tensor([[1.0, float("nan")]]), normal(20, 10)])
 def test_a_head_without_a_null_space_is_refused_or_empty(weight: Tensor) -> None:
     with pytest.raises(ValueError, match=r"shape|\(2, 3, 1\)|NaN|20 classes, 10 features.*no null space"):
         NullSpace.from_weight(weight)
@@ -118,7 +115,7 @@ def test_both_ways_give_the_same_null_space(monkeypatch: pytest.MonkeyPatch, inv
     torch.testing.assert_close(fast.singular_values, slow.singular_values, atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize("weight", [seeded(4, 9), torch.linalg.qr(seeded(9, 4)).Q.T.contiguous()])
+@pytest.mark.parametrize("weight", [normal(4, 9), torch.linalg.qr(normal(9, 4)).Q.T.contiguous()])
 def test_projection_gradient_is_that_of_the_pseudo_inverse(weight: Tensor) -> None:
     """Trap 1: also where singular values repeat, where an SVD's derivative is NaN."""
     features, direction = (torch.randn(6, 9, dtype=torch.float64) for _ in range(2))
@@ -148,7 +145,7 @@ def test_float32_projection_and_gradient_are_right_at_every_condition(condition:
 
 
 def test_rank_deficient_head_keeps_the_gradient_of_every_change_that_keeps_its_rank() -> None:
-    left, right = torch.randn(6, 4, dtype=torch.float64), seeded(4, 10).requires_grad_()
+    left, right = torch.randn(6, 4, dtype=torch.float64), normal(4, 10).requires_grad_()
     features = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
     expected = features - features @ formulas.null_projector(right)
     torch.testing.assert_close(row_space_projection(left @ right, features), expected, atol=1e-9, rtol=0)
@@ -162,7 +159,7 @@ def test_rank_deficient_head_keeps_the_gradient_of_every_change_that_keeps_its_r
 
 def test_a_head_whose_mean_row_is_rounding_noise_has_the_gradient_of_its_contrasts() -> None:
     """Cross-entropy keeps the mean row of a head that began at 0 there, which is most heads trained from scratch."""
-    weight = seeded(6, 20).float()
+    weight = normal(6, 20).float()
     weight = (weight - weight.mean(0) + 1e-8 * torch.randn(6, 20)).requires_grad_()
     features = torch.randn(5, 20)
     lengths = [row_space_projection(weight, features, invariance=kind).square().sum() for kind in ("logits", "softmax")]
@@ -172,7 +169,7 @@ def test_a_head_whose_mean_row_is_rounding_noise_has_the_gradient_of_its_contras
 
 
 def test_autocast_does_not_round_the_projection() -> None:
-    weight, features = seeded(6, 20).float(), torch.randn(5, 20)
+    weight, features = normal(6, 20).float(), torch.randn(5, 20)
     space = NullSpace.from_weight(weight)
     wanted, component = row_space_projection(weight, features), space.component(features)
     with torch.autocast("cpu", torch.bfloat16):

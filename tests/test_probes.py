@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 from singreg.analysis.probes import BLOCKS, VALIDATION_EVERY, BlockFits, fit_blocks, fit_probe, measure_information
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from tests.planted import CLASSES, DIM, WIDTH, Planted, plant
-from tests.processes import run_processes
+from tests.processes import run_same
 from tests.recipe_run import same
 
 FIT, TEST = 403, 101
@@ -29,12 +29,12 @@ def parts(unlabelled: bool = True) -> tuple[Planted, Planted]:
     return fit, test
 
 
-def fitted(fit: Planted, rank: int = 0, world: int = 1) -> BlockFits:
-    return fit_blocks(fit.batches(50, rank, world), null_space=fit.space, classes=CLASSES, target_dim=DIM)
+def fitted(fit: Planted) -> BlockFits:
+    return fit_blocks(fit.batches(50), null_space=fit.space, classes=CLASSES, target_dim=DIM)
 
 
-def measured(fit: Planted, test: Planted, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
-    return measure_information(test.batches(50, rank, world), fitted(fit, rank, world))
+def measured(fit: Planted, test: Planted) -> dict[str, Any]:
+    return measure_information(test.batches(50), fitted(fit))
 
 
 def coordinates(part: Planted, like: Planted) -> dict[str, np.ndarray]:
@@ -125,14 +125,10 @@ def test_classes_never_seen_are_never_named() -> None:
     assert 2 not in fit_probe(statistics, 0.1).predict(test.features)
 
 
-def in_process(rank: int, world: int) -> dict[str, Any]:
-    return measured(*parts(), rank=rank, world=world)
-
-
 @pytest.mark.parametrize("world", [2, 3])
 def test_over_processes_it_is_the_same(world: int) -> None:
     expected = measured(*parts())
-    for found in run_processes(world, in_process):
+    for found in run_same(world, measured, *parts()):
         same(found, expected, rel=1e-8, abs=1e-6)
 
 

@@ -24,7 +24,7 @@ from singreg.nullspace import NullSpace
 from singreg.steering import similarity_gradient, unit_in_null
 from singreg.translator import LinearTranslator
 from tests import toy
-from tests.processes import run_processes
+from tests.processes import run_same
 from tests.recipe_run import same
 from tests.reference.formulas import angle_degrees, null_projector
 
@@ -61,7 +61,7 @@ def features() -> Tensor:
     return toy.features(classifier(), toy.ToySplit(COUNT)).float().double()
 
 
-def measure(rank: int = 0, world: int = 1, tolerance: float = 0.1) -> Found:
+def measure(tolerance: float = 0.1) -> Found:
     present = sorted(set(LABELS.tolist()))
     plan = plan_pairs(LABELS, NAMES, toy.texts(), present, [NAMES[k] for k in present], toy.texts()[present])
     settings = replace(toy.QUIET, batch_size=COUNT)
@@ -196,7 +196,7 @@ def test_dropping_the_null_space_leaves_exactly_nothing() -> None:
 
 
 def test_chunks_and_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, shared = usual(), run_processes(2, measure)
+    whole, shared = usual(), run_same(2, measure)
     monkeypatch.setattr(steering, "CHUNK_ELEMENTS", 2 * toy.CLASSES * (toy.WIDTH + toy.DIM + toy.CLASSES))
     for other in (measure(), *shared):
         for a, b in zip(whole["curves"], other["curves"], strict=True):

@@ -33,6 +33,11 @@ def many(count: int) -> Splits:
     return splits_of(tuple(f"class {n}" for n in range(count)))
 
 
+def stored(name: str, folder: Path, **options: Any) -> str:
+    timm.models.save_for_hf(timm.create_model(name, **options), str(folder), safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
 @pytest.fixture
 def finetuned(tmp_path: Path) -> tuple[str, torch.Tensor]:
     """A folder as a run writes it: three rows, sliced from a head of a thousand, with their names."""
@@ -44,9 +49,7 @@ def finetuned(tmp_path: Path) -> tuple[str, torch.Tensor]:
 @pytest.fixture
 def nameless(tmp_path: Path) -> str:
     """Somebody's own checkpoint: three rows, and nothing that says of what."""
-    model = timm.create_model("test_efficientnet", num_classes=3)
-    timm.models.save_for_hf(model, str(tmp_path / "own"), safe_serialization=True)
-    return f"local-dir:{tmp_path / 'own'}"
+    return stored("test_efficientnet", tmp_path / "own", num_classes=3)
 
 
 @pytest.mark.parametrize(
@@ -160,11 +163,8 @@ def test_one_batch_is_tried_and_chance_is_named(caplog: pytest.LogCaptureFixture
     classifier.slice_head([1, 2, 3, 4, 5, 6, 7, 8, 9, 0])
     try_one_batch(scenes, classifier, model)
     assert "are the head's rows those classes" in caplog.text
-    grey = timm.create_model("test_resnet", num_classes=10, in_chans=1)
-    timm.models.save_for_hf(grey, str(tmp_path / "grey"), safe_serialization=True)
-    wrong = [(ModelConfig(name=f"local-dir:{tmp_path / 'grey'}"), None)]
-    wrong += [(ModelConfig(name="test_vit", pretrained=False, head="new"), 100)]
-    for model, size in wrong:
+    grey = ModelConfig(name=stored("test_resnet", tmp_path / "grey", num_classes=10, in_chans=1))
+    for model, size in ((grey, None), (ModelConfig(name="test_vit", pretrained=False, head="new"), 100)):
         with pytest.raises(ValueError, match=r"cannot take images \(3, .*data\.image_size") as refused:
             try_one_batch(scenes, build_classifier(model, scenes, image_size=size), model)
         assert len(str(refused.value)) <= 200

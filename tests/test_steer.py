@@ -1,16 +1,14 @@
 """recipes/steer.py from end to end on tiny scenes: files, two processes, what cannot be steered, bad input."""
 
-import os
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import steer as recipe
 from singreg.tables import steering_warnings
-from tests.processes import run_processes
+from tests.processes import run_same
 from tests.recipe_run import run_recipe, same
 
 TINY = [
@@ -57,13 +55,8 @@ def test_the_recipe_from_end_to_end(finished: tuple[Path, dict[str, Any]]) -> No
     assert [event.value for event in logged] == pytest.approx(curve["figures"]["success"])
 
 
-def in_process(rank: int, world: int, out: str, cache: str) -> dict[str, Any]:
-    with patch.dict("os.environ", SINGREG_CACHE=cache):
-        return steer(Path(out))
-
-
 def test_two_processes_find_what_one_finds(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    one, two = finished[1], run_processes(2, in_process, str(tmp_path / "two"), os.environ["SINGREG_CACHE"])[0]
+    one, two = finished[1], run_same(2, steer, tmp_path / "two")[0]
     assert two["machine"]["processes"] == 2
     for part in ("pairs", "curves", "natural"):
         same(two[part], one[part])
@@ -96,23 +89,3 @@ def test_warnings_say_what_not_to_believe(finished: tuple[Path, dict[str, Any]])
     assert "The radii rest on the covariance of 100 images" in text
     assert "100 of 246 null directions vary less" in text
     assert "reaches" not in text
-
-
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        (["--targets", "[]", "--prompts", "[]"], ["targets: expected class names"]),
-        (["--prompts", '["a dog", "..."]'], ["no text in '...'"]),
-        (["--image_score", "180", "--images_per_class", "0"], ["image_score: expected degrees", "images_per_class"]),
-        (["--sources", '["circel"]'], ["'circel' (near: circle"]),
-        (["--targets", "circle", "--sources", "circle", "--prompts", "[]"], ["only target is the source itself"]),
-    ],
-)
-def test_bad_input_is_said_before_any_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: list[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        steer(tmp_path / "bad", *more)
-    shown = f"{stopped.value} {capsys.readouterr().err}"
-    assert all(part in shown for part in expected)
-    assert list(tmp_path.iterdir()) == []

@@ -85,8 +85,8 @@ def test_the_authors_released_layout_is_read_without_unpickling(tmp_path: Path) 
     assert torch.equal(loaded(f), layer(f))
     with pytest.raises(ValueError, match=r"best\.pt takes features of 4.*\(5, 3\)"):
         load_translator(path, widths=(5, 3))
-    contents: tuple[Any, ...] = ({"weight": torch.ones(3, 4)}, {**layer.state_dict(), "more": 1}, [1.0], Path("code"))
-    for content in (*contents, {"weight": torch.ones(3, 4), "bias": torch.ones(4)}, {"weight": 1, "bias": 2}):
+    one = {"weight": torch.ones(3, 4)}
+    for content in (one, one | {"bias": torch.ones(4)}, {"weight": 1, "bias": 2}, [1.0], Path("code")):
         torch.save(content, path)
         with pytest.raises(ValueError, match=r"best\.pt is damaged or not a translator file: .{5,130}$"):
             load_translator(path)
@@ -121,20 +121,17 @@ def test_fit_recovers_a_linear_map_from_a_stream_and_an_empty_one_is_refused() -
     stream = [(f[i : i + 33], f[i : i + 33] @ matrix.T + 2) for i in range(0, 500, 33)]
     translator = fit_translator(stream, info=INFO)
     torch.testing.assert_close(translator(f), f @ matrix.T + 2, atol=1e-3, rtol=1e-3)
-    assert translator.info.images == 500
-    assert translator.info.validation_r2 > 0.99
+    assert (translator.info.images, translator.info.validation_r2 > 0.99) == (500, True)
     with pytest.raises(ValueError, match="empty"):
         fit_translator([])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_fits_a_curved_map_that_the_linear_one_cannot(kind: Any) -> None:
-    f, z = curved()
-    fresh = curved(seed=1)
+    (f, z), fresh = curved(), curved(seed=1)
     translator = fit(f, z, replace(QUICK, kind=kind))
     assert r2(fit_translator([(f, z)]), *fresh) < 0.1
-    assert r2(translator, *fresh) > 0.8
-    assert translator.info.validation_r2 > 0.8
+    assert min(r2(translator, *fresh), translator.info.validation_r2) > 0.8
     assert (translator.info.kind, translator.info.images) == (kind, 960)
 
 

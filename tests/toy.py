@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from singreg.analysis.features import FeatureBatch
+from singreg.analysis.features import FeatureBatch, process_share
 from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings
 from singreg.models.classifier import Classifier
@@ -22,6 +22,11 @@ from tests.images import to_tensor
 SIDE, WIDTH, CLASSES, DIM = 6, 24, 5, 7
 NAMES = ("alpha", "beta", "gamma", "delta", "epsilon")
 QUIET = PassSettings(batch_size=4, progress=False)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64, always the same."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class ToySplit(ImageSplit):
@@ -143,8 +148,9 @@ class World:
         return {"null_space": self.space, "translator": self.translator}
 
     def batches(self, size: int = 4, share: np.ndarray | None = None) -> Iterator[FeatureBatch]:
-        """The images (of a process's share) in batches."""
-        for rows in torch.split(torch.arange(len(self.features)) if share is None else torch.from_numpy(share), size):
+        """This process's images in batches."""
+        mine = torch.from_numpy(process_share(len(self.features)) if share is None else share)
+        for rows in mine.split(size):
             if len(rows):
                 f = self.features[rows]
                 yield FeatureBatch(f, f @ self.weight.T, torch.zeros(len(rows), 7), self.labels[rows], rows)

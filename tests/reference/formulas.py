@@ -19,6 +19,13 @@ def angle_degrees(x: Tensor, y: Tensor) -> Tensor:
     return torch.cosine_similarity(x.double(), y.double(), dim=-1).clamp(-1, 1).arccos().rad2deg()
 
 
+def scores(z: Tensor, z_eq: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """AS and IS in degrees, and κ (METHOD section 8.2)."""
+    before, after, image = (angle_degrees(x, y) for x, y in ((z, text), (z_eq, text), (z, z_eq)))
+    a, b, c = (torch.deg2rad(angle) for angle in (before, after, image))
+    return {"AS": before - after, "IS": image, "kappa": (b.cos() - a.cos() * c.cos()) / (a.sin() * c.sin())}
+
+
 def ridge(f: np.ndarray, z: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
     """(A, a) by the normal equations on centred data, with λ = ridge · tr(S)/m."""
     fc, zc = f - f.mean(0), z - z.mean(0)
