@@ -73,7 +73,6 @@ def small_classifier(*, dropout: float = 0.5) -> Classifier:
 
 
 def embeddings() -> np.ndarray:
-    """Random embeddings of the images."""
     return np.random.default_rng(2).standard_normal((COUNT, DIM), dtype=np.float32)
 
 
@@ -95,7 +94,6 @@ def small_fitted(classifier: Classifier) -> FittedTranslator:
 
 
 def small_sing(classifier: Classifier, **options: Any) -> SingLoss:
-    """SingLoss in float64."""
     generator, fitted = torch.Generator().manual_seed(1), small_fitted(classifier)
     texts = nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1)
     options = {"weight": 0.5, "ramp_steps": 4, **options}
@@ -165,7 +163,6 @@ class Arm:
 
     @property
     def checkpoints(self) -> list[str]:
-        """Names of the checkpoints that are there."""
         return sorted(path.name for path in self.folder.glob("checkpoints/*/step-*"))
 
 

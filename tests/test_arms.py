@@ -36,7 +36,6 @@ TESTED = TEST, toy.embeddings(COUNT, seed=1)
 
 
 def measure(cache: str | None = None, dropped: bool = False, **changes: Any) -> Any:
-    """The arm's `Measured`, and what `analyze_model` found before."""
     splits = Splits(BANK, BANK, AUDIT, TEST, TEST.class_names, None)
     tables = {"bank": toy.embeddings(40, seed=2), "audit": toy.embeddings(FIT), "test": TESTED[1]}
     nothing: Any = None

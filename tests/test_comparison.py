@@ -52,7 +52,6 @@ def arm(
 
 
 def arms(**sing: Any) -> dict[str, Measured]:
-    """Before, control and sing: all alike but for what is given for sing."""
     return {"before": arm(), "control": arm(), "sing": arm(**sing)}
 
 

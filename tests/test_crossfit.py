@@ -23,7 +23,6 @@ def split(bank: Planted) -> list[Planted]:
 
 
 def auditor(bank: Planted, ridge: float) -> FittedTranslator:
-    """Fitted on both halves of a bank."""
     halves = [RidgeStatistics(WIDTH, DIM).update(p.features, p.embeddings) for p in split(bank)]
     whole = halves[0] + halves[1]
     translator = LinearTranslator.from_solution(whole.solve(ridge, standardize=bank.space.basis))

@@ -15,7 +15,6 @@ SCENES = [path for path in CONFIGS if "source: scenes" in path.read_text(encodin
 
 
 def recipe_of(path: Path) -> str:
-    """The recipe that the file's command names."""
     found = re.search(r"recipes/(\w+)\.py", path.read_text(encoding="utf-8"))
     assert found is not None, f"{path.name} opens without its command"
     return found[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, cached_features, gathered, iterate_features, process_share
 from tests import toy
-from tests.processes import run_processes
+from tests.processes import run_same
 
 FIELDS = ("features", "logits", "embeddings", "labels", "indices")
 
@@ -40,7 +40,7 @@ def test_batches_hold_the_models_features_and_the_images_rows(batch_size: int) -
     assert not joined(batches, "features").requires_grad
 
 
-@pytest.mark.parametrize(("rows", "sizes"), [(1, [4, 4, 3]), (5, [8, 3]), (9, [11]), (512, [11])])
+@pytest.mark.parametrize(("rows", "sizes"), [(1, [4, 4, 3]), (5, [8, 3]), (9, [11])])
 def test_gathered_batches_hold_the_same_images_in_order(rows: int, sizes: list[int]) -> None:
     small, large = walk(), list(gathered(walk(), rows))
     assert [len(batch.indices) for batch in large] == sizes
@@ -74,7 +74,7 @@ def test_bad_features_are_named_and_embeddings_must_be_as_many(tmp_path: Path) -
         walk(model, split, replace(toy.QUIET, cache=str(tmp_path)))
 
 
-def in_process(rank: int, world: int, count: int, cache: str | None) -> tuple[list[int], Tensor, list[int]]:
+def share_of(count: int, cache: str | None) -> tuple[list[int], Tensor, list[int]]:
     batches = walk(split=toy.ToySplit(count), settings=replace(toy.QUIET, cache=cache))
     features = torch.cat([torch.zeros(0, toy.WIDTH), *[batch.features for batch in batches]])
     return [i for batch in batches for i in batch.indices.tolist()], features, process_share(count).tolist()
@@ -83,7 +83,7 @@ def in_process(rank: int, world: int, count: int, cache: str | None) -> tuple[li
 @pytest.mark.parametrize(("world", "count"), [(2, 11), (3, 11), (3, 2)], ids=["odd over 2", "odd over 3", "one idle"])
 @pytest.mark.parametrize("stored", [False, True])
 def test_processes_read_every_image_once(world: int, count: int, stored: bool, tmp_path: Path) -> None:
-    answers = run_processes(world, in_process, count, str(tmp_path) if stored else None)
+    answers = run_same(world, share_of, count, str(tmp_path) if stored else None)
     assert sorted(index for indices, _, _ in answers for index in indices) == list(range(count))
     expected = toy.features(toy.classifier(), toy.ToySplit(count)).float()
     for indices, features, share in answers:
@@ -92,8 +92,7 @@ def test_processes_read_every_image_once(world: int, count: int, stored: bool, t
 
 
 def test_the_cache_gives_the_same_batches_and_computes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = toy.classifier().train()
-    passes: list[int] = []
+    model, passes = toy.classifier().train(), list[int]()
     forward = model.features_and_logits
     monkeypatch.setattr(model, "features_and_logits", lambda x: passes.append(len(x)) or forward(x))
     stored = replace(toy.QUIET, cache=str(tmp_path))

@@ -25,7 +25,6 @@ RAW += ["|", "0x" + "f" * 9000, "[" * 400 + "]" * 400]
 
 
 def configuration_of(recipe: str) -> type[RunConfig]:
-    """Return the configuration class of a recipe."""
     kinds = [kind for kind in vars(importlib.import_module(recipe)).values() if isinstance(kind, type)]
     return next(k for k in kinds if issubclass(k, RunConfig) and k.__name__.lower() == f"{recipe}config")
 

@@ -10,7 +10,6 @@ from tests.test_attack_recipe import run as attack
 from tests.test_compare import DEMO, compare
 from tests.test_steer import steer
 
-TWICE = '[{"name": "demo"}, {"name": "demo"}]'
 CASES: list[tuple[Callable[..., Any], list[Any], list[str]]] = [
     (steer, ["--targets", "[]", "--prompts", "[]"], ["targets: expected class names"]),
     (steer, ["--prompts", '["a dog", "..."]'], ["no text in '...'"]),
@@ -20,12 +19,8 @@ CASES: list[tuple[Callable[..., Any], list[Any], list[str]]] = [
     (compare, [[DEMO]], ["models: expected at least two to compare, got 1"]),
     (compare, [[DEMO, {"name": " "}]], ["models[1].name: expected words"]),
     (compare, [[DEMO, {"naem": "x"}]], ["naem"]),
-    (
-        attack,
-        ["--linf", "[8, 2, 0]", "--tau", "0"],
-        ["linf: expected rising", "linf: expected a number", "tau: expected"],
-    ),
-    (attack, ["--models", TWICE], ["listed twice: demo"]),
+    (attack, ["--linf", "[8, 2, 0]", "--tau", "0"], ["linf: expected rising", "linf: expected a number", "tau: "]),
+    (attack, ["--models", '[{"name": "demo"}, {"name": "demo"}]'], ["listed twice: demo"]),
 ]
 
 

@@ -23,7 +23,6 @@ TRANSLATORS = {"frozen": toy.translator(), "auditor": toy.translator(1)}
 
 
 def measure(count: int = COUNT, **options: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """All figures of the toy classifier by two translators."""
     mean = toy.features(toy.classifier(), toy.ToySplit(30)).mean(0).float()
     fitted = fit_on_split(toy.classifier(), toy.ToySplit(60), toy.embeddings(60), ridges=(0.1,), settings=toy.QUIET)
     options |= {"mean": mean, "auditor": fitted, "settings": toy.QUIET}

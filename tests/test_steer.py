@@ -23,7 +23,6 @@ def steer(out: Path, *more: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A small run: its folder and report."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return folder, steer(folder)
 

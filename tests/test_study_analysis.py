@@ -37,7 +37,6 @@ def rows(seed: int, *, harm: float = 4.0, right: float = 0.9, loop: float | None
 
 
 def run(name: str, seed: int = 0, *, about: Any = None, weight: float = 1.0, **options: Any) -> Run:
-    """Only what the aggregation reads of an arm's figures."""
     config = FinetuneConfig(loss=LossConfig(weight=weight))
     source = Work(ArmConfig(), seed, config, None, "", Path()) if (about or {}).get("weights_from") else None
     work, found = Work(ArmConfig(name, **(about or {})), seed, config, source, "", Path()), rows(seed, **options)
@@ -95,14 +94,8 @@ def test_means_and_spreads_over_seeds() -> None:
 
 
 def test_the_pareto_front_keeps_what_nothing_beats() -> None:
-    points = {
-        "good": (0.9, 1.0),
-        "same": (0.9, 1.0),
-        "accurate": (0.95, 3.0),
-        "beaten": (0.9, 1.1),
-        "worst": (0.1, 9.0),
-    }
-    assert pareto_front(points) == {"good", "same", "accurate"}
+    points = {"good": (0.9, 1.0), "same": (0.9, 1.0), "accurate": (0.95, 3.0), "beaten": (0.9, 1.1)}
+    assert pareto_front(points | {"worst": (0.1, 9.0)}) == {"good", "same", "accurate"}
 
 
 def test_an_untrained_arm_is_compared_with_every_seed() -> None:

@@ -44,10 +44,9 @@ def test_without_a_home_directory_the_cache_must_be_named(monkeypatch: pytest.Mo
 
 
 def test_json_is_strict(tmp_path: Path) -> None:
-    utils.write_json(
-        tmp_path / "a.json", {"a": [np.float32(0.5), float("inf")], "b": torch.tensor([1.0]), 3: Path("x")}
-    )
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [0.5, None], "b": [1.0], "3": "x"}
+    file = tmp_path / "a.json"
+    utils.write_json(file, {"a": [np.float32(0.5), float("inf")], "b": torch.tensor([1.0]), 3: Path("x")})
+    assert json.loads(file.read_text()) == {"a": [0.5, None], "b": [1.0], "3": "x"}
 
 
 def test_a_tensors_hash_does_not_hang_on_layout() -> None:

