@@ -57,7 +57,7 @@ def trained(tmp_path: Path) -> Trained:
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def full(*_: object, **__: object) -> Any:

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from singreg.config import parse
-from tests.test_fuzz import configuration_of
+from tests.test_configurations import configuration_of
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "recipes/README.md", "configs/README.md")

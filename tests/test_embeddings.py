@@ -88,12 +88,10 @@ def test_a_damaged_file_is_made_anew(split: TableSplit, cache: Path) -> None:
 
 def test_a_failed_run_names_the_image_and_leaves_nothing(split: TableSplit, cache: Path) -> None:
     encoder = Encoder()
-    fine, target = encoder.embed_images, encoder.transform(split.image(7))
+    target = encoder.transform(split.image(7))
 
     def spoil(images: Tensor) -> Tensor:
-        rows = fine(images)
-        rows[(images == target).flatten(1).all(1), 2] = float("nan")
-        return rows
+        return encoder.embed_images(images) / (images != target).flatten(1).any(1, keepdim=True)
 
     settings = PassSettings(4, progress=False, cache=str(cache))
     with pytest.raises(ValueError, match=r"not finite for 1 images: .*/7\.png$"):
