@@ -125,13 +125,13 @@ def passport_table(passports: Sequence[Found]) -> pd.DataFrame:
 def analysis_verdict(found: Found) -> list[str]:
     """Say what leaks, how much against chance, what only the null space knows, and where, from an analysis' figures."""
     measured, chance, information = found["measurement"], found["chance"]["auditor"]["paper"], found["information"]
-    head, by = measured["head"], measured["translators"]["auditor"]
+    head, by, concepts = measured["head"], measured["translators"]["auditor"], found["concepts"]["overall"]
     (low, high), level = by["intervals"]["AS_neg"], chance["levels"]["energy"]["mean"]["AS_neg"]
     against = "more than" if low > level else "less than" if high < level else "not distinguishable from"
     leaky = ", ".join(f"{each['name']} ({each['means']['AS_neg']:.1f}°)" for each in found["classes"]["classes"][:3])
 
     def most(order: Order) -> str:
-        table = select_concepts(found["concepts"], order, 3)
+        table = select_concepts(concepts, order, 3)
         return ", ".join(f"{c} ({s:+.1f}°)" for c, s in zip(table["concept"], table["AS"], strict=True)) or "none"
 
     return [
@@ -143,8 +143,8 @@ def analysis_verdict(found: Found) -> list[str]:
         f"Only the null space tells {information['unique']:.1%} of the embeddings' variance; a probe on it alone names "
         f"the class of {information['accuracy']['null_space']:.0%} of held-out images (always the most frequent one: "
         f"{information['chance']:.0%}).",
-        f"Of {len(found['concepts']['concepts'])} concepts, removal takes most from {most('falls')} and brings "
-        f"{most('rises')} closer.",
+        f"Of {len(concepts['concept'])} concepts, removal takes most from {most('falls')} and brings {most('rises')} "
+        "closer.",
     ]
 
 
@@ -165,7 +165,7 @@ def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
     """Arrange an analysis' tables and figures (`plot_analysis`) as the sections of its report."""
     measured, passport, empty = found["measurement"], found["passport"], found["classes"]["empty"]
     left_out = [f"{len(empty)} classes have no image: {', '.join(empty)}."] if empty else []
-    concepts = select_concepts(found["concepts"], "strongest", 12)
+    concepts = select_concepts(found["concepts"]["overall"], "strongest", 12)
     moved = concepts[["concept", "before", "after", "AS", "AS_low", "AS_high", "kappa"]]
     table = score_table({passport["tag"]: measured})
     return [
@@ -185,7 +185,7 @@ def images_verdict(images: Sequence[Found]) -> list[str]:
     for image in images[:IMAGES_TOLD]:
         score, moved = image["attribute_score"], [*image["falls"][:2], *image["rises"][:2]]
         kind = "class meaning that the head ignores goes" if score < 0 else "what goes was in the class's way"
-        words = ", ".join(f"{row['concept']} ({row['score']:+.1f}°)" for row in moved)
+        words = ", ".join(f"{row['concept']} ({row['AS']:+.1f}°)" for row in moved)
         said.append(
             f"{image['image']} is named {image['predicted']}. Removing its null component ({image['null_share']:.0%} "
             f"of the feature's norm) moves no logit by more than {image['logit_change']:.0e} and its meaning by IS "
@@ -213,7 +213,7 @@ def images_sections(images: Sequence[Found], figure: Figure) -> list[Section]:
     sections = [
         Section("Scores", [scores.assign(logit_change=scores["logit_change"].map("{:.0e}".format)), reading, figure]),
         Section("Logits, which stay", [logits[["image", "class", "before", "after"]]]),
-        Section("Concepts, which move", [pd.DataFrame(moved)[["image", "concept", "before", "after", "score"]]]),
+        Section("Concepts, which move", [pd.DataFrame(moved)[["image", "concept", "before", "after", "AS"]]]),
     ]
     return [*sections, *([Section("Nearest in the gallery", [pd.DataFrame(near)])] if near else [])]
 

@@ -39,7 +39,7 @@ def test_the_files_and_what_they_say(whole: tuple[Path, Found]) -> None:
     names = [f"plots/{name}.png" for name in PLOTS] + ["config.yaml", "report.md", "report.html"]
     assert all((folder / name).is_file() for name in names)
     assert found["measurement"]["images"] == found["concepts"]["images"] == 61
-    assert len(found["concepts"]["concepts"]) == 3  # "Red" is "red" again
+    assert len(found["concepts"]["overall"]["concept"]) == 3  # "Red" is "red" again
     assert 1 <= len(found["verdict"]) <= 4
     assert any("140 images for 256 features" in sentence for sentence in found["warnings"])
     rows = pd.read_parquet(folder / "scores.parquet")

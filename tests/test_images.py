@@ -98,7 +98,7 @@ def test_logits_and_concepts_are_those_of_the_slow_way(
     assert found["logits"]["before"] == pytest.approx(found["logits"]["after"], abs=1e-4)
     assert found["null_share"] == pytest.approx(float(null.norm() / f.norm()), abs=1e-4)
     for moved in (*found["rises"], *found["falls"]):
-        assert moved["score"] == pytest.approx(moved["before"] - moved["after"])
+        assert moved["AS"] == pytest.approx(moved["before"] - moved["after"])
     assert {moved["concept"] for moved in (*found["rises"], *found["falls"])} <= {"red", "grass", "water"}
 
 
@@ -130,7 +130,7 @@ def test_images_and_their_concepts_are_those_of_the_slow_loops() -> None:
         falls, rises = [k for k in order if score[k] < 0][:5], [k for k in order[::-1] if score[k] > 0][:5]
         for shift, k in zip((*image["falls"], *image["rises"]), falls + rises, strict=True):
             angles = float(before[place, k]), float(after[place, k]), float(score[k])
-            assert (shift["before"], shift["after"], shift["score"]) == pytest.approx(angles, abs=1e-4)
+            assert (shift["before"], shift["after"], shift["AS"]) == pytest.approx(angles, abs=1e-4)
             assert shift["concept"] == f"concept {k}"
 
 

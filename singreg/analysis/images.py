@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import cached_features
+from singreg.analysis.levels import Order, select_concepts
 from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings
 from singreg.data.splits import UNLABELLED, TableSplit
@@ -21,6 +22,7 @@ from singreg.translator import Translator
 from singreg.utils import plain
 
 CLASSES_SHOWN = 5  # with the highest logits
+WAYS: tuple[Order, ...] = ("rises", "falls")
 MOVED = 5  # concepts shown, each way
 GALLERY_CHUNK = 4096  # gallery images at a time
 
@@ -105,15 +107,13 @@ def explain_images(
     return images
 
 
-def _moves(z: Tensor, equivalent: Tensor, concepts: Sequence[str], words: Tensor) -> list[dict[str, Any]]:
+def _moves(z: Tensor, equivalent: Tensor, concepts: Sequence[str], words: Tensor) -> list[dict[Any, Any]]:
     """The concepts that come closer to each image and those that go away, the farthest first; z and z~ (B, n)."""
     target, found = unit_rows(words.double()), []
     angles = (pairwise_angles(unit_rows(each), target)[0].cpu().numpy() for each in (z, equivalent))
     for before, after in zip(*angles, strict=True):
-        moves = pd.DataFrame({"concept": concepts, "before": before, "after": after})
-        moves = moves.assign(score=before - after).sort_values("score", kind="stable")
-        falls, rises = moves[moves["score"] < 0][:MOVED], moves[moves["score"] > 0][::-1][:MOVED]
-        found.append({"rises": rises.to_dict("records"), "falls": falls.to_dict("records")})
+        moves = {"concept": concepts, "before": before, "after": after, "AS": before - after}
+        found.append({order: select_concepts(moves, order, MOVED).to_dict("records") for order in WAYS})
     return found
 
 

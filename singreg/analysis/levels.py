@@ -79,7 +79,7 @@ def analyze_concepts(
     Shape: texts (K, n), one row a concept in the translator's space.
 
     Returns:
-        overall (K,) before, after, AS with AS_low and AS_high (normal 95 % interval) and kappa of all images.
+        images, and overall (K,) concept, before, after, AS with AS_low and AS_high (normal 95 % interval) and kappa.
     """
     texts, rows = unit_rows(texts.detach().float()), max(1, CHUNK_ELEMENTS // len(texts))
     overall = torch.zeros(len(SUMS), len(texts), dtype=torch.float64, device=texts.device)
@@ -100,14 +100,13 @@ def analyze_concepts(
     means = dict(zip(SUMS, overall / count, strict=True))
     half = NORMAL_95 * (means.pop("AS²") - means["AS"].square()).clamp_min(0).sqrt() / count.sqrt()
     means |= {"AS_low": means["AS"] - half, "AS_high": means["AS"] + half}
-    return {"concepts": list(concepts), "images": int(count), "overall": plain(means)}
+    return {"images": int(count), "overall": plain({"concept": list(concepts), **means})}
 
 
-def select_concepts(found: Mapping[str, Any], order: Order, count: int) -> pd.DataFrame:
-    """Return the `count` concepts that moved most by mean AS: all, those that came closer, or those that went away."""
-    table = pd.DataFrame({"concept": found["concepts"], **found["overall"]})
-    score = table["AS"]
-    key = {"strongest": -score.abs(), "rises": -score, "falls": score}[order]
+def select_concepts(columns: Mapping[str, Any], order: Order, count: int) -> pd.DataFrame:
+    """Return the `count` concepts that moved most by AS: of all, of those that came closer, or that went away."""
+    table = pd.DataFrame(columns)
+    key = {"strongest": -table["AS"].abs(), "rises": -table["AS"], "falls": table["AS"]}[order]
     key = key.sort_values(kind="stable")
-    places = key[key < 0].index if order in ("rises", "falls") else key.index
+    places = key.index if order == "strongest" else key[key < 0].index
     return table.loc[places[:count]].reset_index(drop=True)

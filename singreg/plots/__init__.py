@@ -1,7 +1,9 @@
 """What all plots share: figures without pyplot's global state, and names that can be drawn."""
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -36,6 +38,27 @@ def show(axes: Axes, pixels: np.ndarray, title: str, below: str = "") -> None:
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=7, pad=2)
     axes.set_xlabel(below, fontsize=7)
+
+
+def arrows(axes: Axes, moved: Sequence[Mapping[Any, Any]], name_length: int) -> None:
+    """Draw an arrow from the angle before to that after for every concept: red where it went away, blue if closer."""
+    for place, row in enumerate(moved):
+        colour = RED if row["AS"] < 0 else BLUE
+        axes.plot(row["before"], place, "o", markersize=4.5, markerfacecolor="white", markeredgecolor=colour, zorder=3)
+        arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.6, "shrinkA": 2.5, "shrinkB": 0}
+        axes.annotate("", (row["after"], place), (row["before"], place), arrowprops=arrow)
+    axes.set_yticks(range(len(moved)), [drawable(row["concept"], name_length) for row in moved], fontsize=8)
+    axes.set_ylim(len(moved) - 0.4, -0.6)
+    ends = [row[side] for row in moved for side in ("before", "after")] or [0.0, 1.0]
+    room = 0.08 * max(max(ends) - min(ends), 0.5)
+    axes.set_xlim(min(ends) - room, max(ends) + room)
+
+
+def band(axes: Axes, curve: Mapping[str, Any], figure: str, factor: float = 100.0, **look: Any) -> None:
+    """Draw a figure of a curve of `measure_curves` over its grid, with the band of its interval."""
+    values, ends = (factor * np.array(curve[kind][figure], float) for kind in ("figures", "intervals"))
+    axes.plot(curve["grid"], values, marker="o", markersize=3, **look)
+    axes.fill_between(curve["grid"], *ends.T, color=look["color"], alpha=0.13, linewidth=0)
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -14,7 +14,7 @@ from singreg.analysis.robustness import DROPPED, MAXIMISER
 from singreg.analysis.robustness import RANDOM as RANDOM_DIRECTION
 from singreg.analysis.steering_curves import SINGLE
 from singreg.data.datasets import ImageSplit
-from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, show, styled
+from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, band, drawable, panels, save, show, styled
 from singreg.report import Figure, Section, interval, percent
 
 Found = Mapping[str, Any]
@@ -152,10 +152,7 @@ def _features(found: Found, folder: Path) -> Figure:
         own = [curve for curve in features["curves"] if curve["attacker"] == "fitted"]
         curves = {(curve["attack"], curve["judge"], curve["defence"]): curve for curve in own}
         for key, (colour, line, said) in LINES.items():
-            curve = curves[key]
-            values, band = (100 * np.array(curve[kind]["success"], float) for kind in ("figures", "intervals"))
-            ax.plot(curve["grid"], values, line, color=colour, marker="o", ms=3, label=said)
-            ax.fill_between(curve["grid"], *band.T, color=colour, alpha=0.12, linewidth=0)
+            band(ax, curves[key], "success", color=colour, linestyle=line, label=said)
         styled(ax, drawable(label, 34)).set(xlabel="ε / |f|", ylim=(-3, 103))
     axes[0].set_ylabel("target first, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)

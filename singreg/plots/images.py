@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from singreg.data.datasets import ImageSplit
-from singreg.plots import BLUE, ORANGE, RED, drawable, save, show, styled
+from singreg.plots import BLUE, ORANGE, arrows, drawable, save, show, styled
 
 HEIGHT = 2.9  # inches an image
 SIDES = {"before": "nearest to T(f)", "after": "nearest to T(f~)"}
@@ -61,16 +61,6 @@ def _logits(axes: Axes, image: Image) -> None:
 
 def _concepts(axes: Axes, image: Image) -> None:
     """An arrow from the angle before to that after for the concepts that went farthest each way."""
-    moved = [*image["falls"][:CONCEPTS_SHOWN], *image["rises"][:CONCEPTS_SHOWN]]
-    for place, row in enumerate(moved):
-        colour = RED if row["score"] < 0 else BLUE
-        axes.plot(row["before"], place, "o", markersize=4, markerfacecolor="white", markeredgecolor=colour, zorder=3)
-        arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.4, "shrinkA": 2, "shrinkB": 0}
-        axes.annotate("", (row["after"], place), (row["before"], place), arrowprops=arrow)
-    axes.set_yticks(range(len(moved)), [drawable(row["concept"], 20) for row in moved], fontsize=7)
-    axes.set_ylim(len(moved) - 0.4, -0.6)
-    ends = [row[side] for row in moved for side in ("before", "after")] or [0.0, 1.0]
-    room = 0.08 * max(max(ends) - min(ends), 0.5)
-    axes.set_xlim(min(ends) - room, max(ends) + room)
-    axes.tick_params(axis="x", labelsize=7)
+    arrows(axes, [*image["falls"][:CONCEPTS_SHOWN], *image["rises"][:CONCEPTS_SHOWN]], 20)
+    axes.tick_params(labelsize=7)
     styled(axes, "angle to concepts °; red: away, blue: closer").title.set_fontsize(8)

@@ -1,6 +1,7 @@
 """Plots of scores: models side by side, joint distributions, classes, concepts, perturbations."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from singreg import report
 from singreg.analysis.comparison import Measured
 from singreg.analysis.levels import joint_distribution, select_concepts
 from singreg.data.datasets import ImageSplit
-from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, drawable, panels, save, styled
+from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, arrows, drawable, panels, save, styled
 from singreg.plots.images import plot_images
 from singreg.tables import AUDIT, READING, audit_table, score_table
 
@@ -93,22 +94,18 @@ def plot_classes(rows: pd.DataFrame, found: Found, path: Path) -> Path:
 
 def plot_concepts(found: Found, path: Path) -> Path:
     """Draw an arrow from the angle before to that after for the concepts that moved most (paper figure 5)."""
-    table = select_concepts(found, "strongest", CONCEPTS_SHOWN)
-    figure, (axes,) = panels(width=7.0, height=max(2.4, 0.3 * len(table) + 1.5))
-    ends = table[["before", "after"]].to_numpy()
-    span = max(ends.max() - ends.min(), 0.5)
+    moved = select_concepts(found["overall"], "strongest", CONCEPTS_SHOWN).to_dict("records")
+    figure, (axes,) = panels(width=7.0, height=max(2.4, 0.3 * len(moved) + 1.5))
+    arrows(axes, moved, NAME_LENGTH)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high + 0.28 * (high - low))
     beside: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5, "va": "center"}
-    for place, row in enumerate(table.to_dict("records")):
-        colour = RED if row["AS"] < 0 else BLUE
-        axes.plot(row["before"], place, "o", markersize=5, markerfacecolor="white", markeredgecolor=colour, zorder=3)
-        arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "shrinkA": 3, "shrinkB": 0}
-        axes.annotate("", (row["after"], place), (row["before"], place), arrowprops=arrow)
+    for place, row in enumerate(moved):
         said = report.interval(row["AS"], row["AS_low"], row["AS_high"])
-        axes.annotate(said, (max(row["before"], row["after"]), place), (8, 0), color=colour, **beside)
-    axes.set_yticks(range(len(table)), [drawable(name, NAME_LENGTH) for name in table["concept"]], fontsize=8)
-    axes.set(xlim=(ends.min() - 0.08 * span, ends.max() + 0.4 * span), ylim=(len(table) - 0.4, -0.6))
+        axes.annotate(said, (max(row["before"], row["after"]), place), (8, 0), **beside)
     axes.set_xlabel("angle to the concept °: ○ before, ► after the removal")
-    styled(axes, f"the {len(table)} of {len(found['concepts'])} concepts that move most; red: away, blue: closer")
+    count = len(found["overall"]["concept"])
+    styled(axes, f"the {len(moved)} of {count} concepts that move most; red: away, blue: closer")
     return save(figure, path)
 
 
@@ -141,15 +138,14 @@ def plot_analysis(
 ) -> dict[str, report.Figure]:
     """Draw every figure of recipes/analyze.py below a folder; the images are those of `split` and of the gallery."""
     clouds = {name: (_cloud(rows, name), joint) for name, joint in found["joint"].items()}
-    images = "the worst images: their logits stay, and what moves when the null component is removed"
-    drawings: dict[str, tuple[Any, tuple[Any, ...], str]] = {
-        "joint": (plot_joint, (clouds,), "AS against IS of every test image"),
-        "classes": (plot_classes, (rows, found["classes"]), "AS and IS of every class, the leakiest on top"),
-        "concepts": (plot_concepts, (found["concepts"],), "angle of each concept to the images before and after"),
-        "perturbations": (plot_perturbations, (found["perturbation"],), "perturbations of equal norm"),
-        "images": (plot_images, (found["images"], split, gallery), images),
+    drawings = {
+        "joint": (partial(plot_joint, clouds), "AS against IS of every test image"),
+        "classes": (partial(plot_classes, rows, found["classes"]), "AS and IS of every class, the leakiest on top"),
+        "concepts": (partial(plot_concepts, found["concepts"]), "angle of each concept to the images before and after"),
+        "perturbations": (partial(plot_perturbations, found["perturbation"]), "perturbations of equal norm"),
+        "images": (partial(plot_images, found["images"], split, gallery), "the worst images, explained one by one"),
     }
-    return {n: report.Figure(draw(*data, folder / f"{n}.png"), said) for n, (draw, data, said) in drawings.items()}
+    return {name: report.Figure(draw(folder / f"{name}.png"), said) for name, (draw, said) in drawings.items()}
 
 
 def _cloud(rows: pd.DataFrame, translator: str) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from singreg import report
 from singreg.analysis.steering_curves import natural_marks
-from singreg.plots import CYCLE, GREY, drawable, panels, save, styled
+from singreg.plots import CYCLE, GREY, band, drawable, panels, save, styled
 
 CLASSES_SHOWN, NUMBERS_UP_TO, NAME_LENGTH = 60, 20, 22
 PAGE_WIDTH = 12.0  # inches: a report shows that at four fifths of its size
@@ -85,12 +85,9 @@ def _curves(found: Found, path: Path) -> Path:
                 panel.sharey(axes[row * len(BUDGETS)])
             panel.set_title(name if row == 0 else "", fontsize=10, pad=26)  # above the names of the percentiles
             for curve in (curve for curve in found["curves"] if curve["budget"] == budget):
-                values, band = (factor * np.array(curve[kind][figure_name]) for kind in ("figures", "intervals"))
                 colour = CYCLE[attackers.index(curve["attacker"]) % len(CYCLE)]
-                look: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3}
                 said = f"{curve['attacker']} attacks, {curve['judge']} judges" if (row, column) == (0, 0) else None
-                panel.plot(curve["grid"], values, **look, linestyle=STYLES[curve["judge"]], label=said)
-                panel.fill_between(curve["grid"], *band.T, color=colour, alpha=0.13, linewidth=0)
+                band(panel, curve, figure_name, factor, color=colour, linestyle=STYLES[curve["judge"]], label=said)
             panel.set_ylabel(label if column == 0 else "")
             panel.set_xlabel(unit if row else "")
             marks = {} if budget == "step" else natural_marks(found["natural"])
