@@ -1,6 +1,7 @@
-"""The packaged models: unchanged small files, opened by the public loaders, that see what the demo needs seen."""
+"""Scenes are the same bits everywhere and vary as said; the packaged models see in them what the demo needs seen."""
 
 import hashlib
+import itertools
 import json
 import runpy
 from functools import cache
@@ -10,10 +11,71 @@ import numpy as np
 import pytest
 import timm
 import torch
+from scipy.stats import chi2_contingency, chisquare
 from torch import Tensor
 
-from singreg.data.scenes import ATTRIBUTES, SHAPES, sample_scenes
+from singreg.data.scenes import ATTRIBUTES, BACKGROUNDS, SHAPES, render_scene, sample_scenes
 from tests.demo import ASSETS, demo_classifier, demo_vlm, embedded, rendered
+
+# Obtained by running the generator once; another processor, numpy or Python must give the same.
+GOLDEN_TABLE = "725d8d1f2a3353301356e377ee50f54cc90a65f988d89f730bf85823a0d493c3"
+GOLDEN_BIASED_TABLE = "60764b6b7a252aebf43139db18f3d79237138061e11840df92e2de4af39724db"
+GOLDEN_SCENES = {
+    0: "cf34f9066f4bed389f1c4ac1013742c4a970ca0c54ec445cafe06954eef8c376",
+    1: "3353e781177878fee9c8ff5631e76edd8aede7c607f7933acce0cef775b65995",
+    7: "1a8b46495c10c5045ff3b26473486b98a92d0e2bcd6c7bfde7aee810dd0ac5df",
+}
+GOLDEN_PIXELS = "3e56a5765bdae82284fe5067c8c3cefd9178e611dff07583079f9c7dd37aca53"
+GOLDEN_COUNT = 48
+
+
+def sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def test_tables_and_pixels_are_the_golden_ones() -> None:
+    table = sample_scenes(1000, seed=11)
+    assert table.fingerprint == GOLDEN_TABLE
+    assert sample_scenes(1000, seed=11, background_bias=0.6).fingerprint == GOLDEN_BIASED_TABLE
+    assert {index: sha256(render_scene(table, index)) for index in GOLDEN_SCENES} == GOLDEN_SCENES
+    for name, values in ATTRIBUTES.items():  # the hash below has seen every value there is
+        assert set(table.codes[name][:GOLDEN_COUNT]) == set(range(len(values)))
+    assert sha256(np.stack([render_scene(table, index) for index in range(GOLDEN_COUNT)])) == GOLDEN_PIXELS
+    assert table.names(1) == {name: values[table.codes[name][1]] for name, values in ATTRIBUTES.items()}
+
+
+def test_values_are_equally_frequent_and_attributes_independent() -> None:
+    """Deterministic draws, so these are facts and not chances; a value left out or a shared word would give p = 0."""
+    codes = sample_scenes(20_000, seed=5).codes
+    for name, values in ATTRIBUTES.items():
+        assert chisquare(np.bincount(codes[name], minlength=len(values))).pvalue > 1e-3, name
+    for one, other in itertools.combinations(ATTRIBUTES, 2):
+        table = np.zeros((len(ATTRIBUTES[one]), len(ATTRIBUTES[other])))
+        np.add.at(table, (codes[one], codes[other]), 1)
+        assert chi2_contingency(table).pvalue > 1e-3, (one, other)
+    assert chisquare(np.bincount(codes["shape"] % 9)).pvalue < 1e-100  # the control: one of nine drawn twice as often
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.6, 1.0])
+def test_the_dial_ties_the_background_to_the_class_alone(bias: float) -> None:
+    count = 20_000
+    free, table = (sample_scenes(count, seed=6, background_bias=share) for share in (0.0, bias))
+    tied = table.codes["background"] == table.codes["shape"] % len(BACKGROUNDS)
+    expected = bias + (1 - bias) / len(BACKGROUNDS)
+    assert tied.mean() == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / count))
+    np.testing.assert_array_equal(table.codes["background"][~tied], free.codes["background"][~tied])
+    for name in set(ATTRIBUTES) - {"background"}:
+        np.testing.assert_array_equal(table.codes[name], free.codes[name])
+    np.testing.assert_array_equal(table.noise, free.noise)
+
+
+def test_a_seed_gives_one_stream_and_other_seeds_give_others() -> None:
+    table, longer = sample_scenes(300, seed=8), sample_scenes(700, seed=8)
+    np.testing.assert_array_equal(longer.noise[:300], table.noise)
+    seeds = [8, 9, 0, -1, 2**40, 2**64 - 2]
+    noises = np.concatenate([sample_scenes(300, seed=seed).noise for seed in seeds])
+    assert len(np.unique(noises[:, 0])) == len(seeds) * 300  # no scene of one seed comes back in another
+
 
 BUILDER = runpy.run_path(str(Path(__file__).parents[1] / ".github" / "build_demo.py"))
 BIAS, PROMPTS = BUILDER["BIAS"], BUILDER["PROMPTS"]
