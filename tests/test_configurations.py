@@ -73,9 +73,7 @@ def configuration(base: str, rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_damaged_configurations_never_give_a_traceback(
-    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_ones_never_give_a_traceback(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng, file, refused = random.Random(recipe), tmp_path / "fuzzed.yaml", 0
     base = (ROOT / "configs" / f"{RECIPES[recipe]}.yaml").read_text(encoding="utf-8")
     for _ in range(6):

@@ -127,9 +127,7 @@ def test_what_accelerate_cannot_do_here_is_refused(key: str, value: str, said: s
         start(FinetuneConfig(out=str(tmp_path / "run")))
 
 
-def test_accelerate_takes_our_files_without_a_word(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accelerate_takes_our_files(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a machine of many cores, where a file with `use_cpu` would make the launcher warn of threads."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 8)

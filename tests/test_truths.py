@@ -62,9 +62,7 @@ def test_the_papers_absolute_score_cannot_tell_them_apart() -> None:
         ("nothing", 0, 0, False, False),
     ],
 )
-def test_every_figure_says_what_the_table_says(
-    case: str, sign: int, unique: float, inside: bool, own: bool | None
-) -> None:
+def test_figures_say_what_the_table_says(case: str, sign: int, unique: float, inside: bool, own: bool | None) -> None:
     paper, centred, information = findings(case)
     figures = paper["observed"]
     if sign:  # the sign tells harm from help
