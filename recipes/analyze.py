@@ -87,7 +87,6 @@ from singreg.analysis.chance import measure_chance
 from singreg.analysis.features import FeatureBatch, evenly, iterate_features
 from singreg.analysis.fitting import fit_all, translator_agreement
 from singreg.analysis.images import explain_images, open_images
-from singreg.analysis.passport import head_passport
 from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.analysis.scores import analyze_model
 from singreg.data.concepts import embed_concepts, load_concepts
@@ -181,7 +180,6 @@ def measure(
         more = {"weight": classifier.weight, "chosen": evenly(len(test), perturbation.IMAGES), **options}
         moved = perturbation.measure_perturbations(batches(setup, "perturbing"), translators=translators, **more)
     return rows, {
-        "passport": head_passport(classifier),
         "measurement": measurement,
         "agreement": translator_agreement(translators["fitted"], translators["auditor"], texts),
         "joint": {name: levels.joint_distribution(rows, translator=name) for name in translators},

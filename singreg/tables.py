@@ -10,7 +10,7 @@ from singreg.analysis.comparison import finetune_warnings
 from singreg.analysis.fitting import AGREEMENT, IMAGES_PER_FEATURE
 from singreg.analysis.levels import Order, select_concepts
 from singreg.analysis.passport import VISIBLE, chance_angle, judge_passport
-from singreg.analysis.steering_curves import BUDGETS, at, natural_marks, the_curve
+from singreg.analysis.steering_curves import at, natural_marks, the_curve
 from singreg.report import Figure, Section, interval, number, percent
 
 KINDS = {
@@ -163,11 +163,11 @@ def analysis_warnings(measured: Found, agreement: float = 1.0) -> list[str]:
 
 def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Section]:
     """Arrange an analysis' tables and figures (`plot_analysis`) as the sections of its report."""
-    measured, passport, empty = found["measurement"], found["passport"], found["classes"]["empty"]
+    measured, head, empty = found["measurement"], found["measurement"]["head"], found["classes"]["empty"]
     left_out = [f"{len(empty)} classes have no image: {', '.join(empty)}."] if empty else []
     concepts = select_concepts(found["concepts"]["overall"], "strongest", 12)
     moved = concepts[["concept", "before", "after", "AS", "AS_low", "AS_high", "kappa"]]
-    table = score_table({passport["tag"]: measured})
+    table = score_table({head["tag"]: measured})
     return [
         Section("The whole model", [table, READING, figures["joint"]]),
         Section("Beside chance", [chance_table(found["chance"]["auditor"])]),
@@ -175,7 +175,7 @@ def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
         Section("Classes", [class_table(found["classes"]), *left_out, figures["classes"]]),
         Section("Concepts", [moved, *found["omissions"], figures["concepts"]]),
         Section("Images", [figures["images"]]),
-        Section("Validation", [figures["perturbations"], passport_table([passport]), translator_table(measured)]),
+        Section("Validation", [figures["perturbations"], passport_table([head]), translator_table(measured)]),
     ]
 
 
@@ -222,7 +222,7 @@ def steering_verdict(found: Found) -> list[str]:
     """Say how far features turn at a fixed image score, at equal effort and within natural radii."""
     read = {(p["attacker"], p["judge"]): p["overall"] for p in found["pairs"]}
     own, audited, score = read["fitted", "fitted"], read["fitted", "auditor"], found["image_score"]
-    step, radius = (the_curve(found["curves"], budget=b, attacker="fitted", judge="auditor") for b in BUDGETS)
+    curves = [the_curve(found["curves"], budget=b, attacker="fitted", judge="auditor") for b in ("step", "radius")]
     mark = natural_marks(found["natural"])["95 %"]
     first = f"No image can be steered to an image score of {score:g}°; use a smaller one."
     if own["AS_abs"] is not None:
@@ -233,9 +233,9 @@ def steering_verdict(found: Found) -> list[str]:
         )
     return [
         first,
-        f"At a step of 10% of |f| the target outranks every class prompt in {at(step, 0.1, 'success'):.0%} "
-        f"of the steerings by the auditor, against {at(step, 0.0, 'success'):.0%} without a step.",
-        f"Within the radius of 95 % of natural images {at(radius, mark, 'success'):.0%} succeed, by the auditor.",
+        f"At a step of 10% of |f| the target outranks every class prompt in {at(curves[0], 0.1, 'success'):.0%} "
+        f"of the steerings by the auditor, against {at(curves[0], 0.0, 'success'):.0%} without a step.",
+        f"Within the radius of 95 % of natural images {at(curves[1], mark, 'success'):.0%} succeed, by the auditor.",
         f"Logits moved by at most {max(p['logit_change'] for p in found['pairs']):.1e}. One gradient step each, so "
         "these are lower bounds of how easily the classifier is steered.",
     ]

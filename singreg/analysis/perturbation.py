@@ -1,5 +1,6 @@
 """What null, random and row-space perturbations of equal norm do (METHOD section 4, paper figure 9)."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,21 +43,36 @@ def measure_perturbations(
         margin (mean gap between the two largest logits) and curves by kind: means by size of the largest |Δlogit|, of
         null perturbations in float32 too, and of the angle of T f to T(f + δ).
     """
-    rows = []
+    exact, narrow, rows = weight.detach().double(), weight.detach().float(), []
+    readers = {f"angle {name}": in_its_own_dtype(translator) for name, translator in translators.items()}
     for batch in batches:
         mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
         features, indices = batch.features[mine.to(batch.features.device)].double(), batch.indices[mine]
-        if len(indices):
-            found = _image_figures(features, indices, weight.detach().double(), null_space, translators, seed)
-            rows.append({name: value.cpu().numpy() for name, value in found.items()})
+        if not len(indices):
+            continue
+        logits, norm = features @ exact.T, torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        z, columns = {name: read(features) for name, read in readers.items()}, dict[str, list[Tensor]]()
+        for (kind, direction), size in itertools.product(_directions(indices, null_space, seed).items(), SIZES):
+            moved = features + size * norm * direction
+            figures = {name: angle(z[name], read(moved)) for name, read in readers.items()}
+            figures["logit_change"] = largest_change(moved @ exact.T - logits, null_space)
+            if kind == "null":
+                change = moved.float() @ narrow.T - features.float() @ narrow.T
+                figures["logit_change_float32"] = largest_change(change, null_space).double()
+            for name, value in figures.items():
+                columns.setdefault(f"{kind}/{name}", []).append(value)
+        top = logits.topk(min(2, logits.shape[1]), dim=1).values
+        found = {name: torch.stack(values, dim=1) for name, values in columns.items()}
+        found |= {"index": indices, "margin": top[:, 0] - top[:, -1]}
+        rows.append({name: value.cpu().numpy() for name, value in found.items()})
     table = gather_rows(rows, sort_by="index")
     curves: dict[str, dict[str, np.ndarray]] = {}
     for name, values in table.items():
         kind, _, figure = name.partition("/")
         if figure:
             curves.setdefault(kind, {})[figure] = values.mean(0)
-    figures: dict[str, Any] = {"sizes": list(SIZES), "curves": curves, "margin": table["margin"].mean()}
-    return {**plain(figures), "images": len(table["index"]), "translators": list(translators)}
+    sizes = {"images": len(table["index"]), "sizes": SIZES, "translators": list(translators)}
+    return plain({**sizes, "curves": curves, "margin": table["margin"].mean()})
 
 
 def _directions(indices: Tensor, space: NullSpace, seed: int) -> dict[str, Tensor]:
@@ -65,35 +81,6 @@ def _directions(indices: Tensor, space: NullSpace, seed: int) -> dict[str, Tenso
     streams = (np.random.Generator(np.random.Philox(key=[seed, int(index)])) for index in indices)
     gaussian = torch.from_numpy(np.stack([stream.standard_normal(width) for stream in streams])).to(space.basis)
     null = space.component(gaussian)
-    kinds = {"null": null, "random": gaussian, "principal": gaussian - null}
-    empty = {"null": space.nullity == 0, "principal": space.rank == 0}
-    return {kind: torch.nn.functional.normalize(d, dim=1) for kind, d in kinds.items() if not empty.get(kind, False)}
-
-
-def _image_figures(
-    features: Tensor,
-    indices: Tensor,
-    weight: Tensor,
-    space: NullSpace,
-    translators: Mapping[str, AnyTranslator],
-    seed: int,
-) -> dict[str, Tensor]:
-    """Columns "KIND/FIGURE" (B, number of sizes) with the images' margin and index (B,)."""
-    logits, narrow = features @ weight.T, weight.float()
-    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    readers = {f"angle {name}": in_its_own_dtype(translator) for name, translator in translators.items()}
-    z = {name: read(features) for name, read in readers.items()}
-    top = logits.topk(min(2, logits.shape[1]), dim=1).values
-    columns: dict[str, list[Tensor]] = {}
-    for kind, direction in _directions(indices, space, seed).items():
-        for size in SIZES:
-            moved = features + size * norm * direction
-            figures = {name: angle(z[name], read(moved)) for name, read in readers.items()}
-            figures["logit_change"] = largest_change(moved @ weight.T - logits, space)
-            if kind == "null":
-                change = moved.float() @ narrow.T - features.float() @ narrow.T
-                figures["logit_change_float32"] = largest_change(change, space).double()
-            for name, value in figures.items():
-                columns.setdefault(f"{kind}/{name}", []).append(value)
-    stacked = {name: torch.stack(values, dim=1) for name, values in columns.items()}
-    return {"index": indices, "margin": top[:, 0] - top[:, -1], **stacked}
+    kinds = {"null": null} if space.nullity else {}
+    kinds |= {"random": gaussian, "principal": gaussian - null}
+    return {kind: torch.nn.functional.normalize(direction, dim=1) for kind, direction in kinds.items()}

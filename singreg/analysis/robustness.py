@@ -1,6 +1,6 @@
 """How far features can be steered by every attack, as every judge reads it (METHOD section 9)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.steering import PairPlan, SteeringRows
-from singreg.analysis.steering_curves import EXACT, SINGLE, Attack, Craft, measure_curves, null_direction
+from singreg.analysis.steering_curves import EXACT, SINGLE, Attack, Craft, measure_curves, null_direction, straight
 from singreg.maximiser import Maximiser, NearNull
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
@@ -29,14 +29,6 @@ def random_direction(rows: SteeringRows, space: NullSpace) -> Tensor:
     drawn = np.stack([np.random.default_rng(s).standard_normal(rows.features.shape[1]) for s in seeds])
     guess = torch.from_numpy(drawn).to(rows.features)
     return unit_in_null(space.component(guess), guess)
-
-
-def straight(
-    rows: SteeringRows, direction: Callable[[SteeringRows], Tensor], steps: Sequence[float]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Go along one unit direction by shares of |f|."""
-    length = torch.linalg.vector_norm(rows.features, dim=1)
-    yield direction(rows), length[:, None] * rows.features.new_tensor(steps)
 
 
 def climb(translator: LinearTranslator, space: NullSpace, steps: Sequence[float], near: NearNull | None) -> Craft:
@@ -67,8 +59,8 @@ def usual_attacks(
     """
     attacks = []
     for name, each in translators.items():
-        single = partial(straight, direction=partial(null_direction, translator=each, space=space), steps=steps)
-        attacks.append(Attack(SINGLE, name, steps, single))
+        along = partial(null_direction, translator=each, space=space)
+        attacks.append(Attack(SINGLE, name, steps, partial(straight, direction=along, steps=steps)))
         attacks.append(Attack(MAXIMISER, name, steps, climb(each, space, steps, None)))
     on, first = next(iter(translators.items()))
     drawn = partial(straight, direction=partial(random_direction, space=space), steps=steps)

@@ -22,7 +22,6 @@ from singreg.translator import LinearTranslator
 from singreg.utils import gather_rows, plain
 
 FIGURES = ("AS", "AS_abs", "success")
-BUDGETS = ("step", "radius")
 STEPS = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 RADII = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
 SINGLE = "single step"
@@ -30,6 +29,7 @@ EXACT = 1e-6  # logits: what a null direction may move them by, in float64 with 
 
 Craft = Callable[[SteeringRows], Iterator[tuple[Tensor, Tensor]]]
 """Rows to directions (R, m), each with its steps (R, g); the g of all directions make up an attack's grid."""
+Direction = Callable[[SteeringRows], Tensor]
 Found = Mapping[str, Any]
 
 
@@ -77,6 +77,12 @@ def null_direction(rows: SteeringRows, translator: AnyTranslator, space: NullSpa
     return unit_in_null(space.component(gradient), gradient)
 
 
+def straight(rows: SteeringRows, direction: Direction, steps: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go along one unit direction by shares of |f|."""
+    length = torch.linalg.vector_norm(rows.features, dim=1)
+    yield direction(rows), length[:, None] * rows.features.new_tensor(steps)
+
+
 def equal_effort(
     attackers: Mapping[str, AnyTranslator],
     space: NullSpace,
@@ -93,20 +99,16 @@ def equal_effort(
     radii = tuple(sorted({*radii, *natural_marks(natural).values()}))
     limits = natural["median"] * gaussian.mean.new_tensor(radii)
 
-    def craft(rows: SteeringRows, translator: AnyTranslator, budget: str) -> Iterator[tuple[Tensor, Tensor]]:
-        direction = null_direction(rows, translator, space)
-        if budget == "step":
-            length = torch.linalg.vector_norm(rows.features, dim=1, keepdim=True)
-            yield direction, length * length.new_tensor(steps)
-        else:
-            yield direction, torch.nan_to_num(gaussian.step_for_radius(rows.features, direction, limits))
+    def outwards(rows: SteeringRows, direction: Direction) -> Iterator[tuple[Tensor, Tensor]]:
+        along = direction(rows)
+        yield along, torch.nan_to_num(gaussian.step_for_radius(rows.features, along, limits))
 
-    grids = {"step": steps, "radius": radii}
-    return [
-        Attack(SINGLE, name, grids[budget], partial(craft, translator=each, budget=budget), budget)
-        for budget in BUDGETS
-        for name, each in attackers.items()
-    ]
+    attacks = []
+    for budget, grid, go in (("step", steps, partial(straight, steps=steps)), ("radius", radii, outwards)):
+        for name, each in attackers.items():
+            along = partial(null_direction, translator=each, space=space)
+            attacks.append(Attack(SINGLE, name, grid, partial(go, direction=along), budget))
+    return attacks
 
 
 @torch.no_grad()
