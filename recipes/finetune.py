@@ -111,7 +111,8 @@ def measure_before(config: FinetuneConfig, setup: Setup, run: Run) -> Stage:
 
 def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: Stage, run: Run) -> Stage:
     """Train one arm from the common start and measure it with the loop's translator and a fresh auditor."""
-    track(run.accelerator, name, config, headline(before.figures))
+    given = config if name == "sing" else replace(config, loss=replace(config.loss, weight=0.0))
+    track(run.accelerator, name, given, headline(before.figures))
     log(run.accelerator, headline(before.figures), 0)
     tensors = {key: tensor.to(run.accelerator.device) for key, tensor in before.tensors.items()}
     fitted = FittedTranslator.from_state(tensors, TranslatorInfo(**before.notes))

@@ -17,6 +17,7 @@ import yaml
 from accelerate import Accelerator
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from singreg.runs import Run, describe_machine
@@ -24,6 +25,13 @@ from singreg.setup import Setup
 from singreg.utils import atomic_write, plain, write_json, write_text
 
 FORMAT = 2
+COLUMNS = (
+    "loss.weight",
+    "run",
+    "seed",
+    "training.epochs",
+    "training.learning_rate",
+)  # of HPARAMS, where five are shown
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,13 @@ def track(accelerator: Accelerator, name: str, config: Any, figures: Iterable[st
         if tracker.name != "tensorboard":
             tracker.store_init_configuration(settings)
         elif accelerator.is_main_process:  # its own way would add a run in a folder named by the clock
-            for summary in hparams(settings, dict.fromkeys(figures)):  # type: ignore[no-untyped-call]
+            summaries = hparams(settings, dict.fromkeys(figures))  # type: ignore[no-untyped-call]
+            experiment = summaries[0].value[0].metadata.plugin_data
+            told = HParamsPluginData.FromString(experiment.content)
+            for info in told.experiment.hparam_infos:  # settings that differ come first, and one run cannot know which
+                info.differs = info.name in COLUMNS
+            experiment.content = told.SerializeToString()
+            for summary in summaries:
                 tracker.tracker.file_writer.add_summary(summary)
 
 

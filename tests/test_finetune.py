@@ -113,7 +113,7 @@ def test_the_curves_of_both_arms(finished: Path) -> None:
         values = [measured[stage]["audit"]["class_variance"] for stage in ("before", arm)]
         assert [event.value for event in events.Scalars("auditor/class_variance")] == pytest.approx(values)
         told = parse_session_start_info_plugin_data(events.summary_metadata[START].plugin_data.content)
-        assert (told.hparams["run"].string_value, told.hparams["loss.weight"].number_value) == (arm, 1)
+        assert (told.hparams["run"].string_value, told.hparams["loss.weight"].number_value) == (arm, arm == "sing")
     for tag in common:
         assert found["sing"].Scalars(tag)[0].value == pytest.approx(found["control"].Scalars(tag)[0].value, abs=1e-3)
     assert found["control"].Tags()["images"] == ["watch/histogram"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG as EXPERIMENT
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG as START
-from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data, parse_session_start_info_plugin_data
 
 from singreg.config import RunConfig
 from singreg.report import Figure, Section, interval, log, log_figures, number, percent, track, write_report
@@ -64,7 +65,7 @@ def test_a_report_holds_everything_in_every_form(run: Run, capsys: pytest.Captur
 def test_trackers_get_flat_settings_and_plain_numbers(run: Run) -> None:
     """TensorBoard raises on nested settings and drops np.float32, None and vectors without a word."""
     accelerator = run.accelerator
-    track(accelerator, "sing", run.config)
+    track(accelerator, "sing", run.config, ["b", "a"])
     log(accelerator, {"a": np.float32(0.5), "b": torch.tensor(2.0), "c": None, "d": 3}, step=1)
     log(accelerator, {"a": 0.25}, step=2)
     log_figures(accelerator, [figure(run)])
@@ -78,3 +79,6 @@ def test_trackers_get_flat_settings_and_plain_numbers(run: Run) -> None:
     assert events.Tags()["images"] == ["plots/a"]
     settings = parse_session_start_info_plugin_data(events.summary_metadata[START].plugin_data.content).hparams
     assert (settings["data.source"].string_value, settings["run"].string_value) == ("scenes", "sing")
+    table = parse_experiment_plugin_data(events.summary_metadata[EXPERIMENT].plugin_data.content)
+    assert {info.name for info in table.hparam_infos if info.differs} == {"run", "seed"}, "the columns shown first"
+    assert [info.name.tag for info in table.metric_infos] == ["b", "a"]
