@@ -51,6 +51,13 @@ class Net(nn.Module):
         self.head = batch_norm_head(num_classes)
 
 
+class CosineLinear(nn.Linear):
+    """A linear layer that normalises its weight and input: no affine map of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight), self.bias)
+
+
 def batch_norm_head(classes: int = CLASSES, *, affine: bool = True, bias: bool = True) -> nn.Sequential:
     head = nn.Sequential(nn.BatchNorm1d(WIDTH, affine=affine), nn.Dropout(0.5), nn.Linear(WIDTH, classes, bias=bias))
     shake(head, strength=0.5)

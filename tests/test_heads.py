@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from singreg.models.classifier import Classifier
-from tests.fakes import CLASSES, HEADS, WIDTH, Net, batch_norm_head, check_contract, images, net, on_meta, used
+from tests import fakes
+from tests.fakes import CLASSES, HEADS, WIDTH, Net, check_contract, images, net, on_meta, used
 from tests.reference import formulas
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -29,13 +30,6 @@ def test_every_kind_of_head_keeps_contract_and_null_space(kind: str) -> None:
     torch.testing.assert_close(mine, torch.autograd.grad((classifier.logits(features) * upstream).sum(), leaves))
 
 
-class CosineLinear(nn.Linear):
-    """A linear layer that normalises its weight and input: no affine map of its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight), self.bias)
-
-
 class Wrapped(nn.Module):
     """A linear layer `fc`, a second one, and what is made of their logits."""
 
@@ -53,11 +47,11 @@ TIED = nn.Linear(48, 48)
 @pytest.mark.parametrize(
     ("model", "head", "words"),
     [
-        (Net(batch_norm_head()), "fc", r"Net has no module 'fc'; its last linear layers are \['head.2'\]"),
-        (Net(batch_norm_head()), "body", "the head 'body' of Net is Sequential and holds no linear layer"),
-        (Net(batch_norm_head()), None, r"Net names no classifier.*from_module\(model, head="),
+        (Net(fakes.batch_norm_head()), "fc", r"Net has no module 'fc'; its last linear layers are \['head.2'\]"),
+        (Net(fakes.batch_norm_head()), "body", "the head 'body' of Net is Sequential and holds no linear layer"),
+        (Net(fakes.batch_norm_head()), None, r"Net names no classifier.*from_module\(model, head="),
         (Net(nn.BatchNorm1d(WIDTH, track_running_stats=False)), "head", "holds no linear layer"),
-        (nn.Sequential(nn.Flatten(), CosineLinear(48, CLASSES)), "1", r"\(CosineLinear\) does not compute f W\^T \+ b"),
+        (nn.Sequential(nn.Flatten(), fakes.CosineLinear(48, CLASSES)), "1", r"\(CosineLinear\) does not compute f W"),
         (Wrapped(lambda a, b: (a + b) / 2), "fc", r"\(3, 5\) is not that of its head 'fc'.*Wrap the model"),
         (Wrapped(lambda a, b: a.softmax(1)), "fc", r"\(3, 5\) is not that of its head 'fc'"),
         (Wrapped(lambda a, b: {"logits": a}), "fc", "expected logits .* got dict"),

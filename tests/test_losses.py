@@ -15,6 +15,7 @@ from singreg.losses import SingLoss
 from singreg.ridge import RidgeStatistics
 from singreg.terms import TERMS
 from singreg.translator import LinearTranslator
+from tests.fakes import CosineLinear
 from tests.processes import run_processes
 from tests.reference import formulas
 
@@ -159,13 +160,6 @@ def build(head: nn.Module, width: int = M, *, adapted: bool = False) -> SingLoss
     return SingLoss(head, other_translator(width), torch.randn(C, N), RidgeStatistics(width, N))
 
 
-class Cosine(nn.Linear):
-    """A head that computes more than its weight says."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return nn.functional.normalize(features, dim=1) @ self.weight.T
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -177,7 +171,7 @@ class Cosine(nn.Linear):
         (lambda s, f, y: setup(terms={"leek": 1.0}), "leek.*known"),
         (lambda s, f, y: build(nn.Linear(C, C), C), "no null space"),
         (lambda s, f, y: build(nn.Linear(M, C), adapted=True), r"adapter.*merge"),
-        (lambda s, f, y: build(Cosine(M, C)), r"does not compute f W\^T \+ b"),
+        (lambda s, f, y: build(CosineLinear(M, C)), r"does not compute f W\^T \+ b"),
         (lambda s, f, y: build(nn.Sequential(nn.Linear(M, C))), r"weight \(C, m\), got Sequential; pass its last"),
         (lambda s, f, y: s(f, y > 0), "not mixed ones"),
         (lambda s, f, y: s(f, y), r"readout.*embeddings \(12, 7\), got none.*pass"),
