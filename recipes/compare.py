@@ -3,7 +3,7 @@
 python recipes/compare.py --config configs/compare_demo.yaml
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ CHANCE = (
 )
 Read = dict[str, Any]
 """One model in one space: rows and figures of `analyze_model`, chance level, agreement of its two translators."""
+Measured = dict[str, dict[str, Read]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("dry run: nothing was measured, no run folder was made")
             return
         run.open()
-    measured: dict[tuple[str, str], Read] = {}
+    measured: Measured = {}
     with run.guarded():
         for model, head in zip(config.models, heads, strict=True):
             if head["omitted"] is not None:
@@ -101,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 labelled = labels_for_head(splits, classifier, model)
                 classifier = classifier.to(accelerator.device).eval()
                 for space in spaces:
-                    key = space.label, head["label"]
-                    measured[key] = measure(config, model, classifier, labelled, space, passes)
+                    read = measure(config, model, classifier, labelled, space, passes)
+                    measured.setdefault(space.label, {})[head["label"]] = read
         if accelerator.is_main_process:
             report(config, run, heads, measured)
     accelerator.end_training()
@@ -132,49 +133,47 @@ def measure(
     return {"rows": rows, "measurements": figures, "chance": chance, "agreement": agreement}
 
 
-def report(config: CompareConfig, run: Run, heads: list[Read], measured: Mapping[tuple[str, str], Read]) -> None:
+def report(config: CompareConfig, run: Run, heads: list[Read], measured: Measured) -> None:
     """Compare the models and write the run's report."""
 
     def each(name: str) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for (space, label), read in measured.items():
-            found.setdefault(space, {})[label] = read[name]
-        return found
+        return {space: {label: read[name] for label, read in models.items()} for space, models in measured.items()}
 
     rows, figures = each("rows"), each("measurements")
+    every = [(space, label, read) for space, models in measured.items() for label, read in models.items()]
     paired = between.paired_figures(rows, seed=config.seed) if rows else None
     differences = between.model_differences(paired) if paired else []
     order = between.order_check(paired) if paired and len(paired.models) > 1 else None
     plots = [save_comparison_plot(figures, order, run.folder / "plots" / "comparison.png")] if paired else []
     warnings = compare_passports([head["passport"] for head in heads if head["omitted"] is None])
     track(run.accelerator, "compare", config)
-    for (space, label), read in measured.items():
+    for space, label, read in every:
         warnings += [f"{label} in {space}: {s}" for s in analysis_warnings(read["measurements"], read["agreement"])]
         for name, scores in read["measurements"]["translators"].items():
             log(run.accelerator, {f"{space}/{name}/{key}/{label}": scores["overall"][key] for key in FIGURES}, 0)
     log_figures(run.accelerator, plots)
-    every = [read["rows"].assign(model=f"{label} in {space}") for (space, label), read in measured.items()]
+    tables = [read["rows"].assign(model=f"{label} in {space}") for space, label, read in every]
     write_report(
         run,
         title=f"{run.folder.name}: {len(heads)} classifiers compared",
         verdict=between.comparison_verdict(paired, heads),
         warnings=warnings,
         sections=[
-            Section("The models", [models_table(heads, measured), READING, CHANCE, *plots]),
+            Section("The models", [models_table(heads, every), READING, CHANCE, *plots]),
             Section("Differences", [differences_table(differences), "Model minus the other, paired by image."]),
             Section("Does the order by AS⁻ hold?", [*([order_table(order)] if order else []), ORDER]),
             Section("Heads", [passport_table([head["passport"] for head in heads if head["passport"]])]),
         ],
         figures={name: each(name) for name in ("measurements", "chance", "agreement")}
         | {"heads": heads, "differences": differences, "order": order},
-        rows=pd.concat(every) if every else None,
+        rows=pd.concat(tables) if tables else None,
     )
 
 
-def models_table(heads: list[Read], measured: Mapping[tuple[str, str], Read]) -> pd.DataFrame:
+def models_table(heads: list[Read], every: list[tuple[str, str, Read]]) -> pd.DataFrame:
     """Every model in every space by every translator, then those without a null space."""
     tables = []
-    for (space, label), read in measured.items():
+    for space, label, read in every:
         table = score_table({label: read["measurements"]})
         level = number(read["chance"]["paper"]["levels"]["energy"]["mean"]["AS_neg"])
         table["AS⁻ at chance °"] = [level if name == "auditor" else "–" for name in table["translator"]]

@@ -123,10 +123,9 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
     with run.timed("measure"):
         rows, measurement = analyze_model(classifier, *test, texts, translators, mean=mean, **both)
     with run.timed("radii"):
-        gaussian = effort.fit_conditional(classifier, *bank, space, settings=passes)
-        natural = effort.natural_radii(
-            iterate_features(classifier, *test, passes, "natural radii"), gaussian, len(bank[0])
-        )
+        gaussian = effort.fit_conditional(iterate_features(classifier, *bank, passes, "second moments"), space)
+        batches = iterate_features(classifier, *test, passes, "natural radii")
+        natural = effort.natural_radii(batches, gaussian, len(bank[0]))
     steering: dict[str, Any] = {"weight": classifier.weight, "null_space": space}
     with run.timed("pairs"):
         batches = iterate_features(classifier, *test, passes, "steering to a fixed image score")

@@ -151,13 +151,10 @@ class ConditionalGaussian:
         A (nearly) singular covariance would make a radius meaningless: variances are kept above `floor` times their
         mean, in the row space before the regression and in the conditional covariance after it.
         """
-        if null_space.nullity == 0:
-            raise ValueError("this head has no null space, so there is no null component to measure a radius of")
         mean, covariance = mean.to(null_space.basis), covariance.to(null_space.basis)
         row, null = null_space.basis, null_space.null_basis()
         within, across = row.T @ covariance @ row, null.T @ covariance @ row
-        level = torch.diagonal(within).mean() if null_space.rank else within.new_zeros(())
-        within = within + floor * level * torch.eye(null_space.rank).to(within)
+        within = within + floor * torch.diagonal(within).mean() * torch.eye(null_space.rank).to(within)
         regression = across @ torch.linalg.pinv(within, hermitian=True)
         # The residual's own covariance, which no choice of regression can make negative.
         residual = null.T - regression @ row.T

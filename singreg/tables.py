@@ -196,26 +196,13 @@ def images_verdict(images: Sequence[Found]) -> list[str]:
 
 def images_sections(images: Sequence[Found], figure: Figure) -> list[Section]:
     """Arrange the figures of single images as the sections of their report."""
-    names = {"attribute_score": "AS °", "image_score": "IS °", "kappa": "κ", "null_share": "null share"}
-    table = pd.DataFrame(images).rename(columns={**names, "class_name": "class", "predicted": "named"})
-    moved = [each | {"image": image["image"]} for image in images for each in (*image["falls"], *image["rises"])]
-    logits = pd.concat([pd.DataFrame(image["logits"]).assign(image=image["image"]) for image in images])
-    near = [
-        {"image": image["image"], "nearest": side, "in the gallery": each["image"], "angle": each["angle"]}
-        for image in images
-        for side, found in image["near"].items()
-        for each in found
-    ]
-    reading = (
-        "cosine: of T f to the image's own embedding; a low one says that the translator does not know this image."
-    )
-    scores = table[["image", "class", "named", *names.values(), "logit_change", "cosine"]]
-    sections = [
-        Section("Scores", [scores.assign(logit_change=scores["logit_change"].map("{:.0e}".format)), reading, figure]),
-        Section("Logits, which stay", [logits[["image", "class", "before", "after"]]]),
-        Section("Concepts, which move", [pd.DataFrame(moved)[["image", "concept", "before", "after", "AS"]]]),
-    ]
-    return [*sections, *([Section("Nearest in the gallery", [pd.DataFrame(near)])] if near else [])]
+    names = {"image": "image", "class_name": "class", "predicted": "named", "attribute_score": "AS °"}
+    names |= {"image_score": "IS °", "kappa": "κ", "null_share": "null share", "cosine": "cosine"}
+    scores = pd.DataFrame(images)[list(names)].rename(columns=names)
+    scores["logits moved"] = [f"{image['logit_change']:.0e}" for image in images]
+    moved = pd.DataFrame([{"image": i["image"], **row} for i in images for row in (*i["falls"], *i["rises"])])
+    reading = "cosine: of T f to the image's own embedding; low where the translator does not know such images."
+    return [Section("Scores", [scores, reading, figure]), Section("Concepts, which move", [moved])]
 
 
 def steering_verdict(found: Found) -> list[str]:

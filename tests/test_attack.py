@@ -21,6 +21,7 @@ from singreg.analysis import attack, attack_images
 from singreg.analysis import attack_judges as judges
 from singreg.analysis.attack import LAGRANGIAN, SIGNED, TANGENT, Best, Reading, Tangent, ascend
 from singreg.analysis.attack_images import ATTACK, PixelModel, attack_split, choose_images, load_images, towards_prompt
+from singreg.analysis.statistics import share_interval
 from singreg.config import DataConfig
 from singreg.data.datasets import load_splits
 from singreg.models.edits import drop_null
@@ -259,7 +260,7 @@ def test_images_are_chosen_evenly() -> None:
     ("count", "total", "low", "high"), [(0, 128, 0.0, 0.02914), (128, 128, 0.97086, 1.0), (5, 10, 0.23659, 0.76341)]
 )
 def test_shares_have_wilson_intervals(count: int, total: int, low: float, high: float) -> None:
-    assert judges.share_interval(count, total) == pytest.approx([count / total, low, high], abs=1e-4)
+    assert share_interval(count, total) == pytest.approx([count / total, low, high], abs=1e-4)
 
 
 def test_twins_are_those_of_a_loop_over_all_pairs() -> None:

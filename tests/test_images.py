@@ -68,7 +68,6 @@ def test_images_have_the_analysis_figures_with_data_and_without(
     same_scores(found, rows[:1])
     assert (found[0]["class_name"], found[0]["image"]) == (label, paths[0])
     assert {side: len(near) for side, near in found[0]["near"].items()} == {"before": 2, "after": 2}
-    assert "Nearest in the gallery" in (tmp_path / "data" / "report.md").read_text()
     own = load_translator(folder / "whole" / "translator-auditor.safetensors")
     torch.save({"weight": own.matrix, "bias": own.offset}, tmp_path / "best.pt")
     for number, file in enumerate((folder / "whole" / "translator-auditor.safetensors", tmp_path / "best.pt")):

@@ -199,7 +199,7 @@ def test_what_the_translator_does_not_see_cannot_be_steered() -> None:
 def test_natural_radii_are_of_images_that_did_not_make_the_gaussian() -> None:
     model, bank, test = toy.classifier(), toy.ToySplit(120), toy.ToySplit(40, seed=9)
     space, f = NullSpace.from_weight(model.weight), toy.features(model, bank).float().double()
-    gaussian = fit_conditional(model, bank, toy.embeddings(120), space, settings=toy.QUIET)
+    gaussian = fit_conditional(iterate_features(model, bank, toy.embeddings(120), toy.QUIET, "bank"), space)
     wanted = ConditionalGaussian.from_moments(f.mean(0), torch.cov(f.T), space)
     g = toy.features(model, test).float().double()
     torch.testing.assert_close(gaussian.radius(g), wanted.radius(g), rtol=1e-6, atol=1e-6)

@@ -16,7 +16,7 @@ from singreg.analysis.attack import LEVELS, TANGENT
 from singreg.analysis.attack_images import ATTACK, RANDOM, PixelModel, load_images
 from singreg.analysis.features import cached_features, iterate_features
 from singreg.analysis.robustness import measure_robustness
-from singreg.analysis.statistics import mean_interval, paired_difference
+from singreg.analysis.statistics import mean_interval, paired_difference, share_interval
 from singreg.analysis.steering import plan_pairs
 from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings, take_rows
@@ -28,7 +28,6 @@ from singreg.translator import LinearTranslator
 
 BATCH = 64
 SLACK = 0.05  # degrees that passes must gain by themselves
-NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
 TWIN_IMAGES, SHOWN = 1000, 8  # among which twins are sought, and how many are listed
 PAIRS = 240  # of a source class and a target prompt, in feature space
 STEPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # shares of |f|
@@ -95,14 +94,6 @@ def judge_images(
             columns[f"knows {judge.name}"] = first == labels
         frames.append(chunk.assign(**{name: values.numpy() for name, values in columns.items()}))
     return pd.concat(frames, ignore_index=True)
-
-
-def share_interval(count: int, total: int) -> list[float]:
-    """Return [share, low, high] by Wilson's 95 % interval, which does not shrink to nothing at 0 or at 1."""
-    share, square = count / total, NORMAL**2
-    middle = (share + square / (2 * total)) / (1 + square / total)
-    half = NORMAL / (1 + square / total) * (share * (1 - share) / total + square / (4 * total**2)) ** 0.5
-    return [share, 0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half]
 
 
 def summarize_attack(judged: pd.DataFrame, judges: Sequence[str], seed: int) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
-from singreg.analysis.statistics import ENDS, resampled_means
+from singreg.analysis.statistics import ENDS, NORMAL, resampled_means
 from singreg.functional import pairwise_angles, unit_rows
 from singreg.nullspace import NullSpace
 from singreg.translator import Translator
@@ -17,7 +17,6 @@ from singreg.utils import all_reduce_sum, plain
 
 CHUNK_ELEMENTS = 2**20  # images x concepts at a time: 4 MiB an array in float32
 SUMS = ("before", "after", "AS", "AS²", "kappa")
-NORMAL_95 = 1.959963984540054
 Order = Literal["strongest", "rises", "falls"]
 
 
@@ -98,7 +97,7 @@ def analyze_concepts(
             count += len(features)
     overall, count = all_reduce_sum(overall), all_reduce_sum(count)
     means = dict(zip(SUMS, overall / count, strict=True))
-    half = NORMAL_95 * (means.pop("AS²") - means["AS"].square()).clamp_min(0).sqrt() / count.sqrt()
+    half = NORMAL * (means.pop("AS²") - means["AS"].square()).clamp_min(0).sqrt() / count.sqrt()
     means |= {"AS_low": means["AS"] - half, "AS_high": means["AS"] + half}
     return {"images": int(count), "overall": plain({"concept": list(concepts), **means})}
 

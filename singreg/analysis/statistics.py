@@ -6,6 +6,7 @@ import numpy as np
 
 Interval = tuple[float, float, float]
 ENDS = (0.025, 0.975)  # of a 95 % interval
+NORMAL = 1.959963984540054  # the normal distribution's upper end
 
 
 def resampled_means(
@@ -62,6 +63,14 @@ def paired_ratio(after: np.ndarray, before: np.ndarray, **how: Any) -> Interval:
         bounds = np.quantile(ratios[1:][~np.isnan(ratios[1:])], ENDS)
     low, high = np.where(np.isnan(bounds), np.inf, bounds)  # between two infinite draws numpy interpolates to NaN
     return float(ratios[0]), float(low), float(high)
+
+
+def share_interval(count: int, total: int) -> list[float]:
+    """Return [share, low, high] by Wilson's 95 % interval, which does not shrink to nothing at 0 or at 1."""
+    share, square = count / total, NORMAL**2
+    middle = (share + square / (2 * total)) / (1 + square / total)
+    half = NORMAL / (1 + square / total) * (share * (1 - share) / total + square / (4 * total**2)) ** 0.5
+    return [share, 0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half]
 
 
 def paired_proportions(after: np.ndarray, before: np.ndarray) -> Interval:

@@ -9,12 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.features import FeatureBatch, gathered, iterate_features
+from singreg.analysis.features import FeatureBatch, gathered
 from singreg.analysis.statistics import ENDS, resampled_means
 from singreg.analysis.steering import PairPlan, SteeringRows, in_its_own_dtype, largest_change, own_prompt, read
-from singreg.data.datasets import ImageSplit
-from singreg.data.embeddings import PassSettings
-from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.steering import AnyTranslator, ConditionalGaussian, similarity_gradient, unit_in_null
@@ -45,13 +42,10 @@ class Attack:
     tolerance: float = EXACT
 
 
-def fit_conditional(
-    classifier: Classifier, split: ImageSplit, embeddings: np.ndarray, null_space: NullSpace, *, settings: PassSettings
-) -> ConditionalGaussian:
-    """Fit the Gaussian of Π_n f given Π_p f on a split's images: one pass, O(m²) memory, exact over processes."""
-    # The ridge's own sums, without a target.
-    moments = RidgeStatistics(classifier.feature_dim, 0, device=classifier.weight.device)
-    for batch in gathered(iterate_features(classifier, split, embeddings, settings, "second moments")):
+def fit_conditional(batches: Iterable[FeatureBatch], null_space: NullSpace) -> ConditionalGaussian:
+    """Fit the Gaussian of Π_n f given Π_p f in one pass over this process's batches; exact over processes."""
+    moments = RidgeStatistics(len(null_space.basis), 0, device=null_space.basis.device)  # a ridge's, without a target
+    for batch in gathered(batches):
         moments.update(batch.features, batch.features.new_zeros(len(batch.features), 0))
     scatter, _, _ = moments.reduce().centred()
     return ConditionalGaussian.from_moments(moments.f / moments.count, scatter / (moments.count - 1), null_space)
