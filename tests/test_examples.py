@@ -66,10 +66,12 @@ def test_mixed_precision_and_accumulation(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("option", "processes"), [(["--compile"], 1), ([], 2)], ids=["compiled", "two processes"])
-def test_the_same_figures(option: list[str], processes: int) -> None:
-    plain = run("plain_torch", "--epochs", "1")["after"]
-    assert run("plain_torch", "--epochs", "1", *option, processes=processes)["after"] == pytest.approx(plain, abs=0.1)
+@pytest.mark.parametrize(
+    ("name", "option", "processes"), [("plain_torch", ["--compile"], 1), ("plain_torch", [], 2), ("hf_trainer", [], 2)]
+)
+def test_compiled_and_on_two_processes_the_figures_stay(name: str, option: list[str], processes: int) -> None:
+    plain = run(name, "--epochs", "1")["after"]
+    assert run(name, "--epochs", "1", *option, processes=processes)["after"] == pytest.approx(plain, abs=0.1)
 
 
 def adapted(**settings: Any) -> nn.Module:

@@ -155,7 +155,7 @@ def test_a_dry_run_tells_its_numbers_before_it_embeds_and_makes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-REAL = ["imagenet16_lite0", "imagenette_resnet50", "imagenet100_resnet50", "own"]
+REAL = ["imagenet16_lite0", "imagenette_resnet50", "imagenet100_resnet50", "imagenet1k_resnet50", "own"]
 
 
 @pytest.mark.parametrize("name", REAL)

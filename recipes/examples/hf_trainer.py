@@ -1,5 +1,9 @@
-"""Hugging Face's Trainer and a model of transformers: here the packaged one, a ViT in the same way."""
+"""Hugging Face's Trainer and a model of transformers: here the packaged one, a ViT in the same way.
 
+On one process or, by `torchrun --nproc_per_node 2 recipes/examples/hf_trainer.py`, on two.
+"""
+
+import os
 from typing import Any
 
 from scenes import Scenes, Task, parser
@@ -38,7 +42,7 @@ task = Task(classifier, scenes.sing_loss(classifier))
 settings = TrainingArguments(
     args.folder or "runs/hf_trainer",
     num_train_epochs=args.epochs,
-    per_device_train_batch_size=32,
+    per_device_train_batch_size=32 // int(os.environ.get("WORLD_SIZE", 1)),
     gradient_accumulation_steps=args.accumulate,
     learning_rate=1e-3,
     lr_scheduler_type="constant",  # that a run with fewer epochs can be resumed with more
@@ -46,6 +50,7 @@ settings = TrainingArguments(
     save_strategy="epoch" if args.folder else "no",
     report_to="none",
     use_cpu=True,
+    ddp_find_unused_parameters=False,
 )
 trainer = Trainer(task, settings, train_dataset=scenes, callbacks=[Refresh()])
 trainer.train(resume_from_checkpoint=bool(args.folder and any(args.folder.glob("checkpoint-*"))))
