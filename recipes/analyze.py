@@ -94,7 +94,7 @@ from singreg.data.splits import ImageSplit
 from singreg.nullspace import NullSpace
 from singreg.plots.images import plot_images
 from singreg.plots.scores import plot_analysis
-from singreg.report import Figure, log, log_figures, track, write_report
+from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, embed_splits, prepare, prepare_alone
 from singreg.translator import load_translator
@@ -212,8 +212,7 @@ def report(run: Run, setup: Setup, translators: dict[str, Any], rows: pd.DataFra
 
 def report_images(run: Run, setup: Setup, split: ImageSplit, images: list[Found]) -> None:
     """Draw single images, write their report and log to the trackers."""
-    path = plot_images(images, split, setup.splits.bank, run.folder / "plots" / "images.png")
-    figure = Figure(path, "What stays and what moves when the null component is removed.")
+    figure = plot_images(images, split, setup.splits.bank, run.folder / "plots" / "images.png")
     track(run.accelerator, "analyze", run.config)
     log_figures(run.accelerator, [figure])
     write_report(

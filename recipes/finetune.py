@@ -84,7 +84,6 @@ def fit(
         invariance=config.model.invariance,
         info=replace(setup.info, head_hash=classifier.head_hash()),
         settings=setup.passes,
-        description="fitting a translator",
     )
 
 

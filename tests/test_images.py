@@ -61,7 +61,7 @@ def test_images_have_the_analysis_figures_with_data_and_without(
     folder, paths, rows = analysed
     figures: list[Figure] = []
     save = plots.save
-    monkeypatch.setattr(drawings, "save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
+    monkeypatch.setattr(drawings, "save", lambda figure, *to: (figures.append(figure), save(figure, *to))[1])
     label = demo_classifier().label_names[int(rows["label"].iloc[0])]
     given = ["--image", paths[0], "--label", label]
     found = explain(tmp_path / "data", *TINY, *given)["images"]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from singreg import plots
+from singreg import plots, report
 from singreg.analysis.comparison import compare_arms
 from singreg.analysis.images import explain_images
 from singreg.analysis.levels import analyze_classes, analyze_concepts
@@ -32,9 +32,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     kept: list[Figure] = []
     save = plots.save
 
-    def keep(figure: Figure, path: Path) -> Path:
+    def keep(figure: Figure, path: Path, caption: str) -> report.Figure:
         kept.append(figure)
-        return save(figure, path)
+        return save(figure, path, caption)
 
     for module in (scores, images):
         monkeypatch.setattr(module, "save", keep)

@@ -76,7 +76,6 @@ def fit_on_split(
     invariance: Invariance = "logits",
     info: TranslatorInfo | None = None,
     settings: PassSettings | None = None,
-    description: str = "translator",
 ) -> "FittedTranslator":
     """Fit T on all images of a split in one pass, λ by the agreement of two halves. Exact over processes.
 
@@ -89,7 +88,7 @@ def fit_on_split(
     device = classifier.weight.device
     sizes = classifier.feature_dim, embeddings.shape[1]
     first, second = halves = RidgeStatistics(*sizes, device=device), RidgeStatistics(*sizes, device=device)
-    for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), description)):
+    for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), "fitting")):
         update_halves(halves, batch.features, batch.embeddings, batch.indices)  # the same on any number of processes
     translator = fit_on_halves(halves, ridges, basis, info)
     mean = (first.f + second.f) / (first.count + second.count)
@@ -128,7 +127,7 @@ def fit_all(
         The translators by name, and the auditor's mean feature (m,).
     """
     how: dict[str, Any] = {"ridges": DEFAULT_RIDGES if ridge is None else (ridge,), "invariance": invariance}
-    how |= {"info": info, "settings": settings, "description": "fitting a translator"}
+    how |= {"info": info, "settings": settings}
     fitted = fit_on_split(classifier, splits.bank, embeddings["bank"], **how)
     auditor = fit_on_split(classifier, splits.audit, embeddings["audit"], **how)
     found: dict[str, Any] = {"fitted": fitted.translator, "auditor": auditor.translator}

@@ -1,5 +1,6 @@
 """AS and success against the size of the step, for any attack and judge (METHOD section 9)."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -205,20 +206,14 @@ def _ratios(sums: np.ndarray, counts: np.ndarray, groups: np.ndarray | None, gri
         curves = both[:, :-3].reshape(len(both), 3, -1) / both[:, -3:, None]
     # The area is linear in the curve, so the same draws give its interval.
     areas = (curves[..., 1:] + curves[..., :-1]) / 2 @ np.diff(grid) / (grid[-1] - grid[0])
-    bands, area_bands = _interval(curves[1:]), _interval(areas[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of an end that is NaN since no draw is defined
+        ends = np.nanquantile(np.concatenate([curves, areas[..., None]], axis=2)[1:], ENDS, axis=0)
     return {
         "figures": {name: curves[0, place] for place, name in enumerate(FIGURES)},
-        "intervals": {name: bands[:, place].T for place, name in enumerate(FIGURES)},
-        "area": {name: [areas[0, place], *area_bands[:, place]] for place, name in enumerate(FIGURES)},
+        "intervals": {name: ends[:, place, :-1].T for place, name in enumerate(FIGURES)},
+        "area": {name: [areas[0, place], *ends[:, place, -1]] for place, name in enumerate(FIGURES)},
     }
-
-
-def _interval(drawn: np.ndarray) -> np.ndarray:
-    """The 95 % interval over draws (B, ...) that are defined: (2, ...), NaN where none is."""
-    defined = ~np.isnan(drawn).all(0)
-    ends = np.full((2, *drawn.shape[1:]), np.nan)
-    ends[:, defined] = np.nanquantile(drawn[:, defined], ENDS, axis=0)
-    return ends
 
 
 def at(curve: Found, value: float, figure: str) -> Any:

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
+from singreg import report
 from singreg.utils import atomic_write
 
 GREY, BLUE, ORANGE, RED = "#6b7280", "#2563eb", "#d97706", "#c2410c"
@@ -61,12 +62,12 @@ def band(axes: Axes, curve: Mapping[str, Any], figure: str, factor: float = 100.
     axes.fill_between(curve["grid"], *ends.T, color=look["color"], alpha=0.13, linewidth=0)
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, whole or not at all, and return its path."""
+def save(figure: Figure, path: Path, caption: str) -> report.Figure:
+    """Write a figure as PNG, whole or not at all."""
     FigureCanvasAgg(figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-    return path
+    return report.Figure(path, caption)
 
 
 def drawable(name: str, limit: int = 40) -> str:

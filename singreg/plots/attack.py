@@ -124,7 +124,7 @@ def _rises(figures: Found, folder: Path) -> Figure:
     axes[0].set_ylabel("rise towards the target's prompt, °")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     caption = f"logits within {figures['tau']:g} sd; 95 % over {figures['images']} images; dots: random directions"
-    return Figure(save(figure, folder / "rises.png"), caption)
+    return save(figure, folder / "rises.png", caption)
 
 
 def _attacked(figures: Found, judged: pd.DataFrame, folder: Path) -> Figure:
@@ -143,7 +143,7 @@ def _attacked(figures: Found, judged: pd.DataFrame, folder: Path) -> Figure:
             show(grid[line, 1 + 2 * place], attacked, drawable(label, 24), rises)
             show(grid[line, 2 + 2 * place], moved, f"moved × {AMPLIFIED}")
     caption = f"attacked at {budget}; below: rise by the attacked translator, and by {encoder}, which nobody attacked"
-    return Figure(save(figure, folder / "plots" / "attacked.png"), caption)
+    return save(figure, folder / "plots" / "attacked.png", caption)
 
 
 def _features(found: Found, folder: Path) -> Figure:
@@ -157,7 +157,7 @@ def _features(found: Found, folder: Path) -> Figure:
     axes[0].set_ylabel("target first, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     caption = "the same images steered in feature space, on the attacked translator; bands: 95 % over images"
-    return Figure(save(figure, folder / "features.png"), caption)
+    return save(figure, folder / "features.png", caption)
 
 
 def _twins(twins: list[dict[str, Any]], split: ImageSplit, folder: Path) -> Figure:
@@ -174,4 +174,4 @@ def _twins(twins: list[dict[str, Any]], split: ImageSplit, folder: Path) -> Figu
                 show(ax, np.asarray(split.image(index)), name, apart)
         lines[0, 0].set_ylabel(drawable(each["model"], 24), fontsize=8)
     caption = "natural twins: two classes, alike in logits and far apart for an encoder; nobody attacked them"
-    return Figure(save(figure, folder / "twins.png"), caption)
+    return save(figure, folder / "twins.png", caption)

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from singreg import report
 from singreg.data.datasets import ImageSplit
 from singreg.plots import BLUE, ORANGE, arrows, drawable, save, show, styled
 
@@ -17,7 +18,7 @@ CONCEPTS_SHOWN = 4  # each way
 Image = Mapping[str, Any]
 
 
-def plot_images(images: Sequence[Image], split: ImageSplit, gallery: ImageSplit, path: Path) -> Path:
+def plot_images(images: Sequence[Image], split: ImageSplit, gallery: ImageSplit, path: Path) -> report.Figure:
     """Draw each image with its logits, the concepts that moved and the gallery's nearest, before and after."""
     across = max(len(near) for near in images[0]["near"].values()) if images[0]["near"] else 0
     widths = [1.6, 2.0, 2.6, *[0.95] * across]
@@ -43,7 +44,7 @@ def plot_images(images: Sequence[Image], split: ImageSplit, gallery: ImageSplit,
                 name = "" if label < 0 else drawable(gallery.class_names[label], 14)
                 below = f"{name} {near['angle']:.0f}°"
                 show(axes, np.asarray(gallery.image(near["index"])), "" if column else title, below)
-    return save(figure, path)
+    return save(figure, path, "what stays and what moves when the null component is removed")
 
 
 def _logits(axes: Axes, image: Image) -> None:

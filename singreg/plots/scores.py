@@ -1,7 +1,6 @@
 """Plots of scores: models side by side, joint distributions, classes, concepts, perturbations."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ NAME_LENGTH = 28  # characters beside an axis
 Found = Mapping[str, Any]
 
 
-def plot_joint(clouds: Mapping[str, tuple[pd.DataFrame, Found]], path: Path) -> Path:
+def plot_joint(clouds: Mapping[str, tuple[pd.DataFrame, Found]], path: Path) -> report.Figure:
     """Draw AS against IS of every image with the 1 and 2 sigma ellipses, one panel a name (paper figure 4).
 
     Args:
@@ -63,10 +62,10 @@ def plot_joint(clouds: Mapping[str, tuple[pd.DataFrame, Found]], path: Path) -> 
             low, high = edges[of]
             limits(low - 0.08 * max(high - low, 1e-3), high + 0.08 * max(high - low, 1e-3))
     figure.suptitle("every image; ellipses at 1σ and 2σ; below the line the removal hurts the true class", fontsize=9)
-    return save(figure, path)
+    return save(figure, path, "AS against IS of every test image")
 
 
-def plot_classes(rows: pd.DataFrame, found: Found, path: Path) -> Path:
+def plot_classes(rows: pd.DataFrame, found: Found, path: Path) -> report.Figure:
     """Draw AS and IS of every class as violins, the leakiest on top; of many classes the two ends."""
     classes, half = list(found["classes"]), CLASSES_SHOWN // 2
     shown = classes if len(classes) <= CLASSES_SHOWN else classes[:half] + classes[-half:]
@@ -89,10 +88,10 @@ def plot_classes(rows: pd.DataFrame, found: Found, path: Path) -> Path:
     drawn[1].set_yticks(range(len(shown)), [""] * len(shown))
     part = "" if shown == classes else f"; {half} leakiest and {half} least leaky of {len(classes)}"
     figure.suptitle(f"classes by AS⁻ (images), by the auditor{part}", fontsize=9)
-    return save(figure, path)
+    return save(figure, path, "AS and IS of every class, the leakiest on top")
 
 
-def plot_concepts(found: Found, path: Path) -> Path:
+def plot_concepts(found: Found, path: Path) -> report.Figure:
     """Draw an arrow from the angle before to that after for the concepts that moved most (paper figure 5)."""
     moved = select_concepts(found["overall"], "strongest", CONCEPTS_SHOWN).to_dict("records")
     figure, (axes,) = panels(width=7.0, height=max(2.4, 0.3 * len(moved) + 1.5))
@@ -106,10 +105,10 @@ def plot_concepts(found: Found, path: Path) -> Path:
     axes.set_xlabel("angle to the concept °: ○ before, ► after the removal")
     count = len(found["overall"]["concept"])
     styled(axes, f"the {len(moved)} of {count} concepts that move most; red: away, blue: closer")
-    return save(figure, path)
+    return save(figure, path, "angle of each concept to the images before and after")
 
 
-def plot_perturbations(found: Found, path: Path) -> Path:
+def plot_perturbations(found: Found, path: Path) -> report.Figure:
     """Draw |Δlogit| and the translated angle against the perturbation's size (paper figure 9)."""
     figure, (left, right) = panels(2, width=5.0, height=4.6)
     for kind, curve in found["curves"].items():
@@ -130,7 +129,7 @@ def plot_perturbations(found: Found, path: Path) -> Path:
         styled(axes, title)
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     figure.suptitle(f"perturbations of equal norm, mean of {found['images']} images", fontsize=9)
-    return save(figure, path)
+    return save(figure, path, "perturbations of equal norm")
 
 
 def plot_analysis(
@@ -138,14 +137,14 @@ def plot_analysis(
 ) -> dict[str, report.Figure]:
     """Draw every figure of recipes/analyze.py below a folder; the images are those of `split` and of the gallery."""
     clouds = {name: (_cloud(rows, name), joint) for name, joint in found["joint"].items()}
-    drawings = {
-        "joint": (partial(plot_joint, clouds), "AS against IS of every test image"),
-        "classes": (partial(plot_classes, rows, found["classes"]), "AS and IS of every class, the leakiest on top"),
-        "concepts": (partial(plot_concepts, found["concepts"]), "angle of each concept to the images before and after"),
-        "perturbations": (partial(plot_perturbations, found["perturbation"]), "perturbations of equal norm"),
-        "images": (partial(plot_images, found["images"], split, gallery), "the worst images, explained one by one"),
-    }
-    return {name: report.Figure(draw(folder / f"{name}.png"), said) for name, (draw, said) in drawings.items()}
+    figures = [
+        plot_joint(clouds, folder / "joint.png"),
+        plot_classes(rows, found["classes"], folder / "classes.png"),
+        plot_concepts(found["concepts"], folder / "concepts.png"),
+        plot_perturbations(found["perturbation"], folder / "perturbations.png"),
+        plot_images(found["images"], split, gallery, folder / "images.png"),
+    ]
+    return {figure.path.stem: figure for figure in figures}
 
 
 def _cloud(rows: pd.DataFrame, translator: str) -> pd.DataFrame:
@@ -160,9 +159,9 @@ def plot_finetune(
     figures = {stage: found for stage, (_, found) in drawn.items()}
     clouds = {stage: (_cloud(rows, "auditor"), joint_distribution(rows)) for stage, (rows, _) in drawn.items()}
     return [
-        report.Figure(plot_ratios(comparisons, figures["before"]["images"], folder / "summary.png"), "what is left"),
-        report.Figure(plot_joint(clouds, folder / "joint.png"), "AS against IS of every test image"),
-        report.Figure(plot_class_leakage(figures, class_names, folder / "classes.png"), "AS⁻ of every class"),
+        plot_ratios(comparisons, figures["before"]["images"], folder / "summary.png"),
+        plot_joint(clouds, folder / "joint.png"),
+        plot_class_leakage(figures, class_names, folder / "classes.png"),
     ]
 
 
@@ -179,7 +178,7 @@ def finetune_sections(
     ]
 
 
-def plot_ratios(comparisons: pd.DataFrame, images: int, path: Path) -> Path:
+def plot_ratios(comparisons: pd.DataFrame, images: int, path: Path) -> report.Figure:
     """Draw what SingLoss leaves of the control, as ratios with 95 % intervals by the auditor; left of 1 is less."""
     table = comparisons[comparisons["translator"] == "auditor"].set_index("name")
     shown = [name for name in RATIOS_SHOWN if name in table.index and np.isfinite(table.loc[name, "value"])]
@@ -198,10 +197,10 @@ def plot_ratios(comparisons: pd.DataFrame, images: int, path: Path) -> Path:
     top1 = comparisons.set_index("name").loc["top-1"]
     said = f"top-1 {top1['value']:+.2f} points [{top1['low']:+.2f}, {top1['high']:+.2f}]"
     styled(axes, f"{images} test images, 95 % intervals; {said}\nblue should fall, grey should stay")
-    return save(figure, path)
+    return save(figure, path, "what is left")
 
 
-def plot_class_leakage(measurements: Mapping[str, Found], class_names: Sequence[str], path: Path) -> Path:
+def plot_class_leakage(measurements: Mapping[str, Found], class_names: Sequence[str], path: Path) -> report.Figure:
     """Draw AS⁻ of every class in each stage by the auditor, leakiest first; at most 40 classes."""
     per_class = {stage: found["translators"]["auditor"]["per_class"] for stage, found in measurements.items()}
     table = pd.DataFrame({stage: found["AS_neg"] for stage, found in per_class.items()}, dtype=float).dropna(how="all")
@@ -216,4 +215,4 @@ def plot_class_leakage(measurements: Mapping[str, Found], class_names: Sequence[
     axes.set_xlabel("AS⁻ °")
     part = "" if len(shown) == len(table) else f" ({len(shown)} of {len(table)} classes)"
     styled(axes, f"leakage by class{part}, by the auditor").legend(fontsize=8)
-    return save(figure, path)
+    return save(figure, path, "AS⁻ of every class")

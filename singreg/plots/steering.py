@@ -24,15 +24,10 @@ Found = Mapping[str, Any]
 
 def plot_steering(found: Found, folder: Path) -> dict[str, report.Figure]:
     """Draw the figures of recipes/steer.py below a folder."""
-    said = "success and AS against every budget; bands: 95 % over classes and images; one step, so a lower bound"
-    pairs = f"every source and target at an image score of {found['image_score']:g}°"
-    return {
-        "curves": report.Figure(_curves(found, folder / "curves.png"), said),
-        "pairs": report.Figure(_pairs(found, folder / "pairs.png"), pairs),
-    }
+    return {"curves": _curves(found, folder / "curves.png"), "pairs": _pairs(found, folder / "pairs.png")}
 
 
-def _pairs(found: Found, path: Path) -> Path:
+def _pairs(found: Found, path: Path) -> report.Figure:
     """Heat maps, sources down and targets across: |AS| by the fitted translator and the auditor, and success."""
     read = {pair["judge"]: pair["matrices"] for pair in found["pairs"] if pair["attacker"] == "fitted"}
     at, shown = f"at an image score of {found['image_score']:g}°", slice(CLASSES_SHOWN)
@@ -56,7 +51,7 @@ def _pairs(found: Found, path: Path) -> Path:
         panel.set_title(title, fontsize=10)
     said = f"steered from (down) to (across), at most {CLASSES_SHOWN} each; empty: not steered, or out of reach"
     figure.suptitle(said, fontsize=9)
-    return save(figure, path)
+    return save(figure, path, f"every source and target {at}")
 
 
 def _heat_map(axes: Axes, values: np.ndarray, names: Sequence[Sequence[str]], scale: np.ndarray) -> None:
@@ -74,7 +69,7 @@ def _heat_map(axes: Axes, values: np.ndarray, names: Sequence[Sequence[str]], sc
     axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
 
 
-def _curves(found: Found, path: Path) -> Path:
+def _curves(found: Found, path: Path) -> report.Figure:
     """Success and AS against every budget, by attacker (colour) and judge (line), with 95 % bands."""
     figure, axes = panels(len(BUDGETS), len(FIGURES), width=4.8, height=3.6)
     attackers = list(dict.fromkeys(curve["attacker"] for curve in found["curves"]))
@@ -96,4 +91,5 @@ def _curves(found: Found, path: Path) -> Path:
                 where = panel.get_xaxis_transform()
                 panel.text(value, 1.01, said, transform=where, fontsize=7, rotation=45, va="bottom")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    return save(figure, path)
+    caption = "success and AS against every budget; bands: 95 % over classes and images; one step, so a lower bound"
+    return save(figure, path, caption)

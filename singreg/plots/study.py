@@ -50,7 +50,7 @@ def save_pareto(arms: Sequence[Summary], reference: str, path: Path) -> Figure:
     caption = (
         "Right and low is good. Dashed: no arm is better in both. Blue: the same arm at growing λ, from plain's 0."
     )
-    return Figure(save(figure, path), caption)
+    return save(figure, path, caption)
 
 
 def save_comparison_plot(
@@ -81,7 +81,7 @@ def save_comparison_plot(
     handles = [axes[0].plot([], [], "o", color=colour, label=drawable(name))[0] for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     caption = "IS against |AS| of every model in every space (area: AS⁻), and its rank by AS⁻ in every view."
-    return Figure(save(figure, path), caption)
+    return save(figure, path, caption)
 
 
 def _draw_space(
