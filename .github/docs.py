@@ -108,7 +108,7 @@ def _kept_study(report: Mapping[str, Any]) -> dict[str, Any]:
     arms = []
     for arm in report["arms"]:
         kept = {name: arm[name] for name in ("arm", "role", "seeds", "note")}
-        kept["mean"] = {"top1": arm["mean"]["top1"]}
+        kept["mean"] = {name: arm["mean"][name] for name in ("top1", "retrieval") if name in arm["mean"]}
         kept["paired"] = {name: arm["paired"][name] for name in ("top1", *RATIOS) if name in arm["paired"]}
         further = arm.get("further", {}).items()
         kept["further"] = {label: {name: found[name] for name in FURTHER if name in found} for label, found in further}
@@ -189,6 +189,8 @@ def _ratios(paired: Mapping[str, Mapping[str, Any]], arms: Sequence[Mapping[str,
         for figure, title in titles.items():
             found = paired[arm["arm"]].get(figure)
             row[title] = interval(found["value"], found["low"], found["high"]) if found else "–"
+        if "retrieval" in arm["mean"] and "harmless_r2" in titles:
+            row["retrieval"] = percent(arm["mean"]["retrieval"])
         rows.append(row)
     return _markdown(rows)
 
