@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from singreg.config import RunConfig, parse
+from tests.test_analyze import analyze
 from tests.test_attack_recipe import run as attack
 from tests.test_compare import DEMO, compare
 from tests.test_steer import steer
+from tests.tiny_run import finetune
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {name: f"{name}_demo" for name in ("analyze", "steer", "compare")}
@@ -119,6 +121,15 @@ def test_scenes_are_tried_and_nothing_is_made(path: Path, tmp_path: Path, capsys
 
 
 CASES: list[tuple[Callable[..., Any], list[Any], list[str]]] = [
+    (analyze, ["--concepts", '["no/such/file.txt"]'], ["no/such/file.txt"]),
+    (analyze, ["--concepts", "[]", "--chance_draws", "1"], ["concepts: expected at least", "chance_draws: expected"]),
+    (analyze, ["--neighbours", "5000"], ["neighbours: the gallery"]),
+    (analyze, ["--concept_templates", '["a photo"]', "--mlp", '["mlp3", "mlp3"]'], ["{concept}", "mlp"]),
+    (finetune, ["--vlm.pretrained", "openai"], ["brings its own weights: set vlm.pretrained to null"]),
+    (finetune, ["--data.scenes", "{train: 80, audit: 0, test: 9}"], ["no image is left for the auditor"]),
+    (finetune, ["--vlm.name", "local-dir:no/such/folder"], ["no/such/folder"]),
+    (finetune, ["--model.name", "no_such_model"], ["no_such_model"]),
+    (finetune, ["--model.name", "test_vit", "--model.pretrained", "false", "--model.head", "keep"], ["null space"]),
     (steer, ["--targets", "[]", "--prompts", "[]"], ["targets: expected class names"]),
     (steer, ["--prompts", '["a dog", "..."]'], ["no text in '...'"]),
     (steer, ["--image_score", "180", "--images_per_class", "0"], ["image_score: expected", "images_per_class"]),

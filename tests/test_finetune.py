@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import timm
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -26,18 +25,10 @@ from singreg import checkpoints, loop
 from singreg.loop_translator import LoopTranslator
 from singreg.models.classifier import Classifier
 from singreg.translator import load_translator
-from tests.processes import run_processes
-from tests.tiny_run import arguments, differences, finetune, one_core, run
+from tests.processes import run_same
+from tests.tiny_run import arguments, differences, finetune, run, surroundings  # noqa: F401
 
 STAGES = ["before", "control", "sing", "dropped"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cache, and one core: runs repeat to the bit beside other work."""
-    with pytest.MonkeyPatch.context() as patch, one_core():
-        patch.setenv("SINGREG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +52,8 @@ def test_the_folder_of_a_run(finished: Path) -> None:
     assert set(report["measurements"]["sing"]["translators"]) == {"loop", "auditor"}
     dropped, control = (report["measurements"][name] for name in ("dropped", "control"))
     assert dropped["top1"] == control["top1"]
-    assert (dropped["audit"]["class_variance"], dropped["translators"]["auditor"]["overall"]["IS"]) == pytest.approx(
-        (0, 0), abs=1e-3
-    )
+    gone = dropped["audit"]["class_variance"], dropped["translators"]["auditor"]["overall"]["IS"]
+    assert gone == pytest.approx((0, 0), abs=1e-3)
     assert "confirmed share" in {row["name"] for row in report["comparisons"]}
     rows = pd.read_parquet(finished / "scores.parquet")
     assert rows.groupby("model").size().to_dict() == dict.fromkeys(STAGES, 45)
@@ -72,24 +62,9 @@ def test_the_folder_of_a_run(finished: Path) -> None:
     assert not list(finished.rglob(".*")), "temporary files were left behind"
 
 
-def test_the_models_reload_with_plain_timm_to_the_same_bits(finished: Path) -> None:
-    torch.manual_seed(0)
-    images = torch.randn(3, 3, 64, 64)
-    for folder in (finished / "model", finished / "model-control"):
-        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        classifier = Classifier.from_timm(f"local-dir:{folder}").eval()
-        with torch.no_grad():
-            features, logits = classifier.features_and_logits(images)
-            assert torch.equal(plain(images), logits)
-            assert torch.equal(plain.forward_head(plain.forward_features(images), pre_logits=True), features)
-            assert torch.equal(classifier.logits(features), logits)
-
-
 def test_the_translators_say_which_model_they_belong_to(finished: Path) -> None:
-    before, after, control = (
-        load_translator(finished / f"translator-{name}.safetensors").info
-        for name in ("before", "after", "after-control")
-    )
+    names = ("before", "after", "after-control")
+    before, after, control = (load_translator(finished / f"translator-{n}.safetensors").info for n in names)
     assert after.head_hash == Classifier.from_timm(f"local-dir:{finished / 'model'}").head_hash()
     assert len({before.head_hash, after.head_hash, control.head_hash}) == 3
     assert before.images == 90
@@ -238,21 +213,15 @@ def test_precision_and_accumulation_are_accelerates_own(tmp_path: Path, monkeypa
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     sizes: list[int] = []
     in_step(monkeypatch, 0, "sing", lambda batch: sizes.append(len(batch[0])))
-    finetune(tmp_path / "run", "--training.epochs", "1")
+    machine = finetune(tmp_path / "run", "--training.epochs", "1")["machine"]
     assert sizes == [8, 8]
-    machine = json.loads((tmp_path / "run" / "report.json").read_text())["machine"]
     assert (machine["mixed_precision"], machine["accumulation"]) == ("bf16", 2)
-
-
-def _report(rank: int, world: int, folder: str) -> dict[str, Any]:
-    finetune(Path(folder) / "run", keep_group=world > 1)
-    return json.loads((Path(folder) / "run" / "report.json").read_text())["measurements"] if rank == 0 else {}
 
 
 def close(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Counts are equal, and figures but for rounding."""
     for stage, measured in one.items():
-        assert measured["images"] == other[stage]["images"] == 45
+        assert measured["images"] == other[stage]["images"]
         assert measured["top1"] == other[stage]["top1"]
         for name, scores in measured["translators"].items():
             assert scores["fit_images"] == other[stage]["translators"][name]["fit_images"]
@@ -262,9 +231,8 @@ def close(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> None:
-    two, idle = run_processes(2, _report, str(tmp_path))
-    assert idle == {}
-    close(json.loads((finished / "report.json").read_text())["measurements"], two)
+    two, _ = run_same(2, finetune, tmp_path / "run")
+    close(json.loads((finished / "report.json").read_text())["measurements"], two["measurements"])
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", finished))
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, atol=2e-5, rtol=1e-3, msg=name)
@@ -272,14 +240,17 @@ def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_accelerate_starts_two_processes_that_give_ones_figures(finished: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    given = [*command, "--multi_gpu", "--num_processes", "2", recipe.__file__, *arguments(tmp_path / "run")]
-    done = subprocess.run(given, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one, two = (json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "run"))
-    assert two["machine"]["processes"] == 2, "a second process that never started proves nothing"
-    close(one["measurements"], two["measurements"])
+def test_accelerate_starts_processes_that_give_ones_figures(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    sizes, reports = ["--training.batch_size", "24", "--data.scenes", "{train: 80, audit: 64, test: 43}"], []
+    for count in (1, 2, 3):
+        more = ["--multi_gpu", "--num_processes", str(count)] if count > 1 else []
+        given = arguments(tmp_path / str(count), *sizes)
+        done = subprocess.run([*launch, *more, recipe.__file__, *given], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads((tmp_path / str(count) / "report.json").read_text()))
+        close(reports[0]["measurements"], reports[-1]["measurements"])
+    assert [report["machine"]["processes"] for report in reports] == [1, 2, 3], "one that never started proves nothing"
 
 
 @pytest.mark.slow

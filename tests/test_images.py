@@ -28,6 +28,7 @@ from tests.test_plots import assert_readable
 
 CHOSEN = (0, 7, 30)
 Found = dict[str, Any]
+Analysed = tuple[Path, list[str], pd.DataFrame]
 
 
 def explain(out: Path, *more: str) -> Found:
@@ -35,7 +36,7 @@ def explain(out: Path, *more: str) -> Found:
 
 
 @pytest.fixture(scope="module")
-def analysed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], pd.DataFrame]:
+def analysed(tmp_path_factory: pytest.TempPathFactory) -> Analysed:
     """A whole analysis, some of its test images as files, and its rows of them."""
     folder = tmp_path_factory.mktemp("one")
     run_recipe(recipe.main, folder / "whole", *TINY)
@@ -56,7 +57,7 @@ def same_scores(images: list[Found], rows: pd.DataFrame) -> None:
 
 
 def test_images_have_the_analysis_figures_with_data_and_without(
-    analysed: tuple[Path, list[str], pd.DataFrame], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    analysed: Analysed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder, paths, rows = analysed
     figures: list[Figure] = []
@@ -82,9 +83,7 @@ def test_images_have_the_analysis_figures_with_data_and_without(
         assert_readable(figure)
 
 
-def test_logits_and_concepts_are_those_of_the_slow_way(
-    analysed: tuple[Path, list[str], pd.DataFrame], tmp_path: Path
-) -> None:
+def test_logits_and_concepts_are_those_of_the_slow_way(analysed: Analysed, tmp_path: Path) -> None:
     folder, paths, _ = analysed
     file = folder / "whole" / "translator-auditor.safetensors"
     (found,) = explain(tmp_path / "run", "--image", paths[1], "--translator.file", str(file))["images"]
@@ -102,12 +101,8 @@ def test_logits_and_concepts_are_those_of_the_slow_way(
 
 
 def test_images_and_their_concepts_are_those_of_the_slow_loops() -> None:
-    model, split, translator, texts = (
-        toy.classifier(),
-        toy.ToySplit(31, unlabelled=(20,)),
-        toy.translator(),
-        toy.texts(),
-    )
+    model, split = toy.classifier(), toy.ToySplit(31, unlabelled=(20,))
+    translator, texts = toy.translator(), toy.texts()
     f, z, words = toy.features(model, split), toy.embeddings(31), torch.randn(9, toy.DIM)
     concepts, degrees, chosen = [f"concept {place}" for place in range(9)], formulas.degrees, np.array([20, 3, 7])
     reader: Any = {"null_space": NullSpace.from_weight(model.weight), "translator": translator}
@@ -147,7 +142,7 @@ def test_nearest_images_are_those_of_the_loop(chunk: int, monkeypatch: pytest.Mo
 
 
 def test_what_cannot_be_explained_is_said_in_a_sentence(
-    analysed: tuple[Path, list[str], pd.DataFrame], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, (path, *_), _ = analysed
     torch.save({"weight": torch.ones(64, 96), "bias": torch.ones(64)}, tmp_path / "best.pt")

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from singreg.analysis import levels
-from singreg.analysis.features import FeatureBatch, process_share
+from singreg.analysis.features import FeatureBatch
 from singreg.analysis.levels import analyze_classes, analyze_concepts, joint_distribution, select_concepts
 from singreg.data.scenes import ATTRIBUTES, sample_scenes
 from singreg.functional import kappa
 from singreg.nullspace import NullSpace
 from singreg.translator import fit_translator
 from tests.demo import demo_vlm, embedded
-from tests.processes import run_processes
+from tests.processes import run_same
+from tests.recipe_run import same
 from tests.reference import formulas
 from tests.toy import World
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
-FIGURES = ("before", "after", "AS", "AS_low", "AS_high", "kappa")
 Found = dict[str, Any]
 
 
@@ -86,8 +86,8 @@ def pairs_of(w: World) -> list[tuple[Tensor, Tensor]]:
     return formulas.translations(w.features, w.weight, w.translator.matrix, w.translator.offset)
 
 
-def concepts(w: World, *, share: np.ndarray | None = None, size: int = 4) -> Found:
-    return analyze_concepts(w.batches(size, share), w.concepts, w.concept_texts, **w.reader)
+def concepts(w: World, size: int = 4) -> Found:
+    return analyze_concepts(w.batches(size), w.concepts, w.concept_texts, **w.reader)
 
 
 def test_every_concepts_figure_is_that_of_the_slow_loops() -> None:
@@ -108,22 +108,15 @@ def test_every_concepts_figure_is_that_of_the_slow_loops() -> None:
 def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     first = concepts(World.make())
     monkeypatch.setattr(levels, "CHUNK_ELEMENTS", 2 * 9)
-    second = concepts(World.make(), size=31)
-    for name in FIGURES:
-        np.testing.assert_allclose(second["overall"][name], first["overall"][name], atol=3e-5, rtol=0)
-
-
-def in_process(rank: int, world: int, count: int) -> Found:
-    return concepts(World.make(count), share=process_share(count))
+    same(concepts(World.make(), size=31), first, rel=1e-9, abs=3e-5)
 
 
 @pytest.mark.parametrize(("world", "count"), [(2, 31), (3, 7), (3, 1)])
 def test_processes_count_every_image_once(world: int, count: int) -> None:
     expected = concepts(World.make(count))
-    for together in run_processes(world, in_process, count):
-        assert together["images"] == expected["images"] == count
-        for name in FIGURES:
-            np.testing.assert_allclose(together["overall"][name], expected["overall"][name], atol=1e-5)
+    assert expected["images"] == count
+    for together in run_same(world, concepts, World.make(count)):
+        same(together, expected, rel=1e-7, abs=1e-5)
 
 
 def test_the_selectors_put_the_right_concepts_first() -> None:

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,22 +19,11 @@ from singreg.data.embeddings import PassSettings
 from singreg.loop import TrainingFailed, own_random_numbers
 from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
+from tests import small_arm
+from tests.images import names
 from tests.processes import run_processes
 from tests.reference import formulas
-from tests.small_arm import (
-    COUNT,
-    PLAIN,
-    Arm,
-    Pixels,
-    Stop,
-    embeddings,
-    features_of,
-    largest_difference,
-    same_bits,
-    small_classifier,
-    small_fitted,
-    small_sing,
-)
+from tests.small_arm import COUNT, Arm, Pixels, Stop, embeddings, largest_difference, same_bits, small_classifier
 from tests.toy import ToySplit
 
 ARMS = pytest.mark.parametrize("regularised", [False, True], ids=["control", "sing"])
@@ -64,7 +54,7 @@ def resumed(folder: Path, stop_after: int, **options: Any) -> tuple[Arm, dict[st
 def test_accumulating_two_times_four_is_a_batch_of_eight(regularised: bool, tmp_path: Path) -> None:
     def train(name: str, accumulation: int = 1, size: int = 8) -> dict[str, Tensor]:
         values = {"training.batch_size": size}
-        return Arm(tmp_path / name, regularised, 0.0, accumulation, options=PLAIN, values=values).run()
+        return Arm(tmp_path / name, regularised, 0.0, accumulation, options=small_arm.PLAIN, values=values).run()
 
     whole = train("8")
     assert largest_difference(whole, train("4+4", accumulation=2)) < 1e-6
@@ -72,21 +62,15 @@ def test_accumulating_two_times_four_is_a_batch_of_eight(regularised: bool, tmp_
 
 
 SLOW_START = {"warmup_steps": 3}
+VALUES = [{"training.l2_sp": 30.0}, {"training.optimizer": "momentum", "training.schedule": "step"}]
+VALUES += [{"data.augmentation": "none"}]
 CASES: list[tuple[dict[str, Any], int, int]] = [  # what, the step after which it stops, the newest checkpoint then
     ({"regularised": False}, 4, 3),  # in the first epoch of five steps
     ({"accumulation": 2}, 4, 3),
     ({}, 5, 3),  # at its end, before that is saved
     ({}, 9, 6),
     ({"regularised": False, "accumulation": 2}, 9, 6),
-    *[
-        ({"values": values, "options": SLOW_START}, *stop)
-        for values in (
-            {"training.l2_sp": 30.0},
-            {"training.optimizer": "momentum", "training.schedule": "step"},
-            {"data.augmentation": "none"},
-        )
-        for stop in ((4, 3), (8, 6))
-    ],
+    *[({"values": values, "options": SLOW_START}, *stop) for values in VALUES for stop in ((4, 3), (8, 6))],
 ]
 
 
@@ -106,14 +90,6 @@ def test_a_stopped_arm_resumes_to_the_same_bits(
         assert same_bits(again.sing.state_dict(), whole.sing.state_dict())
 
 
-def test_a_finished_arm_resumes_to_itself(straight: Straight) -> None:
-    whole, expected = straight()
-    again = Arm(whole.folder)
-    assert same_bits(again.run(), expected)
-    assert again.logged == {}
-    assert again.split.asked == []
-
-
 def test_both_arms_see_the_same_images_in_the_same_order(straight: Straight) -> None:
     asked = straight(False)[0].split.asked
     assert asked == straight(True)[0].split.asked
@@ -124,10 +100,8 @@ def test_both_arms_see_the_same_images_in_the_same_order(straight: Straight) -> 
 
 
 @ARMS
-def test_the_best_epoch_is_kept_also_when_resumed(
-    regularised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("singreg.checkpoints.KEEP", 99)
+@patch("singreg.checkpoints.KEEP", 99)
+def test_the_best_epoch_is_kept_also_when_resumed(regularised: bool, tmp_path: Path) -> None:
     values = {"training.best_checkpoint": True, "training.epochs": 5, "training.learning_rate": 0.3}
     arm = Arm(tmp_path / "whole", regularised, values=values, chooses=True)
     kept = arm.run()
@@ -267,15 +241,13 @@ def test_the_bank_is_without_the_training_images_where_as_many_others_are_there(
     splits: Any = SimpleNamespace(train=train, bank=bank)
     rows = np.arange(2 * len(bank), dtype=np.float32).reshape(-1, 2)
     images, found = loop_bank(splits, rows)
-    assert [images.identifier(place) for place in range(len(images))] == [
-        bank.identifier(place) for place in range(left_out, len(bank))
-    ]
+    assert names(images) == names(bank)[left_out:]
     np.testing.assert_array_equal(found, rows[left_out:])
 
 
 def test_refreshing_is_a_fit_of_todays_features_with_the_first_ridge() -> None:
     classifier, other = small_classifier(), small_classifier()
-    sing, fitted = small_sing(classifier), small_fitted(classifier)
+    sing, fitted = small_arm.small_sing(classifier), small_arm.small_fitted(classifier)
     splits: Any = SimpleNamespace(train=Pixels(), bank=Pixels())
     keeper = LoopTranslator(fitted, splits, embeddings(), passes=PassSettings(16, 0, progress=False))
     with torch.no_grad():
@@ -283,7 +255,7 @@ def test_refreshing_is_a_fit_of_todays_features_with_the_first_ridge() -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)))
         classifier.load_state_dict(other.state_dict())
     first = fitted.translator.matrix
-    for encode, features in ((False, features_of(small_classifier())), (True, features_of(other))):
+    for encode, features in ((False, small_arm.features_of(small_classifier())), (True, small_arm.features_of(other))):
         keeper.begin(classifier, sing, encode=encode)
         scale = formulas.block_scale(features.double().numpy(), other.weight)
         matrix, offset = formulas.ridge(features.double().numpy() @ scale, embeddings().astype(np.float64), 0.01)

@@ -13,6 +13,7 @@ from singreg.functional import angle
 from singreg.nullspace import NullSpace
 from singreg.steering import LARGEST_STEP, ConditionalGaussian, bisect_step, similarity_gradient, steer, unit_in_null
 from singreg.translator import LinearTranslator
+from tests.reference import formulas
 
 M, C = 12, 4
 
@@ -29,7 +30,8 @@ def planted(dtype: torch.dtype = torch.float64, rows: int = 400) -> SimpleNamesp
     space = NullSpace.from_weight(weight)
     linear = {"null_space": space, "translator": LinearTranslator(matrix, offset)}
     translate = lambda f: f @ matrix.T + offset  # noqa: E731
-    return SimpleNamespace(space=space, features=features, text=text, matrix=matrix, linear=linear, translate=translate)
+    known = {"weight": weight, "features": features, "text": text, "matrix": matrix, "linear": linear}
+    return SimpleNamespace(space=space, translate=translate, **known)
 
 
 def steering_direction(features: Tensor, text: Tensor, *, null_space: NullSpace, translator: Any) -> Tensor:
@@ -47,6 +49,37 @@ def test_closed_form_step_is_the_bisected_one(degrees: float, monkeypatch: pytes
     reachable = torch.isfinite(steps)
     assert (angle(z, u)[~reachable] <= degrees + 1e-6).all()
     assert (angle(z, z + steps[:, None] * u)[reachable] - degrees).abs().max() < 1e-8
+
+
+def slow_steering(translate: Any, null: Tensor, f: Tensor, text: Tensor) -> tuple[float, Tensor] | None:
+    """(step, steered feature) at 40 degrees by autograd, the projector and bisection; None when out of reach."""
+    leaf = f.clone().requires_grad_()
+    cosine_similarity(translate(leaf), text, dim=0).backward()
+    direction = null @ leaf.grad
+    direction = direction / direction.norm()
+
+    def turned(step: float) -> float:
+        return float(formulas.angle_degrees(translate(f), translate(f + step * direction)))
+
+    low, high = 0.0, 1e6 * float(f.norm())
+    if turned(high) < 40:
+        return None
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if turned(middle) < 40 else (low, middle)
+    return low, f + low * direction
+
+
+def test_steering_at_forty_degrees_is_the_slow_search() -> None:
+    w = planted(rows=40)
+    fast, null = steer(w.features, w.text, **w.linear, image_score=40.0), formulas.null_projector(w.weight)
+    for index, f in enumerate(w.features):
+        found = slow_steering(w.translate, null, f, w.text[index])
+        assert bool(fast.reachable[index]) == (found is not None)
+        if found is not None:
+            assert float(fast.step[index]) == pytest.approx(found[0], rel=1e-6)
+            torch.testing.assert_close(fast.features[index], found[1], rtol=1e-6, atol=1e-6)
+    assert 10 < int(fast.reachable.sum()) < 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -92,9 +125,8 @@ def test_the_direction_is_the_projected_gradient_and_any_callable_is_steered_ali
 def test_nothing_to_steer_is_unreachable_not_nan() -> None:
     blind = LinearTranslator(torch.eye(3)[:2], torch.zeros(2))  # does not see the null direction
     features, text = torch.rand(4, 3).double(), torch.tensor([1.0, 2.0]).double()
-    steered = steer(
-        features, text, null_space=NullSpace.from_weight(torch.eye(3)[:2]), image_score=40.0, translator=blind
-    )
+    space = NullSpace.from_weight(torch.eye(3)[:2])
+    steered = steer(features, text, null_space=space, image_score=40.0, translator=blind)
     assert not steered.reachable.any()
     assert torch.equal(steered.features, features)
 
@@ -146,9 +178,8 @@ def natural(seed: int = 0, **options: Any) -> SimpleNamespace:
     weight, root, mean, normal = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in shapes)
     space, covariance = NullSpace.from_weight(weight), root @ root.T
     gaussian = ConditionalGaussian.from_moments(mean, covariance, space, **options)
-    return SimpleNamespace(
-        space=space, mean=mean, covariance=covariance, features=mean + normal @ root.T, gaussian=gaussian
-    )
+    features = mean + normal @ root.T
+    return SimpleNamespace(space=space, mean=mean, covariance=covariance, features=features, gaussian=gaussian)
 
 
 def test_radius_is_the_textbook_formula_and_natural_features_are_where_theory_puts_them() -> None:

@@ -4,7 +4,7 @@ import functools
 import math
 from types import SimpleNamespace
 from typing import Any, cast
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -113,11 +113,9 @@ def test_the_default_optimizer_is_torchs_adamw_over_our_groups() -> None:
     made = tasks.make_optimizer(classifier, config)
     wanted = torch.optim.AdamW(tasks.parameter_groups(classifier, config))
     assert type(made) is torch.optim.AdamW
-    assert [{**group, "params": 0} for group in made.param_groups] == [
-        {**group, "params": 0} for group in wanted.param_groups
-    ]
     for group, other in zip(made.param_groups, wanted.param_groups, strict=True):
-        assert all(one is two for one, two in zip(group["params"], other["params"], strict=True))
+        assert all(one is two for one, two in zip(group.pop("params"), other.pop("params"), strict=True))
+        assert group == other
 
 
 @pytest.mark.parametrize(
@@ -153,27 +151,20 @@ def test_every_schedule_warms_up_and_lasts_to_the_end(schedule: str, factors: li
     ],
 )
 def test_optimizers_and_schedules_that_cannot_train_are_refused(values: dict[str, str], words: str) -> None:
-    with pytest.raises(ValueError, match=words) as refused:
+    with pytest.raises(ValueError, match=words):
         tasks.describe_training(configured(**values), fake(), small_classifier(), 100)
-    assert len(str(refused.value)) <= 200
 
 
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "processes", "micro"), [(32, 1, 2, 32), (32, 4, 2, 8), (30, 4, 1, 0), (32, 4, 3, 0)]
-)
-def test_micro_batches_are_even_or_refused(batch: int, accumulation: int, processes: int, micro: int) -> None:
-    config, accelerator = configured(training__batch_size=batch), fake(processes, accumulation=accumulation)
-    if micro:
-        assert tasks.micro_batch(config, accelerator) == micro
-    else:
-        with pytest.raises(ValueError, match=f"{accumulation} accumulation step.* over {processes} process"):
-            tasks.micro_batch(config, accelerator)
+def test_micro_batches_are_even_or_refused() -> None:
+    config = configured(training__batch_size=32)
+    assert [tasks.micro_batch(config, fake(2, accumulation=count)) for count in (1, 4)] == [32, 8]
+    for batch, processes in ((30, 1), (32, 3)):
+        with pytest.raises(ValueError, match=f"4 accumulation step.* over {processes} process"):
+            tasks.micro_batch(configured(training__batch_size=batch), fake(processes, accumulation=4))
 
 
 def sing_of(**values: Any) -> SingLoss:
-    generator = torch.Generator().manual_seed(4)
-    texts = torch.nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1)
-    classifier = small_classifier()
+    classifier, texts = small_classifier(), torch.eye(CLASSES, DIM)
     fitted = small_fitted(classifier)
     config = configured(**{"training__batch_size": 10, "training__epochs": 5, **values})
     return tasks.make_sing(config, classifier.float(), fitted, texts, 43, 2)
@@ -208,9 +199,7 @@ def test_placebos_change_what_the_loss_is_given_and_nothing_else() -> None:
 
 
 @BACKENDS
-def test_a_compiled_step_has_the_loss_and_gradients_of_a_plain_one(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_step_has_the_loss_and_gradients_of_a_plain_one(backend: str) -> None:
     calls: list[int] = []
     real = functools.partial(torch.compile, backend=backend)
 
@@ -218,8 +207,8 @@ def test_a_compiled_step_has_the_loss_and_gradients_of_a_plain_one(
         compiled = real(function)
         return lambda x: calls.append(len(x)) or compiled(x)
 
-    monkeypatch.setattr(torch, "compile", counted)
-    plain, compiled = timm_task(), timm_task(compile=True)
+    with patch.object(torch, "compile", counted):
+        plain, compiled = timm_task(), timm_task(compile=True)
     images, clean, labels = torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64), torch.arange(4)
     for each in (plain, compiled):
         torch.manual_seed(1)
@@ -237,6 +226,10 @@ def test_batch_norms_that_train_are_refused_on_processes_without_gpus() -> None:
     tasks.refuse_batch_norm(configured(), fake(2))
     with pytest.raises(ValueError, match=r"batch_norm: train on 2 processes needs GPUs"):
         tasks.refuse_batch_norm(trains, fake(2))
+    head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    classifier = Classifier.from_module(nn.Sequential(nn.Linear(3, 4), head), head="1")
+    with pytest.raises(ValueError, match=r"the head '1' .* has a batch norm of its own"):
+        tasks.synchronise_batch_norm(classifier, trains, fake(2, "cuda"))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
@@ -257,10 +250,3 @@ def test_batch_norms_keep_weights_statistics_and_activations(name: str) -> None:
     assert classifier.state_dict().keys() == state.keys()
     torch.testing.assert_close(classifier(images), before, rtol=0, atol=0)
     assert all(module.training for module in classifier.train().modules() if isinstance(module, nn.SyncBatchNorm))
-
-
-def test_a_batch_norm_in_the_head_is_refused_on_several_processes() -> None:
-    head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
-    classifier = Classifier.from_module(nn.Sequential(nn.Linear(3, 4), head), head="1")
-    with pytest.raises(ValueError, match=r"the head '1' .* has a batch norm of its own"):
-        tasks.synchronise_batch_norm(classifier, configured(model__batch_norm="train"), fake(2, "cuda"))

@@ -6,17 +6,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pyarrow.parquet as pq
+import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+
+from tests.recipe_run import run_recipe
 
 TINY = {
     "data.scenes": "{train: 80, audit: 64, test: 45, bank: 10}",
@@ -26,24 +26,20 @@ TINY = {
     "translator.refreshes": "1",
     "translator.ridge": "1",
 }
+WORDS = [word for key, value in TINY.items() for word in (f"--{key}", value)]
 PATIENCE = 300.0  # seconds a run may take before it counts as stuck
 
 
 def arguments(out: Path, *more: str) -> list[str]:
     """Ten steps an arm, the translator refreshed after the fifth."""
-    return [word for key, value in TINY.items() for word in (f"--{key}", value)] + ["--out", str(out), *more]
+    return [*WORDS, "--out", str(out), *more]
 
 
-def finetune(out: Path, *more: str, keep_group: bool = False) -> None:
-    """Run the recipe; `keep_group` leaves the process group, which the tests' processes own, as it is."""
+def finetune(out: Path, *more: str) -> dict[str, Any]:
+    """Run the recipe in this process and return its report."""
     import finetune as recipe
 
-    AcceleratorState._reset_state(True)
-    with patch.object(Accelerator, "end_training", lambda _: None) if keep_group else nullcontext():
-        try:
-            recipe.main(arguments(out, *more))
-        finally:
-            AcceleratorState._reset_state(True)
+    return run_recipe(recipe.main, out, *WORDS, *more)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -88,6 +84,14 @@ def _work(given: list[str], log: str) -> None:
     import finetune as recipe
 
     recipe.main(given)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of the tests that import it: one cache, and one core, where runs repeat to the bit beside other work."""
+    with pytest.MonkeyPatch.context() as patch, one_core():
+        patch.setenv("SINGREG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @contextmanager

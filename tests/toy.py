@@ -147,10 +147,9 @@ class World:
         """What the concept and image level are read with."""
         return {"null_space": self.space, "translator": self.translator}
 
-    def batches(self, size: int = 4, share: np.ndarray | None = None) -> Iterator[FeatureBatch]:
+    def batches(self, size: int = 4) -> Iterator[FeatureBatch]:
         """This process's images in batches."""
-        mine = torch.from_numpy(process_share(len(self.features)) if share is None else share)
-        for rows in mine.split(size):
+        for rows in torch.from_numpy(process_share(len(self.features))).split(size):
             if len(rows):
                 f = self.features[rows]
                 yield FeatureBatch(f, f @ self.weight.T, torch.zeros(len(rows), 7), self.labels[rows], rows)
