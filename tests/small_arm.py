@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -151,10 +151,11 @@ class Arm:
         self.keeper = LoopTranslator(small_fitted(classifier), splits, embeddings(), passes=passes)
         name = "sing" if self.regularised else "control"
         try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(finetune, "log", log)
-                patch.setattr(validation, "log", log)
-                patch.setattr(loop, "LOG_EVERY", 1)
+            with (
+                patch.object(finetune, "log", log),
+                patch.object(validation, "log", log),
+                patch.object(loop, "LOG_EVERY", 1),
+            ):
                 finetune.train(name, classifier, self.sing, self.keeper, config, setup, run)
         finally:
             torch.set_num_threads(threads)

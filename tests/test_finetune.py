@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -119,8 +120,8 @@ def test_the_resolved_configuration_gives_the_same_run(finished: Path, tmp_path:
     assert differences(tmp_path / "run", finished) == []
 
 
-def in_step(patch: pytest.MonkeyPatch, step: int, arm: str, action: Any) -> None:
-    """Do something in the middle of an arm's step."""
+def in_step(step: int, arm: str, action: Any) -> Any:
+    """A patch that does something in the middle of an arm's step."""
     original = loop.micro_step
 
     def interrupted(this: loop.Arm, batch: Sequence[Tensor], now: int) -> Any:
@@ -128,7 +129,7 @@ def in_step(patch: pytest.MonkeyPatch, step: int, arm: str, action: Any) -> None
             batch = action(batch) or batch
         return original(this, batch, now)
 
-    patch.setattr(loop, "micro_step", interrupted)
+    return patch.object(loop, "micro_step", interrupted)
 
 
 def fail(*_: object) -> None:
@@ -139,10 +140,8 @@ def fail(*_: object) -> None:
 def test_a_run_that_stopped_anywhere_resumes_to_the_same_bits(
     arm: str, step: int, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        in_step(patch, step, arm, fail)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(tmp_path / "run")
+    with in_step(step, arm, fail), pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path / "run")
     said = capsys.readouterr().err
     assert f"kept in {tmp_path / 'run'}" in said
     assert f"--config {tmp_path / 'run' / 'config.yaml'} --resume true" in said
@@ -163,10 +162,9 @@ def test_sigterm_saves_the_step_and_leaves_the_refresh_for_later(
         original(self, classifier, sing)
 
     monkeypatch.setattr(LoopTranslator, "refresh", counted)
-    with pytest.MonkeyPatch.context() as patch:
-        in_step(patch, 4, "sing", lambda _: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(SystemExit) as stop:
-            finetune(tmp_path / "run")
+    ending = in_step(4, "sing", lambda _: signal.raise_signal(signal.SIGTERM))
+    with ending, pytest.raises(SystemExit) as stop:
+        finetune(tmp_path / "run")
     assert stop.value.code == 143
     newest = sorted((tmp_path / "run" / "checkpoints" / "sing").glob("step-*"))[-1]
     assert newest.name == "step-00000005", "the step that was under way is in the checkpoint"
@@ -186,10 +184,8 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_later(where: str, finished: Pa
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(source, target)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        with pytest.raises(OSError, match="No space left"):
-            finetune(tmp_path / "run")
+    with patch.object(os, "replace", replace), pytest.raises(OSError, match="No space left"):
+        finetune(tmp_path / "run")
     assert not [path for path in tmp_path.rglob(".*") if path.name.startswith(".report")]
     finetune(tmp_path / "run", "--resume", "true")
     assert differences(tmp_path / "run", finished) == []
@@ -212,8 +208,8 @@ def test_precision_and_accumulation_are_accelerates_own(tmp_path: Path, monkeypa
         finetune(tmp_path / "run")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     sizes: list[int] = []
-    in_step(monkeypatch, 0, "sing", lambda batch: sizes.append(len(batch[0])))
-    machine = finetune(tmp_path / "run", "--training.epochs", "1")["machine"]
+    with in_step(0, "sing", lambda batch: sizes.append(len(batch[0]))):
+        machine = finetune(tmp_path / "run", "--training.epochs", "1")["machine"]
     assert sizes == [8, 8]
     assert (machine["mixed_precision"], machine["accumulation"]) == ("bf16", 2)
 

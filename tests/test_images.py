@@ -56,9 +56,7 @@ def same_scores(images: list[Found], rows: pd.DataFrame) -> None:
         assert image["logit_change"] < 1e-4
 
 
-def test_images_have_the_analysis_figures_with_data_and_without(
-    analysed: Analysed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_images_have_the_analysis_figures(analysed: Analysed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder, paths, rows = analysed
     figures: list[Figure] = []
     save = plots.save
@@ -141,9 +139,7 @@ def test_nearest_images_are_those_of_the_loop(chunk: int, monkeypatch: pytest.Mo
         assert [each["angle"] for each in near] == pytest.approx([degrees for degrees, _ in ranked], abs=1e-4)
 
 
-def test_what_cannot_be_explained_is_said_in_a_sentence(
-    analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_explained(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, (path, *_), _ = analysed
     torch.save({"weight": torch.ones(64, 96), "bias": torch.ones(64)}, tmp_path / "best.pt")
     torch.save({"weight": torch.ones(64, 256), "bias": torch.ones(64)}, tmp_path / "fits.pt")

@@ -136,9 +136,7 @@ def test_loader_processes_change_nothing(straight: Straight, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_stops_before_the_step(
-    what: str, straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_finite_stops_before_the_step(what: str, straight: Straight, tmp_path: Path) -> None:
     """A finite loss can have no finite gradient; the step would spoil the weights and the next checkpoint keep them."""
     original = loop.micro_step
 
@@ -149,11 +147,9 @@ def test_what_is_not_finite_stops_before_the_step(
             cast(Any, arm.plain.classifier.head).weight.register_hook(lambda value: value * float("nan"))
         return original(arm, batch, step)
 
-    arm = Arm(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "micro_step", poisoned)
-        with pytest.raises(TrainingFailed, match=rf"the {what} is not finite at step 8 .*pixels-\d+") as failed:
-            arm.run()
+    arm, said = Arm(tmp_path), rf"the {what} is not finite at step 8 .*pixels-\d+"
+    with patch.object(loop, "micro_step", poisoned), pytest.raises(TrainingFailed, match=said) as failed:
+        arm.run()
     images = [int(word.rstrip(".,")[7:]) for word in str(failed.value).split() if word.startswith("pixels-")]
     assert images == [index for index in arm.split.asked if index in images][-8:]
     assert arm.checkpoints == ["step-00000005", "step-00000006"]
@@ -180,13 +176,11 @@ def _in_process(rank: int, world: int, folder: str, stop_after: int | None, view
         read.append(cast(Tensor, given).clone())
         return original(self, features, labels, given)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SingLoss, "forward", noted)
+    with patch.object(SingLoss, "forward", noted):
         try:
             weights = arm.run(stop_after=stop_after)
         except Stop:
             return None
-    assert arm.sing is not None
     return weights, arm.split.asked, arm.sing.state_dict(), torch.cat(read)
 
 
@@ -216,8 +210,7 @@ def _masks(rank: int, world: int, folder: str) -> tuple[list[float], list[float]
         drawn.append(float(torch.rand(1)))
         return original(arm, batch, step)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "micro_step", noted)
+    with patch.object(loop, "micro_step", noted):
         Arm(Path(folder), dropout=0.0).run()
     return drawn, torch.rand(2).tolist()
 

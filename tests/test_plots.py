@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from PIL import Image
 
 from singreg import plots, report
 from singreg.analysis.comparison import compare_arms
@@ -66,7 +65,6 @@ def test_the_plots_of_a_fine_tuning_run(drawn: list[Figure], tmp_path: Path) -> 
     for figure in drawn:
         assert_readable(figure)
     assert len(drawn) == len(figures) == 3
-    assert all(Image.open(figure.path).size > (300, 200) for figure in figures)
 
 
 @pytest.mark.parametrize("classes", [1, 5, 60])

@@ -5,6 +5,7 @@ import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -56,9 +57,7 @@ def test_a_folder_with_another_run_is_refused(make: Make) -> None:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, RuntimeError])
-def test_what_ends_a_run_says_how_to_go_on(
-    kind: type[BaseException], make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_end_says_how_to_go_on(kind: Any, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder with a space and a quote in its name too; the script is the one that was started."""
     run = make(out=str(tmp_path / "anna's run")).open()
     with patch("sys.argv", ["/my scripts/finetune.py", "--seed", "0"]), pytest.raises(kind), run.guarded():

@@ -135,9 +135,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arm", "words"), WRONG)
-def test_all_that_is_wrong_with_a_study_is_said_at_once(
-    arm: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_that_is_wrong_is_said(arm: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = {**SETTINGS["model"], "invariance": "softmax"}
     with pytest.raises(SystemExit) as stop:
         study(tmp_path / "tiny", arms=[arm, arm], model=model, seeds=[0, 0], claim="c", ood=5)

@@ -13,19 +13,13 @@ from tests import toy
 from tests.small_arm import Arm
 
 
-def split_of(labels: list[int]) -> toy.ToySplit:
-    split = toy.ToySplit(len(labels))
-    split.labels = np.array(labels)
-    return split
-
-
 @pytest.mark.parametrize(("counts", "each"), [([20, 31, 40], 2), ([19, 50], 1), ([2, 50], 1), ([1, 50], 0), ([], 0)])
 def test_a_tenth_of_the_smallest_class_is_taken_of_every_class(counts: list[int], each: int) -> None:
     labels = [label for label, count in enumerate(counts) for _ in range(count)] + [-1] * 7
-    split = split_of(labels)
+    split = toy.ToySplit(len(labels))
+    split.labels = np.array(labels)
     chosen = validation_images(split)
-    found = split.labels[chosen]
-    assert np.bincount(found, minlength=len(counts)).tolist() == [each] * len(counts)
+    assert np.bincount(split.labels[chosen], minlength=len(counts)).tolist() == [each] * len(counts)
     assert chosen.sum() == each * len(counts), "no unlabelled one"
 
 
@@ -37,7 +31,6 @@ def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:
     setup = Setup(splits, nothing, nothing, nothing, {"audit": table}, nothing, nothing)
     for per_class, count in ((2, 10), (None, 5)):
         left = hold_out(setup, per_class)
-        assert left.held is not None
         held, embeddings = left.held
         assert (len(held), len(left.splits.audit)) == (count, 43 - count)
         names = [each.identifier(i) for each in (held, left.splits.audit) for i in range(len(each))]
