@@ -4,7 +4,7 @@ python recipes/analyze.py --config configs/analyze_demo.yaml
 python recipes/analyze.py --image cat.jpg --model.name resnet50 --translator.file best.pt --vlm.name ViT-B-32
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,10 @@ from torch import Tensor
 from singreg import tables
 from singreg.analysis import levels, perturbation
 from singreg.analysis.chance import measure_chance
-from singreg.analysis.features import FeatureBatch, evenly, iterate_features
-from singreg.analysis.fitting import fit_all, translator_agreement
+from singreg.analysis.features import evenly
+from singreg.analysis.fitting import translator_agreement
 from singreg.analysis.images import explain_images, open_images
 from singreg.analysis.probes import fit_blocks, measure_information
-from singreg.analysis.scores import analyze_model
 from singreg.data.concepts import embed_concepts, load_concepts
 from singreg.data.splits import ImageSplit
 from singreg.nullspace import NullSpace
@@ -96,7 +95,7 @@ from singreg.plots.images import plot_images
 from singreg.plots.scores import plot_analysis
 from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, embed_splits, prepare, prepare_alone
+from singreg.setup import Setup, embed_splits, fit_translators, prepare, prepare_alone
 from singreg.translator import load_translator
 from singreg.utils import cache_folder
 
@@ -123,20 +122,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))
         run.open()
     with run.guarded():
-        space = NullSpace.from_weight(setup.classifier.weight, invariance=config.model.invariance).to(words.device)
+        space = setup.space
         with run.timed("translators"):
-            options: Any = {"ridge": config.translator.ridge, "invariance": config.model.invariance}
-            options |= {"seed": config.seed, "info": setup.info, "settings": setup.passes}
-            options["stored"] = config.model.translator
-            where = setup.classifier, setup.splits, setup.embeddings
-            fitted: Any = ({"auditor": read}, None) if read else fit_all(*where, config.mlp, **options)
+            fitted: Any = ({"auditor": read}, None)
+            if not read:
+                fitted = fit_translators(setup, config.translator.ridge, config.mlp, config.seed)
             translators, mean = fitted
         reader: Any = {"null_space": space, "translator": translators["auditor"]}
         about = bank.concepts, words
         if given is None:
             rows, found = measure(run, config, setup, space, translators, mean)
             with run.timed("concepts"):
-                found["concepts"] = levels.analyze_concepts(batches(setup, "concepts"), *about, **reader)
+                found["concepts"] = levels.analyze_concepts(setup.read("test", "concepts"), *about, **reader)
             worst = rows.sort_values(["AS/auditor", "index"])["index"].to_numpy()[: config.worst]
             shown = setup.splits.test, worst, setup.embeddings["test"]
         else:
@@ -154,31 +151,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def batches(setup: Setup, description: str, split: str = "test") -> Iterator[FeatureBatch]:
-    """Pass once over a split, from the feature cache."""
-    where = getattr(setup.splits, split), setup.embeddings[split]
-    return iterate_features(setup.classifier, *where, setup.passes, description)
-
-
 def measure(
     run: Run, config: AnalyzeConfig, setup: Setup, space: NullSpace, translators: dict[str, Any], mean: Tensor
 ) -> tuple[pd.DataFrame, Found]:
     """Measure the model level: all scores, their chance levels, unique information and perturbations; and classes."""
-    classifier, test, texts = setup.classifier, setup.splits.test, setup.texts
+    texts, options = setup.texts, dict[str, Any](null_space=space, seed=config.seed)
     with run.timed("model"):
-        options: Any = {"mean": mean, "invariance": config.model.invariance, "settings": setup.passes}
-        rows, measurement = analyze_model(classifier, test, setup.embeddings["test"], texts, translators, **options)
-    options = {"null_space": space, "seed": config.seed}
+        rows, measurement = setup.measure(translators, mean)
     with run.timed("chance"):
         more: Any = {"texts": texts, "mean": mean, "draws": config.chance_draws, **options}
-        level = measure_chance(batches(setup, "chance levels"), translator=translators["auditor"], **more)
+        level = measure_chance(setup.read("test", "chance levels"), translator=translators["auditor"], **more)
     with run.timed("information"):
         sizes: Any = {"classes": len(setup.splits.class_names), "target_dim": texts.shape[1]}
-        fits = fit_blocks(batches(setup, "information", "bank"), null_space=space, **sizes)
-        information = measure_information(batches(setup, "information"), fits)
+        fits = fit_blocks(setup.read("bank", "information"), null_space=space, **sizes)
+        information = measure_information(setup.read("test", "information"), fits)
     with run.timed("perturbations"):
-        more = {"weight": classifier.weight, "chosen": evenly(len(test), perturbation.IMAGES), **options}
-        moved = perturbation.measure_perturbations(batches(setup, "perturbing"), translators=translators, **more)
+        more = {"chosen": evenly(len(setup.splits.test), perturbation.IMAGES), **options}
+        more |= {"weight": setup.classifier.weight, "translators": translators}
+        moved = perturbation.measure_perturbations(setup.read("test", "perturbing"), **more)
     return rows, {
         "measurement": measurement,
         "agreement": translator_agreement(translators["fitted"], translators["auditor"], texts),

@@ -63,7 +63,6 @@ import torch
 
 from singreg.analysis import attack_judges as judging
 from singreg.analysis.attack_images import PixelModel, attack_split, choose_images
-from singreg.analysis.fitting import fit_all
 from singreg.checkpoints import refuse_other_inputs
 from singreg.data.datasets import Splits, load_splits
 from singreg.data.embeddings import PassSettings
@@ -72,7 +71,7 @@ from singreg.models.vlm import hash_of_state
 from singreg.plots import attack as plotting
 from singreg.report import log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import BATCH_SIZE, labels_for_head, try_one_batch
+from singreg.setup import BATCH_SIZE, fit_translators, labels_for_head, try_one_batch
 from singreg.spaces import Space, open_model, open_spaces
 from singreg.utils import cache_folder
 
@@ -114,14 +113,16 @@ def attack_model(
     """Fit two translators to the first space, attack the chosen images, and steer the same in feature space."""
     model, space, names = config.models[place], spaces[0], splits.class_names
     classifier = open_model(model, splits, config).to(run.accelerator.device).eval().requires_grad_(False)
-    texts, test = space.texts[names], space.embeddings["test"]
-    how: dict[str, Any] = {"invariance": model.invariance, "settings": passes}
-    translators, _ = fit_all(classifier, splits, space.embeddings, ridge=config.translator.ridge, **how)
+    setup = space.setup(classifier, splits, model, passes)
+    texts, label = setup.texts, model.known_as
+    every, _ = fit_translators(setup, config.translator.ridge)
+    translators = {name: every[name] for name in ("fitted", "auditor")}
     pixels = PixelModel(drop_null(classifier).eval() if model.drop_null else classifier)
-    chosen, label = choose_images(splits.test, config.images, config.seed), model.known_as
+    chosen = choose_images(splits.test, config.images, config.seed)
     folder = re.sub("[^A-Za-z0-9]+", "-", f"{place}-{label}").strip("-").lower()
-    how |= {"tau": config.tau, "seed": config.seed, "dropped": model.drop_null}
-    facts, features, logits = judging.describe(classifier, splits.test, test, texts, translators, chosen, **how)
+    how: dict[str, Any] = {"invariance": model.invariance, "settings": passes, "tau": config.tau, "seed": config.seed}
+    where = classifier, splits.test, space.embeddings["test"], texts, translators, chosen
+    facts, features, logits = judging.describe(*where, dropped=model.drop_null, **how)
     settings = {name: getattr(config, name) for name in ("seed", "batch_size", "linf", "steps", "restarts")}
     settings["tau"] = facts["tau"]
     with run.timed(label):

@@ -43,20 +43,16 @@ import pandas as pd
 
 from singreg.analysis import models_compared as between
 from singreg.analysis.chance import measure_chance
-from singreg.analysis.features import iterate_features
-from singreg.analysis.fitting import fit_all, translator_agreement
+from singreg.analysis.fitting import translator_agreement
 from singreg.analysis.models_compared import FIGURES
 from singreg.analysis.passport import compare_passports
-from singreg.analysis.scores import analyze_model
-from singreg.data.datasets import Splits, load_splits
+from singreg.data.datasets import load_splits
 from singreg.data.embeddings import PassSettings
-from singreg.models.classifier import Classifier
-from singreg.nullspace import NullSpace
 from singreg.plots.study import save_comparison_plot
 from singreg.report import Section, log, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import BATCH_SIZE, describe_pair, labels_for_head
-from singreg.spaces import Space, look_at_heads, open_model, open_spaces
+from singreg.setup import BATCH_SIZE, Setup, fit_translators, labels_for_head
+from singreg.spaces import look_at_heads, open_model, open_spaces
 from singreg.tables import READING, analysis_warnings, passport_table, score_table
 from singreg.utils import cache_folder
 
@@ -102,34 +98,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 labelled = labels_for_head(splits, classifier, model)
                 classifier = classifier.to(accelerator.device).eval()
                 for space in spaces:
-                    read = measure(config, model, classifier, labelled, space, passes)
+                    read = measure(config, space.setup(classifier, labelled, model, passes))
                     measured.setdefault(space.label, {})[head["label"]] = read
         if accelerator.is_main_process:
             report(config, run, heads, measured)
     accelerator.end_training()
 
 
-def measure(
-    config: CompareConfig,
-    model: ComparedModel,
-    classifier: Classifier,
-    splits: Splits,
-    space: Space,
-    passes: PassSettings,
-) -> Read:
+def measure(config: CompareConfig, setup: Setup) -> Read:
     """Fit translators to a model in a space and measure it on the test images, with its chance level."""
-    texts = space.texts[splits.class_names]
-    how: dict[str, Any] = {"ridge": config.translator.ridge, "seed": config.seed, "stored": model.translator}
-    options: dict[str, Any] = {"invariance": model.invariance, "settings": passes}
-    how |= {"info": describe_pair(classifier, space.vlm), **options}
-    translators, mean = fit_all(classifier, splits, space.embeddings, config.mlp, **how)
-    test = splits.test, space.embeddings["test"]
-    rows, figures = analyze_model(classifier, *test, texts, translators, mean=mean, **options)
-    null_space = NullSpace.from_weight(classifier.weight, invariance=model.invariance).to(texts.device)
-    random: Any = {"null_space": null_space, "mean": mean, "draws": CHANCE_DRAWS, "seed": config.seed}
-    batches = iterate_features(classifier, *test, passes, "chance levels")
-    chance = measure_chance(batches, texts=texts, translator=translators["auditor"], **random)
-    agreement = translator_agreement(translators["fitted"], translators["auditor"], texts)
+    translators, mean = fit_translators(setup, config.translator.ridge, config.mlp, config.seed)
+    rows, figures = setup.measure(translators, mean)
+    random: Any = {"null_space": setup.space, "mean": mean, "draws": CHANCE_DRAWS, "seed": config.seed}
+    judged: Any = {"texts": setup.texts, "translator": translators["auditor"]}
+    chance = measure_chance(setup.read("test", "chance levels"), **judged, **random)
+    agreement = translator_agreement(translators["fitted"], translators["auditor"], setup.texts)
     return {"rows": rows, "measurements": figures, "chance": chance, "agreement": agreement}
 
 

@@ -52,18 +52,14 @@ import torch
 
 from singreg import tables
 from singreg.analysis import steering_curves as effort
-from singreg.analysis.features import iterate_features
-from singreg.analysis.fitting import fit_all
-from singreg.analysis.scores import analyze_model
 from singreg.analysis.steering import PairPlan, plan_pairs, steer_pairs
 from singreg.classes import resolve_classes
 from singreg.data.datasets import Splits
 from singreg.models.classifier import Classifier
-from singreg.nullspace import NullSpace
 from singreg.plots.steering import plot_steering
 from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, prepare
+from singreg.setup import Setup, fit_translators, prepare
 from singreg.utils import cache_folder
 
 
@@ -111,29 +107,22 @@ def choose_pairs(config: SteerConfig, setup: Setup) -> PairPlan:
 
 def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
     """Fit the translators, measure the classifier, steer its features and report."""
-    classifier, texts, passes, invariance = setup.classifier, setup.texts, setup.passes, config.model.invariance
-    test, bank = ((getattr(setup.splits, name), setup.embeddings[name]) for name in ("test", "bank"))
-    both: dict[str, Any] = {"invariance": invariance, "settings": passes}
-    space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
+    space, weight = setup.space, setup.classifier.weight
     with run.timed("translators"):
-        options: Any = {"ridge": config.translator.ridge, "seed": config.seed, "info": setup.info, **both}
-        options["stored"] = config.model.translator
-        translators, mean = fit_all(classifier, setup.splits, setup.embeddings, config.mlp, **options)
+        translators, mean = fit_translators(setup, config.translator.ridge, config.mlp, config.seed)
         linear: Any = {(name, ""): translators[name] for name in ("fitted", "auditor")}
     with run.timed("measure"):
-        rows, measurement = analyze_model(classifier, *test, texts, translators, mean=mean, **both)
+        rows, measurement = setup.measure(translators, mean)
     with run.timed("radii"):
-        gaussian = effort.fit_conditional(iterate_features(classifier, *bank, passes, "second moments"), space)
-        batches = iterate_features(classifier, *test, passes, "natural radii")
-        natural = effort.natural_radii(batches, gaussian, len(bank[0]))
-    steering: dict[str, Any] = {"weight": classifier.weight, "null_space": space}
+        gaussian = effort.fit_conditional(setup.read("bank", "second moments"), space)
+        natural = effort.natural_radii(setup.read("test", "natural radii"), gaussian, len(setup.splits.bank))
     with run.timed("pairs"):
-        batches = iterate_features(classifier, *test, passes, "steering to a fixed image score")
-        pairs = steer_pairs(batches, plan, attackers=translators, image_score=config.image_score, **steering)
+        batches, score = setup.read("test", "steering to a fixed image score"), config.image_score
+        pairs = steer_pairs(batches, plan, attackers=translators, image_score=score, weight=weight, null_space=space)
     with run.timed("curves"):  # judged by the linear translators alone: a judge is called at every point
-        batches = iterate_features(classifier, *test, passes, "steering at equal effort")
         attacks = effort.equal_effort(translators, space, gaussian, natural)
-        curves = effort.measure_curves(batches, plan, attacks, linear, **steering)
+        batches = setup.read("test", "steering at equal effort")
+        curves = effort.measure_curves(batches, plan, attacks, linear, weight=weight, null_space=space)
     if not run.accelerator.is_main_process:
         return
     found = {"measurement": measurement, "image_score": config.image_score, "sources": plan.sources}
@@ -147,7 +136,7 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
     log_figures(run.accelerator, list(plots.values()))
     write_report(
         run,
-        title=f"{run.folder.name}: steering {classifier.tag} through its null space",
+        title=f"{run.folder.name}: steering {setup.classifier.tag} through its null space",
         verdict=tables.steering_verdict(found),
         warnings=tables.steering_warnings(found),
         sections=tables.steering_sections(found, plots),

@@ -1,24 +1,30 @@
 """From a configuration to the splits, models, texts and embeddings it names; complaints come before any long work."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from singreg.analysis.features import FeatureBatch, cached_features, iterate_features
+from singreg.analysis.fitting import fit_on_split
+from singreg.analysis.scores import analyze_model
 from singreg.classes import NoRows, head_rows, imagenet_names, read_list, subset_of
 from singreg.config import ModelConfig, RunConfig, VLMConfig, located
 from singreg.data.datasets import NAMED, ImageSplit, Splits, load_splits, make_loader
 from singreg.data.embeddings import PassSettings, cached_embeddings
 from singreg.data.splits import TableSplit
+from singreg.mlp import MLPKind, MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import VisionLanguageModel, needs_quick_gelu
 from singreg.nullspace import NullSpace
-from singreg.translator import TranslatorInfo
+from singreg.ridge import DEFAULT_RIDGES
+from singreg.translator import Translator, TranslatorInfo, fit_mlp_translator, load_translator
 from singreg.utils import cache_folder, sha256_of_json
 
 logger = logging.getLogger(__name__)
@@ -36,7 +42,24 @@ class Setup:
     embeddings: dict[str, np.ndarray]
     info: TranslatorInfo
     passes: PassSettings
+    model: ModelConfig = field(default_factory=ModelConfig)
     held: tuple[ImageSplit, np.ndarray] | None = None  # validation images with their embeddings
+
+    @property
+    def space(self) -> NullSpace:
+        """The null space of the classifier's head."""
+        return NullSpace.from_weight(self.classifier.weight, invariance=self.model.invariance).to(self.texts.device)
+
+    def read(self, name: str, description: str) -> Iterator[FeatureBatch]:
+        """Pass once over this process's images of bank, audit or test."""
+        where = getattr(self.splits, name), self.embeddings[name]
+        return iterate_features(self.classifier, *where, self.passes, description)
+
+    def measure(self, translators: Mapping[str, Translator], mean: Tensor) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """Measure the classifier on the test images, see `analyze_model`."""
+        where = self.splits.test, self.embeddings["test"], self.texts, translators
+        options: dict[str, Any] = {"invariance": self.model.invariance, "settings": self.passes}
+        return analyze_model(self.classifier, *where, mean=mean, **options)
 
 
 def prepare(
@@ -77,6 +100,7 @@ def prepare(
         embeddings=embed_splits(vlm, (splits.bank, splits.audit, splits.test), passes),  # the labels do not matter
         info=describe_pair(classifier, vlm),
         passes=passes,
+        model=model,
     )
     if config.dry_run and accelerator.is_main_process:
         print("dry run: nothing was measured, no run folder was made")
@@ -100,7 +124,37 @@ def prepare_alone(config: RunConfig, model: ModelConfig, accelerator: Accelerato
         embeddings={},
         info=describe_pair(classifier, vlm),
         passes=PassSettings(BATCH_SIZE, config.data.workers, progress=accelerator.is_local_main_process),
+        model=model,
     )
+
+
+def fit_translators(
+    setup: Setup, ridge: float | None, kinds: Sequence[MLPKind] = (), seed: int = 0
+) -> tuple[dict[str, Any], Tensor]:
+    """Fit "fitted" on the bank, "auditor" on the audit split and MLPs of some kinds on the bank (METHOD section 8.6).
+
+    Without a ridge each linear translator chooses its own. "run" is that of the run whose model it is, if it fits.
+
+    Returns:
+        The translators by name, and the auditor's mean feature (m,).
+    """
+    classifier, passes, bank = setup.classifier, setup.passes, (setup.splits.bank, setup.embeddings["bank"])
+    how: dict[str, Any] = {"ridges": DEFAULT_RIDGES if ridge is None else (ridge,), "info": setup.info}
+    how |= {"invariance": setup.model.invariance, "settings": passes}
+    fitted = fit_on_split(classifier, *bank, **how)
+    auditor = fit_on_split(classifier, setup.splits.audit, setup.embeddings["audit"], **how)
+    found: dict[str, Any] = {"fitted": fitted.translator, "auditor": auditor.translator}
+    for kind in kinds:
+        arrays = cached_features(classifier, setup.splits.bank, passes), setup.embeddings["bank"]
+        options: Any = {"info": setup.info, "device": classifier.weight.device, "progress": passes.progress}
+        found[kind] = fit_mlp_translator(*arrays, settings=MLPSettings(kind=kind, seed=seed), **options)
+    if setup.model.translator.is_file():
+        fits = replace(setup.info, classifier="", vlm="")  # folders may move; hashes say what is in them
+        try:
+            found["run"] = load_translator(setup.model.translator, expected=fits).to(classifier.weight.device)
+        except ValueError as error:
+            logger.warning("the run's translator is left out: %s", error)
+    return found, auditor.mean
 
 
 def read_by(setup: Setup, config: VLMConfig, accelerator: Accelerator) -> Setup:

@@ -18,7 +18,15 @@ from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
 from singreg.models.vlm import VisionLanguageModel
 from singreg.nullspace import NullSpace
-from singreg.setup import build_classifier, embed_splits, labels_for_head, open_vlm, try_one_batch
+from singreg.setup import (
+    Setup,
+    build_classifier,
+    describe_pair,
+    embed_splits,
+    labels_for_head,
+    open_vlm,
+    try_one_batch,
+)
 
 
 def open_model(model: ComparedModel, splits: Splits, config: RunConfig) -> Classifier:
@@ -40,6 +48,11 @@ class Space:
     vlm: VisionLanguageModel
     texts: dict[tuple[str, ...], Tensor]
     embeddings: dict[str, np.ndarray]
+
+    def setup(self, classifier: Classifier, splits: Splits, model: ComparedModel, passes: PassSettings) -> Setup:
+        """Return one classifier in this space; `splits` have its labels."""
+        info = describe_pair(classifier, self.vlm)
+        return Setup(splits, classifier, self.vlm, self.texts[splits.class_names], self.embeddings, info, passes, model)
 
 
 def open_spaces(

@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import compare as recipe
-from singreg.analysis import fitting
+from singreg import setup
 from singreg.config import ComparedModel, VLMConfig, parse
 from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
@@ -82,7 +82,7 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, folders: Path, capsys: pytes
 
 
 def test_a_model_compared_with_itself_differs_in_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "MLPSettings", partial(MLPSettings, hidden=16, epochs=2))
+    monkeypatch.setattr(setup, "MLPSettings", partial(MLPSettings, hidden=16, epochs=2))
     models = [DEMO, {"name": "demo", "label": "twin"}, {"name": "demo", "label": "softmax", "invariance": "softmax"}]
     report = compare(tmp_path / "same", models, "--mlp", '["mlp3"]')
     twins = [d for d in report["differences"] if (d["first"], d["second"]) == ("demo", "twin")]

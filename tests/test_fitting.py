@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from singreg.analysis.crossfit import AUDITED, BUDGETS, CrossFit, figures, summarize
-from singreg.analysis.fitting import FittedTranslator, fit_all, fit_on_split, translator_agreement
+from singreg.analysis.fitting import FittedTranslator, fit_on_split, translator_agreement
 from singreg.analysis.steering import steering_targets
 from singreg.data.datasets import Splits
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
+from singreg.setup import Setup, fit_translators
 from singreg.translator import LinearTranslator, TranslatorInfo
 from tests import toy
 from tests.planted import CLASSES, DIM, WIDTH, Planted, plant
@@ -93,7 +94,9 @@ def test_the_two_translators_of_a_measurement_come_from_bank_and_audit() -> None
     bank, audit = toy.ToySplit(60), toy.ToySplit(50, seed=1)
     splits = Splits(bank, bank, audit, audit, toy.NAMES, None)
     z = {"bank": toy.embeddings(60), "audit": toy.embeddings(50, 1)}
-    found, mean = fit_all(toy.classifier(), splits, z, ridge=0.1, settings=toy.QUIET)
+    nothing: Any = None
+    setup = Setup(splits, toy.classifier(), nothing, toy.texts(), z, TranslatorInfo(), toy.QUIET)
+    found, mean = fit_translators(setup, 0.1)
     for name, split, key in (("fitted", bank, "bank"), ("auditor", audit, "audit")):
         alone = fit_on_split(toy.classifier(), split, z[key], ridges=(0.1,), settings=toy.QUIET)
         assert torch.equal(found[name].matrix, alone.translator.matrix)

@@ -1,32 +1,25 @@
 """Fit translators on a split (METHOD sections 2 and 8.6)."""
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.features import cached_features, gathered, iterate_features
-from singreg.data.datasets import ImageSplit, Splits
+from singreg.analysis.features import gathered, iterate_features
+from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings
-from singreg.mlp import MLPKind, MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from singreg.translator import (
     LinearTranslator,
     TranslatorInfo,
-    fit_mlp_translator,
     fit_on_halves,
-    load_translator,
     update_halves,
 )
 
-logger = logging.getLogger(__name__)
 IMAGES_PER_FEATURE = 6.0
 """With fewer images a feature an auditor is not identified well, AS⁻ reads too high, and a report makes no claim."""
 AGREEMENT = 0.75
@@ -103,42 +96,3 @@ def translator_agreement(first: LinearTranslator, second: LinearTranslator, text
     contrasts = (texts - texts.mean(0)).double()
     one, other = (contrasts @ translator.matrix.to(contrasts) for translator in (first, second))
     return float(torch.nn.functional.cosine_similarity(one, other, dim=1).mean())
-
-
-def fit_all(
-    classifier: Classifier,
-    splits: Splits,
-    embeddings: Mapping[str, np.ndarray],
-    kinds: Sequence[MLPKind] = (),
-    *,
-    settings: PassSettings,
-    ridge: float | None = None,
-    invariance: Invariance = "logits",
-    info: TranslatorInfo | None = None,
-    seed: int = 0,
-    stored: Path | None = None,
-) -> tuple[dict[str, Any], Tensor]:
-    """Fit "fitted" on the bank, "auditor" on the audit split and MLPs of some kinds on the bank (METHOD section 8.6).
-
-    Without a ridge each linear translator chooses its own. "run" is the translator in the file `stored`, if it is there
-    and of this classifier and these images' embeddings.
-
-    Returns:
-        The translators by name, and the auditor's mean feature (m,).
-    """
-    how: dict[str, Any] = {"ridges": DEFAULT_RIDGES if ridge is None else (ridge,), "invariance": invariance}
-    how |= {"info": info, "settings": settings}
-    fitted = fit_on_split(classifier, splits.bank, embeddings["bank"], **how)
-    auditor = fit_on_split(classifier, splits.audit, embeddings["audit"], **how)
-    found: dict[str, Any] = {"fitted": fitted.translator, "auditor": auditor.translator}
-    for kind in kinds:
-        arrays = cached_features(classifier, splits.bank, settings), embeddings["bank"]
-        options: Any = {"info": info, "device": classifier.weight.device, "progress": settings.progress}
-        found[kind] = fit_mlp_translator(*arrays, settings=MLPSettings(kind=kind, seed=seed), **options)
-    if stored is not None and info is not None and stored.is_file():
-        fits = replace(info, classifier="", vlm="")  # folders may move; hashes say what is in them
-        try:
-            found["run"] = load_translator(stored, expected=fits).to(classifier.weight.device)
-        except ValueError as error:
-            logger.warning("the run's translator is left out: %s", error)
-    return found, auditor.mean
