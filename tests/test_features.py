@@ -1,6 +1,5 @@
 """Passes over a split, for embeddings and features: row i is image i, once over processes, and what the cache keeps."""
 
-import os
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, cached_features, gathered, iterate_features, process_share
+from singreg.data import embeddings
 from singreg.data.embeddings import PassSettings, cached_embeddings, encode_split
 from singreg.data.splits import TableSplit
 from tests import toy
@@ -104,30 +104,54 @@ def test_a_failed_run_names_the_image_and_leaves_nothing(split: TableSplit, cach
         embed(encoder, split.subset([], "none"))
 
 
-def _encode_in_a_group(rank: int, world: int, folder: str, count: int) -> tuple[int, bytes, str]:
+def test_a_killed_run_goes_on_at_its_last_block(
+    split: TableSplit, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    whole = np.array(embed(Encoder(1), split))
+    for file in cache.iterdir():
+        file.unlink()
+    monkeypatch.setattr(embeddings, "BLOCK", 4)
+    killed, again = Encoder(1), Encoder(1)
+
+    def until_the_last_block(images: Tensor) -> Tensor:
+        if killed.seen == 8:
+            raise KeyboardInterrupt
+        return Encoder.embed_images(killed, images)
+
+    killed.embed_images = until_the_last_block  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        embed(killed, split)
+    assert np.array_equal(embed(again, split), whole)
+    assert again.seen == 3
+    assert len(list(cache.iterdir())) == 1
+
+
+def _encode_in_a_group(rank: int, world: int, folder: str, count: int, block: int) -> tuple[int, bytes, str]:
     split, encoder = file_split(Path(folder) / f"images-{rank}", count), Encoder()
-    os.environ["SINGREG_CACHE"] = f"{folder}/cache-{world}"
-    rows = embed(encoder, split, batch_size=3)
-    seen = encoder.seen
-    if rank == 0:
-        encoder.embed_images = lambda images: images.flatten(1)[:, :4] / 0  # type: ignore[method-assign]
-    encoder.weights_hash = "failing"
-    try:
-        embed(encoder, split)
-        failure = "none"
-    except ValueError as error:
-        failure = str(error)
+    with pytest.MonkeyPatch.context() as patch:  # the process serves other tests too
+        patch.setattr(embeddings, "BLOCK", block)
+        patch.setenv("SINGREG_CACHE", f"{folder}/cache-{world}")
+        rows = embed(encoder, split, batch_size=3)
+        seen = encoder.seen
+        if rank == 0:
+            encoder.embed_images = lambda images: images.flatten(1)[:, :4] / 0  # type: ignore[method-assign]
+        encoder.weights_hash = "failing"
+        try:
+            embed(encoder, split)
+            failure = "none"
+        except ValueError as error:
+            failure = str(error)
     return seen, rows.tobytes(), failure
 
 
-@pytest.mark.parametrize("count", [1, 11])
-def test_processes_share_the_work_to_the_same_bits(tmp_path: Path, count: int) -> None:
-    _, expected, _ = _encode_in_a_group(0, 1, str(tmp_path), count)
+@pytest.mark.parametrize(("count", "block"), [(1, 99), (11, 99), (11, 6)])
+def test_processes_share_the_work_to_the_same_bits(tmp_path: Path, count: int, block: int) -> None:
+    _, expected, _ = _encode_in_a_group(0, 1, str(tmp_path), count, block)
     for world in (2, 3):
-        found = run_processes(world, _encode_in_a_group, str(tmp_path), count)
+        found = run_processes(world, _encode_in_a_group, str(tmp_path), count, block)
         assert [rows for _, rows, _ in found] == [expected] * world
         assert sum(seen for seen, _, _ in found) == count
-        assert f"not finite for {count} images" in found[0][2]
+        assert f"not finite for {min(count, block)} images" in found[0][2]
         assert "embedding failed elsewhere: process 0: ValueError" in found[1][2]
         assert len(list((tmp_path / f"cache-{world}").iterdir())) == 1
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from singreg.models.vlm import VisionLanguageModel
 
 ABANDONED_SECONDS = 24 * 3600
+BLOCK = 2**16  # images of a large split that are kept as soon as they are encoded: a killed run loses no more
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class PassSettings:
 
 def cached_embeddings(
     vlm: VisionLanguageModel, split: ImageSplit, *, batch_size: int = 64, workers: int = 0, progress: bool = True
-) -> np.ndarray:
+) -> np.memmap[Any, Any]:
     """Return raw image embeddings z (N, n) of a split, float32, row i for image i, read-only and memory-mapped.
 
     They are found again in `utils.cache_folder()` by weights, preprocessing and the split's content.
@@ -52,7 +54,7 @@ def encode_split(
     key: Mapping[str, Any],
     description: str,
     settings: PassSettings,
-) -> np.ndarray:
+) -> np.memmap[Any, Any]:
     """Return any encoder's output (N, width) for a split, from the cache or computed; `key` names all it depends on.
 
     In a process group every process must call it. Each encodes whole batches, the same as a single process would.
@@ -62,6 +64,11 @@ def encode_split(
     shape, batch_size = (len(split), width), settings.batch_size
     facts = {"format": 1, "part": split.fingerprint, "shape": shape, **key}
     target = Path(settings.cache or cache_folder()) / f"embeddings-{sha256_of_json(facts)[:32]}.npy"
+    if len(split) > BLOCK and together(lambda: _load(target, shape) is None, description, first_only=True):
+        blocks = [np.arange(start, min(start + BLOCK, len(split))) for start in range(0, len(split), BLOCK)]
+        rest: tuple[Any, ...] = width, key, description, settings
+        parts = [encode_split(encode, transform, split.subset(rows), *rest) for rows in blocks]
+        together(partial(_join, target, shape, parts), description, first_only=True)
 
     def begin() -> Path | None:
         if _load(target, shape) is not None:
@@ -69,9 +76,7 @@ def encode_split(
         for left in target.parent.glob(".embeddings-*-writing-*"):  # by killed runs
             if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                 left.unlink(missing_ok=True)
-        temporary = stack.enter_context(atomic_write(target))
-        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape).flush()
-        return temporary
+        return _emptied(stack.enter_context(atomic_write(target)), shape)
 
     def fill(path: Path) -> None:
         """Encode this process's share of the batches into its rows of the file."""
@@ -81,9 +86,8 @@ def encode_split(
             return
         start, stop = int(batches[0]), min(int(batches[-1]) + batch_size, len(split))
         loader = make_loader(split.subset(np.arange(start, stop)), transform, batch_size, workers=settings.workers)
-        offset = np.load(path, mmap_mode="r").offset
         with open(path, "r+b") as file:  # not through a memory map, which a full disk would kill without a word
-            file.seek(offset + 4 * width * start)
+            file.seek(np.load(path, mmap_mode="r").offset + 4 * width * start)
             bar = progress(loader, f"{description} [{split.name}]", enabled=settings.progress and rank == 0)
             for images, _, places in bar:
                 with torch.no_grad():
@@ -113,7 +117,25 @@ def take_rows(table: np.ndarray, rows: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(table[rows])).clone()
 
 
-def _load(target: Path, shape: tuple[int, int]) -> np.ndarray | None:
+def _emptied(path: Path, shape: tuple[int, int]) -> Path:
+    """Make a file of rows that are still to be written."""
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
+    return path
+
+
+def _join(target: Path, shape: tuple[int, int], parts: list[np.memmap[Any, Any]]) -> None:
+    """Write the rows of some cached files one after the other as one, and remove those."""
+    with atomic_write(target) as temporary:
+        start = np.load(_emptied(temporary, shape), mmap_mode="r").offset
+        with open(temporary, "r+b") as file:
+            file.seek(start)
+            for part in parts:
+                file.write(part.tobytes())
+    for part in parts:
+        Path(str(part.filename)).unlink(missing_ok=True)
+
+
+def _load(target: Path, shape: tuple[int, int]) -> np.memmap[Any, Any] | None:
     """The cached rows, or None where there are none of this shape."""
     try:
         return np.load(target, mmap_mode="r", allow_pickle=False).reshape(shape)
