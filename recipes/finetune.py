@@ -21,10 +21,8 @@ import pandas as pd
 from huggingface_hub import HfApi, get_token
 from safetensors.torch import load_file
 
-from singreg.analysis.arms import Images
 from singreg.analysis.comparison import Measured, compare_arms, finetune_warnings, no_claim, verdict
-from singreg.analysis.fitting import FittedTranslator, fit_on_split
-from singreg.analysis.scores import analyze_model
+from singreg.analysis.fitting import FittedTranslator
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
 from singreg.data.datasets import Splits
 from singreg.loop import Arm, own_random_numbers
@@ -34,7 +32,6 @@ from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
 from singreg.plots.scores import DROPPED, STAGES, finetune_sections, plot_finetune
 from singreg.report import log, log_figures, log_text, track, write_model_card, write_report
-from singreg.ridge import DEFAULT_RIDGES
 from singreg.runs import Run, StopRequest, explained, start
 from singreg.setup import Setup, prepare
 from singreg.tables import AUDIT, audit_table
@@ -65,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stages[arm] = stage(run, arm, partial(train_and_measure, arm, config, setup, before, run))
             if accelerator.is_main_process:  # the finished model is in its folder
                 shutil.rmtree(run.folder / "checkpoints" / arm, ignore_errors=True)
-        stages["dropped"] = stage(run, "dropped", partial(measure_dropped, config, setup, before, run))
+        stages["dropped"] = stage(run, "dropped", partial(measure_dropped, setup, before, run))
         if accelerator.is_main_process:
             report(config, setup, run, {name: (each.rows, each.figures) for name, each in stages.items()})
             if config.push_to_hub:
@@ -73,36 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def fit(
-    config: FinetuneConfig, setup: Setup, classifier: Classifier, images: Images, ridge: float | None
-) -> FittedTranslator:
-    """Fit a translator on a split and the embeddings (N, n) of its images: the loop's, or an auditor."""
-    return fit_on_split(
-        classifier,
-        *images,
-        ridges=DEFAULT_RIDGES if ridge is None else (ridge,),
-        invariance=config.model.invariance,
-        info=replace(setup.info, head_hash=classifier.head_hash()),
-        settings=setup.passes,
-    )
-
-
-def audit(
-    config: FinetuneConfig, setup: Setup, classifier: Classifier, loop: LinearTranslator | None, ridge: float | None
-) -> tuple[FittedTranslator, Measured]:
+def audit(setup: Setup, loop: LinearTranslator | None, ridge: float | None) -> tuple[FittedTranslator, Measured]:
     """Fit the auditor on images that training never uses and measure the test split with it, and with the loop's."""
-    auditor = fit(config, setup, classifier, (setup.splits.audit, setup.embeddings["audit"]), ridge)
+    auditor = setup.fit(setup.splits.audit, setup.embeddings["audit"], ridge)
     judges = {**({} if loop is None else {"loop": loop}), "auditor": auditor.translator}
-    test = (setup.splits.test, setup.embeddings["test"])
-    options: dict[str, Any] = {"invariance": config.model.invariance, "settings": setup.passes}
-    return auditor, analyze_model(classifier, *test, setup.texts, judges, mean=auditor.mean, auditor=auditor, **options)
+    return auditor, setup.measure(judges, auditor.mean, auditor)
 
 
 def measure_before(config: FinetuneConfig, setup: Setup, run: Run) -> Stage:
     """Fit the loop's translator on the starting classifier and measure."""
-    classifier, bank = setup.classifier.eval(), loop_bank(setup.splits, setup.embeddings["bank"])
-    loop = fit(config, setup, classifier, bank, config.translator.ridge)
-    _, measured = audit(config, setup, classifier, loop.translator, config.translator.ridge)
+    loop = setup.fit(*loop_bank(setup.splits, setup.embeddings["bank"]), config.translator.ridge)
+    _, measured = audit(setup, loop.translator, config.translator.ridge)
     if run.accelerator.is_main_process:
         loop.translator.save(run.folder / "translator-before.safetensors")
     return Stage(*measured, loop.state_dict(), asdict(loop.translator.info))
@@ -117,7 +95,7 @@ def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: S
     fitted = FittedTranslator.from_state(tensors, TranslatorInfo(**before.notes))
     classifier, loop = train_arm(name, config, setup, fitted, run, regularised=name == "sing")
     ridge = before.figures["translators"]["auditor"]["ridge"]  # one for all stages, or a ratio would be of two scales
-    auditor, measured = audit(config, setup, classifier, loop, ridge)
+    auditor, measured = audit(setup.of(classifier), loop, ridge)
     log(run.accelerator, headline(measured[1]), Schedule(config, len(setup.splits.train)).total)
     if run.accelerator.is_main_process:
         ending = "" if name == "sing" else "-control"
@@ -126,12 +104,12 @@ def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: S
     return Stage(*measured)
 
 
-def measure_dropped(config: FinetuneConfig, setup: Setup, before: Stage, run: Run) -> Stage:
+def measure_dropped(setup: Setup, before: Stage, run: Run) -> Stage:
     """Measure the baseline to beat: the control's export with its null space dropped, which costs no training."""
     control = copy.deepcopy(setup.classifier)
     control.model.load_state_dict(load_file(run.folder / "model-control" / "model.safetensors"))
     ridge = before.figures["translators"]["auditor"]["ridge"]
-    return Stage(*audit(config, setup, drop_null(control, spare=1), None, ridge)[1])
+    return Stage(*audit(setup.of(drop_null(control, spare=1)), None, ridge)[1])
 
 
 def train_arm(
@@ -152,7 +130,7 @@ def train_arm(
     train(name, classifier, sing, keeper, config, setup, run)
     # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.
     if sing is None:
-        return classifier, fit(config, setup, classifier, keeper.bank, fitted.translator.info.ridge).translator
+        return classifier, setup.of(classifier).fit(*keeper.bank, fitted.translator.info.ridge).translator
     return classifier, keeper.current(sing)
 
 

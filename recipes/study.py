@@ -24,7 +24,7 @@ import pandas as pd
 from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
 
-from finetune import audit, fit, train_arm
+from finetune import audit, train_arm
 from singreg.analysis.arms import Measured, measure_arm
 from singreg.analysis.fitting import FittedTranslator
 from singreg.checkpoints import fingerprints
@@ -126,15 +126,13 @@ class Study:
     def start(self) -> FittedTranslator:
         """The loop's translator."""
         own = self.reader()
-        bank = loop_bank(own.splits, own.embeddings["bank"])
-        return fit(self.config, own, own.classifier.eval(), bank, self.config.translator.ridge)
+        return own.fit(*loop_bank(own.splits, own.embeddings["bank"]), self.config.translator.ridge)
 
     def ridge(self, label: str | None = None) -> float:
         """The auditor's of the start, one for all arms, or a ratio would be of two scales."""
         if label not in self.ridges:
             own, given = self.reader("start", label), self.config.translator.ridge
-            audited = own.splits.audit, own.embeddings["audit"]
-            fitted = given or fit(self.config, own, own.classifier.eval(), audited, None).translator.info.ridge
+            fitted = given or own.fit(own.splits.audit, own.embeddings["audit"], None).translator.info.ridge
             self.ridges[label] = fitted
         return self.ridges[label]
 
@@ -158,7 +156,7 @@ class Study:
         elif make == "drop":
             classifier = drop_null(classifier, spare=1)
         bank = loop_bank(setup.splits, setup.embeddings["bank"])
-        return classifier, fit(config, setup, classifier.eval(), bank, fitted.translator.info.ridge).translator, notes
+        return classifier, setup.of(classifier).fit(*bank, fitted.translator.info.ridge).translator, notes
 
 
 def make_and_measure(study: Study, work: Work) -> Measured:
@@ -173,14 +171,13 @@ def make_and_measure(study: Study, work: Work) -> Measured:
         with atomic_write(work.folder / "weights.safetensors") as path:
             save_file(state, path)
     name = "start" if not work.trained else f"{work.arm.name}-{work.seed}"
-    setup = study.reader(name)
-    auditor, scores = audit(work.config, setup, classifier, loop, study.ridge())
+    setup = study.reader(name).of(classifier)
+    auditor, scores = audit(setup, loop, study.ridge())
     further = {
-        label: audit(work.config, study.reader(name, label), classifier, None, study.ridge(label))[1][0]
+        label: audit(study.reader(name, label).of(classifier), None, study.ridge(label))[1][0]
         for label in study.further
     }
-    options: Any = {"invariance": config.model.invariance, "ood": config.ood, "seed": config.seed}
-    found = measure_arm(classifier, setup, auditor, scores, study.setup.held, **options)
+    found = measure_arm(setup, auditor, scores, ood=config.ood, seed=config.seed)
     found = replace(found, further=further, extra=notes, seconds=time.monotonic() - begun)
     if accelerator.is_main_process:
         work.keep(found)

@@ -1,5 +1,7 @@
 """From a configuration to the splits, models, texts and embeddings it names; complaints come before any long work."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, cached_features, iterate_features
-from singreg.analysis.fitting import fit_on_split
+from singreg.analysis.fitting import FittedTranslator, fit_on_split
 from singreg.analysis.scores import analyze_model
 from singreg.classes import NoRows, head_rows, imagenet_names, read_list, subset_of
 from singreg.config import ModelConfig, RunConfig, VLMConfig, located
@@ -55,11 +57,23 @@ class Setup:
         where = getattr(self.splits, name), self.embeddings[name]
         return iterate_features(self.classifier, *where, self.passes, description)
 
-    def measure(self, translators: Mapping[str, Translator], mean: Tensor) -> tuple[pd.DataFrame, dict[str, Any]]:
+    def of(self, classifier: Classifier) -> Setup:
+        """Return the same with another classifier that has the same rows."""
+        return replace(self, classifier=classifier, info=replace(self.info, head_hash=classifier.head_hash()))
+
+    def fit(self, split: ImageSplit, embeddings: np.ndarray, ridge: float | None) -> FittedTranslator:
+        """Fit a translator on a split and the embeddings (N, n) of its images; without a ridge it chooses its own."""
+        how: dict[str, Any] = {"ridges": DEFAULT_RIDGES if ridge is None else (ridge,), "info": self.info}
+        how |= {"invariance": self.model.invariance, "settings": self.passes}
+        return fit_on_split(self.classifier, split, embeddings, **how)
+
+    def measure(
+        self, translators: Mapping[str, Translator], mean: Tensor, auditor: FittedTranslator | None = None
+    ) -> tuple[pd.DataFrame, dict[str, Any]]:
         """Measure the classifier on the test images, see `analyze_model`."""
         where = self.splits.test, self.embeddings["test"], self.texts, translators
         options: dict[str, Any] = {"invariance": self.model.invariance, "settings": self.passes}
-        return analyze_model(self.classifier, *where, mean=mean, **options)
+        return analyze_model(self.classifier, *where, mean=mean, auditor=auditor, **options)
 
 
 def prepare(
@@ -138,14 +152,12 @@ def fit_translators(
     Returns:
         The translators by name, and the auditor's mean feature (m,).
     """
-    classifier, passes, bank = setup.classifier, setup.passes, (setup.splits.bank, setup.embeddings["bank"])
-    how: dict[str, Any] = {"ridges": DEFAULT_RIDGES if ridge is None else (ridge,), "info": setup.info}
-    how |= {"invariance": setup.model.invariance, "settings": passes}
-    fitted = fit_on_split(classifier, *bank, **how)
-    auditor = fit_on_split(classifier, setup.splits.audit, setup.embeddings["audit"], **how)
+    classifier, passes, bank = setup.classifier, setup.passes, setup.embeddings["bank"]
+    fitted = setup.fit(setup.splits.bank, bank, ridge)
+    auditor = setup.fit(setup.splits.audit, setup.embeddings["audit"], ridge)
     found: dict[str, Any] = {"fitted": fitted.translator, "auditor": auditor.translator}
     for kind in kinds:
-        arrays = cached_features(classifier, setup.splits.bank, passes), setup.embeddings["bank"]
+        arrays = cached_features(classifier, setup.splits.bank, passes), bank
         options: Any = {"info": setup.info, "device": classifier.weight.device, "progress": passes.progress}
         found[kind] = fit_mlp_translator(*arrays, settings=MLPSettings(kind=kind, seed=seed), **options)
     if setup.model.translator.is_file():

@@ -35,20 +35,20 @@ BANK.name, AUDIT.name, TEST.name = "bank", "audit", "test"
 TESTED = TEST, toy.embeddings(COUNT, seed=1)
 
 
-def measure(cache: str | None = None, dropped: bool = False, **changes: Any) -> Any:
+def measure(cache: str | None = None, dropped: bool = False, held: Any = None, **changes: Any) -> Any:
     splits = Splits(BANK, BANK, AUDIT, TEST, TEST.class_names, None)
     tables = {"bank": toy.embeddings(40, seed=2), "audit": toy.embeddings(FIT), "test": TESTED[1]}
     nothing: Any = None
     passes = replace(toy.QUIET, cache=cache)
-    setup = Setup(splits, nothing, nothing, toy.texts(), tables, nothing, passes)
     model = drop_null(toy.classifier(), spare=1).eval() if dropped else toy.classifier()
+    setup = Setup(splits, model, nothing, toy.texts(), tables, nothing, passes, held=held)
     fitted = fit_on_split(model, AUDIT, tables["audit"], ridges=(0.3,), settings=passes)
     judges, how = {AUDITOR: fitted.translator}, {"mean": fitted.mean, "auditor": fitted, "settings": passes}
     scores = analyze_model(model, *TESTED, toy.texts(), judges, **how)
-    return arms.measure_arm(model, setup, fitted, scores, **{"ood": 9, **changes}), scores
+    return arms.measure_arm(setup, fitted, scores, **{"ood": 9, **changes}), scores
 
 
-measured = cache(lambda: measure(validation=TESTED))
+measured = cache(lambda: measure(held=TESTED))
 
 
 def test_scores_are_those_of_analyze_model() -> None:

@@ -17,13 +17,12 @@ from torch.nn.functional import cross_entropy
 from singreg.analysis.features import FeatureBatch, evenly, iterate_features
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
-from singreg.analysis.scores import Rows, analyze_model
+from singreg.analysis.scores import Rows
 from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings
 from singreg.data.scenes import ATTRIBUTES
 from singreg.data.splits import KINDS, CorruptedSplit, SceneSplit, SubsetSplit
-from singreg.models.classifier import Classifier
-from singreg.nullspace import Invariance, NullSpace
+from singreg.nullspace import NullSpace
 from singreg.setup import Setup
 from singreg.utils import gather_rows
 
@@ -32,8 +31,6 @@ BINS = 15  # of the calibration error
 NEIGHBOURS, QUERIES = 10, 2000  # of an image within its class, and test images asked for them
 ROUNDING = 1e-6  # a null residual below this share of |f| is what float32 left of none
 SCORES = ("AS_neg", "AS_abs", "IS")
-Images = tuple[ImageSplit, np.ndarray]
-"""A split with its image embeddings (N, n)."""
 
 
 @dataclass(frozen=True)
@@ -50,31 +47,22 @@ class Measured:
 
 
 def measure_arm(
-    classifier: Classifier,
-    setup: Setup,
-    auditor: FittedTranslator,
-    scores: tuple[pd.DataFrame, dict[str, Any]],
-    validation: Images | None = None,
-    *,
-    invariance: Invariance = "logits",
-    ood: int = 0,
-    seed: int = 0,
+    setup: Setup, auditor: FittedTranslator, scores: tuple[pd.DataFrame, dict[str, Any]], *, ood: int = 0, seed: int = 0
 ) -> Measured:
     """Add to an arm's scores on the test images what a study wants to know beside them.
 
     Args:
         scores: what `analyze_model` says of the test images by the auditor.
-        validation: images that settings may be chosen on.
         ood: unlabelled images of the bank that count as strange ones, for the AUROCs.
     """
-    splits, passes, texts = setup.splits, setup.passes, setup.texts
+    splits, passes, texts, classifier = setup.splits, setup.passes, setup.texts, setup.classifier
     audit, test = ((each, setup.embeddings[each.name]) for each in (splits.audit, splits.test))
     (rows, found), (figures, intervals) = scores, score_figures(scores[1])
-    space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(classifier.weight.device)
 
     def read(split: ImageSplit, table: np.ndarray, settings: PassSettings = passes) -> Iterator[FeatureBatch]:
         return iterate_features(classifier, split, table, settings, "measuring the arm")
 
+    space, chosen_on = setup.space, dict[str, Any]()
     blocks: dict[str, Any] = {"null_space": space, "classes": classifier.num_classes}
     fits = fit_blocks(read(*audit), target_dim=texts.shape[1], **blocks)
     information = measure_information(read(*test), fits)
@@ -86,10 +74,10 @@ def measure_arm(
         fits = fit_blocks(read(splits.audit, targets[0]), target_dim=known.shape[1], **blocks)
         figures |= attribute_r2(read(splits.test, targets[1]), fits, list(known.columns))
     figures |= _side_effects(read, setup, partial(network_outputs, space=space, mean=auditor.mean), ood, seed)
-    chosen_on = {}
-    if validation is not None:
-        how: dict[str, Any] = {"mean": auditor.mean, "auditor": auditor, "invariance": invariance, "settings": passes}
-        _, found = analyze_model(classifier, *validation, texts, {AUDITOR: auditor.translator}, **how)
+    if setup.held is not None:
+        z = {**setup.embeddings, "test": setup.held[1]}
+        own = replace(setup, splits=replace(splits, test=setup.held[0]), embeddings=z)
+        _, found = own.measure({AUDITOR: auditor.translator}, auditor.mean, auditor)
         chosen_on = {"images": found["images"], **score_figures(found)[0]}
     return Measured(_floats(figures), intervals, rows, _floats(chosen_on))
 
