@@ -58,23 +58,31 @@ class AttackConfig(RunConfig):
 if __name__ == "__main__":  # --help and mistakes are answered before the seconds that these imports take
     parse(AttackConfig, description=__doc__)
 
+import numpy as np
 import pandas as pd
 import torch
+from torch.nn.functional import cosine_similarity
 
 from singreg.analysis import attack_judges as judging
 from singreg.analysis.attack_images import PixelModel, attack_split, choose_images
+from singreg.analysis.features import cached_features
+from singreg.analysis.robustness import measure_robustness
+from singreg.analysis.steering import plan_pairs
 from singreg.checkpoints import refuse_other_inputs
 from singreg.data.datasets import Splits, load_splits
 from singreg.data.embeddings import PassSettings
 from singreg.models.edits import drop_null
 from singreg.models.vlm import hash_of_state
+from singreg.nullspace import NullSpace
 from singreg.plots import attack as plotting
 from singreg.report import log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import BATCH_SIZE, fit_translators, labels_for_head, try_one_batch
+from singreg.setup import BATCH_SIZE, Setup, fit_translators, labels_for_head, try_one_batch
 from singreg.spaces import Space, open_model, open_spaces
 from singreg.utils import cache_folder
 
+PAIRS = 240  # of a source class and a target prompt, in feature space
+STEPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # shares of |f|
 KNOWS = 0.5  # an image encoder that names fewer of the untouched images rightly is no witness
 
 
@@ -111,26 +119,47 @@ def attack_model(
     config: AttackConfig, run: Run, place: int, splits: Splits, spaces: list[Space], passes: PassSettings
 ) -> judging.Attacked:
     """Fit two translators to the first space, attack the chosen images, and steer the same in feature space."""
-    model, space, names = config.models[place], spaces[0], splits.class_names
+    model, label = config.models[place], config.models[place].known_as
     classifier = open_model(model, splits, config).to(run.accelerator.device).eval().requires_grad_(False)
-    setup = space.setup(classifier, splits, model, passes)
-    texts, label = setup.texts, model.known_as
+    setup = spaces[0].setup(classifier, splits, model, passes)
     every, _ = fit_translators(setup, config.translator.ridge)
     translators = {name: every[name] for name in ("fitted", "auditor")}
     pixels = PixelModel(drop_null(classifier).eval() if model.drop_null else classifier)
     chosen = choose_images(splits.test, config.images, config.seed)
+    facts, features, logits = describe(config, model, setup, translators, chosen)
     folder = re.sub("[^A-Za-z0-9]+", "-", f"{place}-{label}").strip("-").lower()
-    how: dict[str, Any] = {"invariance": model.invariance, "settings": passes, "tau": config.tau, "seed": config.seed}
-    where = classifier, splits.test, space.embeddings["test"], texts, translators, chosen
-    facts, features, logits = judging.describe(*where, dropped=model.drop_null, **how)
     settings = {name: getattr(config, name) for name in ("seed", "batch_size", "linf", "steps", "restarts")}
-    settings["tau"] = facts["tau"]
+    where = pixels, translators["fitted"], splits.test, chosen, setup.texts, run.folder, folder
     with run.timed(label):
-        rows = attack_split(pixels, translators["fitted"], splits.test, chosen, texts, run.folder, folder, **settings)
-    judges = [judging.Judge(name, pixels, translator, texts) for name, translator in translators.items()]
-    judges += [judging.Judge(each.label, each.vlm, None, each.texts[names]) for each in spaces]
-    facts = {"label": label, "source": model.name, **facts}
+        rows = attack_split(*where, tau=facts["tau"], **settings)
+    judges = [judging.Judge(name, pixels, translator, setup.texts) for name, translator in translators.items()]
+    judges += [judging.Judge(each.label, each.vlm, None, each.texts[splits.class_names]) for each in spaces]
     return judging.Attacked(rows.assign(model=label), pixels, judges, facts, features, logits)
+
+
+@torch.no_grad()
+def describe(
+    config: AttackConfig, model: AttackedModel, setup: Setup, translators: dict[str, Any], chosen: pd.DataFrame
+) -> tuple[dict[str, Any], dict[str, Any] | None, torch.Tensor]:
+    """Return facts of a classifier, how far its features of the chosen images can be steered, and logits (N, C)."""
+    classifier, split, texts = setup.classifier, setup.splits.test, setup.texts
+    stored = cached_features(classifier, split, setup.passes), setup.embeddings["test"]
+    f, z = (torch.from_numpy(np.array(each)).to(texts) for each in stored)
+    logits, names = classifier.logits(f).float().cpu(), split.class_names
+    space = NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=True).to(texts.device)
+    spread, nullity = logits.std().item(), 0 if model.drop_null else space.nullity
+    facts = {"label": model.known_as, "source": model.name, "classes": logits.shape[1], "features": f.shape[1]}
+    facts |= {"nullity": nullity, "logit_sd": spread, "tau": config.tau * spread}
+    facts["cosine"] = {name: cosine_similarity(t(f), z, dim=-1).mean().item() for name, t in translators.items()}
+    if not nullity:
+        return facts, None, logits
+    labels = np.full(len(f), -1)
+    labels[chosen["image"]] = chosen["label"]
+    sources = sorted(set(chosen["label"].tolist()))
+    plan = plan_pairs(labels, names, texts, sources, names, texts, max_pairs=PAIRS, seed=config.seed)
+    how: dict[str, Any] = {"classifier": classifier, "space": space, "steps": STEPS, "tolerance": facts["tau"]}
+    batches = setup.read("test", "robustness to steering")
+    return facts, measure_robustness(batches, plan, translators, **how), logits
 
 
 def report(config: AttackConfig, run: Run, splits: Splits, spaces: list[Space], found: list[judging.Attacked]) -> None:

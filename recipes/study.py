@@ -25,7 +25,6 @@ from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
 
 from finetune import audit, train_arm
-from singreg.analysis.arms import Measured, measure_arm
 from singreg.analysis.fitting import FittedTranslator
 from singreg.checkpoints import fingerprints
 from singreg.data.splits import KINDS
@@ -37,6 +36,7 @@ from singreg.report import Section, interval, log_figures, number, percent, trac
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, prepare, read_by
 from singreg.spaces import space_labels
+from singreg.study.arms import Measured, measure_arm
 from singreg.study.results import HARM, PAIRED, Summary, study_verdict, study_warnings, summarize_study, words
 from singreg.study.runs import StudyRun, Work, plan_study
 from singreg.task import describe_training

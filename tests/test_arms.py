@@ -14,8 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from singreg.analysis import arms
-from singreg.analysis.arms import AUDITOR, network_outputs, ood_figures
 from singreg.analysis.features import FeatureBatch, iterate_features
 from singreg.analysis.fitting import fit_on_split
 from singreg.analysis.probes import fit_blocks, measure_information
@@ -24,6 +22,8 @@ from singreg.data.splits import CorruptedSplit, Splits
 from singreg.models.edits import drop_null
 from singreg.nullspace import NullSpace
 from singreg.setup import Setup
+from singreg.study import arms
+from singreg.study.arms import AUDITOR, network_outputs, ood_figures
 from tests import planted, toy
 from tests.processes import run_same
 from tests.reference.formulas import null_projector

@@ -10,27 +10,19 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from singreg.analysis.attack import LEVELS, TANGENT
 from singreg.analysis.attack_images import ATTACK, RANDOM, PixelModel, load_images
-from singreg.analysis.features import cached_features, iterate_features
-from singreg.analysis.robustness import measure_robustness
 from singreg.analysis.statistics import mean_interval, paired_difference, share_interval
-from singreg.analysis.steering import plan_pairs
 from singreg.data.datasets import ImageSplit
-from singreg.data.embeddings import PassSettings, take_rows
+from singreg.data.embeddings import take_rows
 from singreg.functional import angle
-from singreg.models.classifier import Classifier
 from singreg.models.vlm import VisionLanguageModel
-from singreg.nullspace import Invariance, NullSpace
-from singreg.translator import LinearTranslator
 
 BATCH = 64
 SLACK = 0.05  # degrees that passes must gain by themselves
 TWIN_IMAGES, SHOWN = 1000, 8  # among which twins are sought, and how many are listed
-PAIRS = 240  # of a source class and a target prompt, in feature space
-STEPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # shares of |f|
 
 
 class Judge(NamedTuple):
@@ -203,41 +195,3 @@ def natural_twins(
         twins = twins_among(of_model[places], take_rows(table, places), labels, places)
         found.append({"model": model, "encoder": encoder, **twins})
     return found
-
-
-@torch.no_grad()
-def describe(
-    classifier: Classifier,
-    split: ImageSplit,
-    embeddings: np.ndarray,
-    texts: Tensor,
-    translators: Mapping[str, LinearTranslator],
-    chosen: pd.DataFrame,
-    *,
-    dropped: bool,
-    tau: float,
-    seed: int,
-    invariance: Invariance,
-    settings: PassSettings,
-) -> tuple[dict[str, Any], dict[str, Any] | None, Tensor]:
-    """Return facts of a classifier, how far its features of the chosen images can be steered, and logits (N, C).
-
-    `tau` is in standard deviations of the logits; the facts hold it in the logits' own unit.
-    """
-    f = torch.from_numpy(np.array(cached_features(classifier, split, settings))).to(texts)
-    z, logits = torch.from_numpy(np.array(embeddings)).to(texts), classifier.logits(f).float().cpu()
-    null = NullSpace.from_weight(classifier.weight, invariance=invariance, allow_empty=True).to(texts.device)
-    sizes: dict[str, Any] = {"classes": logits.shape[1], "features": f.shape[1]}
-    sizes["nullity"] = 0 if dropped else null.nullity
-    cosine = {name: cosine_similarity(t(f), z, dim=-1).mean().item() for name, t in translators.items()}
-    spread = logits.std().item()
-    facts = {**sizes, "logit_sd": spread, "tau": tau * spread, "cosine": cosine}
-    if not sizes["nullity"]:
-        return facts, None, logits
-    names, labels = split.class_names, np.full(len(f), -1)
-    labels[chosen["image"]] = chosen["label"]
-    sources = sorted(set(chosen["label"].tolist()))
-    plan = plan_pairs(labels, names, texts, sources, names, texts, max_pairs=PAIRS, seed=seed)
-    batches = iterate_features(classifier, split, embeddings, settings, "robustness to steering")
-    how: dict[str, Any] = {"classifier": classifier, "space": null, "steps": STEPS, "tolerance": facts["tau"]}
-    return facts, measure_robustness(batches, plan, translators, **how), logits

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from singreg.analysis.arms import AUDITOR, Measured
 from singreg.analysis.comparison import CONFIRMED, MARGIN, SMALLEST, confirmed_share, no_claim, resampled, too_few
 from singreg.analysis.crossfit import AUDITED, figures
 from singreg.analysis.statistics import ends, paired_proportions
+from singreg.study.arms import AUDITOR, Measured
 from singreg.study.runs import Work
 
 HARM = "class_variance"  # what arms are ordered by: steering, AS⁻ and |AS| all come of it (METHOD section 8.8)

@@ -13,10 +13,10 @@ from typing import Any
 import pandas as pd
 from accelerate.logging import get_logger
 
-from singreg.analysis.arms import Measured
 from singreg.config import FinetuneConfig
 from singreg.runs import Run
 from singreg.study import ArmConfig, StudyConfig, arm_config
+from singreg.study.arms import Measured
 from singreg.utils import atomic_write, sha256_of_json, write_text
 
 logger = get_logger(__name__)
