@@ -20,13 +20,6 @@ NAMES = ["ant", "bee", "cat", "dog"]
 TARGETS = ["bee", "cat", "a red hat"]
 
 
-def natural_of(radii: Tensor) -> dict[str, Any]:
-    """Percentiles of radii (N,) as `natural_radii` returns them."""
-    median, p95, p99 = torch.quantile(radii, torch.tensor([0.5, 0.95, 0.99]).double()).tolist()
-    sizes = {"images": len(radii), "dimensions": M - C, "fit_images": 99, "floor": 1e-3, "floored": 0}
-    return {"median": median, "p95": p95, "p99": p99, **sizes}
-
-
 @dataclass
 class SteeringWorld:
     """Images with labels, class and target prompts, two translators, and the Gaussian of the features."""
@@ -55,7 +48,8 @@ class SteeringWorld:
         made = plan_pairs(labels.numpy(), NAMES, texts, [0, 2, 3], TARGETS, wanted, **plan)
         root, space = draw(M, M), NullSpace.from_weight(weight)
         gaussian = ConditionalGaussian.from_moments(features.mean(0), root @ root.T / M, space)
-        natural = natural_of(gaussian.radius(features))
+        median, p95, p99 = gaussian.radius(features).quantile(torch.tensor([0.5, 0.95, 0.99]).double()).tolist()
+        natural = {"median": median, "p95": p95, "p99": p99}
         return cls(weight, translators, features, labels, texts, made, gaussian, natural)
 
     @property

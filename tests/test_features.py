@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -104,13 +105,11 @@ def test_a_failed_run_names_the_image_and_leaves_nothing(split: TableSplit, cach
         embed(encoder, split.subset([], "none"))
 
 
-def test_a_killed_run_goes_on_at_its_last_block(
-    split: TableSplit, monkeypatch: pytest.MonkeyPatch, cache: Path
-) -> None:
+@patch.object(embeddings, "BLOCK", 4)
+def test_a_killed_run_goes_on_at_its_last_block(split: TableSplit, cache: Path) -> None:
     whole = np.array(embed(Encoder(1), split))
     for file in cache.iterdir():
         file.unlink()
-    monkeypatch.setattr(embeddings, "BLOCK", 4)
     killed, again = Encoder(1), Encoder(1)
 
     def until_the_last_block(images: Tensor) -> Tensor:
@@ -128,9 +127,8 @@ def test_a_killed_run_goes_on_at_its_last_block(
 
 def _encode_in_a_group(rank: int, world: int, folder: str, count: int, block: int) -> tuple[int, bytes, str]:
     split, encoder = file_split(Path(folder) / f"images-{rank}", count), Encoder()
-    with pytest.MonkeyPatch.context() as patch:  # the process serves other tests too
-        patch.setattr(embeddings, "BLOCK", block)
-        patch.setenv("SINGREG_CACHE", f"{folder}/cache-{world}")
+    elsewhere = patch.dict("os.environ", SINGREG_CACHE=f"{folder}/cache-{world}")
+    with elsewhere, patch.object(embeddings, "BLOCK", block):  # the process serves other tests too
         rows = embed(encoder, split, batch_size=3)
         seen = encoder.seen
         if rank == 0:

@@ -32,10 +32,6 @@ def fitted(count: int = COUNT, *, batch_size: int = 4, **options: Any) -> Fitted
     return fit_on_split(toy.classifier(), split, z, settings=settings, **options)
 
 
-def as_arrays() -> tuple[np.ndarray, np.ndarray]:
-    return toy.features(toy.classifier(), toy.ToySplit(COUNT)).numpy(), toy.embeddings(COUNT).astype(np.float64)
-
-
 def scikit(f: np.ndarray, z: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
     """Ridge regression on features scaled by block, as (A, a) for the features as they are."""
     scale = formulas.block_scale(f, toy.classifier().weight)
@@ -55,7 +51,7 @@ def test_labels_that_take_turns_are_alike_in_both_halves(turns: int) -> None:
 
 
 def test_the_fit_is_scikit_learns_with_the_ridge_on_which_two_halves_agree() -> None:
-    f, z = as_arrays()
+    f, z = toy.features(toy.classifier(), toy.ToySplit(COUNT)).numpy(), toy.embeddings(COUNT).astype(np.float64)
     whole = fitted(info=TranslatorInfo(vlm="toys"))
     got, scale = whole.translator, formulas.block_scale(f, toy.classifier().weight)
     first = first_half(COUNT)

@@ -30,19 +30,14 @@ def close(found: Any, expected: Tensor, tolerance: float = 1e-4) -> None:
     np.testing.assert_allclose(np.array(found), expected.numpy(), atol=tolerance, rtol=0)
 
 
-def class_rows(count: int = 90) -> pd.DataFrame:
-    """Images of classes 0, 1, 2, 4 and 5 (class 3 has none), class 5 with a single one."""
-    rng = np.random.default_rng(0)
-    labels = np.array([0, 1, 2, 4])[rng.integers(0, 4, count)]
-    labels[11] = 5
-    rows: dict[str, Any] = {"label": labels, "correct": rng.integers(0, 2, count).astype(float)}
-    rows["AS/auditor"] = rng.normal(-1, 3, count) - labels
-    rows["IS/auditor"] = rng.uniform(10, 30, count)
-    return pd.DataFrame({**rows, "kappa/auditor": rng.normal(0, 0.1, count)})
-
-
 def test_every_class_is_the_plain_mean_of_its_images_the_leakiest_first() -> None:
-    rows = class_rows()
+    """Of classes 0, 1, 2, 4 and 5 (class 3 has no image), class 5 with a single one."""
+    rng = np.random.default_rng(0)
+    labels = np.array([0, 1, 2, 4])[rng.integers(0, 4, 90)]
+    labels[11] = 5
+    rows = pd.DataFrame({"label": labels, "correct": rng.integers(0, 2, 90).astype(float)})
+    rows["AS/auditor"], rows["IS/auditor"] = rng.normal(-1, 3, 90) - labels, rng.uniform(10, 30, 90)
+    rows["kappa/auditor"] = rng.normal(0, 0.1, 90)
     found = analyze_classes(rows, NAMES)
     assert found["empty"] == ["dog"]
     leaks = [each["means"]["AS_neg"] for each in found["classes"]]
@@ -81,18 +76,14 @@ def test_clouds_without_spread_or_leakage_have_no_nan(image: list[float], attrib
     assert all(each["width"] == each["height"] == 0 for each in found["ellipses"])
 
 
-def pairs_of(w: World) -> list[tuple[Tensor, Tensor]]:
-    """T(f) and T(f~) of every image by the full projector, in float64."""
-    return formulas.translations(w.features, w.weight, w.translator.matrix, w.translator.offset)
-
-
 def concepts(w: World, size: int = 4) -> Found:
     return analyze_concepts(w.batches(size), w.concepts, w.concept_texts, **w.reader)
 
 
 def test_every_concepts_figure_is_that_of_the_slow_loops() -> None:
     w = World.make()
-    found, pairs = concepts(w), pairs_of(w)
+    found, T = concepts(w), w.translator
+    pairs = formulas.translations(w.features, w.weight, T.matrix, T.offset)
     before, after = formulas.concept_angles(pairs, w.concept_texts)
     score, overall = before - after, found["overall"]
     for name, values in (("before", before), ("after", after), ("AS", score)):

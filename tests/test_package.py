@@ -7,7 +7,6 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import timm
@@ -96,13 +95,6 @@ OWN = re.sub(GENERATED, "", "\n".join(PAGES.values()), flags=re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"recipes/\w+\.py --config [^`\n|]+", OWN)))
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs", ROOT / ".github" / "docs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 180
     assert len(README.encode()) <= 10_000
@@ -136,7 +128,9 @@ def test_commands_name_recipes_files_and_options_that_exist(command: str) -> Non
 
 
 def test_generated_blocks_are_those_of_the_kept_reports() -> None:
-    docs = generator()
+    spec = importlib.util.spec_from_file_location("docs", ROOT / ".github" / "docs.py")
+    docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docs)
     for page in docs.PAGES:
         assert docs.fill(page) == page.read_text(encoding="utf-8"), "run python .github/docs.py"
 

@@ -40,13 +40,10 @@ def small(kind: Any = "mlp3", seed: int = 0) -> Any:
     return fit(*curved(60), MLPSettings(kind=kind, hidden=8, epochs=2, seed=seed), info=INFO)
 
 
-def of_kind(kind: str) -> Any:
-    return small(kind) if kind != "linear" else LinearTranslator(torch.randn(3, 4), torch.randn(3), INFO)
-
-
 @pytest.mark.parametrize("kind", ["linear", *KINDS])
 def test_round_trip_is_exact_and_every_difference_is_named(kind: str, tmp_path: Path) -> None:
-    translator, path, f = of_kind(kind), tmp_path / "t.safetensors", curved(30, seed=3)[0]
+    path, f = tmp_path / "t.safetensors", curved(30, seed=3)[0]
+    translator = small(kind) if kind != "linear" else LinearTranslator(torch.randn(3, 4), torch.randn(3), INFO)
     translator.save(path)
     loaded = load_translator(path, expected=replace(INFO, images=9, kind="x"))
     assert torch.equal(loaded(f), translator(f))
