@@ -97,7 +97,6 @@ from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, embed_splits, fit_translators, prepare, prepare_alone
 from singreg.translator import load_translator
-from singreg.utils import cache_folder
 
 Found = dict[str, Any]
 
@@ -119,7 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         read = load_translator(config.file, expected=fits, widths=widths).to(words) if given and config.file else None
         if config.dry_run:
             return
-        setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))
         run.open()
     with run.guarded():
         space = setup.space

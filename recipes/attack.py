@@ -70,16 +70,14 @@ from singreg.analysis.robustness import measure_robustness
 from singreg.analysis.steering import plan_pairs
 from singreg.checkpoints import refuse_other_inputs
 from singreg.data.datasets import Splits, load_splits
-from singreg.data.embeddings import PassSettings
 from singreg.models.edits import drop_null
 from singreg.models.vlm import hash_of_state
 from singreg.nullspace import NullSpace
 from singreg.plots import attack as plotting
 from singreg.report import log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import BATCH_SIZE, Setup, fit_translators, labels_for_head, try_one_batch
+from singreg.setup import Setup, fit_translators, labels_for_head, try_one_batch
 from singreg.spaces import Space, open_model, open_spaces
-from singreg.utils import cache_folder
 
 PAIRS = 240  # of a source class and a target prompt, in feature space
 STEPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # shares of |f|
@@ -98,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             classifier = open_model(model, splits, config)
             try_one_batch(labels_for_head(splits, classifier, model), classifier, model)
             inputs[model.known_as] = hash_of_state(classifier)
-        passes = PassSettings(BATCH_SIZE, config.data.workers, accelerator.is_local_main_process, str(cache_folder()))
-        spaces = open_spaces([config.vlm, *config.further_vlms], splits, [splits.class_names], accelerator, passes)
+        spaces = open_spaces(config, splits, [splits.class_names], accelerator)
         if config.dry_run:
             print(f"dry run: nothing was attacked; {len(chosen)} images, budgets {config.linf}, models {list(inputs)}")
             return
@@ -109,19 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         inputs |= {f"encoder {space.label}": space.vlm.weights_hash for space in spaces}
         refuse_other_inputs(run, inputs | {f"{split.name} images": split.fingerprint for split in splits})
-        found = [attack_model(config, run, place, splits, spaces, passes) for place in range(len(config.models))]
+        found = [attack_model(config, run, place, splits, spaces) for place in range(len(config.models))]
         if accelerator.is_main_process:
             report(config, run, splits, spaces, found)
     accelerator.end_training()
 
 
-def attack_model(
-    config: AttackConfig, run: Run, place: int, splits: Splits, spaces: list[Space], passes: PassSettings
-) -> judging.Attacked:
+def attack_model(config: AttackConfig, run: Run, place: int, splits: Splits, spaces: list[Space]) -> judging.Attacked:
     """Fit two translators to the first space, attack the chosen images, and steer the same in feature space."""
     model, label = config.models[place], config.models[place].known_as
     classifier = open_model(model, splits, config).to(run.accelerator.device).eval().requires_grad_(False)
-    setup = spaces[0].setup(classifier, splits, model, passes)
+    setup = spaces[0].setup(classifier, splits, model)
     every, _ = fit_translators(setup, config.translator.ridge)
     translators = {name: every[name] for name in ("fitted", "auditor")}
     pixels = PixelModel(drop_null(classifier).eval() if model.drop_null else classifier)

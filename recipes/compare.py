@@ -47,14 +47,12 @@ from singreg.analysis.fitting import translator_agreement
 from singreg.analysis.models_compared import FIGURES
 from singreg.analysis.passport import compare_passports
 from singreg.data.datasets import load_splits
-from singreg.data.embeddings import PassSettings
 from singreg.plots.study import save_comparison_plot
 from singreg.report import Section, log, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import BATCH_SIZE, Setup, fit_translators, labels_for_head
+from singreg.setup import Setup, fit_translators, labels_for_head
 from singreg.spaces import look_at_heads, open_model, open_spaces
 from singreg.tables import READING, analysis_warnings, passport_table, score_table
-from singreg.utils import cache_folder
 
 CHANCE_DRAWS = 4  # random subspaces behind a model's chance level
 TITLES = {"top1": "top-1 (points)", "AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °", "ratio": "IS / |AS|"}
@@ -79,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = Run(config, accelerator, "compare").check()
         splits = load_splits(config.data)
         heads, names = look_at_heads(config.models, splits, config)
-        passes = PassSettings(BATCH_SIZE, config.data.workers, accelerator.is_local_main_process, str(cache_folder()))
-        spaces = open_spaces([config.vlm, *config.further_vlms], splits, names, accelerator, passes)
+        spaces = open_spaces(config, splits, names, accelerator)
         if config.dry_run:
             print("\n".join(f"{head['label']}: {head['omitted'] or 'has a null space'}" for head in heads))
             print(f"images: {', '.join(f'{split.name} {len(split)}' for split in splits)}")
@@ -98,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 labelled = labels_for_head(splits, classifier, model)
                 classifier = classifier.to(accelerator.device).eval()
                 for space in spaces:
-                    read = measure(config, space.setup(classifier, labelled, model, passes))
+                    read = measure(config, space.setup(classifier, labelled, model))
                     measured.setdefault(space.label, {})[head["label"]] = read
         if accelerator.is_main_process:
             report(config, run, heads, measured)

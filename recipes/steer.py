@@ -4,7 +4,7 @@ python recipes/steer.py --config configs/steer_demo.yaml
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from singreg.config import MLPKind, ModelConfig, Problems, RunConfig, TranslatorConfig, parse
@@ -60,7 +60,6 @@ from singreg.plots.steering import plot_steering
 from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, fit_translators, prepare
-from singreg.utils import cache_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if accelerator.is_main_process:
                 print(f"steering: {int(plan.wanted.sum())} pairs, {int(plan.chosen.sum())} images")
             return
-        setup = replace(setup, passes=replace(setup.passes, cache=str(cache_folder())))  # several passes over features
         run.open()
     with run.guarded():
         steer(config, setup, plan, run)

@@ -97,7 +97,7 @@ def prepare(
     labelled = labels_for_head(splits, classifier, model)
     told = try_one_batch(labelled, classifier, model)
     vlm = open_vlm(config.vlm, accelerator)
-    passes = PassSettings(BATCH_SIZE, config.data.workers, progress=accelerator.is_local_main_process)
+    passes = pass_settings(config, accelerator)
     if config.dry_run and accelerator.is_main_process:
         space = NullSpace.from_weight(classifier.weight, invariance=model.invariance, allow_empty=True)
         share = space.nullity / classifier.feature_dim
@@ -137,7 +137,7 @@ def prepare_alone(config: RunConfig, model: ModelConfig, accelerator: Accelerato
         texts=vlm.embed_classes(names, tuple(config.vlm.templates)).to(accelerator.device),
         embeddings={},
         info=describe_pair(classifier, vlm),
-        passes=PassSettings(BATCH_SIZE, config.data.workers, progress=accelerator.is_local_main_process),
+        passes=pass_settings(config, accelerator),
         model=model,
     )
 
@@ -175,6 +175,12 @@ def read_by(setup: Setup, config: VLMConfig, accelerator: Accelerator) -> Setup:
     texts = vlm.embed_classes(splits.class_names, tuple(config.templates)).to(accelerator.device)
     embeddings = embed_splits(vlm, (splits.audit, splits.test), setup.passes)
     return replace(setup, vlm=vlm, texts=texts, embeddings=embeddings, info=describe_pair(setup.classifier, vlm))
+
+
+def pass_settings(config: RunConfig, accelerator: Accelerator) -> PassSettings:
+    """Return how passes over images read them; features are kept where the backbone is not trained."""
+    cache = None if hasattr(config, "training") else str(cache_folder())
+    return PassSettings(BATCH_SIZE, config.data.workers, accelerator.is_local_main_process, cache)
 
 
 def describe_pair(classifier: Classifier, vlm: VisionLanguageModel) -> TranslatorInfo:

@@ -25,6 +25,7 @@ from singreg.setup import (
     embed_splits,
     labels_for_head,
     open_vlm,
+    pass_settings,
     try_one_batch,
 )
 
@@ -48,28 +49,24 @@ class Space:
     vlm: VisionLanguageModel
     texts: dict[tuple[str, ...], Tensor]
     embeddings: dict[str, np.ndarray]
+    passes: PassSettings
 
-    def setup(self, classifier: Classifier, splits: Splits, model: ComparedModel, passes: PassSettings) -> Setup:
+    def setup(self, classifier: Classifier, splits: Splits, model: ComparedModel) -> Setup:
         """Return one classifier in this space; `splits` have its labels."""
-        info = describe_pair(classifier, self.vlm)
-        return Setup(splits, classifier, self.vlm, self.texts[splits.class_names], self.embeddings, info, passes, model)
+        texts, info = self.texts[splits.class_names], describe_pair(classifier, self.vlm)
+        return Setup(splits, classifier, self.vlm, texts, self.embeddings, info, self.passes, model)
 
 
-def open_spaces(
-    vlms: Sequence[VLMConfig],
-    splits: Splits,
-    names: Sequence[tuple[str, ...]],
-    accelerator: Accelerator,
-    passes: PassSettings,
-) -> list[Space]:
-    """Open every vision-language model and embed the images of bank, audit and test, and prompts of class names."""
+def open_spaces(config: Any, splits: Splits, names: Sequence[tuple[str, ...]], accelerator: Accelerator) -> list[Space]:
+    """Open every vision-language model of a configuration, and embed images and the prompts of class names."""
     if not len(splits.audit):
         raise ValueError("no image is left for the auditor; give data.per_class.audit or data.scenes.audit")
-    spaces = []
-    for config, label in zip(vlms, space_labels(vlms), strict=True):
-        vlm = open_vlm(config, accelerator)
-        texts = {every: vlm.embed_classes(every, tuple(config.templates)).to(accelerator.device) for every in names}
-        spaces.append(Space(label, vlm, texts, embed_splits(vlm, (splits.bank, splits.audit, splits.test), passes)))
+    spaces, passes, vlms = [], pass_settings(config, accelerator), [config.vlm, *config.further_vlms]
+    for each, label in zip(vlms, space_labels(vlms), strict=True):
+        vlm = open_vlm(each, accelerator)
+        texts = {every: vlm.embed_classes(every, tuple(each.templates)).to(accelerator.device) for every in names}
+        embeddings = embed_splits(vlm, (splits.bank, splits.audit, splits.test), passes)
+        spaces.append(Space(label, vlm, texts, embeddings, passes))
     return spaces
 
 
