@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from singreg.setup import Setup
 from singreg.utils import gather_rows
 
 AUDITOR = "auditor"
+SAID = "measuring the arm"
 BINS = 15  # of the calibration error
 NEIGHBOURS, QUERIES = 10, 2000  # of an image within its class, and test images asked for them
 ROUNDING = 1e-6  # a null residual below this share of |f| is what float32 left of none
@@ -55,25 +55,20 @@ def measure_arm(
         scores: what `analyze_model` says of the test images by the auditor.
         ood: unlabelled images of the bank that count as strange ones, for the AUROCs.
     """
-    splits, passes, texts, classifier = setup.splits, setup.passes, setup.texts, setup.classifier
-    audit, test = ((each, setup.embeddings[each.name]) for each in (splits.audit, splits.test))
-    (rows, found), (figures, intervals) = scores, score_figures(scores[1])
-
-    def read(split: ImageSplit, table: np.ndarray, settings: PassSettings = passes) -> Iterator[FeatureBatch]:
-        return iterate_features(classifier, split, table, settings, "measuring the arm")
-
-    space, chosen_on = setup.space, dict[str, Any]()
-    blocks: dict[str, Any] = {"null_space": space, "classes": classifier.num_classes}
-    fits = fit_blocks(read(*audit), target_dim=texts.shape[1], **blocks)
-    information = measure_information(read(*test), fits)
+    splits, space, chosen_on = setup.splits, setup.space, dict[str, Any]()
+    (rows, _), (figures, intervals) = scores, score_figures(scores[1])
+    blocks: dict[str, Any] = {"null_space": space, "classes": setup.classifier.num_classes}
+    fits = fit_blocks(setup.read("audit", SAID), target_dim=setup.texts.shape[1], **blocks)
+    information = measure_information(setup.read("test", SAID), fits)
     figures |= {"null_probe": information["accuracy"]["null_space"], "probe_chance": information["chance"]}
-    figures["retrieval"] = retrieval(read(*test), splits.test.labels)
+    figures["retrieval"] = retrieval(setup.read("test", SAID), splits.test.labels)
     known, held = known_attributes(splits.audit), known_attributes(splits.test)
     if known is not None and held is not None:
-        targets = known.to_numpy(np.float32), held.to_numpy(np.float32)
-        fits = fit_blocks(read(splits.audit, targets[0]), target_dim=known.shape[1], **blocks)
-        figures |= attribute_r2(read(splits.test, targets[1]), fits, list(known.columns))
-    figures |= _side_effects(read, setup, partial(network_outputs, space=space, mean=auditor.mean), ood, seed)
+        targets = {"audit": known.to_numpy(np.float32), "test": held.to_numpy(np.float32)}
+        own = replace(setup, embeddings=targets)
+        fits = fit_blocks(own.read("audit", SAID), target_dim=known.shape[1], **blocks)
+        figures |= attribute_r2(own.read("test", SAID), fits, list(known.columns))
+    figures |= _side_effects(setup, space, auditor.mean, ood, seed)
     if setup.held is not None:
         z = {**setup.embeddings, "test": setup.held[1]}
         own = replace(setup, splits=replace(splits, test=setup.held[0]), embeddings=z)
@@ -95,21 +90,23 @@ def score_figures(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list
     return figures, intervals | audit["intervals"]
 
 
-def _side_effects(
-    read: Callable[..., Iterator[FeatureBatch]], setup: Setup, outputs: Callable[..., Rows], ood: int, seed: int
-) -> dict[str, Any]:
+def _side_effects(setup: Setup, space: NullSpace, mean: Tensor, ood: int, seed: int) -> dict[str, Any]:
     """Calibration, AUROCs of strange images and accuracy on corrupted ones (METHOD section 8.8)."""
     splits, z = setup.splits, setup.embeddings
-    tested = outputs(read(splits.test, z["test"]))
+
+    def outputs(split: ImageSplit, table: np.ndarray, passes: PassSettings = setup.passes) -> Rows:
+        return network_outputs(iterate_features(setup.classifier, split, table, passes, SAID), space, mean)
+
+    tested = outputs(splits.test, z["test"])
     figures = {"ece": calibration_error(tested["confidence"], tested["correct"]), "nll": tested["nll"].mean()}
     unlabelled = np.flatnonzero(np.asarray(splits.bank.labels) < 0)
     strange = unlabelled[evenly(len(unlabelled), ood)] if ood and len(unlabelled) else unlabelled[:0]
     if len(strange):
-        unknown = outputs(read(splits.bank.subset(strange, "ood"), z["bank"][strange]))
-        figures |= ood_figures(tested, unknown, outputs(read(splits.audit, z["audit"])))
+        unknown = outputs(splits.bank.subset(strange, "ood"), z["bank"][strange])
+        figures |= ood_figures(tested, unknown, outputs(splits.audit, z["audit"]))
     for kind in KINDS:
         corrupted = CorruptedSplit(splits.test, kind, seed=seed)
-        found = outputs(read(corrupted, z["test"], replace(setup.passes, cache=None)))
+        found = outputs(corrupted, z["test"], replace(setup.passes, cache=None))
         figures[f"corrupted/{kind}"] = found["correct"].mean()
     return figures
 
