@@ -109,7 +109,8 @@ def measure_dropped(setup: Setup, before: Stage, run: Run) -> Stage:
     control = copy.deepcopy(setup.classifier)
     control.model.load_state_dict(load_file(run.folder / "model-control" / "model.safetensors"))
     ridge = before.figures["translators"]["auditor"]["ridge"]
-    return Stage(*audit(setup.of(drop_null(control, spare=1)), None, ridge)[1])
+    dropped = drop_null(control, spare=1, invariance=setup.model.invariance)
+    return Stage(*audit(setup.of(dropped), None, ridge)[1])
 
 
 def train_arm(

@@ -154,7 +154,7 @@ class Study:
         elif make == "average":
             classifier = interpolate_weights(setup.classifier, classifier, 0.5)
         elif make == "drop":
-            classifier = drop_null(classifier, spare=1)
+            classifier = drop_null(classifier, spare=1, invariance=config.model.invariance)
         bank = loop_bank(setup.splits, setup.embeddings["bank"])
         return classifier, setup.of(classifier).fit(*bank, fitted.translator.info.ridge).translator, notes
 

@@ -190,6 +190,19 @@ def test_dropping_the_null_keeps_every_logit_and_leaves_none_to_steer_in(kind: s
     assert all(torch.equal(value, state[name]) for name, value in classifier.state_dict().items())  # nothing is shared
 
 
+@pytest.mark.parametrize("kind", ["linear", "convolution", "batch norm"])
+def test_what_the_softmax_ignores_is_dropped_too_where_asked(kind: str) -> None:
+    classifier, x = small(kind), images(20).double()
+    dropped = drop_null(classifier, spare=1, invariance="softmax")
+    f, logits = dropped.features_and_logits(x)
+    torch.testing.assert_close(logits.softmax(1), classifier(x).softmax(1), atol=1e-12, rtol=0)
+    space = NullSpace.from_weight(dropped.weight, invariance="softmax")
+    assert (dropped.feature_dim, space.nullity) == (CLASSES, 1)
+    torch.testing.assert_close(space.remove(f), f, atol=1e-12, rtol=0)
+    kept = drop_null(classifier, spare=1)  # the control: the logits' null space alone
+    assert NullSpace.from_weight(kept.weight, invariance="softmax").nullity == 2
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "resnetv2_18"])
 def test_dropped_timm_models_keep_transform_and_names_and_refuse_a_folder(name: str, tmp_path: Path) -> None:
     classifier = used(name, strength=0.1, head_mode="new", num_classes=3, class_names=["a", "b", "c"])

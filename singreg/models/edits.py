@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError, batch_norm_and_linear
-from singreg.nullspace import NullSpace
+from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.translator import LinearTranslator
 
@@ -146,7 +146,7 @@ class NullDroppedClassifier(Classifier):
         raise ValueError(f"{self.tag} has one layer more than timm builds; save what it was made from instead")
 
 
-def drop_null(classifier: Classifier, *, spare: int = 0) -> NullDroppedClassifier:
+def drop_null(classifier: Classifier, *, spare: int = 0, invariance: Invariance = "logits") -> NullDroppedClassifier:
     """Return the trivial defence: features f → Qᵀf (r,), the head W → W Q, with identical logits and no null space.
 
     Q (m, r) is the orthonormal basis of W's row space. Steering in feature space becomes impossible; nothing changes in
@@ -154,6 +154,7 @@ def drop_null(classifier: Classifier, *, spare: int = 0) -> NullDroppedClassifie
 
     Args:
         spare: features that are always 0 are added, so that what measures a null space finds an empty one.
+        invariance: with "softmax" its larger null space goes; all logits of an image may then move by one number.
 
     Example:
         >>> classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=10)
@@ -162,7 +163,7 @@ def drop_null(classifier: Classifier, *, spare: int = 0) -> NullDroppedClassifie
         (96, 10, 'fc.1')
     """
     weight, bias = classifier.weight.detach(), classifier.bias
-    basis = nn.functional.pad(NullSpace.from_weight(weight).basis, (0, spare))
+    basis = nn.functional.pad(NullSpace.from_weight(weight, invariance=invariance).basis, (0, spare))
     (classes, width), rank = weight.shape, basis.shape[1]
     layer: Any = partial(nn.Conv2d, kernel_size=1) if isinstance(classifier.head, nn.Conv2d) else nn.Linear
     down, up = layer(width, rank, bias=False), layer(rank, classes, bias=bias is not None)
