@@ -129,6 +129,10 @@ WRONG = [
     ({"name": "plain", "make": "average"}, "arms[0] (plain): weights_from: expected an earlier arm"),
     ({"name": "plain", "overrides": {"loss.wieght": 1}}, "loss.wieght: no such key; did you mean loss.weight?"),
     ({"name": "plain", "overrides": {"training.epochs": "many"}}, "training.epochs: expected int, got 'many'"),
+    (
+        {"name": "plain", "overrides": {"training.best_checkpoint": 2}},
+        "arms[0] (plain): training.best_checkpoint: needs images to choose on",
+    ),
     ({"name": "plain", "make": "drop"}, "arms[0] (plain): make: the reference must train, got drop"),
     ({"name": "plain", "make": "align"}, "arms[0] (plain): align: empties the logits' null space"),
 ]
@@ -138,7 +142,7 @@ WRONG = [
 def test_all_that_is_wrong_is_said(arm: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = {**SETTINGS["model"], "invariance": "softmax"}
     with pytest.raises(SystemExit) as stop:
-        study(tmp_path / "tiny", arms=[arm, arm], model=model, seeds=[0, 0], claim="c", ood=5)
+        study(tmp_path / "tiny", arms=[arm, arm], model=model, seeds=[0, 0], claim="c", ood=5, validation_per_class=0)
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert words in said

@@ -89,7 +89,9 @@ class StudyConfig(FinetuneConfig):
         judged = arm.name != self.reference or arm.make == "train"
         problems.need(judged, f"make: the reference must train, got {arm.make}")
         try:
-            arm_config(self, arm, 0)
+            chooses = arm_config(self, arm, 0).training.best_checkpoint and arm.make == "train"
+            has = not chooses or self.validation_per_class > 0
+            problems.need(has, "training.best_checkpoint: needs images to choose on, validation_per_class")
         except ValueError as error:
             problems += [f"overrides: {line}" for line in str(error).splitlines()]
         return problems
