@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with explained():
         run = Run(config, accelerator, "analyze").check()
         bank = load_concepts(config.concepts)
-        setup = (prepare_alone if config.without_data else prepare)(config, config.model, accelerator)
+        setup = (prepare_alone if config.without_data else prepare)(config, accelerator)
         if len(setup.splits.bank) <= config.neighbours and not config.without_data:
             raise ValueError(f"neighbours: the gallery (the bank) has {len(setup.splits.bank)} images; ask for fewer")
         words = embed_concepts(setup.vlm, bank, config.concept_templates).to(setup.texts)

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             places(config.sources, splits)
             places(config.targets, splits)
 
-        setup = prepare(config, config.model, accelerator, before_embedding=check)
+        setup = prepare(config, accelerator, before_embedding=check)
         plan = choose_pairs(config, setup)
         if config.dry_run:
             if accelerator.is_main_process:

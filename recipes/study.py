@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator = start(config)
     with explained():
         run = StudyRun(config, accelerator, "study").check()
-        setup = prepare(config, config.model, accelerator)
+        setup = prepare(config, accelerator)
         works = plan_study(config, fingerprints(setup))
         for work in works:  # complaints come before any work
             arm, told = work.arm, "no training"

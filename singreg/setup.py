@@ -77,18 +77,14 @@ class Setup:
 
 
 def prepare(
-    config: RunConfig,
-    model: ModelConfig,
-    accelerator: Accelerator,
-    *,
-    before_embedding: Callable[[Splits, Classifier], None] | None = None,
+    config: Any, accelerator: Accelerator, *, before_embedding: Callable[[Splits, Classifier], None] | None = None
 ) -> Setup:
     """Load data and models and compute, or read back, the embeddings of bank, audit and test.
 
     `before_embedding` is called when splits and classifier are there and the long work is not begun.
     """
     needs_quick_gelu(located(config.vlm.name, "vlm"), config.vlm.pretrained)  # or say now what is wrong with them
-    splits = load_splits(config.data)
+    model, splits = config.model, load_splits(config.data)
     if not len(splits.audit):
         raise ValueError("no image is left for the auditor; give data.per_class.audit or data.scenes.audit")
     fit_batch(config, len(splits.train), accelerator)
@@ -121,8 +117,9 @@ def prepare(
     return setup
 
 
-def prepare_alone(config: RunConfig, model: ModelConfig, accelerator: Accelerator) -> Setup:
+def prepare_alone(config: Any, accelerator: Accelerator) -> Setup:
     """Load the models without any data: splits are empty, classes are all rows of the head as it is."""
+    model = config.model
     classifier = Classifier.from_timm(model.source, pretrained=model.pretrained, image_size=config.data.image_size)
     labels, rows = row_labels(classifier, model), classifier.num_classes
     known = tuple(labels.values()) or imagenet_names()

@@ -1,6 +1,6 @@
 """One pass over a split: features, logits and the stored embeddings of the same images, shared out over processes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -75,15 +75,18 @@ def gathered(batches: Iterable[FeatureBatch], rows: int = GATHERED_ROWS) -> Iter
 
     Adding to sums of size (m, m) costs a walk through the whole matrix, however few the images.
     """
-    names = [field.name for field in fields(FeatureBatch)]
     waiting: list[FeatureBatch] = []
     for batch in batches:
         waiting.append(batch)
         if sum(len(held.indices) for held in waiting) >= rows:
-            yield FeatureBatch(*(torch.cat([getattr(held, name) for held in waiting]) for name in names))
+            yield _joined(waiting)
             waiting = []
     if waiting:
-        yield FeatureBatch(*(torch.cat([getattr(held, name) for held in waiting]) for name in names))
+        yield _joined(waiting)
+
+
+def _joined(batches: Sequence[FeatureBatch]) -> FeatureBatch:
+    return FeatureBatch(*(torch.cat([getattr(each, part.name) for each in batches]) for part in fields(FeatureBatch)))
 
 
 def cached_features(classifier: Classifier, split: ImageSplit, settings: PassSettings) -> np.ndarray:
