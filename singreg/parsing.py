@@ -17,7 +17,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 Config = TypeVar("Config")
 # What jsonargparse and YAML's own constructors raise of values that they did not expect.
-WRONG = (ArgumentError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, yaml.YAMLError)
+WRONG: tuple[type[Exception], ...] = (ArgumentError, ValueError, TypeError, LookupError, AttributeError)
+WRONG += (ArithmeticError, OSError, RecursionError, yaml.YAMLError)  # recursion: a list in YAML may hold itself
 ASCII = {"⁻": "_neg", "°": " deg", "λ": "lambda", "κ": "kappa", "τ": "tau", "–": "-", "±": "+-", "×": "x", "…": "..."}
 
 

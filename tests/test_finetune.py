@@ -238,7 +238,8 @@ def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_accelerate_starts_processes_that_give_ones_figures(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    sizes, reports = ["--training.batch_size", "24", "--data.scenes", "{train: 80, audit: 64, test: 43}"], []
+    sizes = ["--training.batch_size", "24", "--data.scenes", "{train: 241, audit: 307, test: 1003, bank: 101}"]
+    reports = []
     for count in (1, 2, 3):
         more = ["--multi_gpu", "--num_processes", str(count)] if count > 1 else []
         given = arguments(tmp_path / str(count), *sizes)
