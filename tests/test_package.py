@@ -50,6 +50,25 @@ def test_error_texts_have_at_most_200_letters() -> None:
     assert {place: length for place, length in found.items() if length > 200} == {}
 
 
+def test_files_import_only_from_lines_above_their_own() -> None:
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    floors = {
+        name.removesuffix(".py").rstrip("/"): i for i, row in enumerate(rows) for name in re.findall(r"`(.*?)`", row)
+    }
+
+    def floor(path: str) -> int:
+        return max((len(name), floors[name]) for name in floors if path == name or path.startswith(f"{name}/"))[1]
+
+    wrong = []
+    for file in (ROOT / "singreg").rglob("*.py"):
+        own = str(file.relative_to(ROOT / "singreg").with_suffix("")).removesuffix("/__init__")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if own != "__init__" else ():
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("singreg."):
+                other = str(node.module).removeprefix("singreg.").replace(".", "/")
+                wrong += [f"{own} from {other}"] if floor(other) > floor(own) else []
+    assert wrong == []
+
+
 def test_public_names_are_few_and_documented() -> None:
     assert len(set(singreg.__all__)) == len(singreg.__all__) <= 25
     for name in singreg.__all__:
