@@ -32,10 +32,6 @@ def save_pareto(arms: Sequence[Summary], reference: str, path: Path) -> Figure:
     axes.plot(*front.T, color="black", linewidth=1, linestyle="--", zorder=2)
     curve = sorted((arm["weight"], a, b) for arm, a, b in zip(arms, x, y, strict=True) if arm["weight"] is not None)
     axes.plot([a for _, a, _ in curve], [b for _, _, b in curve], color=BLUE, linewidth=1, zorder=2)
-    for weight, *place in curve:
-        axes.annotate(
-            f"λ {weight:g}", (place[0], place[1]), xytext=(-5, 5), textcoords="offset points", fontsize=8, ha="right"
-        )
     axes.set(xlabel="top-1 %", ylabel="class-score variance in the null space, %")
     styled(axes, "leakage against accuracy")
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
