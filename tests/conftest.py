@@ -3,6 +3,8 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,3 +20,12 @@ def _fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="session")
+def analysis(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A whole analysis of tiny scenes: its folder and its report."""
+    from tests.test_analyze import analyze
+
+    folder = tmp_path_factory.mktemp("analyses") / "whole"
+    return folder, analyze(folder)

@@ -28,14 +28,8 @@ def analyze(out: Path, *more: str) -> Found:
     return run_recipe(recipe.main, out, *TINY, *more)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, analyze(folder)
-
-
-def test_the_files_and_what_they_say(whole: tuple[Path, Found]) -> None:
-    folder, found = whole
+def test_the_files_and_what_they_say(analysis: tuple[Path, Found]) -> None:
+    folder, found = analysis
     names = [f"plots/{name}.png" for name in PLOTS] + ["config.yaml", "report.md", "report.html"]
     assert all((folder / name).is_file() for name in names)
     assert found["measurement"]["images"] == found["concepts"]["images"] == 61
@@ -57,10 +51,10 @@ def test_the_files_and_what_they_say(whole: tuple[Path, Found]) -> None:
     assert ("to 0.50" in said[0.5], "agree on" in said[0.9]) == (True, False)
 
 
-def test_a_runs_translator_reads_and_features_are_cached(whole: tuple[Path, Found], tmp_path: Path) -> None:
+def test_a_runs_translator_reads_and_features_are_cached(analysis: tuple[Path, Found], tmp_path: Path) -> None:
     """A run's folder with the packaged model, and the first analysis' auditor for its translator."""
     shutil.copytree(ASSETS / "demo_classifier", tmp_path / "run" / "model")
-    shutil.copy(whole[0] / "translator-auditor.safetensors", tmp_path / "run" / "translator-after.safetensors")
+    shutil.copy(analysis[0] / "translator-auditor.safetensors", tmp_path / "run" / "translator-after.safetensors")
     with patch.object(Classifier, "features", None), patch.object(Classifier, "features_and_logits", None):
         found = analyze(tmp_path / "again", "--model.name", str(tmp_path / "run"))  # the backbone does not run again
     read = found["measurement"]["translators"]
@@ -70,11 +64,11 @@ def test_a_runs_translator_reads_and_features_are_cached(whole: tuple[Path, Foun
         return {k: others(v) for k, v in value.items() if k != "run"} if isinstance(value, dict) else value
 
     for name in ("measurement", "chance", "information", "concepts", "images"):
-        assert others(found[name]) == whole[1][name], name
+        assert others(found[name]) == analysis[1][name], name
 
 
-def test_two_processes_give_what_one_gives(whole: tuple[Path, Found], tmp_path: Path) -> None:
-    one, two = whole[1], run_same(2, analyze, tmp_path / "two")[0]
+def test_two_processes_give_what_one_gives(analysis: tuple[Path, Found], tmp_path: Path) -> None:
+    one, two = analysis[1], run_same(2, analyze, tmp_path / "two")[0]
     assert two["machine"]["processes"] == 2
     for name in ("measurement", "chance", "information", "concepts"):
         same(two[name], one[name])

@@ -17,8 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG as START
-from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+from tensorboard.plugins.hparams import metadata
 from torch import Tensor
 
 import finetune as recipe
@@ -88,7 +87,8 @@ def test_the_curves_of_both_arms(finished: Path) -> None:
         assert points == (wanted if arm == "control" else wanted | terms)
         values = [measured[stage]["audit"]["class_variance"] for stage in ("before", arm)]
         assert [event.value for event in events.Scalars("auditor/class_variance")] == pytest.approx(values)
-        told = parse_session_start_info_plugin_data(events.summary_metadata[START].plugin_data.content)
+        started = events.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
+        told = metadata.parse_session_start_info_plugin_data(started)
         assert (told.hparams["run"].string_value, told.hparams["loss.weight"].number_value) == (arm, arm == "sing")
     for tag in common:
         assert found["sing"].Scalars(tag)[0].value == pytest.approx(found["control"].Scalars(tag)[0].value, abs=1e-3)

@@ -36,17 +36,16 @@ def explain(out: Path, *more: str) -> Found:
 
 
 @pytest.fixture(scope="module")
-def analysed(tmp_path_factory: pytest.TempPathFactory) -> Analysed:
+def analysed(analysis: tuple[Path, Found], tmp_path_factory: pytest.TempPathFactory) -> Analysed:
     """A whole analysis, some of its test images as files, and its rows of them."""
-    folder = tmp_path_factory.mktemp("one")
-    run_recipe(recipe.main, folder / "whole", *TINY)
-    rows = pd.read_parquet(folder / "whole" / "scores.parquet")
+    whole, folder = analysis[0], tmp_path_factory.mktemp("images")
+    rows = pd.read_parquet(whole / "scores.parquet")
     test: Any = load_splits(parse(recipe.AnalyzeConfig, TINY).data).test
     paths = []
     for place in CHOSEN:
         paths.append(str(folder / f"{place}.png"))
         Image.fromarray(render_scene(test.table, place)).save(paths[-1])
-    return folder, paths, rows.set_index("index").loc[list(CHOSEN)]
+    return whole, paths, rows.set_index("index").loc[list(CHOSEN)]
 
 
 def same_scores(images: list[Found], rows: pd.DataFrame) -> None:
@@ -67,9 +66,9 @@ def test_images_have_the_analysis_figures(analysed: Analysed, monkeypatch: pytes
     same_scores(found, rows[:1])
     assert (found[0]["class_name"], found[0]["image"]) == (label, paths[0])
     assert {side: len(near) for side, near in found[0]["near"].items()} == {"before": 2, "after": 2}
-    own = load_translator(folder / "whole" / "translator-auditor.safetensors")
+    own = load_translator(folder / "translator-auditor.safetensors")
     torch.save({"weight": own.matrix, "bias": own.offset}, tmp_path / "best.pt")
-    for number, file in enumerate((folder / "whole" / "translator-auditor.safetensors", tmp_path / "best.pt")):
+    for number, file in enumerate((folder / "translator-auditor.safetensors", tmp_path / "best.pt")):
         found = explain(tmp_path / str(number), *given, "--translator.file", str(file))["images"]
         same_scores(found, rows[:1])
         assert found[0]["near"] == {}
@@ -83,7 +82,7 @@ def test_images_have_the_analysis_figures(analysed: Analysed, monkeypatch: pytes
 
 def test_logits_and_concepts_are_those_of_the_slow_way(analysed: Analysed, tmp_path: Path) -> None:
     folder, paths, _ = analysed
-    file = folder / "whole" / "translator-auditor.safetensors"
+    file = folder / "translator-auditor.safetensors"
     (found,) = explain(tmp_path / "run", "--image", paths[1], "--translator.file", str(file))["images"]
     classifier = demo_classifier()
     with torch.no_grad():

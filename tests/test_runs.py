@@ -1,5 +1,6 @@
-"""A run's folder: refused when it is another run's, resumed when it is the same, and named when something ends it."""
+"""A run's folder, refused or resumed, and what ends it; its reports, and trackers that get plain numbers."""
 
+import json
 import os
 import shlex
 import signal
@@ -8,12 +9,19 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.commands import launch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from singreg import runs
 from singreg.config import FinetuneConfig, parse
+from singreg.report import Figure, Section, interval, log, log_figures, number, percent, track, write_report
 from singreg.runs import Run, StopRequest, explained, start
 
 Make = Callable[..., Run]
@@ -137,3 +145,70 @@ def test_accelerate_takes_our_files(caplog: pytest.LogCaptureFixture, monkeypatc
         found, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
         assert (found.num_processes, found.multi_gpu) == (processes, processes > 1)
     assert caplog.text == ""
+
+
+NASTY = 'a|b <script>alert("x")</script> `c`'
+
+
+@pytest.fixture
+def run(make: Make) -> Run:
+    return make().open()
+
+
+def figure(run: Run) -> Figure:
+    path = run.folder / "plots" / "a.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (30, 20), "red").save(path)
+    return Figure(path, f"caption {NASTY}")
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert [number(None), number(1.005, 1), number(-0.0001), number(np.inf)] == ["–", "1.0", "0.00", "∞"]
+    assert percent(0.1234) == "12.3%"
+    assert interval(1, 0.5, float("nan"), 1) == "1.0 [0.5, –]"
+
+
+def test_a_report_holds_everything_in_every_form(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pd.DataFrame({"|AS|": [1.23456, np.nan], "name": [NASTY, None]})
+    rows = pd.DataFrame({"image": ["a.png", "b.png"], "AS/auditor": [0.5, -0.5]})
+    with run.timed("measure"):
+        sections = [Section("Results", ["a paragraph", table, figure(run)])]
+    said = {"title": f"Run {NASTY}", "verdict": ["It leaks."], "warnings": ["Few images."], "sections": sections}
+    write_report(run, **said, figures={"top1": np.float32(0.5), "gap": float("nan")}, rows=rows)  # type: ignore[arg-type]
+    report = json.loads((run.folder / "report.json").read_text())
+    assert (report["kind"], report["top1"], report["gap"], report["verdict"]) == ("finetune", 0.5, None, ["It leaks."])
+    assert {"settings", "machine", "seconds"} <= set(report)
+    pd.testing.assert_frame_equal(pd.read_parquet(run.folder / "scores.parquet"), rows)
+    page, text = (run.folder / "report.html").read_text(), (run.folder / "report.md").read_text()
+    for form in (page, text):
+        assert "<script>" not in form
+        assert "1.235" in form
+        assert "Few images." in form
+    assert page.count("data:image/png;base64,") == 1
+    assert "](plots/a.png)" in text
+    lines = [line for line in text.splitlines() if line.startswith("| 1.235")]
+    assert lines[0].replace("\\|", "").count("|") == 3, "a name cannot add a column"
+    assert capsys.readouterr().out.splitlines()[:2] == ["Few images.", "It leaks."]
+
+
+def test_trackers_get_flat_settings_and_plain_numbers(run: Run) -> None:
+    """TensorBoard raises on nested settings and drops np.float32, None and vectors without a word."""
+    accelerator = run.accelerator
+    track(accelerator, "sing", run.config, ["b", "a"])
+    log(accelerator, {"a": np.float32(0.5), "b": torch.tensor(2.0), "c": None, "d": 3}, step=1)
+    log(accelerator, {"a": 0.25}, step=2)
+    log_figures(accelerator, [figure(run)])
+    with pytest.raises(TypeError):
+        log(accelerator, {"vector": np.ones(2)}, step=1)
+    accelerator.end_training()
+    events = EventAccumulator(str(run.folder / "tensorboard" / "sing"), size_guidance={"images": 0})
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["a", "b", "d"]
+    assert [(event.step, event.value) for event in events.Scalars("a")] == [(1, 0.5), (2, 0.25)]
+    assert events.Tags()["images"] == ["plots/a"]
+    started = events.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
+    settings = metadata.parse_session_start_info_plugin_data(started).hparams
+    assert (settings["data.source"].string_value, settings["run"].string_value) == ("scenes", "sing")
+    table = metadata.parse_experiment_plugin_data(events.summary_metadata[metadata.EXPERIMENT_TAG].plugin_data.content)
+    assert {info.name for info in table.hparam_infos if info.differs} == {"run", "seed"}, "the columns shown first"
+    assert [info.name.tag for info in table.metric_infos] == ["b", "a"]

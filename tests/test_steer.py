@@ -7,7 +7,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import steer as recipe
-from singreg.tables import steering_warnings
 from tests.processes import run_same
 from tests.recipe_run import run_recipe, same
 
@@ -80,11 +79,3 @@ def test_a_run_that_reaches_nothing_says_so(tmp_path: Path) -> None:
     assert sum("reaches 179.5°" in warning for warning in report["warnings"]) == 2
     assert "No image can be steered" in report["verdict"][0]
     assert "nan" not in (tmp_path / "far" / "report.md").read_text().lower()
-
-
-def test_warnings_say_what_not_to_believe(finished: tuple[Path, dict[str, Any]]) -> None:
-    report = finished[1]
-    text = " ".join(steering_warnings({**report, "natural": {**report["natural"], "floored": 100}}))
-    assert "The radii rest on the covariance of 100 images" in text
-    assert "100 of 246 null directions vary less" in text
-    assert "reaches" not in text
