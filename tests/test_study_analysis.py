@@ -137,3 +137,7 @@ def test_the_curve_joins_arms_that_differ_in_weight_alone(tmp_path: Path) -> Non
     assert json.loads(json.dumps(plain(arms), allow_nan=False))[0]["paired"] == {}
     figure = save_pareto(arms, "plain", tmp_path / "pareto.png")
     assert min(Image.open(figure.path).size) > 200
+
+
+def test_what_rounds_to_nothing_has_no_sign() -> None:
+    assert "-" not in analysis.words({"value": -1e-9, "low": -1e-8, "high": 0.0, "unit": "×"})

@@ -133,7 +133,8 @@ def words(paired: Mapping[str, Any] | None) -> str:
     """Write a paired figure with its unit and interval, such as "0.50× [0.40, 0.60]"."""
     if paired is None:
         return "–"
-    value, low, high, unit = paired.values()
+    *found, unit = paired.values()
+    value, low, high = (round(end, 2) + 0.0 for end in found)  # what rounds to nothing has no sign
     if unit == "points":
         return f"{value:+.2f} points [{low:+.2f}, {high:+.2f}]"
     return f"{value:.2f}{unit} [{low:.2f}, {high:.2f}]"
