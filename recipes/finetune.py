@@ -96,7 +96,9 @@ def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: S
     classifier, loop = train_arm(name, config, setup, fitted, run, regularised=name == "sing")
     ridge = before.figures["translators"]["auditor"]["ridge"]  # one for all stages, or a ratio would be of two scales
     auditor, measured = audit(setup.of(classifier), loop, ridge)
-    log(run.accelerator, headline(measured[1]), Schedule(config, len(setup.splits.train)).total)
+    end = Schedule(config, len(setup.splits.train)).total
+    for step in (end, end + 1):  # twice: TensorBoard takes a single lowest or highest point for an outlier and hides it
+        log(run.accelerator, headline(measured[1]), step)
     if run.accelerator.is_main_process:
         ending = "" if name == "sing" else "-control"
         classifier.save(run.folder / f"model{ending}")

@@ -77,7 +77,7 @@ def test_the_curves_of_both_arms(finished: Path) -> None:
     measured = json.loads((finished / "report.json").read_text())["measurements"]
     found = {arm: EventAccumulator(str(finished / "tensorboard" / arm)).Reload() for arm in ("control", "sing")}
     audited = [f"auditor/{name}" for name in ("AS_neg", "AS_abs", "IS", "class_variance", "steered_4sd")]
-    wanted = {tag: [0, 10] for tag in ("test/top1", *audited)}
+    wanted = {tag: [0, 10, 11] for tag in ("test/top1", *audited)}
     wanted |= {tag: [0, 5, 10] for tag in ("val/top1", "watch/AS_neg", "watch/AS_abs", "watch/IS")}
     common = list(wanted)
     wanted |= {f"train/{name}": [10] for name in ("loss", "ce", "top1", "gradient_norm", "learning_rate")}
@@ -85,7 +85,7 @@ def test_the_curves_of_both_arms(finished: Path) -> None:
     for arm, events in found.items():
         points = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
         assert points == (wanted if arm == "control" else wanted | terms)
-        values = [measured[stage]["audit"]["class_variance"] for stage in ("before", arm)]
+        values = [measured[stage]["audit"]["class_variance"] for stage in ("before", arm, arm)]
         assert [event.value for event in events.Scalars("auditor/class_variance")] == pytest.approx(values)
         started = events.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
         told = metadata.parse_session_start_info_plugin_data(started)
