@@ -18,7 +18,6 @@ import finetune
 from singreg import loop, validation
 from singreg.analysis.fitting import FittedTranslator
 from singreg.config import FinetuneConfig, overridden
-from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
@@ -27,6 +26,7 @@ from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.runs import start
 from singreg.translator import LinearTranslator
+from tests.toy import ToySplit
 
 COUNT, SIDE, CLASSES, WIDTH, DIM = 43, 4, 3, 12, 6
 PLAIN = {"terms": {"capacity": 10.0}}  # no ratio over a batch's images: accumulation may not change it
@@ -36,21 +36,18 @@ class Stop(Exception):
     """Stands for whatever ends a run at a moment it did not choose."""
 
 
-class Pixels(ImageSplit):
+class Pixels(ToySplit):
     """COUNT small images of noise; which of them were asked for, in order, is in `asked`."""
 
+    side = SIDE
+
     def __init__(self) -> None:
-        labels, names = np.arange(COUNT) % CLASSES, [f"class {n}" for n in range(CLASSES)]
-        super().__init__("train", names, labels, np.zeros((COUNT, 32), np.uint8))
-        self.pixels = np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
+        super().__init__(COUNT, classes=CLASSES)
         self.asked: list[int] = []
 
     def image(self, index: int) -> Image.Image:
         self.asked.append(int(index))
-        return Image.fromarray(self.pixels[index])
-
-    def identifier(self, index: int) -> str:
-        return f"pixels-{index}"
+        return super().image(index)
 
 
 def as_double(image: Image.Image) -> Tensor:

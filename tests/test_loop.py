@@ -147,10 +147,10 @@ def test_what_is_not_finite_stops_before_the_step(what: str, straight: Straight,
             cast(Any, arm.plain.classifier.head).weight.register_hook(lambda value: value * float("nan"))
         return original(arm, batch, step)
 
-    arm, said = Arm(tmp_path), rf"the {what} is not finite at step 8 .*pixels-\d+"
+    arm, said = Arm(tmp_path), rf"the {what} is not finite at step 8 .*toy-\d+"
     with patch.object(loop, "micro_step", poisoned), pytest.raises(TrainingFailed, match=said) as failed:
         arm.run()
-    images = [int(word.rstrip(".,")[7:]) for word in str(failed.value).split() if word.startswith("pixels-")]
+    images = [int(word.rstrip(".,")[4:]) for word in str(failed.value).split() if word.startswith("toy-")]
     assert images == [index for index in arm.split.asked if index in images][-8:]
     assert arm.checkpoints == ["step-00000005", "step-00000006"]
     assert same_bits(Arm(tmp_path).run(), straight()[1])
@@ -164,7 +164,7 @@ def test_fp16_may_skip_nineteen_steps_in_a_row_and_not_one_more() -> None:
 
     for norm in [*[float("inf")] * 19, 1.0, *[float("nan")] * 19]:
         gradient(norm, 7)
-    with pytest.raises(TrainingFailed, match=r"the gradient, the 20th in a row .* at step 9 .*pixels-4, pixels-2"):
+    with pytest.raises(TrainingFailed, match=r"the gradient, the 20th in a row .* at step 9 .*toy-4, toy-2"):
         gradient(float("inf"), 8)
 
 

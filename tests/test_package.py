@@ -52,9 +52,8 @@ def test_error_texts_have_at_most_200_letters() -> None:
 
 def test_files_import_only_from_lines_above_their_own() -> None:
     rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
-    floors = {
-        name.removesuffix(".py").rstrip("/"): i for i, row in enumerate(rows) for name in re.findall(r"`(.*?)`", row)
-    }
+    named = [(name, place) for place, row in enumerate(rows) for name in re.findall(r"`(.*?)`", row)]
+    floors = {name.removesuffix(".py").rstrip("/"): place for name, place in named}
 
     def floor(path: str) -> int:
         return max((len(name), floors[name]) for name in floors if path == name or path.startswith(f"{name}/"))[1]

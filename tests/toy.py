@@ -32,8 +32,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 class ToySplit(ImageSplit):
     """N random images; label = index modulo the classes, or -1 for the unlabelled."""
 
+    side = SIDE
+
     def __init__(self, count: int, *, seed: int = 0, unlabelled: tuple[int, ...] = (), classes: int = CLASSES) -> None:
-        pixels = np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+        shape = (count, self.side, self.side, 3)
+        pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
         labels = np.arange(count) % classes
         labels[list(unlabelled)] = -1
         digests = np.random.default_rng(seed + 1000).integers(0, 256, (count, 32), dtype=np.uint8)
