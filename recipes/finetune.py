@@ -3,8 +3,6 @@
 accelerate launch --config_file configs/accelerate/cpu.yaml recipes/finetune.py --config configs/demo.yaml
 """
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 python recipes/study.py --config configs/study_scenes.yaml
 """
 
-from __future__ import annotations
-
 import copy
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Training one arm on Accelerate: the same steps for the control and the regularised arm, one process or many."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

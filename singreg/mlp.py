@@ -1,7 +1,5 @@
 """Non-linear translators: the networks of the paper and their training on arrays (METHOD section 2)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -76,7 +74,7 @@ def train_mlp(
     return state, len(rows.fitted), 1 - error / spread if spread > 0 else None
 
 
-def _train(rows: _Rows, settings: MLPSettings, progress: bool) -> tuple[dict[str, Tensor], float]:
+def _train(rows: "_Rows", settings: MLPSettings, progress: bool) -> tuple[dict[str, Tensor], float]:
     """The best epoch's weights and validation error (mean squared, in standardised units)."""
     network = MLPNetwork(rows.arrays[0].shape[1], rows.arrays[1].shape[1], settings).to(rows.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -102,7 +100,7 @@ def _train(rows: _Rows, settings: MLPSettings, progress: bool) -> tuple[dict[str
 
 
 @torch.no_grad()
-def _error(network: MLPNetwork, rows: _Rows) -> float:
+def _error(network: MLPNetwork, rows: "_Rows") -> float:
     network.eval()
     batches = (rows.batch(chosen) for chosen in _pieces(rows.held_out, CHUNK))
     total = sum(float((network(f) - z).double().square().sum()) for f, z in batches)

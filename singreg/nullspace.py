@@ -1,7 +1,5 @@
 """The null space of a classifier head (METHOD section 1, paper eq. 1-3), decomposed once or followed while W trains."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -99,7 +97,9 @@ class NullSpace(nn.Module):
         self.invariance: Invariance = invariance
 
     @classmethod
-    def from_weight(cls, weight: Tensor, *, invariance: Invariance = "logits", allow_empty: bool = False) -> NullSpace:
+    def from_weight(
+        cls, weight: Tensor, *, invariance: Invariance = "logits", allow_empty: bool = False
+    ) -> "NullSpace":
         """Decompose a head W (C, m) in float64; the rank counts σ_i > max(C, m) · eps · σ_1, whatever W's scale.
 
         Args:
@@ -136,7 +136,7 @@ class NullSpace(nn.Module):
         """Dimension m - r of the null space."""
         return self.basis.shape[0] - self.basis.shape[1]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NullSpace:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NullSpace":
         # `.half()` or `.to(dtype)` on a parent must not round the basis: reports promise float64.
         exact = (self.basis, self._factor)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

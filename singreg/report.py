@@ -1,7 +1,5 @@
 """A run's report: its tables and figures as JSON, Parquet, Markdown, HTML and in the trackers. Computes nothing."""
 
-from __future__ import annotations
-
 import base64
 import math
 import shlex

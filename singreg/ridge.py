@@ -1,7 +1,5 @@
 """Closed-form ridge regression from streamed sufficient statistics (METHOD section 2, paper eq. 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +48,7 @@ class RidgeStatistics:
         sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
         self.ff, self.fz, self.f, self.z, self.zz, self.count = sums
 
-    def update(self, features: Tensor, targets: Tensor) -> RidgeStatistics:
+    def update(self, features: Tensor, targets: Tensor) -> "RidgeStatistics":
         """Add a batch, features (B, m) and targets (B, n)."""
         m, n = self.fz.shape
         if features.shape[1:] != (m,) or targets.shape != (len(features), n):
@@ -68,13 +66,13 @@ class RidgeStatistics:
         self.count += len(features)
         return self
 
-    def __add__(self, other: RidgeStatistics) -> RidgeStatistics:
+    def __add__(self, other: "RidgeStatistics") -> "RidgeStatistics":
         """Return the sums over the images of both, of the same shapes."""
         total = RidgeStatistics(*self.fz.shape, device=self.ff.device)
         total.load_state_dict({name: mine + getattr(other, name).to(mine) for name, mine in vars(self).items()})
         return total
 
-    def reduce(self) -> RidgeStatistics:
+    def reduce(self) -> "RidgeStatistics":
         """Sum over all processes, in place; every process must call it."""
         for mine in self.state_dict().values() if is_distributed() else ():
             torch.distributed.all_reduce(mine)
@@ -89,7 +87,7 @@ class RidgeStatistics:
         for name, mine in self.state_dict().items():
             mine.copy_(state[name])
 
-    def mapped(self, basis: Tensor) -> RidgeStatistics:
+    def mapped(self, basis: Tensor) -> "RidgeStatistics":
         """Return the statistics of (f B, z) for a map B (m, k), exactly: no image is read again."""
         basis = basis.to(self.ff)
         found = RidgeStatistics(basis.shape[1], self.fz.shape[1], device=self.ff.device)
@@ -120,7 +118,7 @@ class RidgeStatistics:
         matrix = scale(torch.cholesky_solve(loadings, factor)).T
         return RidgeSolution(matrix, (self.z - matrix @ self.f) / self.count, ridge, int(self.count))
 
-    def path(self, *, standardize: Tensor | None = None) -> RidgePath:
+    def path(self, *, standardize: Tensor | None = None) -> "RidgePath":
         """Return the whole regularisation path, from one eigendecomposition of the (standardised) scatter."""
         scaled, loadings, scale = self._scaled(standardize)
         eigenvalues, vectors = torch.linalg.eigh(scaled)
@@ -128,7 +126,11 @@ class RidgeStatistics:
         return RidgePath(eigenvalues.clamp_min(0), vectors.T @ loadings, scale(vectors), *means, count)
 
     def validate(
-        self, held_out: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Tensor | None = None
+        self,
+        held_out: "RidgeStatistics",
+        *,
+        ridges: Sequence[float] = DEFAULT_RIDGES,
+        standardize: Tensor | None = None,
     ) -> tuple[RidgeSolution, dict[float, float]]:
         """Return the solution whose ridge has the best R² on held-out statistics, and R² of every ridge tried."""
         path = self.path(standardize=standardize)
@@ -137,7 +139,7 @@ class RidgeStatistics:
         return path.solve(best), scores
 
     def agreed(
-        self, other: RidgeStatistics, *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Tensor | None = None
+        self, other: "RidgeStatistics", *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Tensor | None = None
     ) -> tuple[float, float, float]:
         """Choose a ridge by what fits on two disjoint halves have in common: R² on the other half, times their cosine.
 

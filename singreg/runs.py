@@ -1,7 +1,5 @@
 """A run's folder and what surrounds it: the accelerator, the machine, signals, errors that tell how to go on."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform
@@ -117,7 +115,7 @@ class Run:
         self.folder = config.folder
         self.seconds: dict[str, float] = {}
 
-    def check(self) -> Run:
+    def check(self) -> "Run":
         """Raise, before anything long is done, if the folder holds another run, or this one and `resume` is not set."""
         self.check_place()
         resolved = self.folder / "config.yaml"
@@ -137,7 +135,7 @@ class Run:
         if not os.access(place, os.W_OK):
             raise PermissionError(f"out: {self.folder} cannot be made, as {place} is read-only; give another --out")
 
-    def open(self) -> Run:
+    def open(self) -> "Run":
         """Create the folder with the resolved configuration in it, or go on in it (see `check`)."""
         self.check()
         self.accelerator.wait_for_everyone()
@@ -218,7 +216,7 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         _Stop.waited_for = True
         return self
 

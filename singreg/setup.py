@@ -1,7 +1,5 @@
 """From a configuration to the splits, models, texts and embeddings it names; complaints come before any long work."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,7 +55,7 @@ class Setup:
         where = getattr(self.splits, name), self.embeddings[name]
         return iterate_features(self.classifier, *where, self.passes, description)
 
-    def of(self, classifier: Classifier) -> Setup:
+    def of(self, classifier: Classifier) -> "Setup":
         """Return the same with another classifier that has the same rows."""
         return replace(self, classifier=classifier, info=replace(self.info, head_hash=classifier.head_hash()))
 

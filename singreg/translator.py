@@ -1,7 +1,5 @@
 """Translators of features into a vision-language model's space, their fits and their files (METHOD section 2)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -88,7 +86,7 @@ class LinearTranslator(Translator):
         self.info = info or TranslatorInfo()
 
     @classmethod
-    def from_solution(cls, solution: RidgeSolution, info: TranslatorInfo | None = None) -> LinearTranslator:
+    def from_solution(cls, solution: RidgeSolution, info: TranslatorInfo | None = None) -> "LinearTranslator":
         """Store a float64 ridge solution in float32; its ridge and image count go into the info."""
         info = replace(info or TranslatorInfo(), ridge=solution.ridge, images=solution.count)
         return cls(solution.matrix.float(), solution.offset.float(), info)
@@ -132,7 +130,7 @@ class MLPTranslator(Translator):
         self.load_state_dict({name: value.detach().float().clone() for name, value in state.items()}, assign=True)
         self.train(False)
 
-    def train(self, mode: bool = True) -> MLPTranslator:
+    def train(self, mode: bool = True) -> "MLPTranslator":
         """Stay in eval mode: it is a fixed measuring instrument."""
         return super().train(False)
 

@@ -1,7 +1,5 @@
 """Held-out images that are read after every epoch: the curves, and the epoch whose weights are worth keeping."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """From a configuration to the four splits of a run: folders of images, Hugging Face data sets, the built-in scenes."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
@@ -191,7 +189,7 @@ def _joined(lines: Sequence[str], most: int = NAMED) -> str:
     return "\n  ".join([*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])])
 
 
-def _open_split(config: DataConfig, split: str, option: str) -> _Folder | _HuggingFace:
+def _open_split(config: DataConfig, split: str, option: str) -> "_Folder | _HuggingFace":
     """Return a split, which `option` named, of the folder of images or Hugging Face data set `config.source`."""
     path = Path(config.source).expanduser()
     classes = (path / split).is_dir() and class_folders(path / split)

@@ -1,7 +1,5 @@
 """The embedding cache: a fixed encoder's output for every image of a split, computed once and memory-mapped."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -35,7 +33,7 @@ class PassSettings:
 
 
 def cached_embeddings(
-    vlm: VisionLanguageModel, split: ImageSplit, *, batch_size: int = 64, workers: int = 0, progress: bool = True
+    vlm: "VisionLanguageModel", split: ImageSplit, *, batch_size: int = 64, workers: int = 0, progress: bool = True
 ) -> np.memmap[Any, Any]:
     """Return raw image embeddings z (N, n) of a split, float32, row i for image i, read-only and memory-mapped.
 

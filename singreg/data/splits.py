@@ -1,7 +1,5 @@
 """Image splits: numbered images with labels and a fingerprint of their content; corrupted ones, and their batches."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging
@@ -117,7 +115,7 @@ class ImageSplit:
         """Return the name of image `index` for messages and tables: a path, SOURCE/SPLIT#ROW or scene-SEED-INDEX."""
         raise NotImplementedError
 
-    def subset(self, indices: Labels, name: str | None = None) -> SubsetSplit:
+    def subset(self, indices: Labels, name: str | None = None) -> "SubsetSplit":
         """Return the images at `indices` (M,), in that order."""
         return SubsetSplit(self, indices, name)
 
@@ -171,7 +169,7 @@ class TableSplit(ImageSplit):
         self.brightest: dict[int, int] = {}  # value in a row's 16-bit image
 
     @classmethod
-    def from_files(cls, name: str, paths: Sequence[str], class_names: Sequence[str], labels: Labels) -> TableSplit:
+    def from_files(cls, name: str, paths: Sequence[str], class_names: Sequence[str], labels: Labels) -> "TableSplit":
         """Return image files as a split."""
         features = datasets.Features({"image": datasets.Image(decode=False)})
         return cls(name, datasets.Dataset.from_dict({"image": list(paths)}, features), class_names, labels)
@@ -279,7 +277,7 @@ class Splits:
     def __iter__(self) -> Iterator[ImageSplit]:
         return iter((self.train, self.bank, self.audit, self.test))
 
-    def among(self, rows: Sequence[int], names: Sequence[str]) -> Splits:
+    def among(self, rows: Sequence[int], names: Sequence[str]) -> "Splits":
         """Return the same images with class i as label rows[i] among more or other ordered classes, `names`."""
         places, moved = np.array([*rows, UNLABELLED]), [split.subset(np.arange(len(split))) for split in self]
         for split in moved:

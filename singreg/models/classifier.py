@@ -1,7 +1,5 @@
 """A timm (or any torch) classifier seen as features f and a linear head (METHOD sections 1 and 5)."""
 
-from __future__ import annotations
-
 import copy
 import difflib
 import os
@@ -65,7 +63,7 @@ class Classifier(nn.Module):
         num_classes: int | None = None,
         image_size: int | None = None,
         **model_kwargs: Any,
-    ) -> Classifier:
+    ) -> "Classifier":
         """Make one of any timm name, `local-dir:FOLDER` or `hf-hub:USER/MODEL`; its pretrained_cfg names the head.
 
         Args:
@@ -109,7 +107,7 @@ class Classifier(nn.Module):
     @classmethod
     def from_module(
         cls, model: nn.Module, head: str = "fc", *, transform: Transform | None = None, tag: str | None = None
-    ) -> Classifier:
+    ) -> "Classifier":
         """Make one of any torch model whose submodule `head` is (or ends in) its last linear layer.
 
         `transform` turns a PIL image into a tensor (3, H, W); `tag` is the name in reports.
@@ -219,7 +217,7 @@ class Classifier(nn.Module):
             return {"transform": None if self.own_transform is None else _hash_of_result(self.own_transform)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self.data_config.items()}
 
-    def tune(self, mode: Tuning, *, batch_norm: BatchNormMode = "eval") -> Classifier:
+    def tune(self, mode: Tuning, *, batch_norm: BatchNormMode = "eval") -> "Classifier":
         """Choose what trains: the "head", the "last_stage" and what follows it (a transformer's last block), or "all".
 
         The rest stays in eval mode whatever `.train()` says; batch_norm "eval" keeps the statistics of all batch norms.
@@ -233,7 +231,7 @@ class Classifier(nn.Module):
         self.batch_norm = batch_norm
         return self.train(self.training)
 
-    def train(self, mode: bool = True) -> Classifier:
+    def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
         if mode:
             heads.set_modes(self.model, self.batch_norm)

@@ -1,7 +1,5 @@
 """VisionLanguageModel: a frozen open_clip model that turns images and prompts into vectors of one space."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +38,7 @@ class VisionLanguageModel(nn.Module):
     @classmethod
     def from_open_clip(
         cls, name: str, pretrained: str | None = None, *, device: str | torch.device = "cpu"
-    ) -> VisionLanguageModel:
+    ) -> "VisionLanguageModel":
         """Load "ViT-L-14" with a tag or a weight file as `pretrained`, "local-dir:FOLDER", or "hf-hub:ORG/REPO".
 
         The activation is taken from the tag. A weight file carries no such note: name the architecture it was trained
@@ -59,7 +57,7 @@ class VisionLanguageModel(nn.Module):
             raise ValueError(f"the weights of {tag} could not be loaded; open_clip says: {error}") from error
         return cls(model, tokenizer, tag=tag, variant="quickgelu" if quick_gelu else "")
 
-    def train(self, mode: bool = True) -> VisionLanguageModel:
+    def train(self, mode: bool = True) -> "VisionLanguageModel":
         """Stay in eval mode whatever is asked, inside a larger module too."""
         return super().train(False)
 

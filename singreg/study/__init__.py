@@ -1,7 +1,5 @@
 """What a study is told: its arms, each a change of the fine-tuning run that all begin with, over seeds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path

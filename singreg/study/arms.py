@@ -1,7 +1,5 @@
 """One arm of a study beside its scores: probes, known attributes, side effects, validation images (METHOD 8)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """A study's arms over seeds, against plain fine-tuning and placebos: paired figures, front, verdict (METHOD 8)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

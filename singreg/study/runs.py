@@ -1,7 +1,5 @@
 """A study's arms over seeds: in which order they are made, where they are kept (METHOD 6 to 8)."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil
@@ -32,7 +30,7 @@ class Work:
     arm: ArmConfig
     seed: int
     config: FinetuneConfig
-    source: Work | None
+    source: "Work | None"
     digest: str
     folder: Path
 
