@@ -292,8 +292,8 @@ class TrainingConfig(Checked):
         weight_decay: the optimiser's, of all but norms and biases.
         l2_sp: adds half of this times the squared distance of the backbone from where it began (L2-SP).
         checkpoint_every: optimiser steps between checkpoints, beside one at every epoch's end.
-        best_checkpoint: keep each arm's epoch with the best top-1 on the validation images, a tenth of the labelled
-            audit images; a number also stops an arm after so many epochs without a better one.
+        best_checkpoint: keep each arm's epoch with the best top-1 on the validation images, about a tenth of the
+            labelled audit images; a number also stops an arm after so many epochs without a better one.
     """
 
     optimizer: str = "adamw"

@@ -148,6 +148,8 @@ def _changed(parser: ArgumentParser, config: Config, given: Iterable[tuple[str, 
             kind = getattr(wanted, "__name__", str(wanted)).replace("typing.", "")
             quotes = "str" in str(wanted) and not isinstance(value, str)
             reason = "put quotes around numbers, dates, yes and no" if quotes else " ".join(str(error).split())[-90:]
+            if typing.get_origin(wanted) is typing.Literal:
+                kind, reason = "one of these", ", ".join(typing.get_args(wanted))
             problems.append(f"{key}: expected {kind}, got {_shown(value)} ({reason})")
             continue
         target = values

@@ -142,6 +142,8 @@ def test_overridden_copies_with_other_values() -> None:
     assert config == FinetuneConfig()
     with pytest.raises(ValueError, match=r"(?s)loss\.weigh: no such key.*training\.epochs: expected int"):
         overridden(config, {"loss.weigh": 0.5, "training.epochs": "x"})
+    with pytest.raises(ValueError, match=r"got 'linear' \(cosine, tanh, .*, constant\)$"):  # all of many choices
+        overridden(config, {"training.schedule": "linear"})
 
 
 def test_finetune_has_at_most_48_options_and_each_has_a_text(capsys: pytest.CaptureFixture[str]) -> None:
