@@ -131,10 +131,10 @@ def test_nearest_images_are_those_of_the_loop(chunk: int, monkeypatch: pytest.Mo
     z = np.random.default_rng(5).normal(size=(23, 7)).astype(np.float32)
     z[20] = z[3]  # equal angles go by the gallery's order
     queries = toy.World.make().features[:4, :7]
-    found = level.nearest_images(queries, toy.NamedSplit(np.full(23, -1), 1, "gallery"), z, 3)
+    found = level.nearest_images(queries, toy.ToySplit(23), z, 3)
     for query, near in zip(queries, found, strict=True):
         ranked = sorted((formulas.degrees(query, torch.from_numpy(row)), place) for place, row in enumerate(z))[:3]
-        assert [each["image"] for each in near] == [f"gallery-{place}" for _, place in ranked]
+        assert [each["image"] for each in near] == [f"toy-{place}" for _, place in ranked]
         assert [each["angle"] for each in near] == pytest.approx([degrees for degrees, _ in ranked], abs=1e-4)
 
 

@@ -1,6 +1,5 @@
 """A split of small random images, a small classifier, and random worlds of features; processes import this too."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -90,19 +89,6 @@ def translator(seed: int = 0) -> LinearTranslator:
     return LinearTranslator(matrix, offset, TranslatorInfo(images=50, ridge=0.1))
 
 
-class NamedSplit(ImageSplit):
-    """Images that exist by name only."""
-
-    def __init__(self, labels: np.ndarray, classes: int, prefix: str = "image") -> None:
-        digests = [hashlib.sha256(f"{prefix}{index}".encode()).digest() for index in range(len(labels))]
-        rows = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
-        super().__init__("test", [f"class {label}" for label in range(classes)], labels, rows)
-        self.prefix = prefix
-
-    def identifier(self, index: int) -> str:
-        return f"{self.prefix}-{index}"
-
-
 @dataclass
 class World:
     """Features of N images of C classes (the last one empty), a head, a translator, C class texts and K concepts."""
@@ -132,14 +118,6 @@ class World:
     @property
     def concepts(self) -> list[str]:
         return [f"concept {place}" for place in range(len(self.concept_texts))]
-
-    @property
-    def class_names(self) -> list[str]:
-        return [f"class {label}" for label in range(len(self.texts))]
-
-    @property
-    def split(self) -> NamedSplit:
-        return NamedSplit(self.labels.numpy(), len(self.texts))
 
     @property
     def space(self) -> NullSpace:
