@@ -33,8 +33,8 @@ AUDIT = (
     "By an auditor, fitted on images that training never saw; 95 % intervals over classes and images. In the null: "
     "the share of the class scores' variance that the null space carries, read by two halves of the auditor, whose "
     "errors so cancel. 4 sd: how often a null step of four standard deviations, made on one half, lets another "
-    "class's prompt win in the reading of the other half. All of these are to fall together. IS and R² beside the "
-    "prompts, what features say beside the classes, are to stay."
+    "class's prompt win in the reading of the other half (of a few images it wins without a step). All of these are to "
+    "fall together. IS and R² beside the prompts, what features say beside the classes, are to stay."
 )
 Found = Mapping[str, Any]
 
