@@ -47,7 +47,7 @@ from singreg.analysis.fitting import translator_agreement
 from singreg.analysis.models_compared import FIGURES
 from singreg.analysis.passport import compare_passports
 from singreg.data.datasets import load_splits
-from singreg.plots.study import save_comparison_plot
+from singreg.plots.comparison import save_comparison_plot
 from singreg.report import Section, log, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, fit_translators, labels_for_head

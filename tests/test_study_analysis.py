@@ -12,10 +12,10 @@ from PIL import Image
 
 from singreg.analysis.crossfit import AUDITED, figures
 from singreg.config import FinetuneConfig, LossConfig
-from singreg.plots.study import save_pareto
 from singreg.study import ArmConfig
 from singreg.study import results as analysis
 from singreg.study.arms import AUDITOR, Measured
+from singreg.study.pareto import save_pareto
 from singreg.study.results import HARM, Summary, by_name, compare_rows, pareto_front, study_warnings, summarize_study
 from singreg.study.runs import Work
 from singreg.utils import plain
