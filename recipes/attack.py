@@ -69,7 +69,8 @@ from singreg.analysis.features import cached_features
 from singreg.analysis.robustness import measure_robustness
 from singreg.analysis.steering import plan_pairs
 from singreg.checkpoints import refuse_other_inputs
-from singreg.data.datasets import Splits, load_splits
+from singreg.data.datasets import load_splits
+from singreg.data.splits import Splits
 from singreg.models.edits import drop_null
 from singreg.models.vlm import hash_of_state
 from singreg.nullspace import NullSpace

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from singreg.analysis.comparison import Measured, compare_arms, finetune_warnings, no_claim, verdict
 from singreg.analysis.fitting import FittedTranslator
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
-from singreg.data.datasets import Splits
+from singreg.data.splits import Splits
 from singreg.loop import Arm, own_random_numbers
 from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
@@ -36,7 +36,7 @@ from singreg.tables import AUDIT, audit_table
 from singreg.task import Schedule, describe_training, loss_embeddings, loss_texts, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.utils import progress
-from singreg.validation import NO_IMAGES, Validation, hold_out, validation_images
+from singreg.validation import Validation, hold_out, validation_images
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,7 +93,7 @@ def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: S
     fitted = FittedTranslator.from_state(tensors, TranslatorInfo(**before.notes))
     classifier, loop = train_arm(name, config, setup, fitted, run, regularised=name == "sing")
     ridge = before.figures["translators"]["auditor"]["ridge"]  # one for all stages, or a ratio would be of two scales
-    auditor, measured = audit(setup.of(classifier), loop, ridge)
+    auditor, measured = audit(replace(setup, classifier=classifier), loop, ridge)
     end = Schedule(config, len(setup.splits.train)).total
     for step in (end, end + 1):  # twice: TensorBoard takes a single lowest or highest point for an outlier and hides it
         log(run.accelerator, headline(measured[1]), step)
@@ -110,7 +110,7 @@ def measure_dropped(setup: Setup, before: Stage, run: Run) -> Stage:
     control.model.load_state_dict(load_file(run.folder / "model-control" / "model.safetensors"))
     ridge = before.figures["translators"]["auditor"]["ridge"]
     dropped = drop_null(control, spare=1, invariance=setup.model.invariance)
-    return Stage(*audit(setup.of(dropped), None, ridge)[1])
+    return Stage(*audit(replace(setup, classifier=dropped), None, ridge)[1])
 
 
 def train_arm(
@@ -122,41 +122,39 @@ def train_arm(
     """
     classifier, embeddings = copy.deepcopy(setup.classifier), loss_embeddings(config, setup)
     classifier.tune(config.model.tuning, batch_norm=config.model.batch_norm)
-    keeper = LoopTranslator(fitted, setup.splits, embeddings, config.model.invariance, setup.passes)
+    own = replace(setup, classifier=classifier)
+    keeper = LoopTranslator(fitted, own, embeddings)
     sing = None
     if regularised:
         accumulation, prompts = run.accelerator.gradient_accumulation_steps, loss_texts(config, setup)
         sing = make_sing(config, classifier, fitted, prompts, len(setup.splits.train), accumulation)
-        keeper.begin(classifier, sing, encode=config.loss.placebo == "shuffled")
-    train(name, classifier, sing, keeper, config, setup, run)
+        if config.loss.placebo == "shuffled":  # the embeddings are not those that it was fitted on
+            keeper.refresh(sing)
+        else:
+            keeper.refit(sing)
+    train(name, sing, keeper, config, own, run)
     # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.
     if sing is None:
-        return classifier, setup.of(classifier).fit(*keeper.bank, fitted.translator.info.ridge).translator
+        return classifier, own.fit(*keeper.bank, fitted.translator.info.ridge).translator
     return classifier, keeper.current(sing)
 
 
 def train(
-    name: str,
-    classifier: Classifier,
-    sing: SingLoss | None,
-    keeper: LoopTranslator,
-    config: FinetuneConfig,
-    setup: Setup,
-    run: Run,
+    name: str, sing: SingLoss | None, keeper: LoopTranslator, config: FinetuneConfig, setup: Setup, run: Run
 ) -> None:
-    """Train a classifier in place with cross-entropy, and SingLoss where given; it ends in eval mode.
+    """Train a setup's classifier in place with cross-entropy, and SingLoss where given; it ends in eval mode.
 
     It ends with the last weights, or with the best by the validation images where that is asked for.
     """
-    accelerator, folder = run.accelerator, run.folder / "checkpoints" / name
-    arm = Arm(name, classifier, sing, keeper, setup.splits.train, config, accelerator, folder)
-    validation, shown = Validation(config, setup, accelerator, folder), accelerator.is_local_main_process
+    accelerator, arm = run.accelerator, Arm(name, sing, keeper, config, setup, run)
+    validation = Validation(config, setup, accelerator, arm.checkpoints.folder)
     with own_random_numbers(accelerator, config.seed), StopRequest(accelerator) as stop:
         start, told = arm.checkpoints.load_latest(seed=config.seed), dict[str, str]()
         steps = () if validation.gives_up(start.step) else arm.steps(start)
         if not start.step:
-            told |= validation.look(classifier, keeper.current(sing), 0)
-        bar: dict[str, Any] = {"total": arm.schedule.total, "initial": start.step, "enabled": shown, "told": told}
+            told |= validation.look(keeper.current(sing), 0)
+        bar: dict[str, Any] = {"total": arm.schedule.total, "initial": start.step, "told": told}
+        bar["enabled"] = accelerator.is_local_main_process
         for position, figures in progress(steps, f"training {name}", **bar):
             step, ends_epoch = position.step, position.step % arm.schedule.steps_per_epoch == 0
             log(accelerator, figures, step)
@@ -165,16 +163,17 @@ def train(
                 arm.checkpoints.save(replace(position, due=True))
                 stop.end()
             if sing is not None and step in arm.schedule.refresh_at:
-                keeper.refresh(classifier, sing)
+                keeper.refresh(sing)
             if ends_epoch:
-                told |= validation.look(classifier, keeper.current(sing), step)
+                told |= validation.look(keeper.current(sing), step)
             if ends_epoch or step % config.training.checkpoint_every == 0:
                 arm.checkpoints.save(position)
             if ends_epoch and validation.gives_up(step):
                 break
     accelerator.free_memory()
-    if validation.restore(classifier.eval()) and sing is not None:
-        keeper.refresh(classifier, sing)
+    setup.classifier.eval()
+    if validation.restore() and sing is not None:
+        keeper.refresh(sing)
 
 
 def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, Measured]) -> None:
@@ -225,7 +224,7 @@ def check(config: FinetuneConfig, run: Run, splits: Splits, classifier: Classifi
     told = describe_training(config, run.accelerator, classifier, len(splits.train))
     held = validation_images(splits.audit)
     if config.training.best_checkpoint and not held.any():
-        raise ValueError(NO_IMAGES)
+        raise ValueError("training.best_checkpoint: expected two labelled audit images of every class")
     claim = no_claim(int((~held).sum()), classifier.feature_dim) or "enough images for the auditor"
     if config.dry_run and run.accelerator.is_main_process:
         print(f"{told}\nvalidation {held.sum()} of the audit images\n{claim}", flush=True)

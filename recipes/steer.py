@@ -54,7 +54,7 @@ from singreg import tables
 from singreg.analysis import steering_curves as effort
 from singreg.analysis.steering import PairPlan, plan_pairs, steer_pairs
 from singreg.classes import resolve_classes
-from singreg.data.datasets import Splits
+from singreg.data.splits import Splits
 from singreg.models.classifier import Classifier
 from singreg.plots.steering import plot_steering
 from singreg.report import log, log_figures, track, write_report

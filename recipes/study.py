@@ -48,12 +48,8 @@ MAIN |= {"contrast AS_abs": "contrast |AS| °", "orthogonal IS": "orthogonal IS 
 MAIN |= {key: PAIRED[key] for key in ("unique_r2", "harmless_r2", "cross 4 sd", "cross 25% of |f|")}
 MAIN |= {"self 4 sd": "4 sd step, judged by itself", "null_probe": "null probe"}
 SIDE = {"ece": "calibration error", **{f"corrupted/{kind}": f"top-1, {kind}" for kind in KINDS}}
-SIDE |= {
-    "retrieval": "neighbours within the class",
-    "ood_vim": "AUROC by ViM",
-    "ood_energy": "AUROC by energy",
-    "ood_null_energy": "AUROC by null energy",
-}
+SIDE |= {"retrieval": "neighbours within the class", "ood_vim": "AUROC by ViM", "ood_energy": "AUROC by energy"}
+SIDE["ood_null_energy"] = "AUROC by null energy"
 VALIDATION = "Images that serve nothing else, by the same auditor: what settings are chosen on."
 KNOWN = "R² of a scene's attribute from the null component, of R² from all features. The class is the shape."
 FURTHER = "Ratios as above, by an auditor in the space of a vision-language model that no arm was trained with."
@@ -154,7 +150,11 @@ class Study:
         elif make == "drop":
             classifier = drop_null(classifier, spare=1, invariance=config.model.invariance)
         bank = loop_bank(setup.splits, setup.embeddings["bank"])
-        return classifier, setup.of(classifier).fit(*bank, fitted.translator.info.ridge).translator, notes
+        return (
+            classifier,
+            replace(setup, classifier=classifier).fit(*bank, fitted.translator.info.ridge).translator,
+            notes,
+        )
 
 
 def make_and_measure(study: Study, work: Work) -> Measured:
@@ -169,10 +169,10 @@ def make_and_measure(study: Study, work: Work) -> Measured:
         with atomic_write(work.folder / "weights.safetensors") as path:
             save_file(state, path)
     name = "start" if not work.trained else f"{work.arm.name}-{work.seed}"
-    setup = study.reader(name).of(classifier)
+    setup = replace(study.reader(name), classifier=classifier)
     auditor, scores = audit(setup, loop, study.ridge())
     further = {
-        label: audit(study.reader(name, label).of(classifier), None, study.ridge(label))[1][0]
+        label: audit(replace(study.reader(name, label), classifier=classifier), None, study.ridge(label))[1][0]
         for label in study.further
     }
     found = measure_arm(setup, auditor, scores, ood=config.ood, seed=config.seed)
@@ -189,39 +189,24 @@ def report(study: Study, found: list[tuple[Work, Measured]]) -> None:
     """Compare the arms with the reference and write the study's report."""
     config, run, setup = study.config, study.run, study.setup
     arms = summarize_study(found, config.reference, config.claim)
-    facts = {
-        "images": len(setup.splits.test),
-        "classes": len(setup.splits.class_names),
-        "auditor_images": len(setup.splits.audit),
-    }
-    facts["features"] = setup.classifier.feature_dim
+    facts = {"images": len(setup.splits.test), "classes": len(setup.splits.class_names)}
+    facts |= {"auditor_images": len(setup.splits.audit), "features": setup.classifier.feature_dim}
     named = {f"{work.arm.name}, seed {work.seed}": each for work, each in found}
     run.seconds.update({name: each.seconds for name, each in named.items()})
     pareto = save_pareto(arms, config.reference, run.folder / "plots" / "pareto.png")
     track(run.accelerator, "report", config)
     log_figures(run.accelerator, [pareto])
     held = pd.DataFrame([{"arm": arm["arm"], **arm["validation"]} for arm in arms if arm["validation"]])
-    sections = [
-        Section(f"Against {config.reference}", [ratio_table(arms), RATIOS, pareto]),
-        *(
-            Section(f"Against {config.reference}, by {label}", [ratio_table(arms, label), FURTHER])
-            for label in study.further
-        ),
-        Section("The figures themselves", [arms_table(arms, MAIN), READING]),
-        *(
-            [
-                Section(
-                    "By the validation images",
-                    [held[["arm", "images", *(key for key in MAIN if key in held)]], VALIDATION],
-                )
-            ]
-            if len(held)
-            else []
-        ),
-        *([Section("Known attributes", [attribute_table(arms), KNOWN])] if config.data.source == "scenes" else []),
-        Section("Side effects", [arms_table(arms, SIDE)]),
-        Section("The arms", [pd.DataFrame(arms)[["arm", "role", "make", "note"]]]),
-    ]
+    against, read = f"Against {config.reference}", [(label, ratio_table(arms, label)) for label in study.further]
+    sections = [Section(against, [ratio_table(arms), RATIOS, pareto])]
+    sections += [Section(f"{against}, by {label}", [table, FURTHER]) for label, table in read]
+    sections.append(Section("The figures themselves", [arms_table(arms, MAIN), READING]))
+    if len(held):
+        sections.append(Section("By the validation images", [held.filter(["arm", "images", *MAIN]), VALIDATION]))
+    if config.data.source == "scenes":
+        sections.append(Section("Known attributes", [attribute_table(arms), KNOWN]))
+    sections.append(Section("Side effects", [arms_table(arms, SIDE)]))
+    sections.append(Section("The arms", [pd.DataFrame(arms)[["arm", "role", "make", "note"]]]))
     write_report(
         run,
         title=f"{run.folder.name}: {len(arms)} arms",

@@ -117,11 +117,6 @@ class DataConfig(Checked):
         """Whether the source is the built-in scenes: a user's folder goes before a built-in name."""
         return self.source == "scenes" and not Path("scenes").is_dir()
 
-    @property
-    def scene_counts(self) -> dict[str, float]:
-        """`scenes` with the defaults of missing keys."""
-        return {**SCENES, **self.scenes}
-
 
 @dataclass
 class ModelConfig(Checked):

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,11 @@ from torch import Tensor
 from singreg import task as tasks
 from singreg.checkpoints import Checkpoints, Position
 from singreg.config import FinetuneConfig
-from singreg.data.datasets import ImageSplit, make_loader
+from singreg.data.splits import make_loader
 from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
-from singreg.models.classifier import Classifier
+from singreg.runs import Run
+from singreg.setup import Setup
 from singreg.terms import TERMS
 from singreg.utils import seed_process
 
@@ -38,20 +38,12 @@ class Arm:
 
     Seed, order of the images and schedule do not depend on the arm. Micro-batches are shuffled; with SingLoss and an
     augmentation each has a second view, the one the vision-language model saw. Without SingLoss nobody needs `keeper`.
-    Checkpoints are kept in `folder`.
     """
 
     def __init__(
-        self,
-        name: str,
-        classifier: Classifier,
-        sing: SingLoss | None,
-        keeper: LoopTranslator,
-        split: ImageSplit,
-        config: FinetuneConfig,
-        accelerator: Accelerator,
-        folder: Path,
+        self, name: str, sing: SingLoss | None, keeper: LoopTranslator, config: FinetuneConfig, setup: Setup, run: Run
     ) -> None:
+        classifier, split, accelerator = setup.classifier, setup.splits.train, run.accelerator
         set_seed(config.seed)
         tasks.synchronise_batch_norm(classifier, config, accelerator)
         self.name, self.split, self.config, self.accelerator = name, split, config, accelerator
@@ -73,7 +65,7 @@ class Arm:
         self.sampler: Any = loader.sampler  # takes the epoch
         self.task, self.optimizer, self.loader = accelerator.prepare(self.plain, optimizer, loader)
         self.translator = keeper if sing is not None else None
-        self.checkpoints = Checkpoints(folder, accelerator)
+        self.checkpoints = Checkpoints(run.folder / "checkpoints" / name, accelerator)
         self.skipped = 0  # steps in a row that fp16's scaler skipped
 
     def steps(self, start: Position) -> Iterator[tuple[Position, dict[str, float]]]:

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from singreg.analysis.features import gathered, iterate_features
 from singreg.analysis.fitting import FittedTranslator
-from singreg.data.datasets import ImageSplit, Splits
-from singreg.data.embeddings import PassSettings, take_rows
+from singreg.data.embeddings import take_rows
+from singreg.data.splits import ImageSplit, Splits
 from singreg.losses import SingLoss
-from singreg.models.classifier import Classifier
-from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import RidgeStatistics
+from singreg.setup import Setup
 from singreg.translator import LinearTranslator
 
 
@@ -22,20 +21,13 @@ class LoopTranslator:
 
     Args:
         fitted: on the starting classifier.
+        setup: with the classifier that trains.
         embeddings: of the bank (N, n), or a placebo's in their place.
     """
 
-    def __init__(
-        self,
-        fitted: FittedTranslator,
-        splits: Splits,
-        embeddings: np.ndarray,
-        invariance: Invariance = "logits",
-        passes: PassSettings | None = None,
-    ) -> None:
+    def __init__(self, fitted: FittedTranslator, setup: Setup, embeddings: np.ndarray) -> None:
         self.first, self.info, self.statistics = fitted.translator, fitted.translator.info, fitted.statistics
-        self.bank, self.embeddings = loop_bank(splits, embeddings), embeddings
-        self.invariance, self.passes = invariance, passes or PassSettings()
+        self.setup, self.bank, self.embeddings = setup, loop_bank(setup.splits, embeddings), embeddings
 
     def current(self, sing: SingLoss | None) -> LinearTranslator:
         """Return the translator the loss reads now; without a loss, the first."""
@@ -45,23 +37,19 @@ class LoopTranslator:
         """Return the embeddings (B, n) of the training images at indices (B,): they are the bank's first."""
         return take_rows(self.embeddings, indices.cpu().numpy()).to(device)
 
-    def begin(self, classifier: Classifier, sing: SingLoss, *, encode: bool) -> None:
-        """Refit for the head that training starts with; `encode` where the embeddings are not those of the first."""
-        (self.refresh if encode else self.refit)(classifier, sing)
-
-    def refresh(self, classifier: Classifier, sing: SingLoss) -> None:
+    def refresh(self, sing: SingLoss) -> None:
         """Encode the bank with today's classifier and refit on it."""
-        fresh = RidgeStatistics(*self.statistics.fz.shape, device=classifier.weight.device)
-        for batch in gathered(iterate_features(classifier, *self.bank, self.passes, "refreshing the translator")):
+        setup, said = self.setup, "refreshing the translator"
+        fresh = RidgeStatistics(*self.statistics.fz.shape, device=setup.texts.device)
+        for batch in gathered(iterate_features(setup.classifier, *self.bank, setup.passes, said)):
             fresh.update(batch.features, batch.embeddings)
         self.statistics = fresh.reduce()
-        self.refit(classifier, sing)
+        self.refit(sing)
 
-    def refit(self, classifier: Classifier, sing: SingLoss) -> None:
+    def refit(self, sing: SingLoss) -> None:
         """Solve again for today's head, without encoding an image."""
-        self.info = replace(self.info, head_hash=classifier.head_hash())
-        basis = NullSpace.from_weight(classifier.weight, invariance=self.invariance, allow_empty=True).basis
-        solution = self.statistics.solve(self.info.ridge, standardize=basis)
+        self.info = replace(self.info, head_hash=self.setup.classifier.head_hash())
+        solution = self.statistics.solve(self.info.ridge, standardize=self.setup.space.basis)
         sing.set_translator(LinearTranslator.from_solution(solution, self.info), self.statistics)
 
 

@@ -23,13 +23,9 @@ from singreg.setup import Setup
 from singreg.utils import atomic_write, plain, write_json, write_text
 
 FORMAT = 2
-COLUMNS = (
-    "loss.weight",
-    "run",
-    "seed",
-    "training.epochs",
-    "training.learning_rate",
-)  # of HPARAMS, where five are shown
+TEMPLATES = Environment(loader=PackageLoader("singreg", "templates"), autoescape=select_autoescape(["html.j2"]))
+# Of HPARAMS, where five are shown.
+COLUMNS = ("loss.weight", "run", "seed", "training.epochs", "training.learning_rate")
 
 
 @dataclass(frozen=True)
@@ -110,24 +106,20 @@ def write_model_card(
     front = {"library_name": "timm", "license": start.get("license") or "other"}
     front["tags"] = ["image-classification", "timm", "singreg"]
     front |= {"base_model": start["hf_hub_id"]} if start.get("hf_hub_id") else {}
-    card = (
-        Environment(loader=PackageLoader("singreg", "templates"))
-        .get_template("model_card.md.j2")
-        .render(
-            front=yaml.safe_dump(front, sort_keys=False),
-            title=_text(run.folder.name),
-            tag=_text(setup.classifier.tag),
-            verdict=map(_text, verdict),
-            table=_text(table),
-            reading=_text(reading),
-            vlm=_text(Path(tag).name if (tag := setup.vlm.tag).startswith("local-dir:") else tag),
-            auditor=figures["translators"]["auditor"],
-            prompts=_text("; ".join(config.vlm.templates)),
-            data=_text(Path(config.data.source).name),
-            classes=len(setup.splits.class_names),
-            place=f"hf-hub:{config.push_to_hub}" if config.push_to_hub else "local-dir:model",
-            known=start.get("license"),
-        )
+    card = TEMPLATES.get_template("model_card.md.j2").render(
+        front=yaml.safe_dump(front, sort_keys=False),
+        title=_text(run.folder.name),
+        tag=_text(setup.classifier.tag),
+        verdict=map(_text, verdict),
+        table=_text(table),
+        reading=_text(reading),
+        vlm=_text(Path(tag).name if (tag := setup.vlm.tag).startswith("local-dir:") else tag),
+        auditor=figures["translators"]["auditor"],
+        prompts=_text("; ".join(config.vlm.templates)),
+        data=_text(Path(config.data.source).name),
+        classes=len(setup.splits.class_names),
+        place=f"hf-hub:{config.push_to_hub}" if config.push_to_hub else "local-dir:model",
+        known=start.get("license"),
     )
     write_text(run.folder / "model" / "README.md", card + "\n")
 
@@ -170,10 +162,10 @@ def _html(title: str, verdict: Sequence[str], warnings: Sequence[str], sections:
             return {"kind": "text", "text": value}
         return {"kind": "table", "html": value.map(_cell).to_html(index=False, border=0, justify="left")}
 
-    loader = PackageLoader("singreg", "templates")
-    template = Environment(loader=loader, autoescape=select_autoescape(["html", "j2"])).get_template("report.html.j2")
     blocks = [{"title": section.title, "blocks": list(map(block, section.blocks))} for section in sections]
-    return template.render(title=title, verdict=verdict, warnings=warnings, sections=blocks)
+    return TEMPLATES.get_template("report.html.j2").render(
+        title=title, verdict=verdict, warnings=warnings, sections=blocks
+    )
 
 
 def track(accelerator: Accelerator, name: str, config: Any, figures: Iterable[str] = ()) -> None:

@@ -125,18 +125,10 @@ class RidgeStatistics:
         means, count = (self.f / self.count, self.z / self.count), int(self.count)
         return RidgePath(eigenvalues.clamp_min(0), vectors.T @ loadings, scale(vectors), *means, count)
 
-    def validate(
-        self,
-        held_out: "RidgeStatistics",
-        *,
-        ridges: Sequence[float] = DEFAULT_RIDGES,
-        standardize: Tensor | None = None,
-    ) -> tuple[RidgeSolution, dict[float, float]]:
-        """Return the solution whose ridge has the best R² on held-out statistics, and R² of every ridge tried."""
-        path = self.path(standardize=standardize)
-        scores = {ridge: 1 - lost for ridge, lost in zip(ridges, path.residuals(held_out, ridges), strict=True)}
-        best = max(scores, key=lambda ridge: scores[ridge])
-        return path.solve(best), scores
+    def validated(self, held_out: "RidgeStatistics", *, standardize: Tensor | None = None) -> float:
+        """Choose the ridge with the best R² on held-out statistics."""
+        lost = self.path(standardize=standardize).residuals(held_out, DEFAULT_RIDGES)
+        return max(zip(DEFAULT_RIDGES, lost, strict=True), key=lambda each: 1 - each[1])[0]
 
     def agreed(
         self, other: "RidgeStatistics", *, ridges: Sequence[float] = DEFAULT_RIDGES, standardize: Tensor | None = None

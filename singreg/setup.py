@@ -16,9 +16,9 @@ from singreg.analysis.fitting import FittedTranslator, fit_on_split
 from singreg.analysis.scores import analyze_model
 from singreg.classes import NoRows, head_rows, imagenet_names, read_list, subset_of
 from singreg.config import ModelConfig, RunConfig, VLMConfig, located
-from singreg.data.datasets import NAMED, ImageSplit, Splits, load_splits, make_loader
+from singreg.data.datasets import NAMED, load_splits
 from singreg.data.embeddings import PassSettings, cached_embeddings
-from singreg.data.splits import TableSplit
+from singreg.data.splits import ImageSplit, Splits, TableSplit, make_loader
 from singreg.mlp import MLPKind, MLPSettings
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import VisionLanguageModel, needs_quick_gelu
@@ -40,7 +40,6 @@ class Setup:
     vlm: VisionLanguageModel
     texts: Tensor
     embeddings: dict[str, np.ndarray]
-    info: TranslatorInfo
     passes: PassSettings
     model: ModelConfig = field(default_factory=ModelConfig)
     held: tuple[ImageSplit, np.ndarray] | None = None  # validation images with their embeddings
@@ -55,9 +54,17 @@ class Setup:
         where = getattr(self.splits, name), self.embeddings[name]
         return iterate_features(self.classifier, *where, self.passes, description)
 
-    def of(self, classifier: Classifier) -> "Setup":
-        """Return the same with another classifier that has the same rows."""
-        return replace(self, classifier=classifier, info=replace(self.info, head_hash=classifier.head_hash()))
+    @property
+    def info(self) -> TranslatorInfo:
+        """What a translator between the two models is fitted on, for its file."""
+        return TranslatorInfo(
+            classifier=self.classifier.tag,
+            head_hash=self.classifier.head_hash(),
+            classifier_preprocessing=sha256_of_json(self.classifier.preprocessing),
+            vlm=self.vlm.tag,
+            vlm_weights_hash=self.vlm.weights_hash,
+            vlm_preprocessing=sha256_of_json(self.vlm.preprocessing),
+        )
 
     def fit(self, split: ImageSplit, embeddings: np.ndarray, ridge: float | None) -> FittedTranslator:
         """Fit a translator on a split and the embeddings (N, n) of its images; without a ridge it chooses its own."""
@@ -100,19 +107,11 @@ def prepare(
         print(f"embedding those of bank, audit and test once; {cache_folder()} keeps them", flush=True)
     if before_embedding is not None:
         before_embedding(labelled, classifier)
-    setup = Setup(
-        splits=labelled,
-        classifier=classifier,
-        vlm=vlm,
-        texts=vlm.embed_classes(labelled.class_names, tuple(config.vlm.templates)).to(accelerator.device),
-        embeddings=embed_splits(vlm, (splits.bank, splits.audit, splits.test), passes),  # the labels do not matter
-        info=describe_pair(classifier, vlm),
-        passes=passes,
-        model=model,
-    )
+    texts = vlm.embed_classes(labelled.class_names, tuple(config.vlm.templates)).to(accelerator.device)
+    embeddings = embed_splits(vlm, (splits.bank, splits.audit, splits.test), passes)  # the labels do not matter
     if config.dry_run and accelerator.is_main_process:
         print("dry run: nothing was measured, no run folder was made")
-    return setup
+    return Setup(labelled, classifier, vlm, texts, embeddings, passes, model)
 
 
 def prepare_alone(config: Any, accelerator: Accelerator) -> Setup:
@@ -125,16 +124,9 @@ def prepare_alone(config: Any, accelerator: Accelerator) -> Setup:
         raise ValueError(f"model.label_names: expected a file of the names of the head's {rows} rows, one a line")
     vlm, names = open_vlm(config.vlm, accelerator), subset_of(known).names
     nothing = TableSplit.from_files("none", [], names, [])
-    return Setup(
-        splits=Splits(nothing, nothing, nothing, nothing, names, None),
-        classifier=classifier.to(accelerator.device),
-        vlm=vlm,
-        texts=vlm.embed_classes(names, tuple(config.vlm.templates)).to(accelerator.device),
-        embeddings={},
-        info=describe_pair(classifier, vlm),
-        passes=pass_settings(config, accelerator),
-        model=model,
-    )
+    splits, classifier = Splits(nothing, nothing, nothing, nothing, names, None), classifier.to(accelerator.device)
+    texts = vlm.embed_classes(names, tuple(config.vlm.templates)).to(accelerator.device)
+    return Setup(splits, classifier, vlm, texts, {}, pass_settings(config, accelerator), model)
 
 
 def fit_translators(
@@ -169,7 +161,7 @@ def read_by(setup: Setup, config: VLMConfig, accelerator: Accelerator) -> Setup:
     vlm, splits = open_vlm(config, accelerator), setup.splits
     texts = vlm.embed_classes(splits.class_names, tuple(config.templates)).to(accelerator.device)
     embeddings = embed_splits(vlm, (splits.audit, splits.test), setup.passes)
-    return replace(setup, vlm=vlm, texts=texts, embeddings=embeddings, info=describe_pair(setup.classifier, vlm))
+    return replace(setup, vlm=vlm, texts=texts, embeddings=embeddings)
 
 
 def pass_settings(config: RunConfig, accelerator: Accelerator) -> PassSettings:
@@ -178,25 +170,8 @@ def pass_settings(config: RunConfig, accelerator: Accelerator) -> PassSettings:
     return PassSettings(BATCH_SIZE, config.data.workers, accelerator.is_local_main_process, cache)
 
 
-def describe_pair(classifier: Classifier, vlm: VisionLanguageModel) -> TranslatorInfo:
-    """Return what a translator between two models is fitted on, for its file."""
-    return TranslatorInfo(
-        classifier=classifier.tag,
-        head_hash=classifier.head_hash(),
-        classifier_preprocessing=sha256_of_json(classifier.preprocessing),
-        vlm=vlm.tag,
-        vlm_weights_hash=vlm.weights_hash,
-        vlm_preprocessing=sha256_of_json(vlm.preprocessing),
-    )
-
-
 def build_classifier(
-    model: ModelConfig,
-    splits: Splits,
-    *,
-    image_size: int | None = None,
-    allow_empty: bool = False,
-    trained: bool = False,
+    model: ModelConfig, splits: Splits, image_size: int | None = None, allow_empty: bool = False, trained: bool = False
 ) -> Classifier:
     """Build the classifier with its head kept, sliced to the splits' classes, or new; auto is new only if `trained`."""
     options: dict[str, Any] = {"pretrained": model.pretrained, "image_size": image_size}
@@ -258,9 +233,7 @@ def labels_for_head(splits: Splits, classifier: Classifier, model: ModelConfig) 
 
 def open_vlm(config: VLMConfig, accelerator: Accelerator) -> VisionLanguageModel:
     """Open the vision-language model on the accelerator's device."""
-    return VisionLanguageModel.from_open_clip(
-        located(config.name, "vlm"), config.pretrained, device=str(accelerator.device)
-    )
+    return VisionLanguageModel.from_open_clip(located(config.name, "vlm"), config.pretrained, device=accelerator.device)
 
 
 def embed_splits(vlm: VisionLanguageModel, splits: Sequence[ImageSplit], passes: PassSettings) -> dict[str, np.ndarray]:
@@ -279,9 +252,8 @@ def try_one_batch(splits: Splits, classifier: Classifier, model: ModelConfig) ->
             logits = classifier(images.to(device))
     except (AssertionError, RuntimeError) as error:
         why = str(error).splitlines()[0][:90]
-        raise ValueError(
-            f"{classifier.tag} cannot take images {tuple(images.shape[1:])}, data.image_size: {why}"
-        ) from error
+        wrong = f"{classifier.tag} cannot take images {tuple(images.shape[1:])}, data.image_size"
+        raise ValueError(f"{wrong}: {why}") from error
     right, count = int((logits.argmax(1).cpu() == labels).sum()), len(labels)
     classes = len(labels.unique())
     if right <= count / classes + 2 * (count / classes) ** 0.5 and model.pretrained and not classifier.new_head:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from singreg.analysis.passport import head_passport
 from singreg.config import ComparedModel, RunConfig, VLMConfig
-from singreg.data.datasets import Splits
 from singreg.data.embeddings import PassSettings
+from singreg.data.splits import Splits
 from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
 from singreg.models.vlm import VisionLanguageModel
@@ -21,7 +21,6 @@ from singreg.nullspace import NullSpace
 from singreg.setup import (
     Setup,
     build_classifier,
-    describe_pair,
     embed_splits,
     labels_for_head,
     open_vlm,
@@ -53,8 +52,8 @@ class Space:
 
     def setup(self, classifier: Classifier, splits: Splits, model: ComparedModel) -> Setup:
         """Return one classifier in this space; `splits` have its labels."""
-        texts, info = self.texts[splits.class_names], describe_pair(classifier, self.vlm)
-        return Setup(splits, classifier, self.vlm, texts, self.embeddings, info, self.passes, model)
+        texts = self.texts[splits.class_names]
+        return Setup(splits, classifier, self.vlm, texts, self.embeddings, self.passes, model)
 
 
 def open_spaces(config: Any, splits: Splits, names: Sequence[tuple[str, ...]], accelerator: Accelerator) -> list[Space]:

@@ -83,17 +83,12 @@ class FinetuneTask(nn.Module):
 
 
 def make_sing(
-    config: FinetuneConfig,
-    classifier: Classifier,
-    fitted: FittedTranslator,
-    texts: Tensor,
-    images: int,
-    accumulation: int,
+    config: FinetuneConfig, classifier: Classifier, fitted: FittedTranslator, texts: Tensor, images: int, forwards: int
 ) -> SingLoss:
     """Build a configuration's SingLoss; λ's schedule follows from the number of training images and forwards a step."""
     total, loss = Schedule(config, images).total, config.loss
     options: dict[str, Any] = {"floor": loss.floor, "invariance": config.model.invariance, "weight": loss.weight}
-    options |= {"terms": resolve_terms(loss.terms), "accumulation": accumulation}
+    options |= {"terms": resolve_terms(loss.terms), "accumulation": forwards}
     options["everywhere"] = loss.placebo == "everywhere"
     options |= {"warmup_steps": round(WARMUP * total), "ramp_steps": round(RAMP * total)}
     return SingLoss(classifier, fitted.translator, texts, fitted.statistics, **options).to(texts.device)

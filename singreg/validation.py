@@ -13,10 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from singreg.analysis.features import iterate_features
 from singreg.config import FinetuneConfig
-from singreg.data.datasets import ImageSplit
+from singreg.data.splits import ImageSplit
 from singreg.metrics import SemanticLeakage
-from singreg.models.classifier import Classifier
-from singreg.nullspace import NullSpace
 from singreg.plots import panels, styled
 from singreg.report import log, log_image
 from singreg.setup import Setup
@@ -27,9 +25,6 @@ from singreg.utils import all_reduce_sum, atomic_write
 SHARE = 10  # a run sets one in so many of the labelled audit images of its smallest class aside, and as many of each
 SHOWN = ("AS_neg", "AS_abs", "IS")
 BARS = 30
-NO_IMAGES = (
-    "training.best_checkpoint: expected two labelled audit images of every class (a study: validation_per_class)"
-)
 
 
 def validation_images(audit: ImageSplit, per_class: int | None = None) -> np.ndarray:
@@ -70,17 +65,15 @@ class Validation:
     """
 
     def __init__(self, config: FinetuneConfig, setup: Setup, accelerator: Accelerator, folder: Path) -> None:
-        self.setup, self.invariance, self.accelerator = setup, config.model.invariance, accelerator
+        self.setup, self.accelerator = setup, accelerator
         self.patience = config.training.patience * Schedule(config, len(setup.splits.train)).steps_per_epoch
         self.chooses = bool(config.training.best_checkpoint)
-        if self.chooses and setup.held is None:
-            raise ValueError(NO_IMAGES)
         self.kept, self.best, self.step = folder / "best.safetensors", -1.0, 0
         if self.kept.is_file():
             with safe_open(self.kept, framework="pt") as file:
                 self.best, self.step = float(file.metadata()["top1"]), int(file.metadata()["step"])
 
-    def look(self, classifier: Classifier, judge: LinearTranslator, step: int) -> dict[str, str]:
+    def look(self, judge: LinearTranslator, step: int) -> dict[str, str]:
         """Log top-1, AS and IS by a translator (curves, no evidence) and keep the best weights; return it in words.
 
         Every process calls it. The start, step 0, is no epoch to choose.
@@ -88,7 +81,7 @@ class Validation:
         if self.setup.held is None:
             return {}
         texts, passes = self.setup.texts, replace(self.setup.passes, progress=False)
-        space = NullSpace.from_weight(classifier.weight, invariance=self.invariance).to(texts.device)
+        classifier, space = self.setup.classifier, self.setup.space
         scores, right = SemanticLeakage(texts).to(texts.device), torch.zeros((), device=texts.device)
         for batch in iterate_features(classifier, *self.setup.held, passes, "watching"):
             scores.update(judge(batch.features), judge(space.remove(batch.features)), batch.labels)
@@ -109,11 +102,11 @@ class Validation:
         """Whether an arm at a step has waited for a better epoch long enough."""
         return 0 < self.patience <= step - self.step
 
-    def restore(self, classifier: Classifier) -> bool:
+    def restore(self) -> bool:
         """Load the best epoch's weights in place; return whether there are any."""
         found = self.chooses and self.kept.is_file()
         if found:
-            classifier.load_state_dict(load_file(self.kept, device=str(classifier.weight.device)))
+            self.setup.classifier.load_state_dict(load_file(self.kept, device=str(self.setup.texts.device)))
         return found
 
 

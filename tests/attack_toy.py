@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_tensor
 
 from singreg.analysis.attack_images import PixelModel, attack_split
 from singreg.analysis.attack_judges import Judge, judge_images
-from singreg.data.datasets import ImageSplit
+from singreg.data.splits import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.translator import LinearTranslator
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from singreg.config import DataConfig
-from singreg.data.datasets import Splits, load_splits
-from singreg.data.splits import ImageSplit, TableSplit
+from singreg.data.datasets import load_splits
+from singreg.data.splits import ImageSplit, Splits, TableSplit
 
 
 def to_tensor(image: Image.Image) -> Tensor:

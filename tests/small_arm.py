@@ -25,6 +25,7 @@ from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.runs import start
+from singreg.setup import Setup
 from singreg.translator import LinearTranslator
 from tests.toy import ToySplit
 
@@ -97,6 +98,13 @@ def small_sing(classifier: Classifier, **options: Any) -> SingLoss:
     return SingLoss(classifier, fitted.translator, texts, fitted.statistics, **options).double()
 
 
+def small_setup(classifier: Classifier, train: Pixels, held: Any = None) -> Setup:
+    splits: Any = SimpleNamespace(train=train, bank=Pixels())
+    vlm: Any = None
+    passes = PassSettings(16, 0, progress=False)
+    return Setup(splits, classifier, vlm, torch.eye(CLASSES, DIM), {"bank": embeddings()}, passes, held=held)
+
+
 @dataclass
 class Arm:
     """One call of the recipe's `train`: what to train, and what came of it.
@@ -139,13 +147,9 @@ class Arm:
             if figures and step == stop_after:
                 raise Stop
 
-        bank, passes = Pixels(), PassSettings(16, 0, progress=False)
-        splits: Any = SimpleNamespace(train=self.split, bank=bank)
-        texts = torch.eye(CLASSES, DIM)
-        setup: Any = SimpleNamespace(splits=splits, embeddings={"bank": embeddings()}, passes=passes, texts=texts)
-        setup.held = (Pixels(), embeddings()) if self.chooses else None
+        setup = small_setup(classifier, self.split, (Pixels(), embeddings()) if self.chooses else None)
         run: Any = SimpleNamespace(accelerator=accelerator, folder=self.folder)
-        self.keeper = LoopTranslator(small_fitted(classifier), splits, embeddings(), passes=passes)
+        self.keeper = LoopTranslator(small_fitted(classifier), setup, embeddings())
         name = "sing" if self.regularised else "control"
         try:
             with (
@@ -153,7 +157,7 @@ class Arm:
                 patch.object(validation, "log", log),
                 patch.object(loop, "LOG_EVERY", 1),
             ):
-                finetune.train(name, classifier, self.sing, self.keeper, config, setup, run)
+                finetune.train(name, self.sing, self.keeper, config, setup, run)
         finally:
             torch.set_num_threads(threads)
             AcceleratorState._reset_state(True)

@@ -41,7 +41,7 @@ def measure(cache: str | None = None, dropped: bool = False, held: Any = None, *
     nothing: Any = None
     passes = replace(toy.QUIET, cache=cache)
     model = drop_null(toy.classifier(), spare=1).eval() if dropped else toy.classifier()
-    setup = Setup(splits, model, nothing, toy.texts(), tables, nothing, passes, held=held)
+    setup = Setup(splits, model, nothing, toy.texts(), tables, passes, held=held)
     fitted = fit_on_split(model, AUDIT, tables["audit"], ridges=(0.3,), settings=passes)
     judges, how = {AUDITOR: fitted.translator}, {"mean": fitted.mean, "auditor": fitted, "settings": passes}
     scores = analyze_model(model, *TESTED, toy.texts(), judges, **how)
@@ -75,14 +75,14 @@ def test_information_corruption_and_side_effects_are_held_out() -> None:
         logits = toy.features(model, CorruptedSplit(TEST, kind)) @ model.weight.double().T + model.bias.double()
         right = (logits.argmax(1) == torch.from_numpy(TEST.labels)).double().mean()
         assert figures[f"corrupted/{kind}"] == pytest.approx(float(right))
-    assert {"ood_vim", "ece", "nll"} <= {*figures}
+    assert {"ood_vim", "ece"} <= {*figures}
     assert "ood_vim" not in measure(ood=0)[0].figures
     assert all(isinstance(value, float) for value in figures.values())
 
 
 def test_without_the_null_space_logits_stay_and_what_it_held_is_gone() -> None:
     kept, dropped = measured()[0].figures, measure(dropped=True)[0].figures
-    for figure in ("top1", "ece", "nll", "corrupted/blur", "ood_energy"):
+    for figure in ("top1", "ece", "corrupted/blur", "ood_energy"):
         assert dropped[figure] == pytest.approx(kept[figure], abs=1e-5), figure
     assert dropped["ood_null_energy"] == 0.5
     for figure in ("class_variance", "AS_abs", "IS", "null_energy"):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn.functional import normalize
 from singreg.analysis.crossfit import AUDITED, BUDGETS, CrossFit, figures, summarize
 from singreg.analysis.fitting import FittedTranslator, fit_on_split, translator_agreement
 from singreg.analysis.steering import steering_targets
-from singreg.data.datasets import Splits
+from singreg.data.splits import Splits
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from singreg.setup import Setup, fit_translators
 from singreg.translator import LinearTranslator, TranslatorInfo
@@ -90,8 +91,8 @@ def test_the_two_translators_of_a_measurement_come_from_bank_and_audit() -> None
     bank, audit = toy.ToySplit(60), toy.ToySplit(50, seed=1)
     splits = Splits(bank, bank, audit, audit, toy.NAMES, None)
     z = {"bank": toy.embeddings(60), "audit": toy.embeddings(50, 1)}
-    nothing: Any = None
-    setup = Setup(splits, toy.classifier(), nothing, toy.texts(), z, TranslatorInfo(), toy.QUIET)
+    vlm: Any = SimpleNamespace(tag="", weights_hash="", preprocessing={})
+    setup = Setup(splits, toy.classifier(), vlm, toy.texts(), z, toy.QUIET)
     found, mean = fit_translators(setup, 0.1)
     for name, split, key in (("fitted", bank, "bank"), ("auditor", audit, "audit")):
         alone = fit_on_split(toy.classifier(), split, z[key], ridges=(0.1,), settings=toy.QUIET)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from singreg import loop
-from singreg.data.embeddings import PassSettings
 from singreg.loop import TrainingFailed, own_random_numbers
 from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
@@ -241,15 +240,14 @@ def test_the_bank_is_without_the_training_images_where_as_many_others_are_there(
 def test_refreshing_is_a_fit_of_todays_features_with_the_first_ridge() -> None:
     classifier, other = small_classifier(), small_classifier()
     sing, fitted = small_arm.small_sing(classifier), small_arm.small_fitted(classifier)
-    splits: Any = SimpleNamespace(train=Pixels(), bank=Pixels())
-    keeper = LoopTranslator(fitted, splits, embeddings(), passes=PassSettings(16, 0, progress=False))
+    keeper = LoopTranslator(fitted, small_arm.small_setup(classifier, Pixels()), embeddings())
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)))
         classifier.load_state_dict(other.state_dict())
     first = fitted.translator.matrix
     for encode, features in ((False, small_arm.features_of(small_classifier())), (True, small_arm.features_of(other))):
-        keeper.begin(classifier, sing, encode=encode)
+        (keeper.refresh if encode else keeper.refit)(sing)
         scale = formulas.block_scale(features.double().numpy(), other.weight)
         matrix, offset = formulas.ridge(features.double().numpy() @ scale, embeddings().astype(np.float64), 0.01)
         current = keeper.current(sing)

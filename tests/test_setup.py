@@ -12,7 +12,8 @@ import torch
 
 from singreg.classes import ClassSubset, NoRows, head_rows, subset_of
 from singreg.config import DataConfig, FinetuneConfig, ModelConfig, overridden
-from singreg.data.datasets import ImageSplit, Splits, class_folders, load_splits
+from singreg.data.datasets import class_folders, load_splits
+from singreg.data.splits import ImageSplit, Splits
 from singreg.models.classifier import Classifier
 from singreg.setup import build_classifier, fit_batch, labels_for_head, try_one_batch
 

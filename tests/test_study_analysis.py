@@ -16,7 +16,7 @@ from singreg.study import ArmConfig
 from singreg.study import results as analysis
 from singreg.study.arms import AUDITOR, Measured
 from singreg.study.pareto import save_pareto
-from singreg.study.results import HARM, Summary, by_name, compare_rows, pareto_front, study_warnings, summarize_study
+from singreg.study.results import HARM, Summary, compare_rows, pareto_front, study_warnings, summarize_study
 from singreg.study.runs import Work
 from singreg.utils import plain
 
@@ -86,10 +86,10 @@ def test_only_common_seeds_and_the_same_images_are_paired() -> None:
 
 
 def test_means_and_spreads_over_seeds() -> None:
-    found = by_name(study(*sing(), *[run("a", s, right=right) for s, right in ((0, 0.8), (1, 0.9))]), "a")
+    found = study(*sing(), *[run("a", s, right=right) for s, right in ((0, 0.8), (1, 0.9))])[-1]
     assert (found["mean"]["top1"], found["spread"]["top1"]) == pytest.approx((0.85, np.std([0.8, 0.9], ddof=1)))
     arms = study(*sing(), run("b"))
-    assert math.isnan(by_name(arms, "b")["spread"]["top1"])
+    assert math.isnan(arms[-1]["spread"]["top1"])
     assert study_warnings(arms) == ["Of one seed only, so without a spread over seeds: b."]
 
 
@@ -100,7 +100,7 @@ def test_the_pareto_front_keeps_what_nothing_beats() -> None:
 
 def test_an_untrained_arm_is_compared_with_every_seed() -> None:
     arms = study(*sing(), run("edit", harm=1.0, about={"make": "align"}))
-    found, fixed = by_name(arms, "edit")["paired"]["AS_neg"], rows(0, harm=1.0)[f"AS/{AUDITOR}"].mean()
+    found, fixed = arms[-1]["paired"]["AS_neg"], rows(0, harm=1.0)[f"AS/{AUDITOR}"].mean()
     assert found["value"] == pytest.approx(fixed / np.mean([rows(s)[f"AS/{AUDITOR}"].mean() for s in (0, 1)]))
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 
+import finetune
 from singreg import task as tasks
 from singreg.classes import imagenet_names
 from singreg.config import FinetuneConfig, overridden
@@ -21,6 +22,7 @@ from singreg.ridge import RidgeStatistics
 from singreg.task import FinetuneTask, Schedule
 from singreg.translator import LinearTranslator
 from tests.small_arm import CLASSES, DIM, SIDE, embeddings, small_classifier, small_fitted
+from tests.toy import ToySplit
 
 BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
@@ -153,6 +155,12 @@ def test_every_schedule_warms_up_and_lasts_to_the_end(schedule: str, factors: li
 def test_optimizers_and_schedules_that_cannot_train_are_refused(values: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         tasks.describe_training(configured(**values), fake(), small_classifier(), 100)
+
+
+def test_a_best_checkpoint_needs_two_labelled_audit_images_a_class() -> None:
+    config, splits = configured(training__best_checkpoint=True), SimpleNamespace(train=ToySplit(43), audit=ToySplit(5))
+    with pytest.raises(ValueError, match=r"best_checkpoint.*two labelled audit images"):
+        finetune.check(config, cast(Any, SimpleNamespace(accelerator=fake())), cast(Any, splits), small_classifier())
 
 
 def test_micro_batches_are_even_or_refused() -> None:

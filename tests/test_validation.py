@@ -28,7 +28,7 @@ def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:
     split, table = toy.ToySplit(43), np.load(tmp_path / "table.npy", mmap_mode="r")
     splits = Splits(split, split, split, split, split.class_names, None)
     nothing: Any = None
-    setup = Setup(splits, nothing, nothing, nothing, {"audit": table}, nothing, nothing)
+    setup = Setup(splits, nothing, nothing, nothing, {"audit": table}, nothing)
     for per_class, count in ((2, 10), (None, 5)):
         left = hold_out(setup, per_class)
         held, embeddings = left.held
@@ -43,9 +43,7 @@ def test_validation_images_are_taken_from_the_auditors(tmp_path: Path) -> None:
         hold_out(setup, 9)
 
 
-def test_without_validation_images_there_are_no_curves_and_no_best_epoch(tmp_path: Path) -> None:
+def test_without_validation_images_there_are_no_curves(tmp_path: Path) -> None:
     arm = Arm(tmp_path / "none")
     arm.run()
     assert not [name for figures in arm.logged.values() for name in figures if name.startswith(("val/", "watch/"))]
-    with pytest.raises(ValueError, match=r"best_checkpoint.*two labelled audit images"):
-        Arm(tmp_path / "best", values={"training.best_checkpoint": True}).run()

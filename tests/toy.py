@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from singreg.analysis.features import FeatureBatch, process_share
-from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings
+from singreg.data.splits import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator, TranslatorInfo

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import singreg
 from singreg.config import DataConfig, located
-from singreg.data.datasets import make_loader
+from singreg.data.splits import make_loader
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--images", type=int, default=1000, help="in each split")

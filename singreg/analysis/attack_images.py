@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from singreg.analysis.attack import LEVELS, Judged, Reading, ascend, random_images
 from singreg.analysis.features import process_share
-from singreg.data.datasets import ImageSplit
+from singreg.data.splits import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.models.edits import NullDroppedClassifier
 from singreg.translator import Translator

@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 from singreg.analysis.attack import LEVELS, TANGENT
 from singreg.analysis.attack_images import ATTACK, RANDOM, PixelModel, load_images
 from singreg.analysis.statistics import mean_interval, paired_difference, share_interval
-from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import take_rows
+from singreg.data.splits import ImageSplit
 from singreg.functional import angle
 from singreg.models.vlm import VisionLanguageModel
 

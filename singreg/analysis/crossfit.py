@@ -51,11 +51,10 @@ class CrossFit:
             LinearTranslator.from_solution(each.solve(ridge, standardize=space.basis)) for each in auditor.halves
         ]
         # R² asks what can be predicted, so its ridge is the one that predicts best, not the one that points best.
-        best, _ = auditor.halves[0].validate(auditor.halves[1], standardize=space.basis)
-        self.full = LinearTranslator.from_solution(statistics.solve(best.ridge, standardize=space.basis))
+        best = auditor.halves[0].validated(auditor.halves[1], standardize=space.basis)
+        self.full = LinearTranslator.from_solution(statistics.solve(best, standardize=space.basis))
         first, second = (each.mapped(space.basis) for each in auditor.halves)
-        best, _ = first.validate(second)
-        inside = (first + second).solve(best.ridge)
+        inside = (first + second).solve(first.validated(second))
         self.rows = LinearTranslator(inside.matrix @ space.basis.T, inside.offset)
         self.covariance = statistics.centred()[0] / statistics.count
         self.mean, self.embedding_mean = statistics.f / statistics.count, statistics.z / statistics.count

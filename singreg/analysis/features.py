@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.data.datasets import ImageSplit, make_loader
 from singreg.data.embeddings import PassSettings, encode_split, take_rows
+from singreg.data.splits import ImageSplit, make_loader
 from singreg.models.classifier import Classifier
 from singreg.models.vlm import hash_of_state
 from singreg.utils import progress, rank_and_world

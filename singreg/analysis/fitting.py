@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import gathered, iterate_features
-from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings
+from singreg.data.splits import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics

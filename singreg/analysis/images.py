@@ -11,9 +11,8 @@ from torch import Tensor
 
 from singreg.analysis.features import cached_features
 from singreg.analysis.levels import Order, select_concepts
-from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings
-from singreg.data.splits import UNLABELLED, TableSplit
+from singreg.data.splits import UNLABELLED, ImageSplit, TableSplit
 from singreg.functional import pairwise_angles, unit_rows
 from singreg.metrics import COLUMNS, score_columns
 from singreg.models.classifier import Classifier

@@ -108,8 +108,7 @@ def _bases(whole: RidgeStatistics, space: NullSpace) -> dict[str, Tensor]:
 def _chosen(pair: Sequence[RidgeStatistics], basis: Tensor) -> RidgeSolution:
     """λ by the held-out R² of the pair's second, then the fit to all images."""
     fit, held_out = (statistics.mapped(basis) for statistics in pair)
-    best, _ = fit.validate(held_out)
-    return (fit + held_out).solve(best.ridge)
+    return (fit + held_out).solve(fit.validated(held_out))
 
 
 def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from singreg.analysis.crossfit import CrossFit, summarize
 from singreg.analysis.features import FeatureBatch, gathered, iterate_features
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.statistics import ENDS, mean_interval, resampled_means
-from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings
+from singreg.data.splits import ImageSplit
 from singreg.metrics import COLUMNS, columns_of, score_columns, summarize_columns
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace, null_share

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 
 from singreg.classes import ClassSubset, read_list, renamed, resolve_classes
-from singreg.config import DataConfig
+from singreg.config import SCENES, DataConfig
 from singreg.data.scenes import SHAPES, sample_scenes
 from singreg.data.splits import (
     FORMATS,
@@ -27,12 +27,9 @@ from singreg.data.splits import (
     TableSplit,
     cell_bytes,
     examine,
-    make_loader,
     open_image,
 )
 from singreg.utils import cache_folder, sha256_of_json, together
-
-__all__ = ["ImageSplit", "SceneSplit", "Splits", "load_splits", "make_loader"]
 
 logger = logging.getLogger(__name__)
 TABLES = ("*.parquet", "*/*.parquet", "*.tar", "*/*.tar")  # that `datasets` reads
@@ -52,16 +49,15 @@ def load_splits(config: DataConfig) -> Splits:
         >>> [len(split) for split in splits]
         [12, 12, 6, 5]
     """
-    splits = (
-        _scenes(config) if config.built_in else together(lambda: _stored(config), "reading the data", first_only=True)
-    )
+    stored = partial(together, partial(_stored, config), "reading the data", first_only=True)
+    splits = _scenes(config) if config.built_in else stored()
     sizes = ", ".join(f"{split.name} {len(split)}" for split in splits)
     logger.info("data %s: %d classes; images: %s", config.source, len(splits.class_names), sizes)
     return splits
 
 
 def _scenes(config: DataConfig) -> Splits:
-    options = config.scene_counts
+    options = {**SCENES, **config.scenes}
 
     def scenes(name: str, stream: int, bias: float) -> ImageSplit:
         seed = int(np.random.SeedSequence([int(options["seed"]), stream]).generate_state(1)[0])
@@ -369,15 +365,9 @@ def _images_below(folder: Path, others: list[str]) -> Iterator[str]:
                 others.append(named)
 
 
-@cache
-def _endings() -> set[str]:
-    Image.init()
-    return {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
-
-
 def _is_image(path: str) -> bool:
     """By the ending, so that a million files are not opened, and where it says nothing by the content."""
-    if os.path.splitext(path)[1].lower() in _endings():
+    if Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in FORMATS:
         return True
     try:
         with open_image(path):

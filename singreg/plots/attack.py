@@ -13,7 +13,7 @@ from singreg.analysis.attack_images import ATTACK, RANDOM
 from singreg.analysis.robustness import DROPPED, MAXIMISER
 from singreg.analysis.robustness import RANDOM as RANDOM_DIRECTION
 from singreg.analysis.steering_curves import SINGLE
-from singreg.data.datasets import ImageSplit
+from singreg.data.splits import ImageSplit
 from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, band, drawable, panels, save, show, styled
 from singreg.report import Figure, Section, interval, percent
 

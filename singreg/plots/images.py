@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from singreg import report
-from singreg.data.datasets import ImageSplit
+from singreg.data.splits import ImageSplit
 from singreg.plots import BLUE, ORANGE, arrows, drawable, save, show, styled
 
 HEIGHT = 2.9  # inches an image

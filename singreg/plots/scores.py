@@ -11,7 +11,7 @@ from matplotlib.patches import Ellipse
 from singreg import report
 from singreg.analysis.comparison import Measured
 from singreg.analysis.levels import joint_distribution, select_concepts
-from singreg.data.datasets import ImageSplit
+from singreg.data.splits import ImageSplit
 from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, arrows, drawable, panels, save, styled
 from singreg.plots.images import plot_images
 from singreg.tables import AUDIT, READING, audit_table, score_table

@@ -9,16 +9,14 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from singreg.analysis.features import FeatureBatch, evenly, iterate_features
 from singreg.analysis.fitting import FittedTranslator
 from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
 from singreg.analysis.scores import Rows
-from singreg.data.datasets import ImageSplit
 from singreg.data.embeddings import PassSettings
 from singreg.data.scenes import ATTRIBUTES
-from singreg.data.splits import KINDS, CorruptedSplit, SceneSplit, SubsetSplit
+from singreg.data.splits import KINDS, CorruptedSplit, ImageSplit, SceneSplit, SubsetSplit
 from singreg.nullspace import NullSpace
 from singreg.setup import Setup
 from singreg.utils import gather_rows
@@ -96,7 +94,7 @@ def _side_effects(setup: Setup, space: NullSpace, mean: Tensor, ood: int, seed: 
         return network_outputs(iterate_features(setup.classifier, split, table, passes, SAID), space, mean)
 
     tested = outputs(splits.test, z["test"])
-    figures = {"ece": calibration_error(tested["confidence"], tested["correct"]), "nll": tested["nll"].mean()}
+    figures = {"ece": calibration_error(tested["confidence"], tested["correct"])}
     unlabelled = np.flatnonzero(np.asarray(splits.bank.labels) < 0)
     strange = unlabelled[evenly(len(unlabelled), ood)] if ood and len(unlabelled) else unlabelled[:0]
     if len(strange):
@@ -171,7 +169,7 @@ def attribute_r2(batches: Iterable[FeatureBatch], fits: BlockFits, names: Sequen
 
 
 def network_outputs(batches: Iterable[FeatureBatch], space: NullSpace, mean: Tensor) -> Rows:
-    """Return of all images correct, confidence, nll, residual |Π_n(f - μ)|, logsumexp and max_logit (N,)."""
+    """Return of all images correct, confidence, residual |Π_n(f - μ)|, logsumexp and max_logit (N,)."""
     rows = []
     for batch in batches:
         f, logits = batch.features.double(), batch.logits.double()
@@ -179,7 +177,6 @@ def network_outputs(batches: Iterable[FeatureBatch], space: NullSpace, mean: Ten
         # What float32 leaves of a null component that is not there would otherwise be ranked as if it said something.
         residual = residual * (residual > ROUNDING * torch.linalg.vector_norm(f, dim=1))
         columns = {"correct": logits.argmax(1) == batch.labels, "confidence": logits.softmax(1).amax(1)}
-        columns["nll"] = cross_entropy(logits, batch.labels, reduction="none", ignore_index=-1)
         columns |= {"residual": residual, "logsumexp": logits.logsumexp(1), "max_logit": logits.amax(1)}
         rows.append(_arrays(index=batch.indices, **columns))
     return gather_rows(rows, sort_by="index")

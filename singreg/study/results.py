@@ -64,11 +64,6 @@ def summarize_study(runs: Sequence[tuple[Work, Measured]], reference: str, claim
     return [{**arm, "front": arm["arm"] in front} for arm in arms]
 
 
-def by_name(arms: Sequence[Summary], name: str) -> Summary:
-    """Return the summary of one arm."""
-    return next(arm for arm in arms if arm["arm"] == name)
-
-
 def _summary(found: Sequence[tuple[Work, Measured]]) -> Summary:
     (first, _), runs = found[0], [run for _, run in found]
     table, arm = pd.DataFrame([run.figures for run in runs]), first.arm
@@ -139,17 +134,11 @@ def words(paired: Mapping[str, Any] | None) -> str:
 
 
 def study_verdict(
-    arms: Sequence[Summary],
-    reference: str,
-    claim: str,
-    *,
-    images: int,
-    classes: int,
-    auditor_images: int,
-    features: int,
+    arms: Sequence[Summary], reference: str, claim: str, images: int, classes: int, auditor_images: int, features: int
 ) -> list[str]:
     """Say in at most four lines what the claimed arm does, its price, and what placebos and a dropped null space do."""
-    arm, refused = by_name(arms, claim), no_claim(auditor_images, features) or too_few(images, classes)
+    arm = next(each for each in arms if each["arm"] == claim)
+    refused = no_claim(auditor_images, features) or too_few(images, classes)
     if refused or not arm["paired"]:
         return [refused or f"{claim!r} is compared with nothing, so this study says nothing about it."]
     paired, on = arm["paired"], f"{images} test images, auditor of {auditor_images} others, {len(arm['seeds'])} seed(s)"
@@ -159,11 +148,8 @@ def study_verdict(
     kept = "kept" if paired["top1"]["low"] > -100 * MARGIN else "not shown to be kept"
     beside = ", ".join(f"{PAIRED[key]} {words(paired[key])}" for key in ("IS", "unique_r2", "harmless_r2"))
     price = f"Top-1 {words(paired['top1'])}, {kept}; {beside}; confirmed share {words(paired.get('confirmed'))}."
-    said = [
-        f"{claim}, named beforehand, against {reference}: {fallen}: {together} ({on}).",
-        price,
-        _placebos(arms, arm),
-    ]
+    first = f"{claim}, named beforehand, against {reference}: {fallen}: {together} ({on})."
+    said = [first, price, _placebos(arms, arm)]
     for each in arms:
         if each["make"] == "drop":
             cost = f"top-1 {words(each['paired']['top1'])} and harmless R² {words(each['paired']['harmless_r2'])}"

@@ -15,8 +15,9 @@ from paired import compare, options
 from singreg.analysis.fitting import fit_on_split
 from singreg.analysis.scores import analyze_model
 from singreg.config import DataConfig, ModelConfig
-from singreg.data.datasets import ImageSplit, load_splits, make_loader
+from singreg.data.datasets import load_splits
 from singreg.data.embeddings import PassSettings
+from singreg.data.splits import ImageSplit, make_loader
 from singreg.setup import build_classifier
 
 SIZES = {"pixels": 0, "audit": 1600, "test": 1000, "batch": 64, "dim": 512, "pairs": 5}

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import singreg
 from singreg.config import DataConfig
-from singreg.data.datasets import make_loader
 from singreg.data.embeddings import PassSettings
+from singreg.data.splits import make_loader
 from singreg.task import FinetuneTask
 from singreg.terms import TERMS
 
