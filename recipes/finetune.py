@@ -128,10 +128,7 @@ def train_arm(
     if regularised:
         accumulation, prompts = run.accelerator.gradient_accumulation_steps, loss_texts(config, setup)
         sing = make_sing(config, classifier, fitted, prompts, len(setup.splits.train), accumulation)
-        if config.loss.placebo == "shuffled":  # the embeddings are not those that it was fitted on
-            keeper.refresh(sing)
-        else:
-            keeper.refit(sing)
+        (keeper.refresh if config.loss.placebo == "shuffled" else keeper.refit)(sing)
     train(name, sing, keeper, config, own, run)
     # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.
     if sing is None:
@@ -186,6 +183,7 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
         track(run.accelerator, "sing", config)
     table = audit_table({said: figures[name] for name, said in (STAGES | DROPPED).items()})
     log_text(run.accelerator, "report", [*said, table])
+    kept = {"comparisons": comparisons.to_dict("records")}
     log_figures(run.accelerator, plots[:2])  # four images, with the histograms of both arms
     write_model_card(run, setup, figures["sing"], table=table, verdict=said, reading=AUDIT)
     write_report(
@@ -194,11 +192,7 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
         verdict=said,
         warnings=finetune_warnings(figures["before"]),
         sections=finetune_sections(figures, comparisons, plots),
-        figures={
-            "measurements": figures,
-            "comparisons": comparisons.to_dict("records"),
-            "class_names": setup.splits.class_names,
-        },
+        figures={"measurements": figures, **kept, "class_names": setup.splits.class_names},
         rows=pd.concat([rows.assign(model=name) for name, (rows, _) in measured.items()]),
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
-_SETS_FOLDER = Path(__file__).parent / "data" / "named_sets"
+NAMED_SETS = {path.stem: path for path in sorted((Path(__file__).parent / "data" / "named_sets").glob("*.txt"))}
 # The four ImageNet-1k names that two classes share; the second words are those CLIP's authors use.
 _SHARED_NAMES = {"n02012849": "crane bird", "n03126707": "construction crane"}
 _SHARED_NAMES |= {"n02113186": "Cardigan Welsh corgi", "n03710721": "tank suit"}
@@ -62,11 +62,6 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(_imagenet()[0].values())
 
 
-def named_sets() -> tuple[str, ...]:
-    """Return the names of the sets that come with the package."""
-    return tuple(sorted(path.stem for path in _SETS_FOLDER.glob("*.txt")))
-
-
 def read_list(path: str | Path) -> tuple[str, ...]:
     """Return the lines of a text file without blank ones and those that begin with `#`."""
     try:
@@ -84,7 +79,7 @@ def expand_classes(classes: Sequence[str] | str) -> tuple[str, ...]:
         return read_list(classes)
     if "/" in classes or classes.endswith(".txt"):
         raise FileNotFoundError(f"there is no list of classes {classes}")
-    return read_list(_SETS_FOLDER / f"{classes}.txt") if classes in named_sets() else (classes,)
+    return read_list(NAMED_SETS[classes]) if classes in NAMED_SETS else (classes,)
 
 
 def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str] | None = None) -> ClassSubset:
@@ -104,7 +99,7 @@ def resolve_classes(classes: Sequence[str] | str | None, available: Sequence[str
     if missing:
         close = {entry: difflib.get_close_matches(_normal(entry), owners, n=3) for entry in missing[:6]}
         hints = ", ".join(f"{entry!r} (near: {', '.join(near) or 'none'})" for entry, near in close.items())
-        sets = f"; named sets are {', '.join(named_sets())}" if entries == (classes,) else ""
+        sets = f"; named sets are {', '.join(NAMED_SETS)}" if entries == (classes,) else ""
         raise ValueError(f"{len(missing)} of the classes are not among the {len(keys)} there: {hints}{sets}")
     vague = [f"{entry!r} ({', '.join(sorted(match))})" for entry, match in found.items() if len(match) > 1]
     if vague:
@@ -162,9 +157,8 @@ def renamed(classes: ClassSubset, path: str) -> ClassSubset:
     else:
         wrong = next((line for line, keys in zip(lines, found, strict=True) if not keys), "none")[:40]
         wanted = f"a name for each of {len(classes.order)} classes ({', '.join(classes.order[:2])}, ...)"
-        raise ValueError(
-            f"data.class_names: expected {wanted} or `folder: name` lines, got {len(lines)} like {wrong!r}"
-        )
+        wanted += f" or `folder: name` lines, got {len(lines)} like {wrong!r}"
+        raise ValueError(f"data.class_names: expected {wanted}")
     names = tuple(words.get(key, name) for key, name in zip(classes.keys, classes.names, strict=True))
     spelled = [_normal(name) for name in names]
     if twice := {name for name, word in zip(names, spelled, strict=True) if spelled.count(word) > 1}:
@@ -177,7 +171,6 @@ def head_rows(classes: ClassSubset, labels: Mapping[int, str], count: int) -> li
 
     Stored names count, in any spelling, wnids and synonyms too. Without them, a head of 1000 rows has ImageNet's, and
     one with a row for each class is taken to be numbered as a training on the data numbers it.
-    `NoRows` is raised where nothing says that any row is one of the classes.
     """
     say = "list the names of its rows in model.label_names: FILE"
     if not labels:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from singreg.parsing import dump as dump
 from singreg.parsing import overridden as overridden
 from singreg.parsing import parse as parse
 

@@ -17,12 +17,9 @@ from singreg.translator import LinearTranslator
 
 
 class LoopTranslator:
-    """Refits the loss's translator, metric and readout in closed form, at the ridge of the first.
+    """Refits the loss's translator, metric and readout for the setup's classifier, at the ridge of the first, `fitted`.
 
-    Args:
-        fitted: on the starting classifier.
-        setup: with the classifier that trains.
-        embeddings: of the bank (N, n), or a placebo's in their place.
+    `embeddings` (N, n) are those of the bank, or a placebo's in their place.
     """
 
     def __init__(self, fitted: FittedTranslator, setup: Setup, embeddings: np.ndarray) -> None:

@@ -88,9 +88,8 @@ class SingLoss(nn.Module):
         self.reads_embeddings = any(TERMS[name].embeddings for name in self.terms)
         own = getattr(head, "weight", None)
         if not isinstance(own, Tensor) or own.ndim < 2:
-            raise ValueError(
-                f"expected a head with a weight (C, m), got {type(head).__name__}; pass its last linear layer"
-            )
+            got = f"got {type(head).__name__}; pass its last linear layer"
+            raise ValueError(f"expected a head with a weight (C, m), {got}")
         check_is_affine(getattr(head, "head", head), "head")  # of a `Classifier`, its own
         wanted = (len(self.head_weight), len(translator.matrix))
         if texts.shape != wanted:

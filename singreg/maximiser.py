@@ -1,7 +1,5 @@
 """The largest cosine with a text that a null displacement of bounded length can reach (METHOD section 9c, d)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +30,7 @@ class NearNull:
     tolerance: float  # τ in logits
 
     @classmethod
-    def below(cls, weight: Tensor, null_space: NullSpace, *, ratio: float, tolerance: float) -> NearNull:
+    def below(cls, weight: Tensor, null_space: NullSpace, *, ratio: float, tolerance: float) -> "NearNull":
         """Take the directions with σ <= ratio · σ_1 in the row space of W (C, m), which `null_space` was made from."""
         exact, inside, softmax = weight.detach().double(), null_space.basis, null_space.invariance == "softmax"
         rows = helmert_contrasts(exact) if softmax else exact

@@ -105,9 +105,6 @@ class NullSpace(nn.Module):
         Args:
             invariance: "softmax" takes W without its mean row.
             allow_empty: accept a head without a null space (nullity 0: `component` is then 0 everywhere).
-
-        Raises:
-            ValueError: W is not (C, m), not finite, or has no null space and `allow_empty` is False.
         """
         rows = _rows_of(weight.detach().to(torch.float64), invariance)
         classes, width = weight.shape

@@ -97,10 +97,7 @@ def write_report(
 def write_model_card(
     run: Run, setup: Setup, figures: Mapping[str, Any], *, table: pd.DataFrame, verdict: Sequence[str], reading: str
 ) -> None:
-    """Write model/README.md of a fine-tuning run: the hub's model card, with the report's first table in it.
-
-    `figures` are those of the model's measurement, by the auditor too (`analyze_model`).
-    """
+    """Write model/README.md of a fine-tuning run: the hub's model card, with the report's first table in it."""
     config: Any = run.config
     start: Mapping[str, Any] = getattr(setup.classifier.model, "pretrained_cfg", {})
     front = {"library_name": "timm", "license": start.get("license") or "other"}

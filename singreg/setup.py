@@ -135,9 +135,7 @@ def fit_translators(
     """Fit "fitted" on the bank, "auditor" on the audit split and MLPs of some kinds on the bank (METHOD section 8.6).
 
     Without a ridge each linear translator chooses its own. "run" is that of the run whose model it is, if it fits.
-
-    Returns:
-        The translators by name, and the auditor's mean feature (m,).
+    Returned by name, with the auditor's mean feature (m,).
     """
     classifier, passes, bank = setup.classifier, setup.passes, setup.embeddings["bank"]
     fitted = setup.fit(setup.splits.bank, bank, ridge)

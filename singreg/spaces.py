@@ -18,15 +18,7 @@ from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
 from singreg.models.vlm import VisionLanguageModel
 from singreg.nullspace import NullSpace
-from singreg.setup import (
-    Setup,
-    build_classifier,
-    embed_splits,
-    labels_for_head,
-    open_vlm,
-    pass_settings,
-    try_one_batch,
-)
+from singreg.setup import Setup, build_classifier, embed_splits, labels_for_head, open_vlm, pass_settings, try_one_batch
 
 
 def open_model(model: ComparedModel, splits: Splits, config: RunConfig) -> Classifier:

@@ -1,7 +1,5 @@
 """Steering features through the null space (METHOD sections 4 and 9)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,7 +143,7 @@ class ConditionalGaussian:
     @classmethod
     def from_moments(
         cls, mean: Tensor, covariance: Tensor, null_space: NullSpace, *, floor: float = 1e-3
-    ) -> ConditionalGaussian:
+    ) -> "ConditionalGaussian":
         """Condition a Gaussian of features, mean (m,) and covariance (m, m), on the head's row space.
 
         A (nearly) singular covariance would make a radius meaningless: variances are kept above `floor` times their

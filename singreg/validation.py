@@ -61,7 +61,6 @@ class Validation:
     """What an arm shows of held-out images, and its best epoch, which a resumed run finds again.
 
     The images are those of no other use, `setup.held`; without them there are no curves and no epoch can be chosen.
-    `folder` is that of the arm's checkpoints.
     """
 
     def __init__(self, config: FinetuneConfig, setup: Setup, accelerator: Accelerator, folder: Path) -> None:

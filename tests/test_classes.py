@@ -7,14 +7,14 @@ import pytest
 import torch
 from timm.data import ImageNetInfo
 
-from singreg.classes import expand_classes, imagenet_names, named_sets, resolve_classes
+from singreg.classes import NAMED_SETS, expand_classes, imagenet_names, resolve_classes
 from singreg.data.concepts import BANK_TEMPLATES, CONCEPTS_FOLDER, ConceptBank, embed_concepts, load_concepts
 
 SYNSETS = ImageNetInfo().label_names()
 
 
 def test_named_sets_are_complete_and_known() -> None:
-    for name, count in zip(named_sets(), (100, 16, 10, 10), strict=True):
+    for name, count in zip(NAMED_SETS, (100, 16, 10, 10), strict=True):
         subset = resolve_classes(name)
         assert len(subset.keys) == count == len(set(subset.indices or ())) == len(set(subset.names))
         assert [SYNSETS[index] for index in subset.indices or ()] == list(subset.keys)

@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 import pytest
 
-from singreg.config import FinetuneConfig, ModelConfig, RunConfig, dump, overridden, parse
+from singreg.config import FinetuneConfig, ModelConfig, RunConfig, overridden, parse
+from singreg.parsing import dump
 
 
 @dataclass

@@ -159,7 +159,7 @@ def test_refusals() -> None:
     nn.utils.parametrizations.weight_norm(normalised.head)
     for call, words in (
         (lambda: align_head_(small("batch norm"), T, texts, statistics), "a batch norm and a linear layer"),
-        (lambda: align_head_(normalised, T, texts, statistics), "is parametrised"),
+        (lambda: align_head_(normalised, T, texts, statistics), "parametrised"),
         (lambda: aligned_weight(weight[:2], d, **moments(f)), r"a head of 2 rows cannot hold 3 independent"),
         (lambda: align_head_(small(), T, texts, RidgeStatistics(WIDTH, N)), "at least 2 images"),
         (lambda: edits.prompt_directions(LinearTranslator(0 * T.matrix, T.offset), texts), "prompt .* zero"),

@@ -13,12 +13,7 @@ from singreg.data.splits import ImageSplit
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
-from singreg.translator import (
-    LinearTranslator,
-    TranslatorInfo,
-    fit_on_halves,
-    update_halves,
-)
+from singreg.translator import LinearTranslator, TranslatorInfo, fit_on_halves, update_halves
 
 IMAGES_PER_FEATURE = 6.0
 """With fewer images a feature an auditor is not identified well, AS⁻ reads too high, and a report makes no claim."""

@@ -43,7 +43,7 @@ def load_concepts(sources: Sequence[str]) -> ConceptBank:
     for bank, concept in entries:
         kept.setdefault(" ".join(concept.casefold().split()), (concept, bank))
     if not kept:
-        raise ValueError(f"no concept in {sources}; name banks ({', '.join(_banks())}), files or concepts")
+        raise ValueError(f"no concept in {sources}; banks ({', '.join(sorted(BANK_TEMPLATES))}), files or concepts")
     repeated = len(entries) - len(kept)
     omissions = (f"{repeated} repeated concepts were left out.",) if repeated else ()
     concepts, banks = zip(*kept.values(), strict=True)
@@ -59,10 +59,6 @@ def embed_concepts(vlm: VisionLanguageModel, bank: ConceptBank, templates: Seque
         prompts = [template.replace("{concept}", "{class}") for template in group]
         rows |= zip(places, vlm.embed_classes([bank.concepts[place] for place in places], prompts), strict=True)
     return torch.stack([rows[place] for place in range(len(wanted))])
-
-
-def _banks() -> list[str]:
-    return sorted([*(path.stem for path in CONCEPTS_FOLDER.glob("*.txt")), IMAGENET])
 
 
 def _entries(source: str) -> Iterator[tuple[str, str]]:

@@ -11,14 +11,12 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 from timm.utils.misc import natural_key
 
 from singreg.classes import ClassSubset, read_list, renamed, resolve_classes
 from singreg.config import SCENES, DataConfig
 from singreg.data.scenes import SHAPES, sample_scenes
 from singreg.data.splits import (
-    FORMATS,
     UNLABELLED,
     ConcatSplit,
     ImageSplit,
@@ -27,7 +25,7 @@ from singreg.data.splits import (
     TableSplit,
     cell_bytes,
     examine,
-    open_image,
+    is_image,
 )
 from singreg.utils import cache_folder, sha256_of_json, together
 
@@ -131,9 +129,8 @@ def _draw(read: Sequence[TableSplit], keys: Sequence[str], config: DataConfig) -
         draws.append({name: np.concatenate(rows) for name, rows in chosen.items()})
     if short:
         left_out = f" ({sum(len(split.bad) for split in read)} unreadable ones not counted)"
-        raise ValueError(
-            f"too few images{left_out}; lower data.per_class, or leave a key out\n  {_joined(short, SHOWN)}"
-        )
+        wanted = f"too few images{left_out}; lower data.per_class, or leave a key out"
+        raise ValueError(f"{wanted}\n  {_joined(short, SHOWN)}")
     return draws
 
 
@@ -299,9 +296,8 @@ class _HuggingFace:
         """A row's label as text; None where it has none (null, or -1 as in published test splits)."""
         if isinstance(self.feature, datasets.ClassLabel):
             if value is not None and value >= len(self.feature.names):
-                raise ValueError(
-                    f"{self.where}: label {value}, but there are {len(self.feature.names)} names of classes"
-                )
+                names = f"there are {len(self.feature.names)} names of classes"
+                raise ValueError(f"{self.where}: label {value}, but {names}")
             return str(self.feature.names[value]) if value is not None and value >= 0 else None
         return None if value is None else str(value)
 
@@ -359,18 +355,7 @@ def _images_below(folder: Path, others: list[str]) -> Iterator[str]:
         seen.add(os.path.realpath(where))
         for path in (os.path.join(where, name) for name in sorted(files) if name[0] != "."):
             named = path.encode("utf-8", "backslashreplace").decode()
-            if named == path and _is_image(path):
+            if named == path and is_image(path):
                 yield path
             else:
                 others.append(named)
-
-
-def _is_image(path: str) -> bool:
-    """By the ending, so that a million files are not opened, and where it says nothing by the content."""
-    if Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in FORMATS:
-        return True
-    try:
-        with open_image(path):
-            return True
-    except Exception:  # PIL raises nearly anything
-        return False

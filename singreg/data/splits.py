@@ -3,6 +3,7 @@
 import hashlib
 import io
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,17 @@ def open_image(file: Any) -> Image.Image:
     """Open a path or file of one of the `FORMATS`, not yet decoded."""
     Image.init()  # before it, PIL does not know which formats it was built with
     return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def is_image(path: str) -> bool:
+    """Tell by the ending, so that a million files are not opened, and where it says nothing by the content."""
+    if Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in FORMATS:
+        return True
+    try:
+        with open_image(path):
+            return True
+    except Exception:  # PIL raises nearly anything
+        return False
 
 
 def _decode(content: bytes, *, draft: bool = False) -> tuple[Image.Image, int | None]:
@@ -191,9 +203,8 @@ class TableSplit(ImageSplit):
                     self.brightest |= {row: brightest} if brightest else {}
         most = max(self.brightest.values(), default=2**16)
         if most <= 2**12:  # a camera's 12 bits would be black; a dark image among bright ones is no fault
-            self.bad |= dict.fromkeys(
-                self.brightest, f"16-bit values up to {most} alone (12 bits?); save it with 8 bits"
-            )
+            wrong = f"16-bit values up to {most} alone (12 bits?); save it with 8 bits"
+            self.bad |= dict.fromkeys(self.brightest, wrong)
         elif most <= 2**14:
             _say_once(f"{self.name}: 16-bit images have values up to {most} alone and are used as dark as that is")
         return len(self.bad) > known

@@ -82,7 +82,9 @@ def align_head_(
         >>> align_head_(c, T, torch.randn(4, 6), RidgeStatistics(96, 6).update(f, T(f))).rank
         4
     """
-    head = _plain_head(classifier)
+    head, fixed = classifier.head, f"the head of {classifier.tag} cannot be written: it is"
+    if batch_norm_and_linear(head) is not None or parametrize.is_parametrized(head):
+        raise HeadError(f"{fixed} parametrised, or a batch norm and a linear layer")
     weight, bias, count = head.get_parameter("weight"), classifier.bias, statistics.count
     covariance = statistics.ff if bias is None else statistics.centred()[0]
     mean = torch.zeros_like(statistics.f) if bias is None else statistics.f / count
@@ -93,15 +95,6 @@ def align_head_(
         if bias is not None:
             bias += found.bias_shift.to(bias)
     return found
-
-
-def _plain_head(classifier: Classifier) -> nn.Module:
-    """The layer whose weight is W itself, to be written to."""
-    if batch_norm_and_linear(classifier.head) is not None:
-        raise HeadError(f"the head of {classifier.tag} is a batch norm and a linear layer: W cannot be written")
-    if parametrize.is_parametrized(classifier.head):
-        raise HeadError(f"the head of {classifier.tag} is parametrised: its weight cannot be written")
-    return classifier.head
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

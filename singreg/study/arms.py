@@ -45,12 +45,7 @@ class Measured:
 def measure_arm(
     setup: Setup, auditor: FittedTranslator, scores: tuple[pd.DataFrame, dict[str, Any]], *, ood: int = 0, seed: int = 0
 ) -> Measured:
-    """Add to an arm's scores on the test images what a study wants to know beside them.
-
-    Args:
-        scores: what `analyze_model` says of the test images by the auditor.
-        ood: unlabelled images of the bank that count as strange ones, for the AUROCs.
-    """
+    """Add to an arm's scores, those of `analyze_model` on the test images by the auditor, what a study shows beside."""
     splits, space, chosen_on = setup.splits, setup.space, dict[str, Any]()
     (rows, _), (figures, intervals) = scores, score_figures(scores[1])
     blocks: dict[str, Any] = {"null_space": space, "classes": setup.classifier.num_classes}
