@@ -149,12 +149,8 @@ class Study:
             classifier = interpolate_weights(setup.classifier, classifier, 0.5)
         elif make == "drop":
             classifier = drop_null(classifier, spare=1, invariance=config.model.invariance)
-        bank = loop_bank(setup.splits, setup.embeddings["bank"])
-        return (
-            classifier,
-            replace(setup, classifier=classifier).fit(*bank, fitted.translator.info.ridge).translator,
-            notes,
-        )
+        made, bank = replace(setup, classifier=classifier), loop_bank(setup.splits, setup.embeddings["bank"])
+        return classifier, made.fit(*bank, fitted.translator.info.ridge).translator, notes
 
 
 def make_and_measure(study: Study, work: Work) -> Measured:

@@ -183,9 +183,8 @@ def head_rows(classes: ClassSubset, labels: Mapping[int, str], count: int) -> li
             raise NoRows(f"the head {had}; {say}, or set model.head: new")
         if len(order) < len(classes.order) and order != classes.keys:
             raise ValueError(f"the head has {count} rows without names, in the listed order or the folders'? {say}")
-        logger.warning(
-            "no names are stored of the head's %d rows: taken as %s, ...; if wrong, %s", count, order[:3], say
-        )
+        told = "no names are stored of the head's %d rows: taken as %s, ...; if wrong, %s"
+        logger.warning(told, count, order[:3], say)
         return [order.index(key) for key in classes.keys]
     if max(labels) >= count:
         raise ValueError(f"there are names for {max(labels) + 1} rows of a head that has {count}; {say}")

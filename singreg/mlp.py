@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from singreg.utils import broadcast_from_first
-from singreg.utils import progress as with_progress
+from singreg.utils import is_distributed, progress
 
 MLPKind = Literal["mlp3", "mlp4", "residual"]
 KINDS: tuple[MLPKind, ...] = get_args(MLPKind)
@@ -61,26 +60,27 @@ class MLPNetwork(nn.Module):
 
 
 def train_mlp(
-    features: np.ndarray, targets: np.ndarray, settings: MLPSettings, device: torch.device, progress: bool
+    features: np.ndarray, targets: np.ndarray, settings: MLPSettings, device: torch.device, shown: bool
 ) -> tuple[dict[str, Tensor], int, float | None]:
     """Return the state of an `MLPTranslator`, the rows fitted on, and R² on the held-out rows (None if constant)."""
     rows = _Rows(features, targets, device)
     with torch.random.fork_rng(devices=[rows.device] if rows.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        network, error = _train(rows, settings, progress)
+        network, error = _train(rows, settings, shown)
     state = {**rows.scales, **{f"network.{name}": value for name, value in network.items()}}
-    broadcast_from_first(list(state.values()))
+    for value in state.values() if is_distributed() else ():  # work that all do alike may round differently
+        torch.distributed.broadcast(value, src=0)
     spread = float(rows.moments(1, rows.held_out)[1].mean() / rows.scales["target_scale"].double().cpu().square())
     return state, len(rows.fitted), 1 - error / spread if spread > 0 else None
 
 
-def _train(rows: "_Rows", settings: MLPSettings, progress: bool) -> tuple[dict[str, Tensor], float]:
+def _train(rows: "_Rows", settings: MLPSettings, shown: bool) -> tuple[dict[str, Tensor], float]:
     """The best epoch's weights and validation error (mean squared, in standardised units)."""
     network = MLPNetwork(rows.arrays[0].shape[1], rows.arrays[1].shape[1], settings).to(rows.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     best, since = float("inf"), 0
     kept: dict[str, Tensor] = {}
-    for epoch in with_progress(range(settings.epochs), f"fitting the {settings.kind} translator", enabled=progress):
+    for epoch in progress(range(settings.epochs), f"fitting the {settings.kind} translator", enabled=shown):
         network.train()
         order = rows.fitted[torch.randperm(len(rows.fitted)).numpy()]
         for chosen in _pieces(order, settings.batch_size):

@@ -255,9 +255,8 @@ def try_one_batch(splits: Splits, classifier: Classifier, model: ModelConfig) ->
     right, count = int((logits.argmax(1).cpu() == labels).sum()), len(labels)
     classes = len(labels.unique())
     if right <= count / classes + 2 * (count / classes) ** 0.5 and model.pretrained and not classifier.new_head:
-        logger.warning(
-            "before training %d of %d test images are right: are the head's rows those classes?", right, count
-        )
+        told = "before training %d of %d test images are right: are the head's rows those classes?"
+        logger.warning(told, right, count)
     shapes = f"features {(count, classifier.feature_dim)}, logits {tuple(logits.shape)}"
     return f"one batch: {shapes}; top-1 before training {right / count:.1%}"
 

@@ -230,7 +230,6 @@ def refuse_batch_norm(config: FinetuneConfig, accelerator: Accelerator) -> None:
 
 def synchronise_batch_norm(classifier: Classifier, config: FinetuneConfig, accelerator: Accelerator) -> None:
     """Let batch norms that train take their statistics over all processes, in place; one in the head is refused."""
-    refuse_batch_norm(config, accelerator)
     if accelerator.num_processes == 1 or config.model.batch_norm != "train":
         return
     if any(getattr(module, "running_var", None) is not None for module in classifier.head.modules()):

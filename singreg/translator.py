@@ -221,9 +221,6 @@ def load_translator(
         expected: what it must have been fitted on; its non-empty text fields but the kind are compared.
         widths: m of the features it must take and n of the embeddings it must give.
 
-    Raises:
-        ValueError: not a translator; damaged; or fitted on something else, with every difference named.
-
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "t.safetensors"

@@ -162,17 +162,8 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 @torch.no_grad()
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Average over all images of all processes, weighted by their counts. Shape: (B,) to (), detached."""
-    total = torch.stack([values.detach().sum(), values.new_full((), float(values.numel()))])
-    total = all_reduce_sum(total)
+    total = all_reduce_sum(torch.stack([values.detach().sum(), values.new_full((), float(values.numel()))]))
     return total[0] / total[1]
-
-
-@torch.no_grad()
-def broadcast_from_first(values: Sequence[Tensor]) -> None:
-    """Overwrite tensors in place with the first process's: work that all do alike may round differently."""
-    if is_distributed():
-        for value in values:
-            dist.broadcast(value, src=0)
 
 
 def seed_process(seed: int, rank: int, step: int = 0) -> None:

@@ -57,9 +57,8 @@ def paired_figures(rows: Mapping[str, Mapping[str, pd.DataFrame]], *, seed: int 
     read = means[:, len(models) :].reshape(len(means), len(views), len(models), 3)
     with np.errstate(divide="ignore", invalid="ignore"):
         figures = dict(zip(FIGURES, (*np.moveaxis(read, 3, 0), read[..., 2] / read[..., 1]), strict=True))
-    return PairedFigures(
-        models, views, len(reference), reference["label"].nunique(), {"top1": means[:, : len(models)], **figures}
-    )
+    figures["top1"] = means[:, : len(models)]
+    return PairedFigures(models, views, len(reference), reference["label"].nunique(), figures)
 
 
 def model_differences(figures: PairedFigures) -> list[dict[str, Any]]:

@@ -31,10 +31,7 @@ class ConceptBank:
 
 
 def load_concepts(sources: Sequence[str]) -> ConceptBank:
-    """Read concepts from a list of banks, text files (one a line, `#` begins a comment) and concepts in words.
-
-    Entries said before, also in another case or bank, are left out.
-    """
+    """Read concepts from a list of banks, text files (one a line, `#` begins a comment) and concepts in words."""
     entries = [entry for source in sources for entry in _entries(source)]
     bad = [f"{bank}: {c[:40]!r}" for bank, c in entries if len(c) > LONGEST or not any(map(str.isalnum, c))]
     if bad:

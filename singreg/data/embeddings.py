@@ -6,17 +6,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from singreg.data.splits import ImageSplit, Transform, make_loader
+from singreg.models.vlm import VisionLanguageModel
 from singreg.utils import atomic_write, cache_folder, progress, rank_and_world, sha256_of_json, together
-
-if TYPE_CHECKING:
-    from singreg.models.vlm import VisionLanguageModel
 
 ABANDONED_SECONDS = 24 * 3600
 BLOCK = 2**16  # images of a large split that are kept as soon as they are encoded: a killed run loses no more
@@ -33,7 +31,7 @@ class PassSettings:
 
 
 def cached_embeddings(
-    vlm: "VisionLanguageModel", split: ImageSplit, *, batch_size: int = 64, workers: int = 0, progress: bool = True
+    vlm: VisionLanguageModel, split: ImageSplit, *, batch_size: int = 64, workers: int = 0, progress: bool = True
 ) -> np.memmap[Any, Any]:
     """Return raw image embeddings z (N, n) of a split, float32, row i for image i, read-only and memory-mapped.
 

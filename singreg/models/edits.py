@@ -27,7 +27,6 @@ class AlignedHead:
     weight: Tensor  # W' = B·D + R, (C, m)
     bias_shift: Tensor  # to be added to b so that mean logits stay, (C,)
     rows: Tensor  # orthonormal basis of the row space of W', that of the directions first, (rank, m)
-    rank_before: int
     rank: int
     free_rows: int  # what R adds to the directions
     raised: int  # singular values lifted to FLOOR · σ_1, without which a direction would have dropped out
@@ -54,16 +53,15 @@ def aligned_weight(weight: Tensor, directions: Tensor, covariance: Tensor, mean:
     """
     old = weight.detach().to(torch.float64)
     s, d = covariance.detach().to(old), directions.detach().to(old)
-    rank_before = NullSpace.from_weight(old, allow_empty=True).rank
     if len(d) > len(old) or not torch.trace(s) > 0:
         got = f"a head of {len(old)} rows cannot hold {len(d)} independent directions, or the features do not vary"
         raise ValueError(f"{got}; give fewer prompts, or at least 2 different images")
-    fitted, rows = _fit(old, d, (s + s.T) / 2, max(0, rank_before - len(d)))
+    fitted, rows = _fit(old, d, (s + s.T) / 2, max(0, NullSpace.from_weight(old, allow_empty=True).rank - len(d)))
     new, raised = _with_floor(fitted, rows)
     change = old - new
     lost = (((change @ s) * change).sum().clamp_min(0) / ((old @ s) * old).sum()).sqrt()
     shift = change @ mean.detach().to(old)
-    return AlignedHead(new, shift, rows, rank_before, len(rows), len(rows) - len(d), raised, float(lost))
+    return AlignedHead(new, shift, rows, len(rows), len(rows) - len(d), raised, float(lost))
 
 
 def align_head_(

@@ -40,8 +40,7 @@ def summarize_study(runs: Sequence[tuple[Work, Measured]], reference: str, claim
         A dict an arm: what it is, its seeds; mean and spread (standard deviation over seeds) of figures, mean of
         validation; intervals over images, ends averaged over seeds; paired: see `compare_rows`; further: the same by
         the label of every further vision-language model; placebo: the claimed arm against this one, likewise; front:
-        no arm is better in both top-1 and class-score variance; weight: λ of the arms
-        that differ from one another in λ alone, else None.
+        no arm is better in both top-1 and class-score variance; weight: λ of the arms that differ in λ alone, or None.
     """
     by_arm: dict[str, list[tuple[Work, Measured]]] = {}
     for work, run in runs:
@@ -93,9 +92,8 @@ def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
     """Compare rows by seed with the reference's, paired by image, seeds averaged first; only common seeds are compared.
 
     Returns:
-        By figure of `PAIRED`: value, low, high (95 % bootstrap over classes and images, of top-1 a score
-        interval over images, ends averaged over seeds) and unit (× of means, points).
-        "confirmed" is left out where no loop's translator reads, or it reads no fall.
+        By figure of `PAIRED`: value, low, high (95 % bootstrap over classes and images, of top-1 a score interval over
+        images, ends averaged over seeds) and unit (× of means, points); no "confirmed" where the loop reads no fall.
     """
     seeds = sorted(arm.keys() & reference.keys())
     if any(list(arm[seed]["image"]) != list(reference[seed]["image"]) for seed in seeds):

@@ -97,8 +97,6 @@ class StudyRun(Run):
         """Raise if the folder holds a study and `resume` is not set."""
         self.check_place()
         if (self.folder / "config.yaml").is_file() and not self.config.resume and not self.config.dry_run:
-            raise FileExistsError(
-                f"{self.folder} already holds a run; use --resume true to go on with it (finished arms are read back, "
-                "changed ones made again), or another --out"
-            )
+            how = "use --resume true to go on with it (changed arms are made again), or another --out"
+            raise FileExistsError(f"{self.folder} already holds a run; {how}")
         return self
