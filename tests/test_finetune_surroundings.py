@@ -80,7 +80,7 @@ def test_measuring_only_with_another_tracker(tmp_path: Path, monkeypatch: pytest
     assert list(Recorded.told) == ["control", "sing"]
     told = Recorded.told["sing"]
     assert (told["epochs"], told["ended"]) == (0, True)
-    assert told["auditor/AS_neg"] == (0, pytest.approx(after["AS_neg"]))
+    assert told["auditor/AS_neg"] == (1, pytest.approx(after["AS_neg"]))
     assert {"val/top1", "watch/IS"} <= set(told)
     assert told["images"] == ["watch/histogram", "plots/summary", "plots/joint"]
     assert not (tmp_path / "only" / "tensorboard").exists()
