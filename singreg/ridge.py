@@ -143,11 +143,9 @@ class RidgeStatistics:
         pair = [each.mapped(scale) for each in (self, other)]
         paths = [each.path() for each in pair]
         lost = [path.residuals(held_out, ridges) for path, held_out in zip(paths, pair[::-1], strict=True)]
-        found = []
-        for ridge, *missed in zip(ridges, *lost, strict=True):
-            one, two = (path.solve(ridge).matrix.flatten() for path in paths)
-            cosine = float(torch.nn.functional.cosine_similarity(one, two, dim=0))
-            found.append((ridge, 1 - sum(missed) / 2, cosine))
+        cosines = paths[0].cosines(paths[1], ridges)
+        columns = zip(ridges, *lost, cosines, strict=True)
+        found = [(ridge, 1 - (one + two) / 2, cosine) for ridge, one, two, cosine in columns]
         return max(found, key=lambda each: max(each[1], 0) * max(each[2], 0))
 
     def _scaled(self, standardize: Tensor | None) -> tuple[Tensor, Tensor, FeatureScale]:
@@ -188,6 +186,18 @@ class RidgePath:
             fit = inverse @ own @ inverse + 2 * offset @ (self.loadings.T @ (inverse * seen))
             fit = fit + held_out.count * (offset @ offset)
             found.append(float((held_out.zz + fit - 2 * (inverse @ cross + offset @ held_out.z)) / s_zz))
+        return found
+
+    def cosines(self, other: "RidgePath", ridges: Sequence[float]) -> list[float]:
+        """Return <A₁, A₂> / |A₁| |A₂| of the two paths' solutions at every ridge, without forming one of them."""
+        shared = (self.vectors.T @ other.vectors) * (self.loadings @ other.loadings.T)
+        sizes = [path.loadings.square().sum(1) for path in (self, other)]
+        found = []
+        for ridge in ridges:
+            inverses = [path._inverse(ridge) for path in (self, other)]
+            squares = [inverse.square() @ size for inverse, size in zip(inverses, sizes, strict=True)]
+            length = (squares[0] * squares[1]).sqrt().clamp_min(torch.finfo(shared.dtype).tiny)
+            found.append(float(inverses[0] @ shared @ inverses[1] / length))
         return found
 
     def _inverse(self, ridge: float) -> Tensor:
