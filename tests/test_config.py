@@ -113,12 +113,12 @@ def test_what_is_no_configuration_is_refused(text: Any, tmp_path: Path, capsys: 
 
 
 def test_words_stand_for_sections_and_paths_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/user")
+    monkeypatch.setenv("HOME", "/anna")
     data = ["--data.source", "~/images", "--data.classes", "[~/list, x]"]
     config = parse(Listed, ["--models", "~/a,local-dir:~/b,c~d", "--out=~/run", *data])
-    assert [model.name for model in config.models] == ["/home/user/a", "local-dir:/home/user/b", "c~d"]
-    assert (config.out, config.data.source) == ("/home/user/run", "/home/user/images")
-    assert config.data.classes == ["/home/user/list", "x"]
+    assert [model.name for model in config.models] == ["/anna/a", "local-dir:/anna/b", "c~d"]
+    assert (config.out, config.data.source) == ("/anna/run", "/anna/images")
+    assert config.data.classes == ["/anna/list", "x"]
     mixed = parse(Listed, ["--models", "[a, {name: b, head: keep}]"])
     assert [(model.name, model.head) for model in mixed.models] == [("a", ModelConfig().head), ("b", "keep")]
 
