@@ -107,10 +107,8 @@ def test_a_failed_run_names_the_image_and_leaves_nothing(split: TableSplit, cach
 
 @patch.object(embeddings, "BLOCK", 4)
 def test_a_killed_run_goes_on_at_its_last_block(split: TableSplit, cache: Path) -> None:
-    whole = np.array(embed(Encoder(1), split))
-    for file in cache.iterdir():
-        file.unlink()
     killed, again = Encoder(1), Encoder(1)
+    whole = torch.stack([to_tensor(split.image(index)) for index in range(11)]).flatten(1) @ again.weight
 
     def until_the_last_block(images: Tensor) -> Tensor:
         if killed.seen == 8:
@@ -120,7 +118,7 @@ def test_a_killed_run_goes_on_at_its_last_block(split: TableSplit, cache: Path) 
     killed.embed_images = until_the_last_block  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         embed(killed, split)
-    assert np.array_equal(embed(again, split), whole)
+    assert np.allclose(embed(again, split), whole, rtol=1e-5)
     assert again.seen == 3
     assert len(list(cache.iterdir())) == 1
 
@@ -144,7 +142,7 @@ def _encode_in_a_group(rank: int, world: int, folder: str, count: int, block: in
 
 @pytest.mark.parametrize(("count", "block"), [(1, 99), (11, 99), (11, 6)])
 def test_processes_share_the_work_to_the_same_bits(tmp_path: Path, count: int, block: int) -> None:
-    _, expected, _ = _encode_in_a_group(0, 1, str(tmp_path), count, block)
+    _, expected, _ = _encode_in_a_group(0, 1, str(tmp_path), count, 99)
     for world in (2, 3):
         found = run_processes(world, _encode_in_a_group, str(tmp_path), count, block)
         assert [rows for _, rows, _ in found] == [expected] * world

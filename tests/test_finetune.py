@@ -85,6 +85,7 @@ def test_the_curves_of_both_arms(finished: Path) -> None:
     for arm, events in found.items():
         points = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
         assert points == (wanted if arm == "control" else wanted | terms)
+        assert [event.value < 1e-5 for event in events.Scalars("train/learning_rate")] == [True], "cosine's end"
         values = [measured[stage]["audit"]["class_variance"] for stage in ("before", arm, arm)]
         assert [event.value for event in events.Scalars("auditor/class_variance")] == pytest.approx(values)
         started = events.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
