@@ -82,17 +82,15 @@ import pandas as pd
 from torch import Tensor
 
 from singreg import tables
-from singreg.analysis import levels, perturbation
+from singreg.analysis import chance, levels
 from singreg.analysis.chance import measure_chance
-from singreg.analysis.features import evenly
-from singreg.analysis.fitting import translator_agreement
-from singreg.analysis.images import explain_images, open_images
+from singreg.analysis.features import evenly, translator_agreement
+from singreg.analysis.levels import explain_images, open_images
 from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.data.concepts import embed_concepts, load_concepts
 from singreg.data.splits import ImageSplit
 from singreg.nullspace import NullSpace
-from singreg.plots.images import plot_images
-from singreg.plots.scores import plot_analysis
+from singreg.plots.scores import plot_analysis, plot_images
 from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, embed_splits, fit_translators, prepare, prepare_alone
@@ -164,9 +162,9 @@ def measure(
         fits = fit_blocks(setup.read("bank", "information"), null_space=space, **sizes)
         information = measure_information(setup.read("test", "information"), fits)
     with run.timed("perturbations"):
-        more = {"chosen": evenly(len(setup.splits.test), perturbation.IMAGES), **options}
+        more = {"chosen": evenly(len(setup.splits.test), chance.IMAGES), **options}
         more |= {"weight": setup.classifier.weight, "translators": translators}
-        moved = perturbation.measure_perturbations(setup.read("test", "perturbing"), **more)
+        moved = chance.measure_perturbations(setup.read("test", "perturbing"), **more)
     return rows, {
         "measurement": measurement,
         "agreement": translator_agreement(translators["fitted"], translators["auditor"], texts),

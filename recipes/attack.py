@@ -64,10 +64,10 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from singreg.analysis import attack_judges as judging
-from singreg.analysis.attack_images import PixelModel, attack_split, choose_images
+from singreg.analysis.attack import PixelModel, attack_split, choose_images
 from singreg.analysis.features import cached_features
-from singreg.analysis.robustness import measure_robustness
 from singreg.analysis.steering import plan_pairs
+from singreg.analysis.steering_curves import measure_robustness
 from singreg.checkpoints import refuse_other_inputs
 from singreg.data.datasets import load_splits
 from singreg.data.splits import Splits
@@ -77,8 +77,7 @@ from singreg.nullspace import NullSpace
 from singreg.plots import attack as plotting
 from singreg.report import log_figures, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, fit_translators, labels_for_head, try_one_batch
-from singreg.spaces import Space, open_model, open_spaces
+from singreg.setup import Setup, Space, fit_translators, labels_for_head, open_model, open_spaces, try_one_batch
 
 PAIRS = 240  # of a source class and a target prompt, in feature space
 STEPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # shares of |f|

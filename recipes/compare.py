@@ -41,17 +41,16 @@ if __name__ == "__main__":  # --help and mistakes are answered before the second
 
 import pandas as pd
 
-from singreg.analysis import models_compared as between
+from singreg.analysis import comparison as between
 from singreg.analysis.chance import measure_chance
-from singreg.analysis.fitting import translator_agreement
-from singreg.analysis.models_compared import FIGURES
-from singreg.analysis.passport import compare_passports
+from singreg.analysis.comparison import FIGURES
+from singreg.analysis.features import translator_agreement
+from singreg.analysis.scores import compare_passports
 from singreg.data.datasets import load_splits
 from singreg.plots.comparison import save_comparison_plot
 from singreg.report import Section, log, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, fit_translators, labels_for_head
-from singreg.spaces import look_at_heads, open_model, open_spaces
+from singreg.setup import Setup, fit_translators, labels_for_head, look_at_heads, open_model, open_spaces
 from singreg.tables import READING, analysis_warnings, passport_table, score_table
 
 CHANCE_DRAWS = 4  # random subspaces behind a model's chance level

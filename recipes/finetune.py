@@ -20,11 +20,10 @@ from huggingface_hub import HfApi, get_token
 from safetensors.torch import load_file
 
 from singreg.analysis.comparison import Measured, compare_arms, finetune_warnings, no_claim, verdict
-from singreg.analysis.fitting import FittedTranslator
+from singreg.analysis.features import FittedTranslator
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
 from singreg.data.splits import Splits
 from singreg.loop import Arm, own_random_numbers
-from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
@@ -33,7 +32,7 @@ from singreg.report import log, log_figures, log_text, track, write_model_card, 
 from singreg.runs import Run, StopRequest, explained, start
 from singreg.setup import Setup, prepare
 from singreg.tables import AUDIT, audit_table
-from singreg.task import Schedule, describe_training, loss_embeddings, loss_texts, make_sing
+from singreg.task import LoopTranslator, Schedule, describe_training, loop_bank, loss_embeddings, loss_texts, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.utils import progress
 from singreg.validation import Validation, hold_out, validation_images

@@ -23,21 +23,18 @@ from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
 
 from finetune import audit, train_arm
-from singreg.analysis.fitting import FittedTranslator
+from singreg.analysis.features import FittedTranslator
 from singreg.checkpoints import fingerprints
 from singreg.data.splits import KINDS
-from singreg.loop_translator import loop_bank
 from singreg.models.classifier import Classifier
 from singreg.models.edits import align_head_, drop_null, interpolate_weights
+from singreg.plots.comparison import save_pareto
 from singreg.report import Section, interval, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
-from singreg.setup import Setup, prepare, read_by
-from singreg.spaces import space_labels
-from singreg.study.arms import Measured, measure_arm
-from singreg.study.pareto import save_pareto
+from singreg.setup import Setup, prepare, read_by, space_labels
+from singreg.study.arms import Measured, StudyRun, Work, measure_arm, plan_study
 from singreg.study.results import HARM, PAIRED, Summary, study_verdict, study_warnings, summarize_study, words
-from singreg.study.runs import StudyRun, Work, plan_study
-from singreg.task import describe_training
+from singreg.task import describe_training, loop_bank
 from singreg.translator import LinearTranslator
 from singreg.utils import atomic_write
 from singreg.validation import hold_out

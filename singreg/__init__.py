@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from singreg.analysis.fitting import fit_on_split as fit_on_split
+    from singreg.analysis.features import fit_on_split as fit_on_split
     from singreg.analysis.scores import analyze_model as analyze_model
     from singreg.data.datasets import load_splits as load_splits
     from singreg.data.embeddings import cached_embeddings as cached_embeddings

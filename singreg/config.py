@@ -13,7 +13,7 @@ from singreg.parsing import parse as parse
 # Nothing here imports torch: --help and mistakes are answered before the seconds that takes.
 MLPKind = Literal["mlp3", "mlp4", "residual"]
 ASSETS = Path(__file__).parent / "assets"
-TERMS = {"readout": 1.0, "capacity": 10.0}  # those of terms.py and their weights
+TERMS = {"readout": 1.0, "capacity": 10.0}  # those of losses.py and their weights
 SCENES: dict[str, float] = {"train": 2000, "audit": 1600, "test": 1000, "bank": 0, "bias": 0.6, "seed": 0}
 
 
@@ -262,10 +262,10 @@ class LossConfig(Checked):
         problems.within(0, **{f"terms.{name}": weight for name, weight in self.terms.items()})
         if set(self.terms) <= set(TERMS) and any(weight > 0 for weight in {**TERMS, **self.terms}.values()):
             return
-        from singreg import terms  # which imports torch: for mistakes, and for terms that others have registered
+        from singreg import losses  # which imports torch: for mistakes, and for terms that others have registered
 
-        problems.keys("terms", self.terms, sorted(terms.TERMS))
-        problems.need(bool(terms.resolve_terms(self.terms)), "terms: none is left; give one a weight above 0")
+        problems.keys("terms", self.terms, sorted(losses.TERMS))
+        problems.need(bool(losses.resolve_terms(self.terms)), "terms: none is left; give one a weight above 0")
 
 
 @dataclass

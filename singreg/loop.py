@@ -15,11 +15,10 @@ from singreg import task as tasks
 from singreg.checkpoints import Checkpoints, Position
 from singreg.config import FinetuneConfig
 from singreg.data.splits import make_loader
-from singreg.loop_translator import LoopTranslator
-from singreg.losses import SingLoss
+from singreg.losses import TERMS, SingLoss
 from singreg.runs import Run
 from singreg.setup import Setup
-from singreg.terms import TERMS
+from singreg.task import LoopTranslator
 from singreg.utils import seed_process
 
 CLIP = 1.0  # the gradient's norm is clipped to this

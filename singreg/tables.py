@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from singreg.analysis.comparison import finetune_warnings
-from singreg.analysis.fitting import AGREEMENT, IMAGES_PER_FEATURE
+from singreg.analysis.features import AGREEMENT, IMAGES_PER_FEATURE
 from singreg.analysis.levels import Order, select_concepts
-from singreg.analysis.passport import VISIBLE, chance_angle, judge_passport
+from singreg.analysis.scores import VISIBLE, chance_angle, judge_passport
 from singreg.analysis.steering_curves import at, natural_marks, the_curve
 from singreg.report import Figure, Section, interval, number, percent
 

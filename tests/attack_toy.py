@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_tensor
 
-from singreg.analysis.attack_images import PixelModel, attack_split
+from singreg.analysis.attack import PixelModel, attack_split
 from singreg.analysis.attack_judges import Judge, judge_images
 from singreg.data.splits import ImageSplit
 from singreg.models.classifier import Classifier

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 import finetune
 from singreg import loop, validation
-from singreg.analysis.fitting import FittedTranslator
+from singreg.analysis.features import FittedTranslator
 from singreg.config import FinetuneConfig, overridden
 from singreg.data.embeddings import PassSettings
-from singreg.loop_translator import LoopTranslator
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
 from singreg.runs import start
 from singreg.setup import Setup
+from singreg.task import LoopTranslator
 from singreg.translator import LinearTranslator
 from tests.toy import ToySplit
 

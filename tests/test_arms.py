@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from singreg.analysis.features import FeatureBatch, iterate_features
-from singreg.analysis.fitting import fit_on_split
+from singreg.analysis.features import FeatureBatch, fit_on_split, iterate_features
 from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.analysis.scores import Rows, analyze_model
 from singreg.data.splits import CorruptedSplit, Splits

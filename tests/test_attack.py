@@ -17,10 +17,23 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_tensor
 
-from singreg.analysis import attack, attack_images
+from singreg.analysis import attack
 from singreg.analysis import attack_judges as judges
-from singreg.analysis.attack import LAGRANGIAN, SIGNED, TANGENT, Best, Reading, Tangent, ascend
-from singreg.analysis.attack_images import ATTACK, PixelModel, attack_split, choose_images, load_images, towards_prompt
+from singreg.analysis.attack import (
+    ATTACK,
+    LAGRANGIAN,
+    SIGNED,
+    TANGENT,
+    Best,
+    PixelModel,
+    Reading,
+    Tangent,
+    ascend,
+    attack_split,
+    choose_images,
+    load_images,
+    towards_prompt,
+)
 from singreg.analysis.statistics import share_interval
 from singreg.config import DataConfig
 from singreg.data.datasets import load_splits
@@ -107,7 +120,7 @@ def test_what_is_recorded_is_each_pass_without_help() -> None:
     judged = towards_prompt(model, translator, x, texts[chosen["target"].tolist()], toy.TAU)
 
     def made(seed: int) -> list[tuple[int, dict[str, torch.Tensor], Any]]:
-        return list(attack_images.attack_images(judged, x, [2, 8], (seed, 0), steps=12, restarts=2))
+        return list(attack.attack_images(judged, x, [2, 8], (seed, 0), steps=12, restarts=2))
 
     (_, first, small), (_, second, large) = made(0)
     assert list(small) == ["one_step", "began", TANGENT, LAGRANGIAN]
@@ -179,7 +192,7 @@ def test_attacks_that_forget_the_budget_or_the_logits_are_caught(tmp_path: Path)
 
 def test_finished_batches_are_not_attacked_again(tmp_path: Path) -> None:
     whole = toy.judged(tmp_path / "whole", batch_size=3)
-    right, made = attack_images.attack_images, list[int]()
+    right, made = attack.attack_images, list[int]()
 
     def killed(*args: Any, **how: Any) -> Any:
         made.append(len(args[1]))
@@ -187,7 +200,7 @@ def test_finished_batches_are_not_attacked_again(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return right(*args, **how)
 
-    with patch.object(attack_images, "attack_images", killed):
+    with patch.object(attack, "attack_images", killed):
         with pytest.raises(KeyboardInterrupt):
             toy.judged(tmp_path / "killed", batch_size=3)
         pd.testing.assert_frame_equal(toy.judged(tmp_path / "killed", batch_size=3), whole)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import attack as recipe
-from singreg.analysis import attack_images
+from singreg.analysis import attack
 from singreg.analysis.attack import LAGRANGIAN, TANGENT
 from singreg.plots.attack import attack_verdict, attack_warnings
 from tests.recipe_run import run_recipe
@@ -47,7 +47,7 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     with patch.object(recipe, "hash_of_state", lambda _: "another"), pytest.raises(SystemExit, match="other demo"):
         run(tmp_path / "whole", "--resume", "true")
-    with patch.object(attack_images, "attack_images", None):  # finished batches are read
+    with patch.object(attack, "attack_images", None):  # finished batches are read
         assert run(tmp_path / "whole", "--resume", "true") == report
 
 

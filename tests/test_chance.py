@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singreg.analysis import perturbation
+from singreg.analysis import chance
 from singreg.analysis.chance import FIGURES, KINDS, _cycle, matched_coefficients, measure_chance, random_projection
 from singreg.nullspace import NullSpace
 from singreg.translator import LinearTranslator
@@ -174,23 +174,21 @@ def test_over_processes_it_is_the_same(processes: int, count: int) -> None:
 
 def perturb(w: World, size: int = 4, **options: Any) -> dict[str, Any]:
     settings = {"null_space": options.pop("null_space", None) or w.space, "chosen": np.arange(len(w.labels)), **options}
-    return perturbation.measure_perturbations(
-        w.batches(size), weight=w.weight, translators={"T": w.translator}, **settings
-    )
+    return chance.measure_perturbations(w.batches(size), weight=w.weight, translators={"T": w.translator}, **settings)
 
 
 def slow_perturbations(w: World, seed: int) -> dict[str, dict[str, np.ndarray]]:
     """Every figure image by image: {kind: {figure: (N, sizes)}}."""
     project = formulas.null_projector(w.weight)
     weight, matrix, offset = w.weight.double(), w.translator.matrix.double(), w.translator.offset.double()
-    found: dict[str, dict[str, list[list[float]]]] = {kind: {} for kind in perturbation.KINDS}
+    found: dict[str, dict[str, list[list[float]]]] = {kind: {} for kind in chance.PERTURBATIONS}
     for index, f in enumerate(w.features.double()):
         gaussian = np.random.Generator(np.random.Philox(key=[seed, index])).standard_normal(len(f))
         whole = torch.from_numpy(gaussian)
         kinds = {"null": project @ whole, "random": whole, "principal": whole - project @ whole}
         for kind, direction in kinds.items():
             rows: dict[str, list[float]] = {"logit_change": [], "angle T": []}
-            for size in perturbation.SIZES:
+            for size in chance.SIZES:
                 moved = f + size * f.norm() * direction / direction.norm()
                 rows["logit_change"].append(float((weight @ moved - weight @ f).abs().max()))
                 angle = formulas.angle_degrees(matrix @ f + offset, matrix @ moved + offset)
@@ -214,7 +212,7 @@ def test_every_figure_is_that_of_plain_loops() -> None:
 
 
 def test_the_null_moves_meaning_and_no_logit_the_row_space_moves_logits() -> None:
-    null, random, principal = (perturb(World.make(200))["curves"][kind] for kind in perturbation.KINDS)
+    null, random, principal = (perturb(World.make(200))["curves"][kind] for kind in chance.PERTURBATIONS)
     assert max(null["logit_change"]) < 1e-12
     assert null["angle T"][4] > 5
     assert null["logit_change"][4] < random["logit_change"][4] < principal["logit_change"][4]
@@ -246,7 +244,7 @@ def test_perturbations_over_processes_are_the_same(world: int, count: int) -> No
     expected = perturb(World.make(count))
     for report in run_same(world, perturb, World.make(count), 5):
         assert report["images"] == count
-        for kind in perturbation.KINDS:
+        for kind in chance.PERTURBATIONS:
             for name, values in expected["curves"][kind].items():
                 tolerance = 1e-5 if name == "logit_change_float32" else 1e-9  # float32 products depend on the batch
                 assert report["curves"][kind][name] == pytest.approx(values, abs=tolerance), (kind, name)

@@ -17,7 +17,7 @@ from singreg import setup
 from singreg.config import ComparedModel, VLMConfig, parse
 from singreg.mlp import MLPSettings
 from singreg.models.classifier import Classifier
-from singreg.spaces import space_labels
+from singreg.setup import space_labels
 from tests.demo import ASSETS
 from tests.fakes import write_tiny_vlm
 from tests.processes import run_same

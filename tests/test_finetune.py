@@ -22,8 +22,8 @@ from torch import Tensor
 
 import finetune as recipe
 from singreg import checkpoints, loop
-from singreg.loop_translator import LoopTranslator
 from singreg.models.classifier import Classifier
+from singreg.task import LoopTranslator
 from singreg.translator import load_translator
 from tests.processes import run_same
 from tests.tiny_run import arguments, differences, finetune, run, surroundings  # noqa: F401

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from singreg.analysis.crossfit import AUDITED, BUDGETS, CrossFit, figures, summarize
-from singreg.analysis.fitting import FittedTranslator, fit_on_split, translator_agreement
+from singreg.analysis.features import FittedTranslator, fit_on_split, translator_agreement
 from singreg.analysis.steering import steering_targets
 from singreg.data.splits import Splits
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics

@@ -12,12 +12,12 @@ from PIL import Image
 
 import analyze as recipe
 from singreg import plots
-from singreg.analysis import images as level
+from singreg.analysis import levels as level
 from singreg.config import parse
 from singreg.data.datasets import load_splits
 from singreg.data.scenes import render_scene
 from singreg.nullspace import NullSpace
-from singreg.plots import images as drawings
+from singreg.plots import scores as drawings
 from singreg.translator import load_translator
 from tests import toy
 from tests.demo import demo_classifier

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from singreg import loop
 from singreg.loop import TrainingFailed, own_random_numbers
-from singreg.loop_translator import LoopTranslator, loop_bank
 from singreg.losses import SingLoss
+from singreg.task import LoopTranslator, loop_bank
 from tests import small_arm
 from tests.images import names
 from tests.processes import run_processes

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from singreg.losses import SingLoss
+from singreg.losses import TERMS, LossInputs, SingLoss, contrast_basis, resolve_terms, term
 from singreg.ridge import RidgeStatistics
-from singreg.terms import TERMS, LossInputs, contrast_basis, resolve_terms, term
 from singreg.translator import LinearTranslator
 from tests.fakes import CosineLinear
 from tests.processes import run_processes

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from singreg import maximiser
-from singreg.maximiser import Maximiser, NearNull
+from singreg import steering
 from singreg.nullspace import NullSpace
-from singreg.steering import similarity_gradient, unit_in_null
+from singreg.steering import Maximiser, NearNull, similarity_gradient, unit_in_null
 from singreg.translator import LinearTranslator
 
 C, M, N, ROWS = 5, 12, 8, 30
@@ -47,7 +46,7 @@ class World:
     def run(self, budget: float | Tensor, near: NearNull | None = None, **limits: int) -> SimpleNamespace:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in limits.items():
-                patch.setattr(maximiser, name.upper(), value)
+                patch.setattr(steering, name.upper(), value)
             climber = Maximiser(LinearTranslator(self.matrix, self.offset), self.space, near)
             limit = torch.as_tensor(budget, dtype=torch.float64).expand(len(self.features))
             displacement, _ = climber.maximise(self.features, self.text, limit)

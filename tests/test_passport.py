@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from singreg.analysis.passport import VISIBLE, chance_angle, compare_passports, head_passport, judge_passport
+from singreg.analysis.scores import VISIBLE, chance_angle, compare_passports, head_passport, judge_passport
 from singreg.nullspace import NullSpace
 from tests.toy import headed, normal
 

@@ -11,12 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from singreg import plots, report
+from singreg.analysis.chance import measure_perturbations
 from singreg.analysis.comparison import compare_arms
-from singreg.analysis.images import explain_images
-from singreg.analysis.levels import analyze_classes, analyze_concepts
-from singreg.analysis.perturbation import measure_perturbations
+from singreg.analysis.levels import analyze_classes, analyze_concepts, explain_images
 from singreg.nullspace import NullSpace
-from singreg.plots import images, scores
+from singreg.plots import scores
 from tests import toy
 from tests.test_scores import measure
 from tests.toy import World
@@ -35,7 +34,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         kept.append(figure)
         return save(figure, path, caption)
 
-    for module in (scores, images):
+    for module in (scores,):
         monkeypatch.setattr(module, "save", keep)
     return kept
 
@@ -98,6 +97,6 @@ def test_the_plot_of_explained_images(neighbours: int, shown: int, drawn: list[F
     reader: Any = {"null_space": NullSpace.from_weight(model.weight), "translator": toy.translator()}
     reader |= {"gallery": (split, toy.embeddings(31), neighbours), "settings": toy.QUIET}
     where = model, split, np.arange(shown), toy.embeddings(31), toy.texts()
-    images.plot_images(explain_images(*where, concepts, words, **reader), split, split, tmp_path / "images.png")
+    scores.plot_images(explain_images(*where, concepts, words, **reader), split, split, tmp_path / "images.png")
     assert sum(bool(axes.images) for axes in drawn[0].axes) == shown * (1 + 2 * neighbours)
     assert_readable(drawn[0])

@@ -12,16 +12,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import singreg.analysis.steering as steering
-from singreg.analysis import robustness
+from singreg.analysis import steering_curves
 from singreg.analysis.features import iterate_features
-from singreg.analysis.robustness import MAXIMISER, RANDOM, climb, measure_robustness
 from singreg.analysis.steering import plan_pairs
-from singreg.analysis.steering_curves import SINGLE, Attack, at, the_curve
-from singreg.maximiser import Maximiser
+from singreg.analysis.steering_curves import MAXIMISER, RANDOM, SINGLE, Attack, at, climb, measure_robustness, the_curve
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
 from singreg.nullspace import NullSpace
-from singreg.steering import similarity_gradient, unit_in_null
+from singreg.steering import Maximiser, similarity_gradient, unit_in_null
 from singreg.translator import LinearTranslator
 from tests import toy
 from tests.processes import run_same
@@ -161,7 +159,7 @@ def test_what_holds_of_every_sound_attack() -> None:
     ],
 )
 def test_a_broken_attack_is_found(fault: str, name: str, rules: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    usual_attacks, everywhere = robustness.usual_attacks, NullSpace.from_weight(torch.zeros(1, toy.WIDTH))
+    usual_attacks, everywhere = steering_curves.usual_attacks, NullSpace.from_weight(torch.zeros(1, toy.WIDTH))
 
     def broken(attack: Attack) -> Attack:
         def craft(rows: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -174,7 +172,7 @@ def test_a_broken_attack_is_found(fault: str, name: str, rules: set[str], monkey
         forgets = fault == "no null space"
         return replace(attack, craft=climb(translators()["one"], everywhere, STEPS, None) if forgets else craft)
 
-    monkeypatch.setattr(robustness, "usual_attacks", lambda *given: [broken(a) for a in usual_attacks(*given)])
+    monkeypatch.setattr(steering_curves, "usual_attacks", lambda *given: [broken(a) for a in usual_attacks(*given)])
     assert failed(measure()) == rules
 
 

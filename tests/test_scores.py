@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from singreg.analysis.fitting import fit_on_split
+from singreg.analysis.features import fit_on_split
 from singreg.analysis.scores import CENTRED, analyze_model
 from singreg.analysis.statistics import mean_interval
 from singreg.models.classifier import Classifier

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from singreg.analysis import models_compared, statistics
-from singreg.analysis.models_compared import comparison_verdict, model_differences, order_check, paired_figures
+from singreg.analysis import comparison, statistics
+from singreg.analysis.comparison import comparison_verdict, model_differences, order_check, paired_figures
 from singreg.analysis.statistics import ends, mean_interval, paired_difference, paired_ratio, resampled_means
 
 
@@ -166,7 +166,7 @@ def test_figures_and_differences_are_the_slow_ones() -> None:
     keys = ["figure", "space", "translator", "first", "second"]
     table = pd.DataFrame(model_differences(figures)).set_index(keys)[["value", "low", "high"]]
     found = {key: tuple(row) for key, row in zip(table.index, table.to_numpy(), strict=True)}
-    assert len(found) == 3 * (1 + 4 * len(models_compared.FIGURES))
+    assert len(found) == 3 * (1 + 4 * len(comparison.FIGURES))
     good, bad = measured["good"], measured["bad"]
     options: dict[str, Any] = {"seed": 3, "groups": good["label"].to_numpy()}
     for figure, of in (
@@ -186,7 +186,7 @@ def test_figures_and_differences_are_the_slow_ones() -> None:
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=8))
 def test_tau_is_scipys_with_ties_too(pairs: list[tuple[int, int]]) -> None:
     first, second = (np.array(values, dtype=float) for values in zip(*pairs, strict=True))
-    found = models_compared.kendall_tau(np.stack([first, second]))[0, 1]
+    found = comparison.kendall_tau(np.stack([first, second]))[0, 1]
     assert found == pytest.approx(float(kendalltau(first, second).statistic), nan_ok=True, abs=1e-6)
 
 

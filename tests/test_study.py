@@ -12,8 +12,8 @@ import study as recipe
 from singreg.analysis.crossfit import BUDGETS
 from singreg.config import parse
 from singreg.study import ArmConfig, StudyConfig
+from singreg.study.arms import plan_study
 from singreg.study.results import HARM, PAIRED
-from singreg.study.runs import plan_study
 from tests.recipe_run import run_recipe, same
 from tests.tiny_run import report_of
 

@@ -12,12 +12,11 @@ from PIL import Image
 
 from singreg.analysis.crossfit import AUDITED, figures
 from singreg.config import FinetuneConfig, LossConfig
+from singreg.plots.comparison import save_pareto
 from singreg.study import ArmConfig
 from singreg.study import results as analysis
-from singreg.study.arms import AUDITOR, Measured
-from singreg.study.pareto import save_pareto
+from singreg.study.arms import AUDITOR, Measured, Work
 from singreg.study.results import HARM, Summary, compare_rows, pareto_front, study_warnings, summarize_study
-from singreg.study.runs import Work
 from singreg.utils import plain
 
 N = 200

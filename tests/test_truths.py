@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from singreg.analysis.chance import measure_chance
-from singreg.analysis.fitting import fit_on_split
+from singreg.analysis.features import fit_on_split
 from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.analysis.scores import analyze_model
 from singreg.metrics import score_columns, summarize_columns

@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singreg.analysis.attack import LEVELS, TANGENT
-from singreg.analysis.attack_images import ATTACK, RANDOM, PixelModel, load_images
+from singreg.analysis.attack import ATTACK, LEVELS, RANDOM, TANGENT, PixelModel, load_images
 from singreg.analysis.statistics import mean_interval, paired_difference, share_interval
 from singreg.data.embeddings import take_rows
 from singreg.data.splits import ImageSplit

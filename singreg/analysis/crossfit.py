@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singreg.analysis.features import FeatureBatch
-from singreg.analysis.fitting import FittedTranslator
+from singreg.analysis.features import FeatureBatch, FittedTranslator
 from singreg.analysis.statistics import ENDS, resampled_means
 from singreg.analysis.steering import steering_targets
 from singreg.functional import attribute_score, image_score
-from singreg.maximiser import Maximiser
+from singreg.losses import contrast_basis
 from singreg.nullspace import NullSpace
-from singreg.steering import similarity_gradient
-from singreg.terms import contrast_basis
+from singreg.steering import Maximiser, similarity_gradient
 from singreg.translator import LinearTranslator
 
 DEVIATIONS = (1, 2, 4)  # steps in standard deviations of the null component along the step

@@ -8,11 +8,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from singreg.analysis.attack import MOST_HELD
-from singreg.analysis.attack_images import ATTACK, RANDOM
-from singreg.analysis.robustness import DROPPED, MAXIMISER
-from singreg.analysis.robustness import RANDOM as RANDOM_DIRECTION
-from singreg.analysis.steering_curves import SINGLE
+from singreg.analysis.attack import ATTACK, MOST_HELD, RANDOM
+from singreg.analysis.steering_curves import DROPPED, MAXIMISER, SINGLE
+from singreg.analysis.steering_curves import RANDOM as RANDOM_DIRECTION
 from singreg.data.splits import ImageSplit
 from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, band, drawable, panels, save, show, styled
 from singreg.report import Figure, Section, interval, percent

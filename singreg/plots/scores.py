@@ -1,4 +1,4 @@
-"""Plots of scores: models side by side, joint distributions, classes, concepts, perturbations."""
+"""Plots of scores: models side by side, joint distributions, classes, concepts, single images, perturbations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,16 +6,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from singreg import report
 from singreg.analysis.comparison import Measured
 from singreg.analysis.levels import joint_distribution, select_concepts
 from singreg.data.splits import ImageSplit
-from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, arrows, drawable, panels, save, styled
-from singreg.plots.images import plot_images
+from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, arrows, drawable, panels, save, show, styled
 from singreg.tables import AUDIT, READING, audit_table, score_table
 
+HEIGHT = 2.9  # inches an image
+SIDES = {"before": "nearest to T(f)", "after": "nearest to T(f~)"}
+EACH_WAY = 4  # concepts beside a single image
+Image = Mapping[str, Any]
 # How the models of a fine-tuning run are called wherever people read them.
 STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "SingLoss"}
 DROPPED = {"dropped": "control, null space dropped"}  # only in tables: where it is 0 there is nothing to draw
@@ -37,6 +42,55 @@ RATIOS_SHOWN = {
 CLASSES_SHOWN, CLASSES_COMPARED, CONCEPTS_SHOWN = 24, 40, 16
 NAME_LENGTH = 28  # characters beside an axis
 Found = Mapping[str, Any]
+
+
+def plot_images(images: Sequence[Image], split: ImageSplit, gallery: ImageSplit, path: Path) -> report.Figure:
+    """Draw each image with its logits, the concepts that moved and the gallery's nearest, before and after."""
+    across = max(len(near) for near in images[0]["near"].values()) if images[0]["near"] else 0
+    widths = [1.6, 2.0, 2.6, *[0.95] * across]
+    figure = Figure(figsize=(1.35 * sum(widths) + 1.6, HEIGHT * len(images) + 0.5), layout="constrained")
+    figure.suptitle("the null component removed: ○ before, ► after", fontsize=10)
+    for part, image in zip(figure.subfigures(len(images), 1, squeeze=False).flat, images, strict=True):
+        grid = part.add_gridspec(2, len(widths), width_ratios=widths)
+        given, logits, concepts = (part.add_subplot(grid[:, column]) for column in range(3))
+        scores = f"AS {image['attribute_score']:+.1f}°, IS {image['image_score']:.1f}°"
+        names = f"class: {drawable(image['class_name'], 22)}\nnamed: {drawable(image['predicted'], 22)}"
+        show(
+            given,
+            np.asarray(split.image(image["index"])),
+            drawable(Path(image["image"]).name, 24),
+            f"{names}\n{scores}",
+        )
+        _logits(logits, image)
+        _concepts(concepts, image)
+        for row, (side, title) in enumerate(SIDES.items()):
+            for column, near in enumerate(image["near"].get(side, ())):
+                axes = part.add_subplot(grid[row, 3 + column])
+                label = int(gallery.labels[near["index"]])
+                name = "" if label < 0 else drawable(gallery.class_names[label], 14)
+                below = f"{name} {near['angle']:.0f}°"
+                show(axes, np.asarray(gallery.image(near["index"])), "" if column else title, below)
+    return save(figure, path, "what stays and what moves when the null component is removed")
+
+
+def _logits(axes: Axes, image: Image) -> None:
+    """Two bars a class, which are equal: the classifier does not see the removal."""
+    table = image["logits"]
+    places = np.arange(len(table["class"]))
+    axes.barh(places - 0.2, table["before"], height=0.36, color=BLUE, label="before")
+    axes.barh(places + 0.2, table["after"], height=0.36, color=ORANGE, label="after")
+    axes.set_yticks(places, [drawable(name, 18) for name in table["class"]], fontsize=7)
+    axes.invert_yaxis()
+    axes.tick_params(axis="x", labelsize=7)
+    axes.legend(fontsize=6, frameon=False)
+    styled(axes, f"logits: moved by {image['logit_change']:.0e}").title.set_fontsize(8)
+
+
+def _concepts(axes: Axes, image: Image) -> None:
+    """An arrow from the angle before to that after for the concepts that went farthest each way."""
+    arrows(axes, [*image["falls"][:EACH_WAY], *image["rises"][:EACH_WAY]], 20)
+    axes.tick_params(labelsize=7)
+    styled(axes, "angle to concepts °; red: away, blue: closer").title.set_fontsize(8)
 
 
 def plot_joint(clouds: Mapping[str, tuple[pd.DataFrame, Found]], path: Path) -> report.Figure:

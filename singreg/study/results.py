@@ -9,8 +9,7 @@ import pandas as pd
 from singreg.analysis.comparison import CONFIRMED, MARGIN, SMALLEST, confirmed_share, no_claim, resampled, too_few
 from singreg.analysis.crossfit import AUDITED, figures
 from singreg.analysis.statistics import ends, paired_proportions
-from singreg.study.arms import AUDITOR, Measured
-from singreg.study.runs import Work
+from singreg.study.arms import AUDITOR, Measured, Work
 
 HARM = "class_variance"  # what arms are ordered by: steering, AS⁻ and |AS| all come of it (METHOD section 8.8)
 PAIRED = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from paired import compare, options
 
-from singreg.analysis.fitting import fit_on_split
+from singreg.analysis.features import fit_on_split
 from singreg.analysis.scores import analyze_model
 from singreg.config import DataConfig, ModelConfig
 from singreg.data.datasets import load_splits

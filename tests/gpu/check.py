@@ -27,8 +27,8 @@ import singreg
 from singreg.config import DataConfig
 from singreg.data.embeddings import PassSettings
 from singreg.data.splits import make_loader
+from singreg.losses import TERMS
 from singreg.task import FinetuneTask
-from singreg.terms import TERMS
 
 
 @dataclass(frozen=True)
