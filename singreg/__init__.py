@@ -45,7 +45,7 @@ _HOMES = {
     "metrics": ("AttributeScore", "ImageScore", "SemanticLeakage"),
     "data.datasets": ("load_splits",),
     "data.embeddings": ("cached_embeddings",),
-    "analysis.fitting": ("fit_on_split",),
+    "analysis.features": ("fit_on_split",),
     "analysis.scores": ("analyze_model",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
