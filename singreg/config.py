@@ -63,7 +63,6 @@ class DataConfig(Checked):
 
     Args:
         source: scenes (built in), a folder of SPLIT/CLASS/image files or Parquet files, or a Hugging Face data set.
-        streaming: read a Hugging Face data set through once and keep only the images wanted in the cache.
         train_split: split that training and audit images are drawn from.
         test_split: split that the test images are drawn from.
         classes: wnids or names, a named set (imagenet16, imagenette, imagewoof, imagenet100) or a file; null for all.
@@ -82,7 +81,6 @@ class DataConfig(Checked):
     """
 
     source: str = "scenes"
-    streaming: bool = False
     train_split: str = "train"
     test_split: str = "validation"
     classes: list[str] | str | None = None
@@ -109,7 +107,6 @@ class DataConfig(Checked):
         if self.built_in:
             own = self.classes or self.class_names or self.unlabeled or self.per_class
             problems.need(not own, "source: scenes has no classes, class_names, per_class or unlabeled; leave them out")
-            problems.need(not self.streaming, "streaming: needs a Hugging Face data set as source, got scenes")
 
     @property
     def built_in(self) -> bool:

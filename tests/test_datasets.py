@@ -1,4 +1,4 @@
-"""Folders, Parquet files and streams to splits: exact counts, disjoint, the same draw every time, files are named."""
+"""Folders and Parquet files to splits: exact counts, disjoint, the same draw every time, files are named."""
 
 import hashlib
 import tarfile
@@ -179,9 +179,8 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "set"
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_parquet_files_loaded_and_streamed(parquet: Path, streaming: bool) -> None:
-    splits = load(parquet, classes=WANTED, streaming=streaming)
+def test_parquet_files_are_read(parquet: Path) -> None:
+    splits = load(parquet, classes=WANTED)
     assert (splits.class_names, splits.classes.indices) == (tuple(WANTED), (1, 291))
     assert [per_class(split) for split in (splits.train, splits.audit, splits.test)] == [[10, 10], [10, 10], [5, 5]]
     check_disjoint(splits)
@@ -194,35 +193,21 @@ def test_parquet_files_loaded_and_streamed(parquet: Path, streaming: bool) -> No
     assert splits.test.identifier(0).startswith(f"{parquet}/validation#")
 
 
-def test_a_stream_is_read_as_far_as_wanted_and_once(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, real = list[Any](), datasets.IterableDataset.__iter__
-    counted = lambda self: (read.append(1) or row for row in real(self))  # noqa: E731
-    monkeypatch.setattr(datasets.IterableDataset, "__iter__", counted)
-    counts = {"train": 4, "audit": 3, "test": 2}
-    splits = load(parquet, classes=WANTED, streaming=True, per_class=counts)
-    assert [per_class(split) for split in (splits.train, splits.audit, splits.test)] == [[4, 4], [3, 3], [2, 2]]
-    assert len(read) == 20 + 5  # rows 0 to 19 hold seven of both classes
-    again = load(parquet, classes=WANTED, streaming=True, per_class=counts)
-    assert [split.fingerprint for split in again] == [split.fingerprint for split in splits]
-    assert len(read) == 20 + 5
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_rows_without_image_or_label(streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_without_image_or_label(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paths = [write_image(tmp_path / f"{i}.png") for i in range(24)]
     broken: list[Any] = [None, {"bytes": None, "path": None}, {"bytes": b"no image", "path": "x"}]
     write_parquet(tmp_path / "set/train.parquet", [*paths[:14], *broken], [*WANTED * 6, None, None, *WANTED, WANTED[0]])
     write_parquet(tmp_path / "set/validation.parquet", paths[14:], WANTED * 5)
     with pytest.raises(ValueError, match="3 images cannot be read") as stop:
-        load(tmp_path / "set", streaming=streaming)
+        load(tmp_path / "set")
     assert str(stop.value).count("the row holds no image (null)") == 2
-    splits = load(tmp_path / "set", streaming=streaming, bad_images="drop")
+    splits = load(tmp_path / "set", bad_images="drop")
     assert splits.class_names == tuple(WANTED)
     assert len(splits.train) + len(splits.audit) == 12
-    assert streaming or "set/train: 2 rows are unlabelled" in caplog.text
+    assert "set/train: 2 rows are unlabelled" in caplog.text
     write_parquet(tmp_path / "none/train.parquet", paths[:1], [None])
     with pytest.raises(ValueError, match="'class' has no class name, only nulls"):
-        load(tmp_path / "none", streaming=streaming)
+        load(tmp_path / "none")
 
 
 def test_columns_are_chosen_by_name_or_refused(tmp_path: Path) -> None:
@@ -245,8 +230,7 @@ def test_columns_are_chosen_by_name_or_refused(tmp_path: Path) -> None:
     assert load(tmp_path / "named", bad_images="drop", per_class={"test": 1}).class_names == ("a", "b")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_webdataset_tars_take_their_names_from_a_file(tmp_path: Path, streaming: bool) -> None:
+def test_webdataset_tars_take_their_names_from_a_file(tmp_path: Path) -> None:
     for split, count in (("train", 12), ("validation", 4)):
         (tmp_path / "set").mkdir(exist_ok=True)
         with tarfile.open(tmp_path / "set" / f"{split}-0000.tar", "w") as archive:
@@ -255,8 +239,8 @@ def test_webdataset_tars_take_their_names_from_a_file(tmp_path: Path, streaming:
                 archive.add(write_image(tmp_path / f"{split}{i}.png"), f"{i:03d}.png")
                 archive.add(tmp_path / "x.cls", f"{i:03d}.cls")
     with pytest.raises(ValueError, match=r"cls holds numbers; set data\.class_names"):
-        load(tmp_path / "set", streaming=streaming)
-    given: dict[str, Any] = {"class_names": str(tmp_path / "names.txt"), "streaming": streaming}
+        load(tmp_path / "set")
+    given: dict[str, Any] = {"class_names": str(tmp_path / "names.txt")}
     (tmp_path / "names.txt").write_text("owl\n")
     with pytest.raises(ValueError, match="label 1, but there are 1 names of classes"):
         load(tmp_path / "set", **given)
@@ -269,18 +253,17 @@ def test_webdataset_tars_take_their_names_from_a_file(tmp_path: Path, streaming:
     assert bytes(splits.test.digests[0]) in raw
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_what_cannot_be_opened_is_named(streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise ConnectionError("couldn't reach the hub")
 
     (tmp_path / "set").mkdir()
     (tmp_path / "set/train.tar").write_bytes(b"cut")
     with pytest.raises(ValueError, match="set', split 'train'"):
-        load(tmp_path / "set", streaming=streaming)
+        load(tmp_path / "set")
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(ValueError, match=r"'someone/things' .*data\.train_split.*couldn't reach the hub"):
-        load_splits(DataConfig(source="someone/things", streaming=streaming))
+        load_splits(DataConfig(source="someone/things"))
 
 
 def _load_in_a_group(rank: int, world: int, source: str, changes: dict[str, Any]) -> tuple[int, Any]:
@@ -296,13 +279,12 @@ def _load_in_a_group(rank: int, world: int, source: str, changes: dict[str, Any]
         TableSplit.examine = real  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_one_process_looks_at_the_images_for_all(tree: Path, parquet: Path, streaming: bool) -> None:
-    source = parquet if streaming else tree
-    expected = _load_in_a_group(0, 1, str(source), {"streaming": streaming})
-    first, second, third = run_processes(3, _load_in_a_group, str(source), {"streaming": streaming})
-    assert first == expected
-    assert second == third == (0, expected[1])
+def test_one_process_looks_at_the_images_for_all(tree: Path, parquet: Path) -> None:
+    for source in (str(tree), str(parquet)):
+        expected = _load_in_a_group(0, 1, source, {})
+        first, second, third = run_processes(3, _load_in_a_group, source, {})
+        assert first == expected
+        assert second == third == (0, expected[1])
 
 
 def test_what_fails_in_the_first_process_reaches_the_others(tree: Path) -> None:

@@ -16,18 +16,8 @@ from timm.utils.misc import natural_key
 from singreg.classes import ClassSubset, read_list, renamed, resolve_classes
 from singreg.config import SCENES, DataConfig
 from singreg.data.scenes import SHAPES, sample_scenes
-from singreg.data.splits import (
-    UNLABELLED,
-    ConcatSplit,
-    ImageSplit,
-    SceneSplit,
-    Splits,
-    TableSplit,
-    cell_bytes,
-    examine,
-    is_image,
-)
-from singreg.utils import cache_folder, sha256_of_json, together
+from singreg.data.splits import UNLABELLED, ConcatSplit, ImageSplit, SceneSplit, Splits, TableSplit, is_image
+from singreg.utils import together
 
 logger = logging.getLogger(__name__)
 TABLES = ("*.parquet", "*/*.parquet", "*.tar", "*/*.tar")  # that `datasets` reads
@@ -186,7 +176,7 @@ def _open_split(config: DataConfig, split: str, option: str) -> "_Folder | _Hugg
     """Return a split, which `option` named, of the folder of images or Hugging Face data set `config.source`."""
     path = Path(config.source).expanduser()
     classes = (path / split).is_dir() and class_folders(path / split)
-    if path.is_dir() and (classes or not any(any(path.glob(pattern)) for pattern in TABLES)) and not config.streaming:
+    if path.is_dir() and (classes or not any(any(path.glob(pattern)) for pattern in TABLES)):
         return _Folder(path.resolve(), split, option)
     if path.is_file():
         raise FileNotFoundError(f"{path} (data.source) is a file; unpack it, or give the folder it is in")
@@ -236,16 +226,16 @@ class _HuggingFace:
     """A split of a data set of the hub or a folder of Parquet or tar files; `keys` are class names in its own order."""
 
     def __init__(self, config: DataConfig, split: str, option: str) -> None:
-        self.config, self.split, self.where = config, split, f"{config.source}/{split}"
+        self.where = f"{config.source}/{split}"
         path = Path(config.source).expanduser()
         source = str(path) if path.is_dir() else config.source
         try:
-            rows = datasets.load_dataset(source, split=split, streaming=config.streaming)
+            rows = datasets.load_dataset(source, split=split)
         except Exception as error:  # of broken files `datasets` passes on nearly anything
             said = " ".join(str(error.__cause__ or error).split())[:90]
             where = "" if path.is_dir() else " (no folder here)"
             raise ValueError(f"data.source {config.source!r}{where}, split {split!r} ({option}): {said}") from error
-        features = rows.features or {}
+        features = rows.features
         kinds = {name: str(getattr(feature, "dtype", "")) for name, feature in features.items()}
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         if not images and (isinstance(features.get("image"), dict) or kinds.get("image") == "binary"):
@@ -278,9 +268,6 @@ class _HuggingFace:
     def read(self, keys: Sequence[str], class_names: Sequence[str]) -> TableSplit:
         """Return the images, those of the classes `keys` labelled by their place in it."""
         place = {key: index for index, key in enumerate(keys)}
-        if self.config.streaming:
-            kept = self._streamed(place)
-            return TableSplit(self.where, kept.select_columns(["image"]), class_names, kept["label"][:], self.where)
         names = list(self._labels())
         if None in names:
             text = "%s: %d rows are unlabelled (%s) and are left out"
@@ -300,38 +287,6 @@ class _HuggingFace:
                 raise ValueError(f"{self.where}: label {value}, but {names}")
             return str(self.feature.names[value]) if value is not None and value >= 0 else None
         return None if value is None else str(value)
-
-    def _streamed(self, place: dict[str, int]) -> datasets.Dataset:
-        """Stream the split, or find it in the cache: the first readable images of each class, as many as wanted."""
-        config, counts, wanted = self.config, self.config.per_class, None
-        if config.train_split != config.test_split:
-            parts = [counts.get(name, 0) for name in ("train", "audit", "bank")]
-            train = sum(parts) if {"train", "audit"} <= set(counts) else None
-            wanted = train if self.split == config.train_split else counts.get("test")
-        facts = {"source": config.source, "split": self.split, "keys": list(place), "wanted": wanted}
-        facts["data"] = datasets.load_dataset_builder(config.source).hash
-        try:
-            return datasets.Dataset.from_generator(
-                lambda: self._taken(place, wanted),
-                datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")}),
-                cache_dir=str(cache_folder() / "streams"),
-                fingerprint=sha256_of_json(facts)[:32],
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(f"{self.where} could not be streamed to the end: {error.__cause__}") from error
-
-    def _taken(self, place: dict[str, int], wanted: int | None) -> Iterator[dict[str, Any]]:
-        """Yield rows of the classes, until each has as many readable images as wanted (None: all there are)."""
-        missing = dict.fromkeys(place.values(), wanted or 0)
-        for row in self.rows:
-            name, cell = self._name(row[self.label]), row[self.column]
-            if name not in place or (wanted is not None and not missing[place[name]]):
-                continue
-            cell = {"bytes": cell_bytes(cell), "path": None} if any((cell or {}).values()) else None
-            yield {"image": cell, "label": place[name]}
-            missing[place[name]] -= examine(cell)[1] is None
-            if wanted is not None and not any(missing.values()):
-                return
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
