@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from finetune import audit, train_arm
 from singreg.analysis.features import FittedTranslator
 from singreg.checkpoints import fingerprints
-from singreg.data.splits import KINDS
 from singreg.models.classifier import Classifier
 from singreg.models.edits import align_head_, drop_null, interpolate_weights
 from singreg.plots.comparison import save_pareto
@@ -44,8 +43,7 @@ MAIN = {"top1": "top-1", HARM: PAIRED[HARM], "AS_neg": "AS⁻ °", "AS_abs": "|A
 MAIN |= {"contrast AS_abs": "contrast |AS| °", "orthogonal IS": "orthogonal IS °"}
 MAIN |= {key: PAIRED[key] for key in ("unique_r2", "harmless_r2", "cross 4 sd", "cross 25% of |f|")}
 MAIN |= {"self 4 sd": "4 sd step, judged by itself", "null_probe": "null probe"}
-SIDE = {"ece": "calibration error", **{f"corrupted/{kind}": f"top-1, {kind}" for kind in KINDS}}
-SIDE |= {"retrieval": "neighbours within the class", "ood_vim": "AUROC by ViM", "ood_energy": "AUROC by energy"}
+SIDE = {"retrieval": "neighbours within the class", "ood_vim": "AUROC by ViM", "ood_energy": "AUROC by energy"}
 SIDE["ood_null_energy"] = "AUROC by null energy"
 VALIDATION = "Images that serve nothing else, by the same auditor: what settings are chosen on."
 KNOWN = "R² of a scene's attribute from the null component, of R² from all features. The class is the shape."
@@ -168,7 +166,7 @@ def make_and_measure(study: Study, work: Work) -> Measured:
         label: audit(replace(study.reader(name, label), classifier=classifier), None, study.ridge(label))[1][0]
         for label in study.further
     }
-    found = measure_arm(setup, auditor, scores, ood=config.ood, seed=config.seed)
+    found = measure_arm(setup, auditor, scores, ood=config.ood)
     found = replace(found, further=further, extra=notes, seconds=time.monotonic() - begun)
     if accelerator.is_main_process:
         work.keep(found)

@@ -1,4 +1,4 @@
-"""Batches fixed by seed, epoch and index; corruptions; image files of every kind, unreadable ones, copies of others."""
+"""Batches fixed by seed, epoch and index; image files of every kind, unreadable ones, copies of others."""
 
 import random
 import struct
@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, ToTensor
 
-from singreg.data import splits
 from singreg.data.datasets import without_copies
 from singreg.data.scenes import sample_scenes
-from singreg.data.splits import KINDS, CorruptedSplit, ImageSplit, SceneSplit, TableSplit, corrupt, make_loader
+from singreg.data.splits import ImageSplit, SceneSplit, TableSplit, make_loader
 from tests.images import check_disjoint, contents, file_split, load, names, per_class, write_image, write_tree
 
 
@@ -64,39 +63,6 @@ def test_the_draws_are_those_of_earlier_versions(split: TableSplit) -> None:
     assert drawn == [5, 6, 8, 4, 0, 3, 2, 7, 1]
     first = next(iter(make_loader(split, noisy, 9, seed=5)))[0]
     assert first.sum().item() == pytest.approx(650.4228515625, rel=1e-6)
-
-
-def photo(side: int = 80) -> Image.Image:
-    """Smooth colours with an edge, nowhere near black or white."""
-    y, x = np.mgrid[:side, :side] / side
-    values = np.stack([90 + 60 * x, 90 + 60 * y, 100 + 50 * (x > 0.5)], axis=-1)
-    return Image.fromarray(values.round().astype(np.uint8))
-
-
-def test_each_corruption_is_its_formula() -> None:
-    image, values = photo(), np.asarray(photo(), float)
-    assert np.array_equal(corrupt(image, "blur", 1), image.filter(ImageFilter.GaussianBlur(80 * splits.BLUR)))
-    noise = np.asarray(corrupt(image, "noise", 1), float) - values
-    assert noise.std() == pytest.approx(255 * splits.NOISE, rel=0.03)
-    assert abs(noise.mean()) < 1
-    flat = np.asarray(corrupt(image, "contrast", 1), float)
-    assert flat.std() == pytest.approx(splits.CONTRAST * values.std(), abs=0.15)
-    assert flat.mean() == pytest.approx(values.mean(), abs=0.5)
-
-
-def test_a_corrupted_split_follows_seed_and_image() -> None:
-    scenes = SceneSplit("test", sample_scenes(9, seed=1))
-    whole, some = CorruptedSplit(scenes, "noise"), CorruptedSplit(scenes.subset([5, 2]), "noise")
-    assert np.array_equal(whole.image(5), some.image(0))
-    assert np.array_equal(whole.image(2), some.image(1))
-    first, second = (np.asarray(whole.image(i), int) - scenes.image(i) for i in (5, 2))
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(whole.image(5), CorruptedSplit(scenes, "noise", seed=1).image(5))
-    made = [CorruptedSplit(scenes, kind, seed=seed) for kind in KINDS for seed in (0, 1)]
-    assert len({scenes.fingerprint, *(other.fingerprint for other in made)}) == 1 + len(made)
-    assert made[0].fingerprint == CorruptedSplit(scenes, KINDS[0]).fingerprint
-    assert all(other.labels.tolist() == scenes.labels.tolist() for other in made)
-    assert made[0].identifier(4) == "scene-1-4 (blur)"
 
 
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)

@@ -1,4 +1,4 @@
-"""Image splits: numbered images with labels and a fingerprint of their content; corrupted ones, and their batches."""
+"""Image splits: numbered images with labels and a fingerprint of their content, and their batches."""
 
 import hashlib
 import io
@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import torch
 from datasets.utils.file_utils import xopen
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -32,10 +32,6 @@ SCENES_KEPT = 20_000  # drawing costs more than a small network's forward pass, 
 # PIL knows stranger formats too, one of which starts another program.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 PHOTOMETRIC = 262  # TIFF's tag of what 0 means: white where it is 0
-KINDS = ("blur", "noise", "contrast")  # of corruption
-BLUR = 0.015  # radius (standard deviation), as a share of the shorter side
-NOISE = 0.12  # standard deviation, of values in [0, 1]
-CONTRAST = 0.45  # what is left of the distance to the image's mean
 
 
 def cell_bytes(cell: Mapping[str, Any] | None) -> bytes:
@@ -238,37 +234,6 @@ class SceneSplit(ImageSplit):
 
     def identifier(self, index: int) -> str:
         return f"scene-{self.table.seed}-{index}"
-
-
-def corrupt(image: Image.Image, kind: str, seed: int) -> Image.Image:
-    """Return one RGB image (H, W) corrupted; the same seed gives the same noise."""
-    if kind == "blur":
-        return image.filter(ImageFilter.GaussianBlur(BLUR * min(image.size)))
-    values = np.asarray(image, dtype=np.float64)
-    if kind == "noise":
-        values = values + 255 * NOISE * np.random.default_rng(seed).standard_normal(values.shape)
-    else:
-        values = values.mean() + CONTRAST * (values - values.mean())
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-
-
-class CorruptedSplit(SubsetSplit):
-    """Another split's images, corrupted; an image always gets the same noise, and the fingerprint is one of its own."""
-
-    def __init__(self, parent: ImageSplit, kind: str, *, seed: int = 0) -> None:
-        super().__init__(parent, np.arange(len(parent)), f"{parent.name} {kind}")
-        # The noise follows the content, not the place: an image is corrupted alike in every selection of it.
-        note = f"{kind} 3 {seed}".encode()
-        rows = [hashlib.sha256(digest.tobytes() + note).digest() for digest in parent.digests]
-        self.digests = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 32)
-        self.kind = kind
-
-    def image(self, index: int) -> Image.Image:
-        drawn = int.from_bytes(self.digests[index, :8].tobytes(), "little")
-        return corrupt(super().image(index), self.kind, drawn)
-
-    def identifier(self, index: int) -> str:
-        return f"{super().identifier(index)} ({self.kind})"
 
 
 @dataclass(frozen=True)

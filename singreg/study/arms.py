@@ -15,13 +15,12 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from singreg.analysis.features import FeatureBatch, FittedTranslator, evenly, iterate_features
+from singreg.analysis.features import FeatureBatch, FittedTranslator, evenly
 from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
 from singreg.analysis.scores import Rows
 from singreg.config import FinetuneConfig
-from singreg.data.embeddings import PassSettings
 from singreg.data.scenes import ATTRIBUTES
-from singreg.data.splits import KINDS, CorruptedSplit, ImageSplit, SceneSplit, SubsetSplit
+from singreg.data.splits import ImageSplit, SceneSplit, SubsetSplit
 from singreg.nullspace import NullSpace
 from singreg.runs import Run
 from singreg.setup import Setup
@@ -30,14 +29,13 @@ from singreg.utils import atomic_write, gather_rows, sha256_of_json, write_text
 
 AUDITOR = "auditor"
 SAID = "measuring the arm"
-BINS = 15  # of the calibration error
 NEIGHBOURS, QUERIES = 10, 2000  # of an image within its class, and test images asked for them
 ROUNDING = 1e-6  # a null residual below this share of |f| is what float32 left of none
 SCORES = ("AS_neg", "AS_abs", "IS")
 logger = get_logger(__name__)
 PLACES = ("out", "dry_run", "resume", "log_with")  # where things go and how a run is started
 WORDS = ("note", "role", "overrides")  # only said of an arm, or in its configuration already
-MEASURED = ("ood", "validation_per_class", "seed")
+MEASURED = ("ood", "validation_per_class")
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,12 @@ class Measured:
 
 
 def measure_arm(
-    setup: Setup, auditor: FittedTranslator, scores: tuple[pd.DataFrame, dict[str, Any]], *, ood: int = 0, seed: int = 0
+    setup: Setup, auditor: FittedTranslator, scores: tuple[pd.DataFrame, dict[str, Any]], *, ood: int = 0
 ) -> Measured:
     """Add to an arm's scores, those of `analyze_model` on the test images by the auditor, what a study shows beside."""
-    splits, space, chosen_on = setup.splits, setup.space, dict[str, Any]()
+    splits, chosen_on = setup.splits, dict[str, Any]()
     (rows, _), (figures, intervals) = scores, score_figures(scores[1])
-    blocks: dict[str, Any] = {"null_space": space, "classes": setup.classifier.num_classes}
+    blocks: dict[str, Any] = {"null_space": setup.space, "classes": setup.classifier.num_classes}
     fits = fit_blocks(setup.read("audit", SAID), target_dim=setup.texts.shape[1], **blocks)
     information = measure_information(setup.read("test", SAID), fits)
     figures |= {"null_probe": information["accuracy"]["null_space"], "probe_chance": information["chance"]}
@@ -70,7 +68,7 @@ def measure_arm(
         own = replace(setup, embeddings=targets)
         fits = fit_blocks(own.read("audit", SAID), target_dim=known.shape[1], **blocks)
         figures |= attribute_r2(own.read("test", SAID), fits, list(known.columns))
-    figures |= _side_effects(setup, space, auditor.mean, ood, seed)
+    figures |= _strange_images(setup, auditor.mean, ood)
     if setup.held is not None:
         z = {**setup.embeddings, "test": setup.held[1]}
         own = replace(setup, splits=replace(splits, test=setup.held[0]), embeddings=z)
@@ -92,25 +90,17 @@ def score_figures(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list
     return figures, intervals | audit["intervals"]
 
 
-def _side_effects(setup: Setup, space: NullSpace, mean: Tensor, ood: int, seed: int) -> dict[str, Any]:
-    """Calibration, AUROCs of strange images and accuracy on corrupted ones (METHOD section 8.8)."""
+def _strange_images(setup: Setup, mean: Tensor, ood: int) -> dict[str, float]:
+    """AUROCs of `ood` unlabelled images of the bank (METHOD section 8.8), nothing without any."""
     splits, z = setup.splits, setup.embeddings
-
-    def outputs(split: ImageSplit, table: np.ndarray, passes: PassSettings = setup.passes) -> Rows:
-        return network_outputs(iterate_features(setup.classifier, split, table, passes, SAID), space, mean)
-
-    tested = outputs(splits.test, z["test"])
-    figures = {"ece": calibration_error(tested["confidence"], tested["correct"])}
     unlabelled = np.flatnonzero(np.asarray(splits.bank.labels) < 0)
-    strange = unlabelled[evenly(len(unlabelled), ood)] if ood and len(unlabelled) else unlabelled[:0]
-    if len(strange):
-        unknown = outputs(splits.bank.subset(strange, "ood"), z["bank"][strange])
-        figures |= ood_figures(tested, unknown, outputs(splits.audit, z["audit"]))
-    for kind in KINDS:
-        corrupted = CorruptedSplit(splits.test, kind, seed=seed)
-        found = outputs(corrupted, z["test"], replace(setup.passes, cache=None))
-        figures[f"corrupted/{kind}"] = found["correct"].mean()
-    return figures
+    strange = unlabelled[evenly(len(unlabelled), ood)]
+    if not len(strange):
+        return {}
+    named = replace(splits, bank=splits.bank.subset(strange, "ood"))
+    own = replace(setup, splits=named, embeddings={**z, "bank": z["bank"][strange]})
+    parts = [network_outputs(own.read(name, SAID), setup.space, mean) for name in ("test", "bank", "audit")]
+    return ood_figures(*parts)
 
 
 def _arrays(**columns: Tensor) -> Rows:
@@ -175,16 +165,15 @@ def attribute_r2(batches: Iterable[FeatureBatch], fits: BlockFits, names: Sequen
 
 
 def network_outputs(batches: Iterable[FeatureBatch], space: NullSpace, mean: Tensor) -> Rows:
-    """Return of all images correct, confidence, residual |Π_n(f - μ)|, logsumexp and max_logit (N,)."""
+    """Return of all images residual |Π_n(f - μ)|, logsumexp and max_logit (N,)."""
     rows = []
     for batch in batches:
         f, logits = batch.features.double(), batch.logits.double()
         residual = torch.linalg.vector_norm(space.component(f - mean.double()), dim=1)
         # What float32 leaves of a null component that is not there would otherwise be ranked as if it said something.
         residual = residual * (residual > ROUNDING * torch.linalg.vector_norm(f, dim=1))
-        columns = {"correct": logits.argmax(1) == batch.labels, "confidence": logits.softmax(1).amax(1)}
-        columns |= {"residual": residual, "logsumexp": logits.logsumexp(1), "max_logit": logits.amax(1)}
-        rows.append(_arrays(index=batch.indices, **columns))
+        energies = {"logsumexp": logits.logsumexp(1), "max_logit": logits.amax(1)}
+        rows.append(_arrays(index=batch.indices, residual=residual, **energies))
     return gather_rows(rows, sort_by="index")
 
 
@@ -206,12 +195,6 @@ def auroc(known: np.ndarray, strange: np.ndarray) -> float:
     """Return the share of (known, strange) pairs in which the strange one scores higher, ties as half; (N,), (M,)."""
     ranks, count = pd.Series(np.concatenate([known, strange])).rank().to_numpy(), len(strange)
     return float((ranks[len(known) :].mean() - (count + 1) / 2) / len(known))
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Return the expected calibration error over equal bins of the largest probability (N,)."""
-    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-    return float(np.abs(np.bincount(bins, weights=confidence - correct)).sum() / len(bins))
 
 
 @dataclass(frozen=True)
