@@ -48,17 +48,14 @@ from singreg.analysis.features import translator_agreement
 from singreg.analysis.scores import compare_passports
 from singreg.data.datasets import load_splits
 from singreg.plots.comparison import save_comparison_plot
-from singreg.report import Section, log, log_figures, number, percent, track, write_report
+from singreg.report import Section, log, log_figures, number, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, fit_translators, labels_for_head, look_at_heads, open_model, open_spaces
 from singreg.tables import READING, analysis_warnings, passport_table, score_table
 
 CHANCE_DRAWS = 4  # random subspaces behind a model's chance level
 TITLES = {"top1": "top-1 (points)", "AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °", "ratio": "IS / |AS|"}
-ORDER = (
-    "τ: Kendall's rank correlation, 1 for the same order. Alike in resamples: share of the bootstrap resamples in "
-    "which this view and the first order all models alike; own order again: share in which the view repeats its own."
-)
+ORDER = "τ: Kendall's rank correlation, 1 for the same order."
 CHANCE = (
     "At chance: when as much energy is taken away in a random direction; compare models with other heads by their "
     "distance from it."
@@ -175,12 +172,9 @@ def differences_table(differences: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def order_table(order: dict[str, Any]) -> pd.DataFrame:
-    """The order in each view, τ against the first view, and how often resamples repeat it."""
-    table: pd.DataFrame = pd.DataFrame({"view": order["views"], "order, best first": map(" › ".join, order["orders"])})
-    table["τ with the first view"] = [number(tau) for tau in order["tau"][0]]
-    for title, shares in {"alike in resamples": order["same"][0], "own order again": order["stable"]}.items():
-        table[title] = [percent(share, 0) for share in shares]
-    return table
+    """The order in each view, and τ against the first view."""
+    columns = {"view": order["views"], "order, best first": map(" › ".join, order["orders"])}
+    return pd.DataFrame({**columns, "τ with the first view": [number(tau) for tau in order["tau"][0]]})
 
 
 if __name__ == "__main__":
