@@ -119,10 +119,9 @@ def train_arm(
 
     `fitted` is the loop's translator on the start. Returns also the one that the loop ends with.
     """
-    classifier, embeddings = copy.deepcopy(setup.classifier), loss_embeddings(config, setup)
-    classifier.tune(config.model.tuning, batch_norm=config.model.batch_norm)
+    classifier = copy.deepcopy(setup.classifier).tune(config.model.tuning)
     own = replace(setup, classifier=classifier)
-    keeper = LoopTranslator(fitted, own, embeddings)
+    keeper = LoopTranslator(fitted, own, loss_embeddings(config, setup))
     sing = None
     if regularised:
         accumulation, prompts = run.accelerator.gradient_accumulation_steps, loss_texts(config, setup)

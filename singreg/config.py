@@ -126,7 +126,6 @@ class ModelConfig(Checked):
             makes a new one for training where no row is known to be one of the classes.
         label_names: file that names the rows of the pretrained head, one a line; null for the names stored with it.
         tuning: train the head only, the last stage and the head, or all.
-        batch_norm: keep batch-norm statistics (eval) or update them (train).
         invariance: null space of the logits, or of the softmax (one dimension more).
         compile: train through torch.compile.
     """
@@ -136,7 +135,6 @@ class ModelConfig(Checked):
     head: Literal["auto", "keep", "slice", "new"] = "auto"
     label_names: str | None = None
     tuning: Literal["head", "last_stage", "all"] = "all"
-    batch_norm: Literal["eval", "train"] = "eval"
     invariance: Literal["logits", "softmax"] = "logits"
     compile: bool = False
 

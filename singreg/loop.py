@@ -44,7 +44,6 @@ class Arm:
     ) -> None:
         classifier, split, accelerator = setup.classifier, setup.splits.train, run.accelerator
         set_seed(config.seed)
-        tasks.synchronise_batch_norm(classifier, config, accelerator)
         self.name, self.split, self.config, self.accelerator = name, split, config, accelerator
         self.plain = tasks.FinetuneTask(classifier, sing, l2_sp=config.training.l2_sp, compile=config.model.compile)
         self.schedule = tasks.Schedule(config, len(split))

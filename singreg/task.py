@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from timm.layers.norm_act import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
 from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
 from timm.scheduler.scheduler import Scheduler
@@ -68,7 +67,7 @@ class FinetuneTask(nn.Module):
             own["forward_features"] = self._compiled
         features, logits = self.classifier.features_and_logits(images)
         loss = nn.functional.cross_entropy(logits.float(), labels)
-        if self.sing is not None and clean is not None:  # dropout and batch norm rest, as the translator was fitted
+        if self.sing is not None and clean is not None:  # dropout rests, as the translator was fitted
             training = self.classifier.training
             features = self.classifier.eval().features(clean)
             self.classifier.train(training)
@@ -197,11 +196,10 @@ class Schedule:
 
 
 def describe_training(config: FinetuneConfig, accelerator: Accelerator, classifier: Classifier, images: int) -> str:
-    """Say what training takes in steps, weights and memory; refuse batches and batch norms that cannot train."""
+    """Say what training takes in steps, weights and memory; refuse batches that cannot be split."""
     micro_batch(config, accelerator)
-    refuse_batch_norm(config, accelerator)
     schedule = Schedule(config, images)
-    tuned = copy.deepcopy(classifier).tune(config.model.tuning, batch_norm=config.model.batch_norm)
+    tuned = copy.deepcopy(classifier).tune(config.model.tuning)
     make_optimizer(tuned, config)
     every = sum(parameter.numel() for parameter in tuned.parameters())
     trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
@@ -222,28 +220,6 @@ def micro_batch(config: FinetuneConfig, accelerator: Accelerator) -> int:
         wrong = f"training.batch_size = {config.training.batch_size} cannot be split evenly into {parts}"
         raise ValueError(f"{wrong}; choose a multiple of their product")
     return micro
-
-
-def refuse_batch_norm(config: FinetuneConfig, accelerator: Accelerator) -> None:
-    """Refuse to train batch norms on several processes without GPUs: torch gathers their statistics on GPUs alone."""
-    trains = config.model.batch_norm == "train" and config.model.tuning != "head"
-    if trains and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        where = f"on {accelerator.num_processes} processes needs GPUs, or each would train another model"
-        raise ValueError(f"model.batch_norm: train {where}; set model.batch_norm to eval, or use one process")
-
-
-def synchronise_batch_norm(classifier: Classifier, config: FinetuneConfig, accelerator: Accelerator) -> None:
-    """Let batch norms that train take their statistics over all processes, in place; one in the head is refused."""
-    if accelerator.num_processes == 1 or config.model.batch_norm != "train":
-        return
-    if any(getattr(module, "running_var", None) is not None for module in classifier.head.modules()):
-        head = f"the head {classifier.head_name!r} of {classifier.tag} has a batch norm of its own"
-        raise ValueError(
-            f"model.batch_norm: train: {head}, which would differ between {accelerator.num_processes} processes; set "
-            "model.batch_norm to eval, or use one process"
-        )
-    # timm's own: torch's would lose the activation inside timm's BatchNormAct2d.
-    convert_sync_batchnorm(classifier.model)  # type: ignore[no-untyped-call]
 
 
 class LoopTranslator:

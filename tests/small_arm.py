@@ -57,7 +57,7 @@ def as_double(image: Image.Image) -> Tensor:
 
 
 def small_classifier(*, dropout: float = 0.5) -> Classifier:
-    """With a batch norm that trains and a dropout before the head: what a resumed run could get wrong."""
+    """With a batch norm, which keeps its statistics, and a dropout before the head."""
     torch.manual_seed(0)
     net = nn.Sequential()
     net.add_module("flat", nn.Flatten())
@@ -67,7 +67,7 @@ def small_classifier(*, dropout: float = 0.5) -> Classifier:
     net.add_module("drop", nn.Dropout(dropout))
     net.add_module("fc", nn.Linear(WIDTH, CLASSES))
     classifier = Classifier.from_module(net.double(), head="fc", transform=as_double)
-    return classifier.tune("all", batch_norm="train" if dropout else "eval")
+    return classifier.tune("all")
 
 
 def embeddings() -> np.ndarray:
@@ -137,7 +137,6 @@ class Arm:
         accelerator.gradient_accumulation_steps = self.accumulation
         torch.set_num_threads(1)  # more only wait for one another on sums this small
         classifier = small_classifier(dropout=self.dropout)
-        classifier.tune(config.model.tuning, batch_norm=classifier.batch_norm)
         options = {"accumulation": self.accumulation, **self.options}
         self.sing = small_sing(classifier, **options) if self.regularised else None
 

@@ -23,7 +23,6 @@ from singreg.utils import sha256_of_tensor
 
 HeadMode = Literal["keep", "slice", "new"]
 Tuning = Literal["head", "last_stage", "all"]
-BatchNormMode = Literal["eval", "train"]
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -41,7 +40,6 @@ class Classifier(nn.Module):
 
     own_transform: Transform | None = None
     class_names: tuple[str, ...] | None = None
-    batch_norm: BatchNormMode = "eval"
     new_head = False
 
     def __init__(
@@ -217,10 +215,10 @@ class Classifier(nn.Module):
             return {"transform": None if self.own_transform is None else _hash_of_result(self.own_transform)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self.data_config.items()}
 
-    def tune(self, mode: Tuning, *, batch_norm: BatchNormMode = "eval") -> "Classifier":
+    def tune(self, mode: Tuning) -> "Classifier":
         """Choose what trains: the "head", the "last_stage" and what follows it (a transformer's last block), or "all".
 
-        The rest stays in eval mode whatever `.train()` says; batch_norm "eval" keeps the statistics of all batch norms.
+        The rest stays in eval mode whatever `.train()` says, and so do batch norms: they keep their statistics.
         """
         if mode not in get_args(Tuning):
             raise ValueError(f"tuning must be one of {get_args(Tuning)}, got {mode!r}")
@@ -228,13 +226,12 @@ class Classifier(nn.Module):
         trained = head | heads.last_stage(self.model, head) if mode == "last_stage" else head
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(mode == "all" or name in trained)
-        self.batch_norm = batch_norm
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
         if mode:
-            heads.set_modes(self.model, self.batch_norm)
+            heads.set_modes(self.model)
         return self
 
     def save(self, folder: str | Path) -> None:

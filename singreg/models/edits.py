@@ -169,7 +169,7 @@ def drop_null(classifier: Classifier, *, spare: int = 0, invariance: Invariance 
     model.set_submodule(classifier.head_name, edited)
     facts: Any = {"tag": f"{classifier.tag}.null_dropped", "data_config": classifier.data_config}
     dropped = NullDroppedClassifier(model, f"{classifier.head_name}.1", **facts)
-    for name in ("own_transform", "class_names", "batch_norm"):
+    for name in ("own_transform", "class_names"):
         setattr(dropped, name, getattr(classifier, name))
     return dropped
 

@@ -132,17 +132,12 @@ def last_stage(model: nn.Module, head: set[str]) -> set[str]:
     return {name for number in layers if number >= last for name in groups[number]}
 
 
-def set_modes(module: nn.Module, batch_norm: str) -> None:
-    """Put parts without a trained parameter in eval mode, and every batch norm when `batch_norm` is "eval"."""
+def set_modes(module: nn.Module) -> None:
+    """Put parts without a trained parameter in eval mode, and all that keep running statistics, as batch norms do."""
     parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
+    frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
+    if frozen or getattr(module, "running_var", None) is not None:
         module.eval()
         return
-    whole = all(parameter.requires_grad for parameter in parameters)
     for child in module.children():
-        is_norm = getattr(child, "running_var", None) is not None  # whatever keeps running statistics
-        # One without parameters of its own trains only where everything beside it does.
-        if is_norm and (batch_norm == "eval" or (not whole and not list(child.parameters()))):
-            child.eval()
-        else:
-            set_modes(child, batch_norm)
+        set_modes(child)
