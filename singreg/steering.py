@@ -57,8 +57,7 @@ def steer(
     """
     if not 0 < image_score < 180:
         raise ValueError(f"the wanted image score must be in (0, 180) degrees, got {image_score}")
-    gradient = similarity_gradient(features, text, translator)
-    direction = unit_in_null(null_space.component(gradient), gradient)
+    direction = unit_in_null(similarity_gradient(features, text, translator), null_space)
     if isinstance(translator, LinearTranslator):
         matrix, offset = translator.matrix.to(features), translator.offset.to(features)
         step = step_for_image_score(features @ matrix.T + offset, direction @ matrix.T, image_score)
@@ -70,25 +69,19 @@ def steer(
 
 
 def similarity_gradient(features: Tensor, text: Tensor, translator: AnyTranslator) -> Tensor:
-    """Return ∇_f cos(T f, t), (B, m), before any projection: Aᵀ(t̂ - s ẑ)/|z|, or by autograd (eq. 11)."""
+    """Return ∇_f cos(T f, t), (B, m), before any projection (eq. 11)."""
     random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # in training mode no fixed function
     if isinstance(translator, nn.Module) and any(isinstance(m, random) and m.training for m in translator.modules()):
         raise ValueError(f"{type(translator).__name__} is in training mode, so no fixed function; call .eval() first")
-    if not isinstance(translator, LinearTranslator):
-        with torch.enable_grad():
-            leaf = features.detach().requires_grad_()
-            cosine = nn.functional.cosine_similarity(translator(leaf), text, dim=-1)
-            return torch.autograd.grad(cosine.sum(), leaf)[0]
-    matrix = translator.matrix.to(features)
-    z = features @ matrix.T + translator.offset.to(features)
-    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    unit, target = z / length, text / torch.linalg.vector_norm(text, dim=-1, keepdim=True)
-    cosine = (unit * target).sum(-1, keepdim=True)
-    return ((target - cosine * unit) / length) @ matrix
+    with torch.enable_grad():
+        leaf = features.detach().requires_grad_()
+        cosine = nn.functional.cosine_similarity(translator(leaf), text, dim=-1)
+        return torch.autograd.grad(cosine.sum(), leaf)[0]
 
 
-def unit_in_null(direction: Tensor, gradient: Tensor) -> Tensor:
-    """Scale a null direction (..., m) to length 1; 0 where it is only rounding beside its gradient (..., m)."""
+def unit_in_null(gradient: Tensor, null_space: NullSpace) -> Tensor:
+    """Return the null part of a gradient (..., m) at length 1; 0 where it is only rounding beside the gradient."""
+    direction = null_space.component(gradient)
     norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     negligible = norm <= 1e-6 * torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
     scaled = direction / norm.clamp_min(torch.finfo(norm.dtype).tiny)

@@ -95,7 +95,7 @@ class LinearTranslator(Translator):
 
 
 class MLPTranslator(Translator):
-    """T(f) = μ_z + s · net((f − μ_f) / σ_f), computed in the features' precision, at least float32.
+    """T(f) = μ_z + s · net((f − μ_f) / σ_f), computed in the translator's own precision.
 
     Args:
         state: feature_mean and feature_scale (m,), target_mean (n,), target_scale () and the weights as "network.NAME".
@@ -134,11 +134,8 @@ class MLPTranslator(Translator):
         return super().train(False)
 
     def _translate(self, features: Tensor) -> Tensor:
-        f = features.to(torch.promote_types(features.dtype, torch.float32))
-        weights = {name: value.to(f) for name, value in self.network.named_buffers()}
-        standard = (f - self.feature_mean.to(f)) * self.feature_scale.to(f)
-        y: Tensor = torch.func.functional_call(self.network, weights, (standard,))
-        return (self.target_mean.to(f) + self.target_scale.to(f) * y).to(features.dtype)
+        standard = (features.to(self.feature_mean) - self.feature_mean) * self.feature_scale
+        return (self.target_mean + self.target_scale * self.network(standard)).to(features)
 
 
 def fit_translator(

@@ -55,7 +55,7 @@ class World:
     def single(self, budget: float) -> Tensor:
         """The cosine that the paper's one gradient step of the whole budget reaches."""
         gradient = similarity_gradient(self.features, self.text, self.translate)
-        return self.cosine(budget * unit_in_null(self.space.component(gradient), gradient))
+        return self.cosine(budget * unit_in_null(gradient, self.space))
 
     def climb(self, budget: float, steps: int = 3000) -> Tensor:
         """The cosine that thousands of small gradient steps reach, each brought back to the budget."""

@@ -95,8 +95,7 @@ def slow(attack: str, step: float, judge: str, through: Tensor | None = None) ->
         f, text = features()[i], toy.texts()[k].double()
         limit = step * f.norm()
         if attack == SINGLE:
-            gradient = similarity_gradient(f[None], text, t)
-            moved = f + limit * unit_in_null(space().component(gradient), gradient)[0]
+            moved = f + limit * unit_in_null(similarity_gradient(f[None], text, t), space())[0]
         else:
             moved = f + most.maximise(f[None], text[None], limit[None])[0][0]
         before, after = read(through @ f), read(through @ moved)

@@ -35,8 +35,7 @@ def planted(dtype: torch.dtype = torch.float64, rows: int = 400) -> SimpleNamesp
 
 
 def steering_direction(features: Tensor, text: Tensor, *, null_space: NullSpace, translator: Any) -> Tensor:
-    gradient = similarity_gradient(features, text, translator)
-    return unit_in_null(null_space.component(gradient), gradient)
+    return unit_in_null(similarity_gradient(features, text, translator), null_space)
 
 
 @pytest.mark.parametrize("degrees", [5.0, 40.0, 89.9, 120.0])
@@ -109,8 +108,9 @@ def test_steering_hits_the_image_score_keeps_logits_and_flags_the_rest(dtype: to
 def test_the_direction_is_the_projected_gradient_and_any_callable_is_steered_alike() -> None:
     w = planted()
     opaque = {"null_space": w.space, "translator": w.translate}
-    leaf = w.features.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(cosine_similarity(w.translate(leaf), w.text, dim=-1).sum(), leaf)
+    z, unit = w.translate(w.features), normalize(w.text, dim=-1)
+    cosine = cosine_similarity(z, unit, dim=-1)[:, None]
+    gradient = (unit - cosine * normalize(z, dim=-1)) @ w.matrix  # eq. 11, but for its length: Aᵀ(t̂ - s ẑ)
     expected = normalize(w.space.component(gradient), dim=-1)
     for kind in (w.linear, opaque):
         torch.testing.assert_close(steering_direction(w.features, w.text, **kind), expected, atol=1e-9, rtol=0)

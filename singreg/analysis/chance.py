@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch
-from singreg.analysis.steering import in_its_own_dtype, largest_change
+from singreg.analysis.steering import largest_change
 from singreg.functional import angle
 from singreg.metrics import COLUMNS, score_columns, summarize_columns
 from singreg.nullspace import NullSpace
@@ -158,17 +158,16 @@ def measure_perturbations(
         null perturbations in float32 too, and of the angle of T f to T(f + δ).
     """
     exact, narrow, rows = weight.detach().double(), weight.detach().float(), []
-    readers = {f"angle {name}": in_its_own_dtype(translator) for name, translator in translators.items()}
     for batch in batches:
         mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
         features, indices = batch.features[mine.to(batch.features.device)].double(), batch.indices[mine]
         if not len(indices):
             continue
         logits, norm = features @ exact.T, torch.linalg.vector_norm(features, dim=1, keepdim=True)
-        z, columns = {name: read(features) for name, read in readers.items()}, dict[str, list[Tensor]]()
+        z, columns = {name: read(features) for name, read in translators.items()}, dict[str, list[Tensor]]()
         for (kind, direction), size in itertools.product(_directions(indices, null_space, seed).items(), SIZES):
             moved = features + size * norm * direction
-            figures = {name: angle(z[name], read(moved)) for name, read in readers.items()}
+            figures = {f"angle {name}": angle(z[name], read(moved)) for name, read in translators.items()}
             figures["logit_change"] = largest_change(moved @ exact.T - logits, null_space)
             if kind == "null":
                 change = moved.float() @ narrow.T - features.float() @ narrow.T

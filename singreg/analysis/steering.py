@@ -7,26 +7,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from singreg.analysis.features import FeatureBatch
 from singreg.analysis.statistics import paired_ratio
 from singreg.nullspace import NullSpace
 from singreg.steering import AnyTranslator, steer
-from singreg.translator import LinearTranslator
 from singreg.utils import gather_rows, plain
 
 SAME_PROMPT = 1 - 1e-6  # cosine above which two prompts are one: a class is no rival of its own prompt
 CHUNK_ELEMENTS = 2**22  # of the widest array of a chunk of rows: 32 MiB in float64
-
-
-def in_its_own_dtype(translator: AnyTranslator) -> AnyTranslator:
-    """Wrap a translator so that it runs in the dtype of its weights and answers in that of its input."""
-    if isinstance(translator, LinearTranslator) or not isinstance(translator, nn.Module):
-        return translator
-    dtype = next(p.dtype for p in [*translator.parameters(), *translator.buffers()] if p.is_floating_point())
-    return lambda features: translator(features.to(dtype)).to(features.dtype)
 
 
 def own_prompt(text: Tensor, class_texts: Tensor) -> Tensor:
@@ -199,11 +190,10 @@ def steer_pairs(
         the reachable, success and reachable over all; intervals of AS (95 %, over source classes and images);
         logit_change (largest |Δlogit|).
     """
-    readers = {name: in_its_own_dtype(translator) for name, translator in attackers.items()}
     columns, exact = [], (plan.class_texts.double(), weight.detach().double())
     for batch in batches:
         for rows in plan.rows(batch):
-            found = _steered(rows, readers, *exact, null_space, image_score)
+            found = _steered(rows, attackers, *exact, null_space, image_score)
             columns.append({name: values.cpu().numpy() for name, values in found.items()})
     table = pd.DataFrame(gather_rows(columns, sort_by="image"))
     return [plain(_table1(table, plan, attacker, judge)) for attacker in attackers for judge in attackers]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, gathered
 from singreg.analysis.statistics import ENDS, resampled_means
-from singreg.analysis.steering import PairPlan, SteeringRows, in_its_own_dtype, largest_change, own_prompt, read
+from singreg.analysis.steering import PairPlan, SteeringRows, largest_change, own_prompt, read
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
@@ -73,8 +73,7 @@ def natural_marks(natural: Found) -> dict[str, float]:
 
 def null_direction(rows: SteeringRows, translator: AnyTranslator, space: NullSpace) -> Tensor:
     """Return the gradient's null part at length 1, (R, m)."""
-    gradient = similarity_gradient(rows.features, rows.text, in_its_own_dtype(translator))
-    return unit_in_null(space.component(gradient), gradient)
+    return unit_in_null(similarity_gradient(rows.features, rows.text, translator), space)
 
 
 def straight(rows: SteeringRows, direction: Direction, steps: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -236,8 +235,7 @@ def random_direction(rows: SteeringRows, space: NullSpace) -> Tensor:
     """Return unit null directions (R, m), fixed by image and target: the same in any order, on any processes."""
     seeds = ([0, *pair] for pair in zip(rows.image.tolist(), rows.target.tolist(), strict=True))
     drawn = np.stack([np.random.default_rng(s).standard_normal(rows.features.shape[1]) for s in seeds])
-    guess = torch.from_numpy(drawn).to(rows.features)
-    return unit_in_null(space.component(guess), guess)
+    return unit_in_null(torch.from_numpy(drawn).to(rows.features), space)
 
 
 def climb(translator: LinearTranslator, space: NullSpace, steps: Sequence[float], near: NearNull | None) -> Craft:
