@@ -23,7 +23,7 @@ from singreg.analysis.comparison import Measured, compare_arms, finetune_warning
 from singreg.analysis.features import FittedTranslator
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
 from singreg.data.splits import Splits
-from singreg.loop import Arm, own_random_numbers
+from singreg.loop import CHECKPOINT_EVERY, Arm, own_random_numbers
 from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
@@ -161,7 +161,7 @@ def train(
                 keeper.refresh(sing)
             if ends_epoch:
                 told |= validation.look(keeper.current(sing), step)
-            if ends_epoch or step % config.training.checkpoint_every == 0:
+            if ends_epoch or step % CHECKPOINT_EVERY == 0:
                 arm.checkpoints.save(position)
             if ends_epoch and validation.gives_up(step):
                 break

@@ -280,7 +280,6 @@ class TrainingConfig(Checked):
         head_factor: the head's learning rate is this times learning_rate.
         weight_decay: the optimiser's, of all but norms and biases.
         l2_sp: adds half of this times the squared distance of the backbone from where it began (L2-SP).
-        checkpoint_every: optimiser steps between checkpoints, beside one at every epoch's end.
         best_checkpoint: keep each arm's epoch with the best top-1 on the validation images, about a tenth of the
             labelled audit images; a number also stops an arm after so many epochs without a better one.
     """
@@ -293,11 +292,10 @@ class TrainingConfig(Checked):
     head_factor: float = 5.0
     weight_decay: float = 0.01
     l2_sp: float = 0.0
-    checkpoint_every: int = 200
     best_checkpoint: bool | int = False
 
     def check(self, problems: Problems) -> None:
-        for name in ("learning_rate", "head_factor", "batch_size", "checkpoint_every"):
+        for name in ("learning_rate", "head_factor", "batch_size"):
             problems.need(getattr(self, name) != 0, f"{name}: expected a number above 0, got 0")
 
     @property

@@ -22,6 +22,7 @@ from singreg.task import LoopTranslator
 from singreg.utils import seed_process
 
 CLIP = 1.0  # the gradient's norm is clipped to this
+CHECKPOINT_EVERY = 200  # optimiser steps, beside every epoch's end
 LOG_EVERY = 10  # optimiser steps between points of the curves
 TAGS = {name: f"sing/{name}" for name in TERMS}
 TAGS |= {"correct": "top1", "sing": "sing/total", "sing_weight": "sing/weight"}

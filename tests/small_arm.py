@@ -126,7 +126,7 @@ class Arm:
     def config(self) -> FinetuneConfig:
         """11 optimiser steps an epoch at most, checkpoints that do not fall on epochs."""
         usual = {"training.epochs": 2, "training.batch_size": 8, "training.learning_rate": 0.01}
-        usual |= {"training.checkpoint_every": 3, "translator.refreshes": 1, "data.augmentation": "flip"}
+        usual |= {"translator.refreshes": 1, "data.augmentation": "flip"}
         return overridden(FinetuneConfig(out=str(self.folder)), {**usual, **self.values})
 
     def run(self, *, stop_after: int | None = None) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ class Arm:
         name = "sing" if self.regularised else "control"
         try:
             with (
-                patch.object(finetune, "log", log),
+                patch.multiple(finetune, log=log, CHECKPOINT_EVERY=3),
                 patch.object(validation, "log", log),
                 patch.object(loop, "LOG_EVERY", 1),
             ):

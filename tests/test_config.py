@@ -147,10 +147,10 @@ def test_overridden_copies_with_other_values() -> None:
         overridden(config, {"training.schedule": "linear"})
 
 
-def test_finetune_has_at_most_48_options_and_each_has_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetune_has_at_most_45_options_and_each_has_a_text(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(FinetuneConfig, ["--help"])
     text = capsys.readouterr().out
     options = [line for line in text.splitlines() if line.startswith("  --") and "config" not in line.lower()]
-    assert 40 <= len(options) <= 48
+    assert 40 <= len(options) <= 45
     assert "(type: str, default: null)" not in text.replace("\n", " ").split("--seed")[0]

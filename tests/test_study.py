@@ -20,7 +20,7 @@ from tests.tiny_run import report_of
 SETTINGS: dict[str, Any] = {
     "data": {"scenes": {"train": 48, "audit": 60, "test": 30, "bank": 0}, "augmentation": "none", "image_size": 32},
     "model": {"name": "test_resnet", "pretrained": False, "head": "new"},
-    "training": {"epochs": 1, "batch_size": 16, "checkpoint_every": 1},
+    "training": {"epochs": 1, "batch_size": 16},
     "translator": {"refreshes": 0, "ridge": 1.0},
     "validation_per_class": 2,
     "further_vlms": [{"name": "demo"}],

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import pytest
@@ -22,11 +23,11 @@ TINY = {
     "data.scenes": "{train: 80, audit: 64, test: 45, bank: 10}",
     "data.augmentation": "none",
     "training.batch_size": "16",
-    "training.checkpoint_every": "3",
     "translator.refreshes": "1",
     "translator.ridge": "1",
 }
 WORDS = [word for key, value in TINY.items() for word in (f"--{key}", value)]
+EVERY = 3  # steps between checkpoints, in the middle of an epoch too
 PATIENCE = 300.0  # seconds a run may take before it counts as stuck
 
 
@@ -39,7 +40,8 @@ def finetune(out: Path, *more: str) -> dict[str, Any]:
     """Run the recipe in this process and return its report."""
     import finetune as recipe
 
-    return run_recipe(recipe.main, out, *WORDS, *more)
+    with patch.object(recipe, "CHECKPOINT_EVERY", EVERY):
+        return run_recipe(recipe.main, out, *WORDS, *more)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -83,14 +85,15 @@ def _work(given: list[str], log: str) -> None:
     sys.argv = ["recipes/finetune.py", *given]
     import finetune as recipe
 
-    recipe.main(given)
+    with patch.object(recipe, "CHECKPOINT_EVERY", EVERY):
+        recipe.main(given)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of the tests that import it: one cache, and one core, where runs repeat to the bit beside other work."""
-    with pytest.MonkeyPatch.context() as patch, one_core():
-        patch.setenv("SINGREG_CACHE", str(tmp_path_factory.mktemp("cache")))
+    with pytest.MonkeyPatch.context() as changed, one_core():
+        changed.setenv("SINGREG_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
