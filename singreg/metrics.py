@@ -48,18 +48,16 @@ class _SumMetric(Metric):
     is_differentiable = False
     higher_is_better: bool | None = None  # leakage is to fall, permitted variety to stay: no end is best
     full_state_update = False
-    sums: tuple[str, ...] = ()
 
     def add_sum(self, name: str, *shape: int) -> None:
         """Add a state of zeros that is summed over processes."""
-        self.sums = (*self.sums, name)
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Any:
-        moved = super()._apply(fn, exclude_state=(*exclude_state, *self.sums))
-        if self.device.type not in NO_FLOAT64:
-            for name in self.sums:
-                setattr(self, name, getattr(self, name).to(self.device))
+        sums = [name for name in self._defaults if getattr(self, name).dtype == torch.float64]
+        moved = super()._apply(fn, exclude_state=(*exclude_state, *sums))
+        for name in sums if self.device.type not in NO_FLOAT64 else ():
+            setattr(self, name, getattr(self, name).to(self.device))
         return moved
 
 
@@ -67,26 +65,22 @@ class _MeanScore(_SumMetric):
     """Mean of one score over images, in degrees."""
 
     plot_lower_bound, plot_upper_bound = 0.0, 180.0
-    count: Tensor
+    plot = Metric._plot  # which torchmetrics leaves to every metric to offer
 
     def __init__(self, name: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # A MetricCollection merges metrics whose states agree on the first batch, but never compares other names.
-        self.add_sum(f"{name}_sum")
-        self.add_sum("count")
+        self.name = f"{name}_sum_and_count"
+        self.add_sum(self.name, 2)
 
     def _add(self, scores: Tensor) -> None:
         exact = _exact(scores.detach())
-        setattr(self, self.sums[0], getattr(self, self.sums[0]) + exact.sum())
-        self.count = self.count + exact.numel()
+        getattr(self, self.name).add_(torch.stack([exact.sum(), torch.ones_like(exact).sum()]))
 
     def compute(self) -> Tensor:
         """Return the mean over all images, ()."""
-        return getattr(self, self.sums[0]) / self.count
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw the value, or the values given, as torchmetrics does."""
-        return self._plot(val, ax)
+        total, count = getattr(self, self.name)
+        return total / count
 
 
 class AttributeScore(_MeanScore):

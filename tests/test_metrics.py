@@ -167,7 +167,7 @@ def test_sums_stay_on_the_cpu_where_a_device_has_no_float64(monkeypatch: pytest.
     monkeypatch.setattr(metrics, "NO_FLOAT64", ("meta",))
     metric, image = leakage().to("meta"), ImageScore().to("meta")
     assert (metric.device.type, metric.texts.device.type) == ("meta", "meta")
-    for state in (metric.columns, metric.histogram, image.count):
+    for state in (metric.columns, metric.histogram, getattr(image, image.name)):
         assert (state.device.type, state.dtype) == ("cpu", torch.float64)
     assert metric.compute()["count"] == COUNT
     monkeypatch.setattr(metrics, "NO_FLOAT64", ())

@@ -20,22 +20,6 @@ SAME_PROMPT = 1 - 1e-6  # cosine above which two prompts are one: a class is no 
 CHUNK_ELEMENTS = 2**22  # of the widest array of a chunk of rows: 32 MiB in float64
 
 
-def own_prompt(text: Tensor, class_texts: Tensor) -> Tensor:
-    """Where a class prompt is the target prompt itself, and so no rival. Shape: (R, n), (C, n) to (R, C) bool."""
-    return text @ class_texts.T >= SAME_PROMPT
-
-
-def read(z: Tensor, text: Tensor, class_texts: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the angle to the target prompt in degrees (R,) and whether it outranks all other class prompts (R,) bool.
-
-    Shape: translated features z (R, n), text (R, n) and class_texts (C, n) unit rows, same (R, C) from `own_prompt`.
-    """
-    unit = normalize(z, dim=-1)
-    own = (unit * text).sum(-1)
-    rivals = (unit @ class_texts.T).masked_fill(same, -torch.inf)
-    return torch.rad2deg(torch.arccos(own.clamp(-1, 1))), own > rivals.amax(-1)
-
-
 def largest_change(change: Tensor, null_space: NullSpace) -> Tensor:
     """Return the largest |Δlogit| (R,) of changes (R, C); the softmax null lets all logits move together."""
     if null_space.invariance == "softmax":
@@ -45,13 +29,25 @@ def largest_change(change: Tensor, null_space: NullSpace) -> Tensor:
 
 @dataclass(frozen=True)
 class SteeringRows:
-    """Rows (image, target prompt): places image, source and target (R,), features (R, m) float64, text (R, n) unit."""
+    """Rows (image, target prompt): places image, source and target (R,), features (R, m) float64, text (R, n) unit.
+
+    The target's rivals are the class prompts, class_texts (C, n), but where they are the target itself, same (R, C).
+    """
 
     image: Tensor
     source: Tensor
     target: Tensor
     features: Tensor
     text: Tensor
+    class_texts: Tensor
+    same: Tensor
+
+    def read(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the angle of z (R, n) to the target prompt in degrees (R,) and whether it outranks all rivals (R,)."""
+        unit = normalize(z, dim=-1)
+        own = (unit * self.text).sum(-1)
+        rivals = (unit @ self.class_texts.T).masked_fill(self.same, -torch.inf)
+        return torch.rad2deg(torch.arccos(own.clamp(-1, 1))), own > rivals.amax(-1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,9 @@ class PairPlan:
     def rows(self, batch: FeatureBatch) -> Iterator[SteeringRows]:
         """Yield every (chosen image, wanted target) once, in chunks of whole images."""
         mine = torch.from_numpy(self.chosen[batch.indices.numpy()])
-        here, texts = mine.to(batch.features.device), self.texts.to(batch.features.device).double()
+        here = mine.to(batch.features.device)
+        texts, class_texts = (each.to(here.device).double() for each in (self.texts, self.class_texts))
+        same = texts @ class_texts.T >= SAME_PROMPT
         features, labels, image = batch.features[here].double(), batch.labels[here], batch.indices[mine].to(here.device)
         source = (labels[:, None] == self.source_labels.to(here.device)).int().argmax(1)
         widest = len(texts) * (features.shape[1] + texts.shape[1] + len(self.class_texts))
@@ -81,7 +79,8 @@ class PairPlan:
         for start in range(0, len(image), together):
             place, target = self.wanted.to(here.device)[source[start : start + together]].nonzero(as_tuple=True)
             place = place + start
-            yield SteeringRows(image[place], source[place], target, features[place], texts[target])
+            places = image[place], source[place], target
+            yield SteeringRows(*places, features[place], texts[target], class_texts, same[target])
 
 
 def plan_pairs(
@@ -145,16 +144,13 @@ def steering_targets(labels: Tensor, indices: Tensor, classes: int) -> Tensor:
 def _steered(
     rows: SteeringRows,
     translators: Mapping[str, AnyTranslator],
-    texts: Tensor,
     weight: Tensor,
     null_space: NullSpace,
     image_score: float,
 ) -> dict[str, Tensor]:
     """FIGURE/ATTACKER and FIGURE/ATTACKER/JUDGE (R,) of every row: one gradient step, NaN out of reach."""
     found = {"image": rows.image, "source": rows.source, "target": rows.target}
-    same, before = own_prompt(rows.text, texts), dict[str, Tensor]()
-    for judge, translator in translators.items():
-        before[judge], _ = read(translator(rows.features), rows.text, texts, same)
+    before = {judge: rows.read(translator(rows.features))[0] for judge, translator in translators.items()}
     for attacker, attacked in translators.items():
         steered = steer(rows.features, rows.text, null_space=null_space, translator=attacked, image_score=image_score)
         found[f"reachable/{attacker}"] = ok = steered.reachable
@@ -162,7 +158,7 @@ def _steered(
         change = (steered.features - rows.features) @ weight.T
         found[f"logits/{attacker}"] = largest_change(change, null_space)
         for judge, translator in translators.items():
-            after, won = read(translator(steered.features), rows.text, texts, same)
+            after, won = rows.read(translator(steered.features))
             found[f"AS/{attacker}/{judge}"] = torch.where(ok, before[judge] - after, torch.nan)
             found[f"success/{attacker}/{judge}"] = won & ok
     return found
@@ -190,10 +186,10 @@ def steer_pairs(
         the reachable, success and reachable over all; intervals of AS (95 %, over source classes and images);
         logit_change (largest |Δlogit|).
     """
-    columns, exact = [], (plan.class_texts.double(), weight.detach().double())
+    columns, exact = [], weight.detach().double()
     for batch in batches:
         for rows in plan.rows(batch):
-            found = _steered(rows, attackers, *exact, null_space, image_score)
+            found = _steered(rows, attackers, exact, null_space, image_score)
             columns.append({name: values.cpu().numpy() for name, values in found.items()})
     table = pd.DataFrame(gather_rows(columns, sort_by="image"))
     return [plain(_table1(table, plan, attacker, judge)) for attacker in attackers for judge in attackers]

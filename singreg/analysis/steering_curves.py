@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, gathered
 from singreg.analysis.statistics import ENDS, resampled_means
-from singreg.analysis.steering import PairPlan, SteeringRows, largest_change, own_prompt, read
+from singreg.analysis.steering import PairPlan, SteeringRows, largest_change
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeStatistics
@@ -136,22 +136,19 @@ def measure_curves(
         (degrees) and success; their 95 % intervals over source classes and images; area, [mean height over the grid,
         low, high]; logit_change, the largest at each point.
     """
-    texts, head = plan.class_texts.double(), (weight.detach().double(), 0.0 if bias is None else bias.detach().double())
-    columns = []
-    for batch in batches:
-        for rows in plan.rows(batch):
-            columns.append(_read_all(rows, attacks, judges, texts, head, null_space, fresh))
+    head = weight.detach().double(), 0.0 if bias is None else bias.detach().double()
+    columns = [_read_all(rows, attacks, judges, head, null_space, fresh) for b in batches for rows in plan.rows(b)]
     table, curves = gather_rows(columns, sort_by="image"), list[dict[str, Any]]()
+    every, groups = table["rows"], None if fresh else table["source"]
     for place, attack in enumerate(attacks):
         for judge in judges:
-            open_ = table[f"open {judge}"]
-            counts = np.stack([table["rows"], table["rows"], open_ if fresh else table["rows"]], axis=1)
-            sums, groups = table[f"{place} {judge}"], None if fresh else table["source"]
+            sums = table[f"{place} {judge}"]
+            counts = np.stack([every, every, table[f"open {judge}"]], axis=1)
             if not fresh:
-                sums, counts = sums / table["rows"][:, None, None], np.ones_like(counts)
+                sums, counts = sums / every[:, None, None], np.ones_like(counts)
             curve = {name: value for name, value in vars(attack).items() if name != "craft"}
             curve |= {"judge": judge[0], "defence": judge[1], "logit_change": table[f"{place} logits"].max(0)}
-            curve |= {"images": len(table["rows"]), "rows": int(table["rows"].sum())}
+            curve |= {"images": len(every), "rows": int(every.sum())}
             curves.append(plain(curve | _ratios(sums, counts, groups, attack.grid)))
     return curves
 
@@ -160,15 +157,13 @@ def _read_all(
     rows: SteeringRows,
     attacks: Sequence[Attack],
     judges: Mapping[tuple[str, str], LinearTranslator],
-    texts: Tensor,
     head: tuple[Tensor, Tensor | float],
     space: NullSpace,
     fresh: bool,
 ) -> dict[str, np.ndarray]:
     """Sums of `FIGURES` (3, G) over each image's rows, by attack and judge, with what else `measure_curves` needs."""
-    same, (weight, bias) = own_prompt(rows.text, texts), head
     z = {judge: translator(rows.features) for judge, translator in judges.items()}
-    before = {judge: read(z[judge], rows.text, texts, same) for judge in judges}
+    before, (weight, bias) = {judge: rows.read(each) for judge, each in z.items()}, head
     logits = rows.features @ weight.T + bias
     sums = {f"open {judge}": (~first).double() for judge, (_, first) in before.items()}
     changes = {}
@@ -181,25 +176,17 @@ def _read_all(
                 kept = (logits + step * shift).argmax(1) == logits.argmax(1)
                 largest.append(largest_change(step * shift, space).max())
                 for judge, (angle, first) in before.items():
-                    after, won = read(z[judge] + step * travel[judge], rows.text, texts, same)
+                    after, won = rows.read(z[judge] + step * travel[judge])
                     gained, success = angle - after, won & ~first & kept if fresh else won
                     points[judge].append(torch.stack([gained, gained.abs(), success.double()], dim=1))
         sums |= {f"{place} {judge}": torch.stack(values, dim=2) for judge, values in points.items()}
         changes[f"{place} logits"] = torch.stack(largest).cpu().numpy()
-    found = _sum_by_image(rows, sums)
+    image, count = (each.cpu().numpy() for each in torch.unique_consecutive(rows.image, return_counts=True))
+    first = count.cumsum() - count  # a chunk holds the rows of an image one after the other
+    found = {"image": image, "source": rows.source.cpu().numpy()[first], "rows": count.astype(float)}
+    found |= {name: np.add.reduceat(values.cpu().numpy(), first) for name, values in sums.items()}
     # every image carries the largest change of its chunk, so that the largest of all is the largest over images
-    return found | {name: np.tile(values, (len(found["image"]), 1)) for name, values in changes.items()}
-
-
-def _sum_by_image(rows: SteeringRows, found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Sum columns (R, ...) over the rows of each image, with the image, its source and its number of rows."""
-    image, source = rows.image.cpu().numpy(), rows.source.cpu().numpy()
-    image, first, place, count = np.unique(image, return_index=True, return_inverse=True, return_counts=True)
-    columns = {"image": image, "source": source[first], "rows": count.astype(float)}
-    for name, values in found.items():
-        summed = values.new_zeros(len(image), *values.shape[1:])
-        columns[name] = summed.index_add_(0, torch.from_numpy(place).to(values.device), values).cpu().numpy()
-    return columns
+    return found | {name: np.tile(values, (len(image), 1)) for name, values in changes.items()}
 
 
 def _ratios(sums: np.ndarray, counts: np.ndarray, groups: np.ndarray | None, grid: Sequence[float]) -> dict[str, Any]:
