@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -27,8 +27,7 @@ from singreg.parsing import dump
 from singreg.utils import sweep, usable_cores, write_text
 
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-REPEATED = 5.0  # s in which a further signal is the same request: launcher and processes may each be signalled
+REPEATED = 5.0  # s in which a further signal is the same request
 
 
 def start(config: RunConfig) -> Accelerator:
@@ -166,74 +165,60 @@ class Run:
     @contextmanager
     def guarded(self) -> Iterator[None]:
         """Say how to go on when the run is interrupted or fails; the error passes on."""
-        with _signals_handled():
-            try:
-                yield
-            except BaseException as error:
-                main = self.accelerator.is_main_process
-                if isinstance(error, SystemExit) and isinstance(error.code, str):  # a sentence says what is wrong
-                    raise
-                if (main or isinstance(error, Exception)) and (self.folder / "config.yaml").is_file():
-                    print(f"\nstopped; all finished work is kept in {self.folder}", file=sys.stderr)
-                    print(f"go on with: {self.command}", file=sys.stderr)
+        before = signal.signal(signal.SIGTERM, _end)  # schedulers send it before they kill
+        try:
+            yield
+        except BaseException as error:
+            main = self.accelerator.is_main_process
+            if isinstance(error, SystemExit) and isinstance(error.code, str):  # a sentence says what is wrong
                 raise
+            if (main or isinstance(error, Exception)) and (self.folder / "config.yaml").is_file():
+                print(f"\nstopped; all finished work is kept in {self.folder}", file=sys.stderr)
+                print(f"go on with: {self.command}", file=sys.stderr)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
-class _Stop:
-    """Of this process: whether a loop is there to take a request, and the signal that made it."""
-
-    waited_for = False
-    number: int | None = None
-    since = 0.0
-
-
-def _handle(number: int, _: FrameType | None) -> None:
-    now = time.monotonic()
-    if _Stop.number is not None and now - _Stop.since < REPEATED:
-        return
-    waits = _Stop.waited_for and _Stop.number is None
-    _Stop.number, _Stop.since = number, now
-    if not waits:
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-    print(f"\nstopping after this step; once more after {REPEATED:.0f} s stops at once", file=sys.stderr)
-
-
-@contextmanager
-def _signals_handled() -> Iterator[None]:
-    """Handle SIGTERM, which schedulers send before they kill, and SIGINT."""
-    before = {number: signal.signal(number, _handle) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _Stop.number = None
+def _end(number: int, _: FrameType | None = None) -> NoReturn:
+    """End this process as a signal wants it: exit status 128 + its number, Ctrl-C as KeyboardInterrupt."""
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 class StopRequest:
-    """Inside `with`, a first signal is noted instead of ending the process: the loop looks for it after its steps."""
+    """Inside `with`, SIGINT and SIGTERM are noted: the loop looks for them after its steps. A later second one ends it.
+
+    Sooner ones are the same request, since a launcher and its processes may each be signalled.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.number, self.since = accelerator, 0, 0.0
 
     def __enter__(self) -> "StopRequest":
-        _Stop.waited_for = True
+        self.before = {each: signal.signal(each, self._note) for each in (signal.SIGTERM, signal.SIGINT)}
         return self
 
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.number and time.monotonic() - self.since >= REPEATED:
+            _end(number)
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+            print(f"\nstopping after this step; once more after {REPEATED:.0f} s stops at once", file=sys.stderr)
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        _Stop.waited_for = False
-        if _Stop.number is not None and kind is None:  # it came after the last step
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.number and kind is None:  # it came after the last step
             self.end()
 
     def came(self) -> bool:
         """Return whether any process was asked to stop; every process must ask, after the same step."""
         if self.accelerator.num_processes == 1:
-            return _Stop.number is not None
-        if _Stop.number is not None:
+            return bool(self.number)
+        if self.number:
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())
 
-    def end(self) -> None:
-        """End this process as the signal wants it: exit status 128 + its number, Ctrl-C as KeyboardInterrupt."""
-        number = _Stop.number or signal.SIGTERM
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+    def end(self) -> NoReturn:
+        """End this process by the signal that came to it, or to another one."""
+        _end(self.number or signal.SIGTERM)
