@@ -15,7 +15,6 @@ import yaml
 from accelerate import Accelerator
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from singreg.runs import Run, describe_machine
@@ -24,7 +23,7 @@ from singreg.utils import atomic_write, plain, write_json, write_text
 
 FORMAT = 2
 TEMPLATES = Environment(loader=PackageLoader("singreg", "templates"), autoescape=select_autoescape(["html.j2"]))
-# Of HPARAMS, where five are shown.
+# Of HPARAMS; config.yaml has the other settings.
 COLUMNS = ("loss.weight", "run", "seed", "training.epochs", "training.learning_rate")
 
 
@@ -182,13 +181,8 @@ def track(accelerator: Accelerator, name: str, config: Any, figures: Iterable[st
         if tracker.name != "tensorboard":
             tracker.store_init_configuration(settings)
         elif accelerator.is_main_process:  # its own way would add a run in a folder named by the clock
-            summaries = hparams(settings, dict.fromkeys(figures))  # type: ignore[no-untyped-call]
-            experiment = summaries[0].value[0].metadata.plugin_data
-            told = HParamsPluginData.FromString(experiment.content)
-            for info in told.experiment.hparam_infos:  # settings that differ come first, and one run cannot know which
-                info.differs = info.name in COLUMNS
-            experiment.content = told.SerializeToString()
-            for summary in summaries:
+            shown = {name: settings[name] for name in COLUMNS if name in settings}
+            for summary in hparams(shown, dict.fromkeys(figures)):  # type: ignore[no-untyped-call]
                 tracker.tracker.file_writer.add_summary(summary)
 
 
