@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "recipes" / "README.md", HERE.parent / "configs" / "README.md")
 FLAGS = ("--out", "--runs", "--cache", "--resume", "--name")
 PLOTS = {"bank": (), "finetune": ("summary",), "study": ("pareto",), "attack": ("rises", "features")}
-GROWN = {"confirmed share": "confirmed share", "class_variance ratio": "class-score variance ×", "AS⁻ ratio": "AS⁻ ×"}
+GROWN = ("confirmed", "class_variance", "AS_neg")
 GROWN_COMMAND = "recipes/finetune.py --config configs/demo.yaml --data.scenes.bank N"
 FURTHER = ("class_variance", "AS_neg", "AS_abs", "IS", "cross 4 sd", "cross 25% of |f|")
 """What the page shows of a reading by another vision-language model."""
@@ -77,9 +77,8 @@ def keep_several(runs: Sequence[Path], target: Path) -> None:
     reports = [json.loads((run / "report.json").read_text(encoding="utf-8")) for run in runs]
     rows = []
     for report in reports:
-        found = {(each["name"], each["translator"]): each for each in report["comparisons"]}
         loop = report["measurements"]["before"]["translators"]["loop"]
-        rows.append({"bank": loop["fit_images"], **{name: found[f"{name}", "auditor"] for name in GROWN}})
+        rows.append({"bank": loop["fit_images"], **{name: report["paired"][name] for name in GROWN}})
     first = reports[0]
     kept = {
         "runs": rows,
@@ -92,16 +91,9 @@ def keep_several(runs: Sequence[Path], target: Path) -> None:
 
 
 def _kept_finetune(report: Mapping[str, Any]) -> dict[str, Any]:
-    measurements = {}
-    for stage, found in report["measurements"].items():
-        scores = found["translators"]["auditor"]
-        measurements[stage] = {
-            "top1": found["top1"],
-            "images": found["images"],
-            "translators": {"auditor": {name: scores[name] for name in ("overall", "intervals")}},
-            "audit": found["audit"],
-        }
-    return {"measurements": measurements, "comparisons": report["comparisons"]}
+    stages = report["measurements"].items()
+    measurements = {stage: {name: found[name] for name in ("images", "audit")} for stage, found in stages}
+    return {"measurements": measurements, "paired": report["paired"]}
 
 
 def _kept_study(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,9 +157,7 @@ def _finetune_table(kept: Mapping[str, Any]) -> str:
 def _bank_table(kept: Mapping[str, Any]) -> str:
     rows = []
     for run in kept["runs"]:
-        cells = {
-            title: interval(*(run[name][end] for end in ("value", "low", "high"))) for name, title in GROWN.items()
-        }
+        cells = {RATIOS[name]: interval(*(run[name][end] for end in ("value", "low", "high"))) for name in GROWN}
         rows.append({"bank images": f"{run['bank']:.0f}", **cells})
     return _markdown(rows)
 

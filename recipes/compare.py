@@ -43,7 +43,7 @@ import pandas as pd
 
 from singreg.analysis import comparison as between
 from singreg.analysis.chance import measure_chance
-from singreg.analysis.comparison import FIGURES
+from singreg.analysis.comparison import SCORES
 from singreg.analysis.features import translator_agreement
 from singreg.analysis.scores import compare_passports
 from singreg.data.datasets import load_splits
@@ -126,7 +126,7 @@ def report(config: CompareConfig, run: Run, heads: list[Read], measured: Measure
     for space, label, read in every:
         warnings += [f"{label} in {space}: {s}" for s in analysis_warnings(read["measurements"], read["agreement"])]
         for name, scores in read["measurements"]["translators"].items():
-            log(run.accelerator, {f"{space}/{name}/{key}/{label}": scores["overall"][key] for key in FIGURES}, 0)
+            log(run.accelerator, {f"{space}/{name}/{key}/{label}": scores["overall"][key] for key in SCORES}, 0)
     log_figures(run.accelerator, plots)
     tables = [read["rows"].assign(model=f"{label} in {space}") for space, label, read in every]
     write_report(

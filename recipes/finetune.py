@@ -19,7 +19,7 @@ import pandas as pd
 from huggingface_hub import HfApi, get_token
 from safetensors.torch import load_file
 
-from singreg.analysis.comparison import Measured, compare_arms, finetune_warnings, no_claim, verdict
+from singreg.analysis.comparison import Measured, compare_rows, finetune_warnings, no_claim, verdict
 from singreg.analysis.features import FittedTranslator
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
 from singreg.data.splits import Splits
@@ -173,15 +173,14 @@ def train(
 
 def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, Measured]) -> None:
     """Compare the arms and write the run's report."""
-    comparisons = compare_arms(measured)
-    plots = plot_finetune(measured, comparisons, setup.splits.class_names, run.folder / "plots")
+    paired = compare_rows(*({config.seed: measured[arm][0]} for arm in ("sing", "control")))
+    plots = plot_finetune(measured, paired, setup.splits.class_names, run.folder / "plots")
     figures = {name: found for name, (_, found) in measured.items()}
-    said = verdict(measured, comparisons, trained=config.training.epochs > 0)
+    said = verdict(measured, paired, trained=config.training.epochs > 0)
     if not run.accelerator.trackers:  # both arms were finished by an earlier start
         track(run.accelerator, "sing", config)
     table = audit_table({said: figures[name] for name, said in (STAGES | DROPPED).items()})
     log_text(run.accelerator, "report", [*said, table])
-    kept = {"comparisons": comparisons.to_dict("records")}
     log_figures(run.accelerator, plots[:2])  # four images, with the histograms of both arms
     write_model_card(run, setup, figures["sing"], table=table, verdict=said, reading=AUDIT)
     write_report(
@@ -189,8 +188,8 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
         title=f"{run.folder.name}: null-space leakage before and after fine-tuning",
         verdict=said,
         warnings=finetune_warnings(figures["before"]),
-        sections=finetune_sections(figures, comparisons, plots),
-        figures={"measurements": figures, **kept, "class_names": setup.splits.class_names},
+        sections=finetune_sections(figures, paired, plots),
+        figures={"measurements": figures, "paired": paired, "class_names": setup.splits.class_names},
         rows=pd.concat([rows.assign(model=name) for name, (rows, _) in measured.items()]),
     )
 
@@ -205,10 +204,9 @@ def push(repository: str, run: Run) -> None:
 
 def headline(figures: dict[str, Any]) -> dict[str, float]:
     """The auditor's main figures of a stage, as trackers name them."""
-    scores, audited = figures["translators"]["auditor"]["overall"], figures["audit"]
-    named = {name: scores[name] for name in ("AS_neg", "AS_abs", "IS")}
-    named |= {"class_variance": audited["class_variance"], "steered_4sd": audited["cross 4 sd"]}
-    return {"test/top1": figures["top1"], **{f"auditor/{name}": value for name, value in named.items()}}
+    named = {name: f"auditor/{name}" for name in ("AS_neg", "AS_abs", "IS", "class_variance")}
+    named |= {"top1": "test/top1", "cross 4 sd": "auditor/steered_4sd"}
+    return {tag: figures["audit"][name] for name, tag in named.items()}
 
 
 def check(config: FinetuneConfig, run: Run, splits: Splits, classifier: Classifier) -> None:

@@ -23,6 +23,7 @@ from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
 
 from finetune import audit, train_arm
+from singreg.analysis.comparison import FALLING, FIGURES, STAYING, words
 from singreg.analysis.features import FittedTranslator
 from singreg.checkpoints import fingerprints
 from singreg.models.classifier import Classifier
@@ -32,17 +33,15 @@ from singreg.report import Section, interval, log_figures, number, percent, trac
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, prepare, read_by, space_labels
 from singreg.study.arms import Measured, StudyRun, Work, measure_arm, plan_study
-from singreg.study.results import HARM, PAIRED, Summary, study_verdict, study_warnings, summarize_study, words
+from singreg.study.results import Summary, study_verdict, study_warnings, summarize_study
 from singreg.task import describe_training, loop_bank
 from singreg.translator import LinearTranslator
 from singreg.utils import atomic_write
 from singreg.validation import hold_out
 
 logger = get_logger(__name__)
-MAIN = {"top1": "top-1", HARM: PAIRED[HARM], "AS_neg": "AS⁻ °", "AS_abs": "|AS| °", "IS": "IS °"}
-MAIN |= {"contrast AS_abs": "contrast |AS| °", "orthogonal IS": "orthogonal IS °"}
-MAIN |= {key: PAIRED[key] for key in ("unique_r2", "harmless_r2", "cross 4 sd", "cross 25% of |f|")}
-MAIN |= {"self 4 sd": "4 sd step, judged by itself", "null_probe": "null probe"}
+MAIN = {"top1": FIGURES["top1"], **FALLING, **STAYING, "self 4 sd": "4 sd step judged by itself"}
+MAIN["null_probe"] = "null probe"
 SIDE = {"retrieval": "neighbours within the class", "ood_vim": "AUROC by ViM", "ood_energy": "AUROC by energy"}
 SIDE["ood_null_energy"] = "AUROC by null energy"
 VALIDATION = "Images that serve nothing else, by the same auditor: what settings are chosen on."
@@ -55,8 +54,8 @@ RATIOS = (
     "should stay. Confirmed share: what the auditor confirms of the fall in AS⁻ that the loop's translator reads."
 )
 READING = (
-    "By the auditor, means over the test images; ± is the standard deviation over seeds, in brackets the 95 % "
-    "interval. Front: no arm is better in both top-1 and class-score variance."
+    "By the auditor, means over the test images, AS and IS in degrees; ± is the standard deviation over seeds, in "
+    "brackets the 95 % interval. Front: no arm is better in both top-1 and class-score variance."
 )
 
 
@@ -229,8 +228,8 @@ def ratio_table(arms: list[Summary], label: str | None = None) -> pd.DataFrame:
     for arm in arms:
         paired = arm["paired"] if label is None else arm["further"].get(label, {})
         named = {"arm": arm["arm"], "seeds": str(len(arm["seeds"])), "top-1": percent(arm["mean"]["top1"])}
-        ratios = {title: words(paired.get(key)) for key, title in PAIRED.items() if key != "top1"}
-        rows.append({**named, "top-1, difference": words(paired.get("top1")), **ratios})
+        shown = {"top1": "top-1, difference", **FALLING, **STAYING, "confirmed": FIGURES["confirmed"]}
+        rows.append(named | {title: words(paired.get(name)) for name, title in shown.items()})
     return pd.DataFrame(rows)
 
 

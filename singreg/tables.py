@@ -21,6 +21,7 @@ KINDS = {
 }
 BLOCKS = {"features": "f, whole", "row_space": "Π_p f, row space", "null_space": "Π_n f, null space"}
 SCORES = {"AS_neg": ("AS⁻ °", 2), "AS_abs": ("|AS| °", 2), "IS": ("IS °", 2), "kappa": ("κ", 3)}  # with decimals
+AUDITED = {"class_variance": "in the null %", "cross 4 sd": "4 sd %", "harmless_r2": "R² beside %"}
 MANY_FLOORED = 0.1
 IMAGES_TOLD = 4  # of single images, in sentences
 READING = (
@@ -62,13 +63,13 @@ def score_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
 def audit_table(measurements: Mapping[str, Found]) -> pd.DataFrame:
     """Return the few figures of every model that a claim needs, by the auditor (`analyze_model` with an auditor)."""
     rows = []
-    for model, found in measurements.items():
-        by, audit = found["translators"]["auditor"], found["audit"]
-        shares = {"class_variance": "in the null %", "cross 4 sd": "4 sd %", "harmless_r2": "R² beside %"}
-        row = {"model": model, "top-1": percent(found["top1"])}
-        row |= {SCORES[k][0]: _with(by["overall"][k], by["intervals"][k]) for k in ("AS_neg", "AS_abs", "IS")}
-        bounds = {key: [100 * end for end in audit["intervals"][key]] for key in shares}
-        rows.append(row | {title: _with(100 * audit[key], bounds[key], 1) for key, title in shares.items()})
+    for model, audit in ((model, found["audit"]) for model, found in measurements.items()):
+        row = {"model": model, "top-1": percent(audit["top1"])}
+        row |= {SCORES[key][0]: _with(audit[key], audit["intervals"][key]) for key in ("AS_neg", "AS_abs", "IS")}
+        for key, title in AUDITED.items():
+            value, low, high = (100 * each for each in (audit[key], *audit["intervals"][key]))
+            row[title] = interval(value, low, high, 1)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

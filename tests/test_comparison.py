@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from singreg.analysis.comparison import Measured, compare_arms, confirmed_share, finetune_warnings, verdict
+from singreg.analysis.comparison import FIGURES, Measured, Paired, compare_rows, finetune_warnings, verdict
 from singreg.analysis.crossfit import AUDITED
-from singreg.analysis.statistics import paired_difference, paired_ratio
+from singreg.analysis.statistics import paired_ratio
 
 COUNT, FEATURES, ENOUGH = 200, 24, 144
 JUDGES = ("loop", "auditor")
@@ -38,25 +38,29 @@ def arm(
 ) -> Measured:
     """What `analyze_model` returns: the loop's AS is `loop` times the auditor's."""
     attribute = images() if attribute is None else attribute
-    rows, translators = {"label": LABELS, "correct": correct}, {}
+    rows, translators = {"image": range(COUNT), "label": LABELS, "correct": correct}, {}
     for place, name in enumerate(sorted(AUDITED)):
         rows[name] = (null if name == "null scores" else 1.0) * np.random.default_rng(place).uniform(1, 2, COUNT)
     for name in JUDGES:
         score = (loop if name == "loop" else 1.0) * attribute
         for kind in ("", "centred "):
             rows |= {f"{kind}AS/{name}": score, f"{kind}IS/{name}": image * (30 + images(1))}
-        overall = {"AS_neg": float(np.maximum(-score, 0).mean()), "IS": float(rows[f"IS/{name}"].mean())}
-        translators[name] = {"overall": overall, "fit_images": fit_images, "zero_shot": zero_shot}
-    figures: dict[str, Any] = {"images": COUNT, "audit": {"class_variance": 0.12}, "vlm_zero_shot": vlm_zero_shot}
-    return pd.DataFrame(rows), {**figures, "head": {"features": FEATURES}, "translators": translators}
+        translators[name] = {"fit_images": fit_images, "zero_shot": zero_shot}
+    figures: dict[str, Any] = {"images": COUNT, "vlm_zero_shot": vlm_zero_shot, "head": {"features": FEATURES}}
+    figures["audit"] = {"class_variance": 0.12, "AS_neg": 4.0, "IS": 30.0}
+    return pd.DataFrame(rows), {**figures, "translators": translators}
 
 
 def arms(**sing: Any) -> dict[str, Measured]:
     return {"before": arm(), "control": arm(), "sing": arm(**sing)}
 
 
+def compare(measured: dict[str, Measured]) -> Paired:
+    return compare_rows(*({0: measured[name][0]} for name in ("sing", "control")))
+
+
 def sentences(measured: dict[str, Measured]) -> list[str]:
-    return verdict(measured, compare_arms(measured))
+    return verdict(measured, compare(measured))
 
 
 def test_figures_are_paired_by_image_and_against_the_control() -> None:
@@ -64,26 +68,19 @@ def test_figures_are_paired_by_image_and_against_the_control() -> None:
     measured = arms(attribute=after, correct=correct, image=0.9, null=0.3)
     measured["before"] = arm(attribute=7 * images())  # not what sing is compared with
     measured["control"] = arm(attribute=2 * images())
-    found = {(row.name, row.translator): row for row in compare_arms(measured).itertuples(index=False)}
+    found = {name: tuple(each.values()) for name, each in compare(measured).items()}
     was, classes = np.maximum(-2 * images(), 0), LABELS
-    for translator in JUDGES:
-        for name in ("AS⁻ ratio", "AS⁻ centred ratio", "|AS| ratio"):
-            pair = (np.abs(after), np.abs(2 * images())) if name == "|AS| ratio" else (np.maximum(-after, 0), was)
-            got = found[name, translator]
-            assert (got.value, got.low, got.high) == pytest.approx(paired_ratio(*pair, groups=classes))
-            assert got.unit == "×"
-        assert found["IS ratio", translator].value == found["IS centred ratio", translator].value == pytest.approx(0.9)
-        got = found["AS⁻ difference", translator]
-        expected = paired_difference(np.maximum(-after, 0), was, groups=classes)
-        assert (got.value, got.low, got.high) == pytest.approx(expected)
-    top1 = found["top-1", "-"]
-    assert top1.value == pytest.approx(100 * (3 / 4 - 4 / 5))
-    assert top1.low < top1.value < top1.high
-    assert (top1.unit, len({name for name, _ in found})) == ("points", 24)
+    for name in ("AS_neg", "centred AS_neg", "AS_abs"):
+        pair = (np.abs(after), np.abs(2 * images())) if name == "AS_abs" else (np.maximum(-after, 0), was)
+        assert found[name] == (*(pytest.approx(end) for end in paired_ratio(*pair, groups=classes)), "×")
+    assert found["IS"][0] == found["centred IS"][0] == pytest.approx(0.9)
+    value, low, high, unit = found["top1"]
+    assert value == pytest.approx(100 * (3 / 4 - 4 / 5))
+    assert low < value < high
+    assert (unit, found.keys()) == ("points", FIGURES.keys())
     # Paired by image: whatever is resampled, what the arms share cancels.
     for name, value in (("class_variance", 0.3), ("unique_r2", 1.0), ("cross 4 sd", 1.0)):
-        got = found[f"{name} ratio", "auditor"]
-        assert (got.value, got.low, got.high) == pytest.approx((value, value, value))
+        assert found[name][:3] == pytest.approx((value, value, value))
 
 
 @pytest.mark.parametrize(
@@ -95,13 +92,14 @@ def test_every_claimed_figure_is_told_with_its_interval(factor: float, noise: fl
     assert len(lines) == 4
     assert "12% of the class scores' variance" in lines[0]
     told = dict(each.split(" ", 1) for each in lines[1].split(": ")[1].split("; ") if "AS" in each)
+    assert ("not shown to fall: AS⁻, |AS|, 4 sd" in lines[1]) == (word != "lower")
     for name in ("AS⁻", "|AS|"):
         value, low, high = (float(each.strip("[],×")) for each in told[name].split(" ")[:3])
         assert low <= value <= high
         assert {"lower": high < 1, "higher": low > 1, "not distinguishable": low <= 1 <= high}[word]
         assert ("(not distinguishable)" in told[name]) == (word == "not distinguishable")
-    assert "class-score variance in the null space 0.30× [0.30, 0.30]" in lines[1]
-    assert "success of a 4 sd step judged by another 1.00× [1.00, 1.00] (not distinguishable)" in lines[1]
+    assert "class-score variance in the null 0.30× [0.30, 0.30]" in lines[1]
+    assert "4 sd step judged by another 1.00× [1.00, 1.00] (not distinguishable)" in lines[1]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +120,7 @@ def test_accuracy_is_kept_lost_or_not_shown_to_be_kept(changed: np.ndarray, word
 def test_a_loop_whose_fall_the_auditor_does_not_confirm_was_gamed(auditor: float, loop: float, gamed: bool) -> None:
     """The control's reading is 1 by both, the loss's `auditor` and auditor · loop: the share that is confirmed."""
     measured = arms(attribute=auditor * images(), loop=loop)
-    both = [measured[name][0] for name in ("sing", "control")]
-    share, low, high = confirmed_share(both, LABELS)
+    share, low, high, _ = compare(measured)["confirmed"].values()
     assert (share, low, high) == pytest.approx([(1 - auditor) / (1 - auditor * loop)] * 3)
     said = sentences(measured)[2]
     assert ("the loss was gamed" in said) == gamed == (share < 2 / 3)
@@ -136,7 +133,7 @@ def test_each_judge_is_held_against_its_own_reading_of_the_control() -> None:
     both = [measured[name][0] for name in ("sing", "control")]
     read = [{name: np.maximum(-rows[f"AS/{name}"], 0).mean() for name in JUDGES} for rows in both]
     fall = {name: read[1][name] - read[0][name] for name in JUDGES}
-    share, low, high = confirmed_share(both, LABELS)
+    share, low, high, _ = compare(measured)["confirmed"].values()
     assert share == pytest.approx(fall["auditor"] / fall["loop"])
     assert low < share < high
     for factor in (1.2, 1 - 1e-7):  # rounding is no fall

@@ -54,7 +54,7 @@ def test_the_folder_of_a_run(finished: Path) -> None:
     assert dropped["top1"] == control["top1"]
     gone = dropped["audit"]["class_variance"], dropped["translators"]["auditor"]["overall"]["IS"]
     assert gone == pytest.approx((0, 0), abs=1e-3)
-    assert "confirmed share" in {row["name"] for row in report["comparisons"]}
+    assert {"confirmed", "AS_neg", "top1"} <= report["paired"].keys()
     rows = pd.read_parquet(finished / "scores.parquet")
     assert rows.groupby("model").size().to_dict() == dict.fromkeys(STAGES, 45)
     assert {"report.md", "report.html", "config.yaml"} <= {path.name for path in finished.iterdir()}

@@ -12,8 +12,9 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singreg.analysis.crossfit import AUDITED, BUDGETS, CrossFit, figures, summarize
+from singreg.analysis.crossfit import AUDITED, BUDGETS, CrossFit, figures, resampled_figures
 from singreg.analysis.features import FittedTranslator, fit_on_split, translator_agreement
+from singreg.analysis.statistics import ends
 from singreg.analysis.steering import steering_targets
 from singreg.data.splits import Splits
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
@@ -151,17 +152,19 @@ def test_every_column_is_the_slow_one() -> None:
         assert 0 < float(got[name].mean()) < 1
 
 
-def success(case: str, count: int) -> tuple[dict[str, float], float, dict[str, float]]:
+def success(case: str, count: int) -> tuple[dict[str, float], float, dict[str, list[float]]]:
     """Shares of steered images by kind and budget, that without a step, and the figures."""
     bank, test = plant(case, seed=1, count=count), plant(case, seed=2, count=400)
     crossfit = CrossFit(auditor(bank, 0.01), bank.texts, bank.space)
     rows = {name: values.numpy() for name, values in read(crossfit, test).items()}
     targets = steering_targets(test.labels, torch.arange(400), CLASSES)
     unmoved = [(normalize(half(test.features), dim=1) @ test.texts.T).argmax(1) == targets for half in crossfit.halves]
-    found = summarize(rows, test.labels.numpy())
-    means = figures({name: rows[name].mean() for name in rows})
-    assert {name: found[name] for name in means} == pytest.approx({name: float(value) for name, value in means.items()})
-    return found, float(torch.stack(unmoved).double().mean()), found["intervals"]
+    drawn = resampled_figures(rows, test.labels.numpy())
+    found, intervals = {}, {}
+    for name, value in figures({name: rows[name].mean() for name in rows}).items():
+        found[name], *intervals[name] = ends(drawn[name])
+        assert found[name] == pytest.approx(float(value))
+    return found, float(torch.stack(unmoved).double().mean()), intervals
 
 
 def test_a_step_along_the_attacked_auditors_errors_convinces_no_other() -> None:

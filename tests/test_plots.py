@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from singreg import plots, report
 from singreg.analysis.chance import measure_perturbations
-from singreg.analysis.comparison import compare_arms
+from singreg.analysis.comparison import compare_rows
 from singreg.analysis.levels import analyze_classes, analyze_concepts, explain_images
 from singreg.nullspace import NullSpace
 from singreg.plots import scores
@@ -60,7 +60,7 @@ def assert_readable(figure: Figure) -> None:
 
 def test_the_plots_of_a_fine_tuning_run(drawn: list[Figure], tmp_path: Path) -> None:
     measured = dict.fromkeys(scores.STAGES | scores.DROPPED, measure())
-    figures = scores.plot_finetune(measured, compare_arms(measured), AWKWARD, tmp_path)
+    figures = scores.plot_finetune(measured, compare_rows(*[{0: measured["sing"][0]}] * 2), AWKWARD, tmp_path)
     for figure in drawn:
         assert_readable(figure)
     assert len(drawn) == len(figures) == 3

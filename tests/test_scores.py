@@ -89,7 +89,7 @@ def test_figures_of_the_model_itself() -> None:
     right = (f @ model.weight.double().T + model.bias).argmax(1).numpy() == split.labels
     rows, got = measured()
     top1 = mean_interval(right.astype(float), groups=split.labels)
-    assert (got["images"], got["top1"], *got["top1_interval"]) == pytest.approx((COUNT, *top1))
+    assert (got["images"], got["top1"], *got["audit"]["intervals"]["top1"]) == pytest.approx((COUNT, *top1))
     assert got["null_share"] == pytest.approx(float((null.norm(dim=1) / f.norm(dim=1)).mean()), abs=1e-6)
     assert got["null_energy"] == pytest.approx(float((null**2).sum() / (f**2).sum()), abs=1e-6)
     z = nn.functional.normalize(torch.from_numpy(toy.embeddings(COUNT, seed=1)))

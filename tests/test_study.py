@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 import study as recipe
+from singreg.analysis.comparison import FIGURES, HARM
 from singreg.analysis.crossfit import BUDGETS
 from singreg.config import parse
 from singreg.study import ArmConfig, StudyConfig
 from singreg.study.arms import plan_study
-from singreg.study.results import HARM, PAIRED
 from tests.recipe_run import run_recipe, same
 from tests.tiny_run import report_of
 
@@ -66,7 +66,7 @@ def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None
     report = report_of(whole)
     arms = {arm["arm"]: arm for arm in report["arms"]}
     assert {name: len(arm["seeds"]) for name, arm in arms.items()} == dict.fromkeys(NAMES, 2) | {"aligned": 1}
-    assert {*PAIRED} - {"confirmed"} <= set(arms["sing"]["paired"])
+    assert {*FIGURES} - {"confirmed"} <= set(arms["sing"]["paired"])
     assert "null_space_r2/color: red" in arms["sing"]["mean"]
     assert arms["sing"]["validation"]["images"] == 20
     assert arms["shuffled"]["placebo"].keys() >= {HARM, "top1"} > arms["sing"]["placebo"].keys()

@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from singreg.analysis.crossfit import AUDITED, figures
+from singreg.analysis.comparison import HARM, compare_rows, words
+from singreg.analysis.crossfit import AUDITED, AUDITOR, audited_columns, figures
 from singreg.config import FinetuneConfig, LossConfig
 from singreg.plots.comparison import save_pareto
 from singreg.study import ArmConfig
 from singreg.study import results as analysis
-from singreg.study.arms import AUDITOR, Measured, Work
-from singreg.study.results import HARM, Summary, compare_rows, pareto_front, study_warnings, summarize_study
+from singreg.study.arms import Measured, Work
+from singreg.study.results import Summary, pareto_front, study_warnings, summarize_study
 from singreg.utils import plain
 
 N = 200
@@ -27,10 +28,11 @@ Run = tuple[Work, Measured]
 def rows(seed: int, *, harm: float = 4.0, right: float = 0.9, loop: float | None = None) -> pd.DataFrame:
     """Class-score variance, AS⁻, |AS| and steering in proportion to harm; the rest stays."""
     base = np.random.default_rng(seed).gamma(4, 0.25, N)
-    audited = {name: base * (harm if name.startswith(("null scores", "cross", "self")) else 5.0) for name in AUDITED}
+    harmful = ("null scores", "cross", "self")
+    audited = {name: base * (harm if name.startswith(harmful) else 5.0) for name in AUDITED}
     audited |= {"missed": base, "missed by rows": 2 * base, "harmless missed": 2 * base}
     scores = {f"AS/{AUDITOR}": -harm * base, "AS/loop": -(harm if loop is None else loop) * base}
-    scores[f"IS/{AUDITOR}"] = 40 * base
+    scores |= {f"centred AS/{AUDITOR}": -base, f"IS/{AUDITOR}": 40 * base, f"centred IS/{AUDITOR}": 40 * base}
     about = {"image": [f"image {i}" for i in range(N)], "label": np.arange(N) % 7, "correct": np.arange(N) < right * N}
     return pd.DataFrame({**about, **scores, **audited})
 
@@ -39,7 +41,7 @@ def run(name: str, seed: int = 0, *, about: Any = None, weight: float = 1.0, **o
     config = FinetuneConfig(loss=LossConfig(weight=weight))
     source = Work(ArmConfig(), seed, config, None, "", Path()) if (about or {}).get("weights_from") else None
     work, found = Work(ArmConfig(name, **(about or {})), seed, config, source, "", Path()), rows(seed, **options)
-    harm = float(figures({key: found[key].to_numpy().mean() for key in AUDITED})[HARM])
+    harm = float(figures({key: each.mean() for key, each in audited_columns(found).items()})[HARM])
     top1 = float(found["correct"].mean())
     intervals = {"top1": [top1 - 0.02, top1 + 0.02], HARM: [0.9 * harm, harm]}
     return work, Measured({"top1": top1, HARM: harm}, intervals, found)
@@ -108,7 +110,7 @@ def test_the_verdict_says_what_falls_at_what_price_and_which_placebo_fails() -> 
     assert "against plain: class-score variance in the null 0.25× [0.25, 0.25]" in first
     assert "all fall together (200 test images, auditor of 700 others, 2 seed(s))" in first
     # Not one of 200 images is decided otherwise, and half a point cannot be shown with 200 images.
-    assert price.startswith("Top-1 +0.00 points [-1.88, +1.88], not shown to be kept; IS 1.00×")
+    assert price.startswith("Top-1 is not shown to be kept: +0.00 points [-1.88, +1.88] (margin 0.5 points); IS 1.00×")
     few = verdict(study(*sing()), images=199)
     assert few[0].startswith("No claim: an interval from 199 test images of 7 classes means little")
     (said,) = verdict(study(*sing()), auditor_images=599)
@@ -116,12 +118,12 @@ def test_the_verdict_says_what_falls_at_what_price_and_which_placebo_fails() -> 
     close = verdict(study(*sing(harm=3.9)))[0]
     assert "not shown to fall: class-score variance in the null, AS⁻, |AS|, 4 sd step" in close  # too little to matter
     assert "no placebo arm" in placebos
-    for harm, words in ((4.0, "random 0.25× [0.25, 0.25], fails"), (0.9, "does not fail")):
+    for harm, told in ((4.0, "random 0.25× [0.25, 0.25], fails"), (0.9, "does not fail")):
         arms = study(*sing(), *[run("random", s, harm=harm, about={"role": "placebo"}) for s in (0, 1)])
-        assert words in verdict(arms)[2]
+        assert told in verdict(arms)[2]
     same = verdict(study(*sing(harm=4.0, right=0.8)))
     assert "not shown to fall: class-score variance in the null, AS⁻, |AS|, 4 sd step" in same[0]
-    assert "not shown to be kept" in same[1]
+    assert "Top-1 is lost" in same[1]
     dropped = {"make": "drop", "weights_from": "plain", "role": "baseline"}
     lines = verdict(study(*sing(), *[run("null dropped", s, harm=0.0, about=dropped) for s in (0, 1)]))
     assert lines[3].startswith("The baseline to beat, null dropped, leaves nothing to steer through, with top-1 +0.00")
@@ -139,4 +141,4 @@ def test_the_curve_joins_arms_that_differ_in_weight_alone(tmp_path: Path) -> Non
 
 
 def test_what_rounds_to_nothing_has_no_sign() -> None:
-    assert "-" not in analysis.words({"value": -1e-9, "low": -1e-8, "high": 0.0, "unit": "×"})
+    assert "-" not in words({"value": -1e-9, "low": -1e-8, "high": 0.0, "unit": "×"})

@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from singreg.analysis.crossfit import AUDITED, figures
+from singreg.analysis.crossfit import AUDITOR, audited_columns, resampled_figures
 from singreg.analysis.features import IMAGES_PER_FEATURE, ZERO_SHOT
-from singreg.analysis.statistics import ends, paired_difference, paired_proportions, paired_ratio, resampled_means
+from singreg.analysis.statistics import ends, paired_proportions, resampled_means
 
 Measured = tuple[pd.DataFrame, dict[str, Any]]
 """What `analyze_model` returns of one model: a row an image, and the figures."""
+Rows = Mapping[int, pd.DataFrame]
+"""An arm's rows of `analyze_model` by seed."""
+Paired = Mapping[str, Mapping[str, Any]]
+"""What `compare_rows` returns."""
 
 MARGIN = 0.005  # top-1 counts as kept when the interval of its change stays above minus this
 CONFIRMED = 2 / 3  # of the fall that the loop reads: where an auditor confirms less, the loss was gamed
@@ -23,76 +27,102 @@ LEAST_IMAGES, LEAST_CLASSES = 200, 5
 LEAST_EVENTS = 10  # images of the control on which it happens: the share of fewer is not known to a third
 UNMOVED = 1e-3  # degrees: arms whose every image agrees to this are one arm
 SMALLEST = 0.05  # a ratio nearer to 1 is no effect worth a claim
-CLAIMED = {
-    "class_variance": "class-score variance in the null space",
-    "AS⁻": "AS⁻",
-    "|AS|": "|AS|",
-    "cross 4 sd": "success of a 4 sd step judged by another",
+HARM = "class_variance"  # what arms are ordered by: steering, AS⁻ and |AS| all come of it (METHOD section 8.8)
+FALLING = {
+    HARM: "class-score variance in the null",
+    "AS_neg": "AS⁻",
+    "AS_abs": "|AS|",
+    "contrast AS_abs": "contrast |AS|",
+    "unique_r2": "unique R²",
+    "cross 4 sd": "4 sd step judged by another",
+    "cross 25% of |f|": "25 % step judged by another",
 }
+"""Figures that are to fall, in people's words."""
+STAYING = {"IS": "IS", "orthogonal IS": "IS beside all prompts", "harmless_r2": "harmless R²"}
+CENTRED = {"centred AS_neg": "AS⁻, centred", "centred IS": "IS, centred"}
+FIGURES = {"top1": "top-1", **FALLING, **STAYING, **CENTRED, "confirmed": "confirmed share"}
+"""What arms are compared by."""
+CLAIMED = (HARM, "AS_neg", "AS_abs", "cross 4 sd")
 """What must fall together for a claim: each alone can be met without mending anything (METHOD section 8.8)."""
 BLIND = 0.5  # share of the test images' classes that the vision-language model must name itself
-FIGURES = ("AS_neg", "AS_abs", "IS", "ratio")
+SCORES = ("AS_neg", "AS_abs", "IS", "ratio")
 """Mean relu(-AS), mean |AS|, mean IS (degrees), and the ratio of means IS / |AS|: what models are compared by."""
-PRIMARY = "auditor"
 
 
-def _harm(scores: np.ndarray) -> np.ndarray:
-    return np.asarray(np.maximum(-scores, 0))
-
-
-COMPARED: tuple[tuple[str, str, Any], ...] = (
-    ("AS⁻", "AS", _harm),
-    ("AS⁻ centred", "centred AS", _harm),
-    ("|AS|", "AS", np.abs),
-    ("IS", "IS", np.asarray),
-    ("IS centred", "centred IS", np.asarray),
-)
-
-
-def compare_arms(measurements: Mapping[str, Measured]) -> pd.DataFrame:
-    """Compare "sing" with "control": differences and ratios of means, paired by image, with 95 % intervals.
+def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
+    """Compare an arm with its reference, paired by image, seeds averaged first; only common seeds are compared.
 
     Returns:
-        Columns name, translator, value, low, high, unit (× of means, degrees, points).
+        By figure of `FIGURES`: value, low, high and unit. A ratio of means (×) with its 95 % bootstrap interval over
+        classes and images; of top-1 the difference in points with a score interval over images, ends averaged over
+        seeds; "confirmed", what the auditor confirms of the fall in AS⁻ that the loop reads (METHOD section 8.6), is
+        (reference - arm by the auditor) / (reference - arm by the loop), and left out where the loop reads no fall.
     """
-    both = [measurements[name][0] for name in ("sing", "control")]
-    classes = both[1]["label"].to_numpy()
-    top1 = paired_proportions(*(rows["correct"].to_numpy(np.float64) for rows in both))
-    found: list[tuple[Any, ...]] = [("top-1", "-", *(100 * end for end in top1), "points")]
-    judges = [str(name)[3:] for name in both[0] if str(name).startswith("AS/") and name in both[1]]
-    for translator in judges:
-        for name, column, change in COMPARED:
-            pair = (change(rows[f"{column}/{translator}"].to_numpy()) for rows in both)
-            found.append((f"{name} ratio", translator, *paired_ratio(*pair, groups=classes), "×"))
-        pair = (_harm(rows[f"AS/{translator}"].to_numpy()) for rows in both)
-        found.append(("AS⁻ difference", translator, *paired_difference(*pair, groups=classes), "°"))
-    first, second = (figures(columns) for columns in resampled(both, sorted(AUDITED), classes))
+    seeds = sorted(arm.keys() & reference.keys())
+    if any(list(arm[seed]["image"]) != list(reference[seed]["image"]) for seed in seeds):
+        raise ValueError("the arms were measured on other images, so they cannot be paired")
+    classes, means = reference[seeds[0]]["label"].to_numpy(), []
+    for rows in (arm, reference):
+        columns = [audited_columns(rows[seed]) for seed in seeds]
+        means.append({name: np.mean([each[name] for each in columns], axis=0) for name in columns[0]})
+    one, other = (resampled_figures(each, classes) for each in means)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = {name: first[name] / second[name] for name in first}
-    found += [(f"{name} ratio", "auditor", *ends(ratio), "×") for name, ratio in ratios.items()]
-    if {"loop", "auditor"} <= set(judges):
-        found.append(("confirmed share", "auditor", *confirmed_share(both, classes), "×"))
-    return pd.DataFrame(found, columns=["name", "translator", "value", "low", "high", "unit"])
+        found = {name: (*ends(one[name] / other[name]), "×") for name in FIGURES if name in one}
+        if "loop AS_neg" in one and "loop AS_neg" in other:
+            fall, read = other["AS_neg"] - one["AS_neg"], other["loop AS_neg"] - one["loop AS_neg"]
+            found |= {"confirmed": (*ends(fall / read), "×")} if read[0] > UNMOVED else {}
+    hits = [[rows[seed]["correct"].to_numpy(np.float64) for rows in (arm, reference)] for seed in seeds]
+    # Of these classes, so over images alone; of one seed each, since an average of seeds has no score interval.
+    points = 100 * np.mean([paired_proportions(*pair) for pair in hits], axis=0)
+    found["top1"] = (*points.tolist(), "points")
+    return {name: dict(zip(("value", "low", "high", "unit"), each, strict=True)) for name, each in found.items()}
 
 
-def confirmed_share(both: Sequence[pd.DataFrame], classes: np.ndarray) -> tuple[float, float, float]:
-    """Return what the auditor confirms of the fall in AS⁻ that the loop reads, each by its own reading of both arms.
-
-    (control - loss by the auditor) / (control - loss by the loop), with its 95 % interval (METHOD section 8.6). A ratio
-    of the two readings after training would grow without bound as the loop's own goes to 0.
-    """
-    names = ("AS/auditor", "AS/loop")
-    harm = [rows[list(names)].apply(lambda scores: _harm(scores.to_numpy())) for rows in both]
-    after, control = resampled(harm, names, classes)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return ends((control[names[0]] - after[names[0]]) / (control[names[1]] - after[names[1]]))
+def words(paired: Mapping[str, Any] | None) -> str:
+    """Write a paired figure with its unit and interval, such as "0.50× [0.40, 0.60]"."""
+    if paired is None:
+        return "–"
+    value, low, high = (round(paired[end], 2) + 0.0 for end in ("value", "low", "high"))  # nothing has no sign
+    if paired["unit"] == "points":
+        return f"{value:+.2f} points [{low:+.2f}, {high:+.2f}]"
+    return f"{value:.2f}{paired['unit']} [{low:.2f}, {high:.2f}]"
 
 
-def resampled(both: Sequence[pd.DataFrame], names: Sequence[str], classes: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """Return means of two arms' columns and their paired resamples, (1 + resamples,) by name: the means come first."""
-    table = np.concatenate([rows[list(names)].to_numpy(np.float64) for rows in both], axis=1)
-    means = resampled_means(table, groups=classes).T
-    return [dict(zip(names, part, strict=True)) for part in (means[: len(names)], means[len(names) :])]
+def change(paired: Mapping[str, Any], events: int = LEAST_EVENTS) -> str:
+    """Write a ratio, and where it supports no more than that say so; `events` are the reference's."""
+    if events < LEAST_EVENTS:
+        return f"undefined (the control has it on {events} images, {LEAST_EVENTS} are needed)"
+    if paired["low"] <= 1 <= paired["high"]:
+        return f"{words(paired)} (not distinguishable)"
+    return words(paired) + (" (too little to matter)" if abs(paired["value"] - 1) < SMALLEST else "")
+
+
+def claim(paired: Paired, events: Mapping[str, int] | None = None) -> str:
+    """Say of each figure that must fall how far it does, and whether all fall together."""
+    counts = dict.fromkeys(CLAIMED, LEAST_EVENTS) | dict(events or {})
+    fallen = {name: paired[name]["high"] < 1 and paired[name]["value"] < 1 - SMALLEST for name in CLAIMED}
+    failed = [FALLING[name] for name in CLAIMED if not fallen[name] or counts[name] < LEAST_EVENTS]
+    told = "; ".join(f"{FALLING[name]} {change(paired[name], counts[name])}" for name in CLAIMED)
+    return f"{told}: " + (f"not shown to fall: {', '.join(failed)}" if failed else "all fall together")
+
+
+def price(paired: Paired) -> str:
+    """Say whether top-1 is kept, by equivalence, and what becomes of all else that is to stay."""
+    top1 = paired["top1"]
+    kept = "kept" if top1["low"] > -100 * MARGIN else "lost" if top1["high"] < 0 else "not shown to be kept"
+    told = ", ".join(f"{FIGURES[name]} {words(paired[name])}" for name in STAYING)
+    return f"Top-1 is {kept}: {words(top1)} (margin {100 * MARGIN:.1f} points); {told}."
+
+
+def audit(paired: Paired) -> str:
+    """Say how much of what the loop reads an auditor confirms."""
+    if (share := paired.get("confirmed")) is None:
+        return "Audit: the loop's translator reads no fall in AS⁻, so there is nothing to confirm."
+    gamed = "" if share["value"] >= CONFIRMED else "; the loss was gamed: do not believe the loop's figure"
+    return (
+        f"Audit: of the fall in AS⁻ that the loop's translator reads the auditor confirms {share['value']:.0%} "
+        f"[{share['low']:.0%}, {share['high']:.0%}]{gamed}."
+    )
 
 
 def no_claim(images: int, features: int) -> str | None:
@@ -112,60 +142,25 @@ def too_few(images: int, classes: int) -> str | None:
     )
 
 
-def verdict(measurements: Mapping[str, Measured], comparisons: pd.DataFrame, *, trained: bool = True) -> list[str]:
+def verdict(measurements: Mapping[str, Measured], paired: Paired, *, trained: bool = True) -> list[str]:
     """Say in at most four lines what leaks, whether the audit passed, what the loss changed and at what price."""
-    (_, before), (_, after) = measurements["before"], measurements["sing"]
-    auditor = before["translators"]["auditor"]["overall"]
+    before, (rows, after), control = measurements["before"][1], measurements["sing"], measurements["control"][0]
     lines = [
-        f"Before: the null space holds {before['audit']['class_variance']:.0%} of the class scores' variance; removing "
-        f"it costs the true class {auditor['AS_neg']:.2f}° (AS⁻) and moves the image's meaning by {auditor['IS']:.1f}° "
-        f"(IS), by the auditor's reading of {before['images']} test images."
+        f"Before: the null space holds {before['audit'][HARM]:.0%} of the class scores' variance; removing it costs "
+        f"the true class {before['audit']['AS_neg']:.2f}° (AS⁻) and moves the image's meaning by "
+        f"{before['audit']['IS']:.1f}° (IS), by the auditor's reading of {before['images']} test images."
     ]
     if not trained:
         return [*lines, "Nothing was trained (training.epochs: 0), so no effect is claimed."]
-    judged = comparisons[comparisons["translator"] != "loop"]
-    found: dict[str, Any] = {str(row.name): row for row in judged.itertuples(index=False)}
-    control = measurements["control"][0]
-    events = {"AS⁻": int((control["AS/auditor"] < 0).sum()), "cross 4 sd": int((control["cross 4 sd"] > 0).sum())}
-    effect = "; ".join(
-        f"{words} {_change(found[f'{name} ratio'], events.get(name, LEAST_EVENTS))}" for name, words in CLAIMED.items()
-    )
-    image, top1, share = found["IS ratio"], found["top-1"], found["confirmed share"]
-    effect = f"Against plain fine-tuning, by the auditor: {effect}; IS {_change(image)}."
-    kept = "kept" if top1.low > -100 * MARGIN else "lost" if top1.high < 0 else "not shown to be kept"
-    change = f"{top1.value:+.2f} points [{top1.low:+.2f}, {top1.high:+.2f}]"
-    price = f"Top-1 is {kept}: {change} (margin {100 * MARGIN:.1f} points)."
-    confirmed = "Audit: the loop's translator reads no fall in AS⁻, so there is nothing to confirm."
-    loop = comparisons[(comparisons["translator"] == "loop") & (comparisons["name"] == "AS⁻ difference")]
-    if loop["value"].item() < -UNMOVED:
-        gamed = "" if share.value >= CONFIRMED else "; the loss was gamed: do not believe the loop's figure"
-        confirmed = (
-            f"Audit: of the fall in AS⁻ that the loop's translator reads the auditor confirms {share.value:.0%} "
-            f"[{share.low:.0%}, {share.high:.0%}]{gamed}."
-        )
-    refused = no_claim(after["translators"]["auditor"]["fit_images"], after["head"]["features"])
-    refused = refused or _no_comparison(measurements)
-    return [*lines, *([refused, f"Top-1 against the control: {change}."] if refused else [effect, confirmed, price])]
-
-
-def _no_comparison(measurements: Mapping[str, Measured]) -> str | None:
-    """Say why the test images support no claim about the two arms; None where they do."""
-    rows, control = (measurements[name][0] for name in ("sing", "control"))
-    few = too_few(len(rows), rows["label"].nunique())
-    moved = np.abs(rows["AS/auditor"] - control["AS/auditor"]).max()
-    if few is None and moved < UNMOVED:
-        return f"No claim: the two arms are the same (AS of no test image differs by {UNMOVED}° or more)."
-    return few
-
-
-def _change(row: Any, events: int = LEAST_EVENTS) -> str:
-    """A ratio with its interval, and in words where it supports no more than that; `events` are the control's."""
-    if events < LEAST_EVENTS:
-        return f"undefined (the control has it on {events} images, {LEAST_EVENTS} are needed)"
-    if row.low <= 1 <= row.high:
-        return f"{row.value:.2f}× [{row.low:.2f}, {row.high:.2f}] (not distinguishable)"
-    small = " (too little to matter)" if abs(row.value - 1) < SMALLEST else ""
-    return f"{row.value:.2f}× [{row.low:.2f}, {row.high:.2f}]{small}"
+    refused = no_claim(after["translators"][AUDITOR]["fit_images"], after["head"]["features"])
+    refused = refused or too_few(len(rows), rows["label"].nunique())
+    if not refused and np.abs(rows[f"AS/{AUDITOR}"] - control[f"AS/{AUDITOR}"]).max() < UNMOVED:
+        refused = f"No claim: the two arms are the same (AS of no test image differs by {UNMOVED}° or more)."
+    if refused:
+        return [*lines, refused, f"Top-1 against the control: {words(paired['top1'])}."]
+    happens = {"AS_neg": control[f"AS/{AUDITOR}"] < 0, "cross 4 sd": control["cross 4 sd"] > 0}
+    effect = claim(paired, {name: int(each.sum()) for name, each in happens.items()})
+    return [*lines, f"Against plain fine-tuning, by the auditor: {effect}.", audit(paired), price(paired)]
 
 
 def finetune_warnings(measured: Mapping[str, Any], translators: Sequence[str] = ("auditor",)) -> list[str]:
@@ -204,7 +199,7 @@ class PairedFigures:
     @property
     def primary(self) -> int:
         """The view that sentences speak of: the first space, by the auditor."""
-        return self.views.index((self.views[0][0], PRIMARY))
+        return self.views.index((self.views[0][0], AUDITOR))
 
 
 def paired_figures(rows: Mapping[str, Mapping[str, pd.DataFrame]], *, seed: int = 0) -> PairedFigures:
@@ -228,7 +223,7 @@ def paired_figures(rows: Mapping[str, Mapping[str, pd.DataFrame]], *, seed: int 
     means = resampled_means(np.stack(columns, axis=1), groups=groups, seed=seed)
     read = means[:, len(models) :].reshape(len(means), len(views), len(models), 3)
     with np.errstate(divide="ignore", invalid="ignore"):
-        figures = dict(zip(FIGURES, (*np.moveaxis(read, 3, 0), read[..., 2] / read[..., 1]), strict=True))
+        figures = dict(zip(SCORES, (*np.moveaxis(read, 3, 0), read[..., 2] / read[..., 1]), strict=True))
     figures["top1"] = means[:, : len(models)]
     return PairedFigures(models, views, len(reference), reference["label"].nunique(), figures)
 
@@ -239,7 +234,7 @@ def model_differences(figures: PairedFigures) -> list[dict[str, Any]]:
     The intervals are over classes and images, paired, and not corrected for the number of pairs.
     """
     changes = [(("top1", "-", "-"), 100 * figures.figures["top1"])]
-    for (place, view), name in itertools.product(enumerate(figures.views), FIGURES):
+    for (place, view), name in itertools.product(enumerate(figures.views), SCORES):
         changes.append(((name, *view), figures.figures[name][:, place]))
     found = []
     for one, other in itertools.combinations(range(len(figures.models)), 2):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -26,6 +27,8 @@ SHARES = (0.1, 0.25)  # steps in shares of |f|
 BUDGETS = tuple(f"{k} sd" for k in DEVIATIONS) + tuple(f"{share:.0%} of |f|" for share in SHARES)
 KINDS = ("cross", "self")
 
+AUDITOR = "auditor"
+"""What the translator that claims rest on is called."""
 RATIOS = {
     "class_variance": (("null scores",), ("scores",)),
     "unique_r2": (("missed by rows", "-missed"), ("spread",)),
@@ -33,7 +36,10 @@ RATIOS = {
     "harmless_r2": (("harmless spread", "-harmless missed"), ("harmless spread",)),
 }
 """Figures that are a ratio of sums of columns."""
+SUMMED = {name.lstrip("-") for pair in RATIOS.values() for side in pair for name in side}
 MEANS = ("contrast AS_abs", "orthogonal IS", *(f"{kind} {budget}" for budget in BUDGETS for kind in KINDS))
+AUDITED = {*SUMMED, *MEANS}
+"""The columns that two auditors read."""
 
 
 class CrossFit:
@@ -63,7 +69,7 @@ class CrossFit:
         self.prompts = left[:, sigma > 1e-6 * sigma[0]]  # their span
 
     def read(self, batch: FeatureBatch) -> dict[str, Tensor]:
-        """Return every column of `RATIOS` and `MEANS` for a batch."""
+        """Return every column of `AUDITED` for a batch."""
         features = batch.features.double()
         return {**self._angles(features, batch.labels), **self._information(features, batch), **self._steered(batch)}
 
@@ -126,11 +132,30 @@ def _without(vectors: Tensor, directions: Tensor) -> Tensor:
     return vectors - (vectors @ directions) @ directions.T
 
 
-def summarize(rows: Mapping[str, np.ndarray], groups: np.ndarray) -> dict[str, Any]:
-    """Return every figure of `RATIOS` and `MEANS` with "intervals" (95 %, over classes and images)."""
-    columns = sorted(AUDITED)
-    table = np.stack([rows[name] for name in columns], axis=1)
-    found = figures(dict(zip(columns, resampled_means(table, groups=groups).T, strict=True)))
+def audited_columns(rows: Mapping[str, Any] | pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return what every figure by the auditor is averaged from, (N,) by name, from the rows of `analyze_model`."""
+    columns = {name: rows[name] for name in sorted(AUDITED)} | {"top1": rows["correct"]}
+    for kind in ("", "centred "):
+        score = np.asarray(rows[f"{kind}AS/{AUDITOR}"])
+        columns |= {f"{kind}AS_neg": np.maximum(-score, 0), f"{kind}AS_abs": np.abs(score)}
+        columns[f"{kind}IS"] = rows[f"{kind}IS/{AUDITOR}"]
+    if "AS/loop" in rows:
+        columns["loop AS_neg"] = np.maximum(-np.asarray(rows["AS/loop"]), 0)
+    return {name: np.asarray(values, np.float64) for name, values in columns.items()}
+
+
+def resampled_figures(columns: Mapping[str, np.ndarray], groups: np.ndarray) -> dict[str, np.ndarray]:
+    """Return every figure from columns (N,), then those of images drawn with replacement, (1 + resamples,) by name.
+
+    The draws hang on `groups` alone, so that figures of two models on the same images are paired.
+    """
+    means = resampled_means(np.stack(list(columns.values()), axis=1), groups=groups).T
+    return figures(dict(zip(columns, means, strict=True)))
+
+
+def summarize(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return every figure by the auditor with "intervals" (95 %, over classes and images)."""
+    found = resampled_figures(audited_columns(rows), rows["label"])
     intervals = {name: np.quantile(value[1:], ENDS).tolist() for name, value in found.items()}
     return {**{name: float(value[0]) for name, value in found.items()}, "intervals": intervals}
 
@@ -143,7 +168,4 @@ def figures(means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return np.asarray(sum(signed))
 
     found = {name: total(above) / total(below) for name, (above, below) in RATIOS.items()}
-    return found | {name: means[name] for name in MEANS}
-
-
-AUDITED = {name.lstrip("-") for pair in RATIOS.values() for side in pair for name in side} | set(MEANS)
+    return found | {name: value for name, value in means.items() if name not in SUMMED}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from singreg.analysis.crossfit import CrossFit, summarize
 from singreg.analysis.features import FeatureBatch, FittedTranslator, gathered, iterate_features
-from singreg.analysis.statistics import ENDS, mean_interval, resampled_means
+from singreg.analysis.statistics import ENDS, resampled_means
 from singreg.data.embeddings import PassSettings
 from singreg.data.splits import ImageSplit
 from singreg.metrics import COLUMNS, columns_of, score_columns, summarize_columns
@@ -49,7 +49,7 @@ def analyze_model(
 
     Args:
         mean: (m,) feature mean for the centred removal (METHOD section 8.4).
-        auditor: adds "audit", what its two halves say of each other (METHOD section 8.8).
+        auditor: adds "audit", every figure by it and its two halves (METHOD section 8.8); it is one of the translators.
 
     Shape: embeddings (N, n), texts (C, n) unit rows.
 
@@ -79,24 +79,27 @@ def analyze_model(
         columns.append({name: value.cpu().numpy() for name, value in figures.items()})
     rows = gather_rows(columns, sort_by="index")
     rows["image"] = np.array([split.identifier(int(i)) for i in rows["index"]])
-    accuracy, *interval = mean_interval(rows["correct"], groups=rows["label"])
     found = {
         "images": len(rows["index"]),
-        "top1": accuracy,
-        "top1_interval": interval,
+        "top1": rows["correct"].mean(),
         "null_share": rows["null_share"].mean(),
         "null_energy": rows["null_energy"].sum() / rows["energy"].sum(),
         "vlm_zero_shot": rows["vlm_correct"].mean(),
-        "head": describe_head(classifier, space),
+        "head": head_passport(classifier, space),
         "translators": {n: _translator_figures(t, rows, n, sums[n], len(texts)) for n, t in translators.items()},
     }
     if crossfit is not None:
-        found["audit"] = summarize(rows, rows["label"])
+        found["audit"] = summarize(rows)
     return pd.DataFrame(rows), plain(found)
 
 
-def describe_head(classifier: Classifier, space: NullSpace) -> dict[str, Any]:
-    """Return the sizes, ranks, null share of the dimensions, σ_min / σ_max and hash of a head; needs no data."""
+def head_passport(classifier: Classifier, space: NullSpace | None = None) -> dict[str, Any]:
+    """Return the sizes, ranks, null share of the dimensions, σ_min / σ_max and hash of a head; needs no data.
+
+    By default the null space is that of the logits.
+    """
+    if space is None:
+        space = NullSpace.from_weight(classifier.weight.detach(), allow_empty=True)
     sigma = space.singular_values
     classes, features = classifier.weight.shape
     return {
@@ -156,11 +159,6 @@ def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Ten
         "ridge": info.ridge,
         "fit_images": info.images,
     }
-
-
-def head_passport(classifier: Classifier) -> dict[str, Any]:
-    """Describe the null space of a classifier's head (`describe_head`), that of the logits, without data."""
-    return describe_head(classifier, NullSpace.from_weight(classifier.weight.detach(), allow_empty=True))
 
 
 def chance_angle(passport: Passport) -> float:

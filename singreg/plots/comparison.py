@@ -8,12 +8,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from singreg.analysis.comparison import PRIMARY
+from singreg.analysis.comparison import HARM
+from singreg.analysis.crossfit import AUDITOR
 from singreg.plots import BLUE, GREY, ORANGE, RED, drawable, panels, save, styled
 from singreg.report import Figure
 
 VIEW_LENGTH = 80  # two names, one above the other
-HARM = "class_variance"
 COLOURS = {"reference": ORANGE, "method": BLUE, "baseline": GREY, "placebo": RED}
 
 
@@ -51,15 +51,15 @@ def save_comparison_plot(
 def _draw_space(
     axes: Axes, space: str, models: Mapping[str, Mapping[str, Any]], colours: Mapping[str, np.ndarray]
 ) -> None:
-    largest = max(found["translators"][PRIMARY]["overall"]["AS_neg"] for found in models.values())
+    largest = max(found["translators"][AUDITOR]["overall"]["AS_neg"] for found in models.values())
     for name, found in models.items():
-        scores, ink = found["translators"][PRIMARY], colours[name]
+        scores, ink = found["translators"][AUDITOR], colours[name]
         x, y, harm = (scores["overall"][key] for key in ("AS_abs", "IS", "AS_neg"))
         axes.plot(scores["intervals"]["AS_abs"], [y, y], color=ink, linewidth=1)
         axes.plot([x, x], scores["intervals"]["IS"], color=ink, linewidth=1)
         axes.scatter(x, y, s=30 + 170 * harm / max(largest, 1e-9), color=ink, alpha=0.75, zorder=3)
     axes.set(xlabel="mean |AS| °", ylabel="mean IS °", xlim=(0, None), ylim=(0, 1.15 * axes.get_ylim()[1]))
-    styled(axes, f"{drawable(space)}, by the {PRIMARY}")
+    styled(axes, f"{drawable(space)}, by the {AUDITOR}")
 
 
 def save_pareto(arms: Sequence[Mapping[str, Any]], reference: str, path: Path) -> Figure:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from singreg import report
-from singreg.analysis.comparison import Measured
+from singreg.analysis.comparison import FALLING, FIGURES, STAYING, Measured, Paired, words
 from singreg.analysis.levels import joint_distribution, select_concepts
 from singreg.data.splits import ImageSplit
 from singreg.plots import BLUE, CYCLE, GREY, ORANGE, RED, arrows, drawable, panels, save, show, styled
@@ -26,19 +26,6 @@ STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "Sin
 DROPPED = {"dropped": "control, null space dropped"}  # only in tables: where it is 0 there is nothing to draw
 COLOURS = {"before": GREY, "control": ORANGE, "sing": BLUE}
 PERTURBATIONS = {"null": (BLUE, "null space"), "random": (GREY, "random"), "principal": (RED, "row space")}
-RATIOS_SHOWN = {
-    "class_variance ratio": ("class-score variance in the null", True),
-    "AS⁻ ratio": ("AS⁻", True),
-    "|AS| ratio": ("|AS|", True),
-    "contrast AS_abs ratio": ("|AS| of the classes' contrasts", True),
-    "unique_r2 ratio": ("R² that only the null has", True),
-    "cross 4 sd ratio": ("success of a 4 sd step, judged by another", True),
-    "cross 25% of |f| ratio": ("success of a 25 % step, judged by another", True),
-    "IS ratio": ("IS", False),
-    "orthogonal IS ratio": ("IS beside all prompts", False),
-    "harmless_r2 ratio": ("R² beside all prompts", False),
-}
-"""Names in people's words, and whether they are to fall."""
 CLASSES_SHOWN, CLASSES_COMPARED, CONCEPTS_SHOWN = 24, 40, 16
 NAME_LENGTH = 28  # characters beside an axis
 Found = Mapping[str, Any]
@@ -206,51 +193,50 @@ def _cloud(rows: pd.DataFrame, translator: str) -> pd.DataFrame:
 
 
 def plot_finetune(
-    measured: Mapping[str, Measured], comparisons: pd.DataFrame, class_names: Sequence[str], folder: Path
+    measured: Mapping[str, Measured], paired: Paired, class_names: Sequence[str], folder: Path
 ) -> list[report.Figure]:
     """Draw every figure of recipes/finetune.py below a folder, the summary first."""
     drawn = {stage: measured[stage] for stage in STAGES}
     figures = {stage: found for stage, (_, found) in drawn.items()}
     clouds = {stage: (_cloud(rows, "auditor"), joint_distribution(rows)) for stage, (rows, _) in drawn.items()}
     return [
-        plot_ratios(comparisons, figures["before"]["images"], folder / "summary.png"),
+        plot_ratios(paired, figures["before"]["images"], folder / "summary.png"),
         plot_joint(clouds, folder / "joint.png"),
         plot_class_leakage(figures, class_names, folder / "classes.png"),
     ]
 
 
 def finetune_sections(
-    figures: Mapping[str, Found], comparisons: pd.DataFrame, plots: Sequence[report.Figure]
+    figures: Mapping[str, Found], paired: Paired, plots: Sequence[report.Figure]
 ) -> list[report.Section]:
     """Arrange a run's tables and plots (`plot_finetune`) as the sections of its report."""
     named = {said: figures[stage] for stage, said in (STAGES | DROPPED).items()}
+    compared = pd.DataFrame([(said, words(paired.get(name))) for name, said in FIGURES.items()], columns=["", "value"])
     return [
         report.Section("Results", [audit_table(named), AUDIT, *plots[:1]]),
         report.Section("By the auditor and by the loop", [score_table(named), READING]),
-        report.Section("SingLoss against the control", [comparisons, "Ratios of means, paired by image."]),
+        report.Section("SingLoss against the control", [compared, "Ratios of means, paired by image."]),
         report.Section("Images and classes", plots[1:]),
     ]
 
 
-def plot_ratios(comparisons: pd.DataFrame, images: int, path: Path) -> report.Figure:
+def plot_ratios(paired: Paired, images: int, path: Path) -> report.Figure:
     """Draw what SingLoss leaves of the control, as ratios with 95 % intervals by the auditor; left of 1 is less."""
-    table = comparisons[comparisons["translator"] == "auditor"].set_index("name")
-    shown = [name for name in RATIOS_SHOWN if name in table.index and np.isfinite(table.loc[name, "value"])]
+    shown = [name for name in (*FALLING, *STAYING) if np.isfinite(paired[name]["value"])]
     figure, (axes,) = panels(width=7.4, height=0.42 * len(shown) + 1.6)
     for place, name in enumerate(shown):
-        value, low, high = (float(table.loc[name, end]) for end in ("value", "low", "high"))
-        colour = BLUE if RATIOS_SHOWN[name][1] else GREY
+        value, low, high = (paired[name][end] for end in ("value", "low", "high"))
+        colour = BLUE if name in FALLING else GREY
         axes.plot([low, high], [place, place], color=colour, linewidth=2)
         axes.plot(value, place, marker="o", color=colour)
         axes.annotate(f"{value:.2f}×", (value, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(shown)), [RATIOS_SHOWN[name][0] for name in shown], fontsize=8)
+    axes.set_yticks(range(len(shown)), [FIGURES[name] for name in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.set_xlabel("SingLoss / plain fine-tuning")
-    top1 = comparisons.set_index("name").loc["top-1"]
-    said = f"top-1 {top1['value']:+.2f} points [{top1['low']:+.2f}, {top1['high']:+.2f}]"
-    styled(axes, f"{images} test images, 95 % intervals; {said}\nblue should fall, grey should stay")
+    said = f"{images} test images, 95 % intervals; top-1 {words(paired['top1'])}"
+    styled(axes, f"{said}\nblue should fall, grey should stay")
     return save(figure, path, "what is left")
 
 

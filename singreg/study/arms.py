@@ -15,6 +15,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
+from singreg.analysis.crossfit import AUDITOR
 from singreg.analysis.features import FeatureBatch, FittedTranslator, evenly
 from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
 from singreg.analysis.scores import Rows
@@ -27,11 +28,9 @@ from singreg.setup import Setup
 from singreg.study import ArmConfig, StudyConfig, arm_config
 from singreg.utils import atomic_write, gather_rows, sha256_of_json, write_text
 
-AUDITOR = "auditor"
 SAID = "measuring the arm"
 NEIGHBOURS, QUERIES = 10, 2000  # of an image within its class, and test images asked for them
 ROUNDING = 1e-6  # a null residual below this share of |f| is what float32 left of none
-SCORES = ("AS_neg", "AS_abs", "IS")
 logger = get_logger(__name__)
 PLACES = ("out", "dry_run", "resume", "log_with")  # where things go and how a run is started
 WORDS = ("note", "role", "overrides")  # only said of an arm, or in its configuration already
@@ -56,7 +55,8 @@ def measure_arm(
 ) -> Measured:
     """Add to an arm's scores, those of `analyze_model` on the test images by the auditor, what a study shows beside."""
     splits, chosen_on = setup.splits, dict[str, Any]()
-    (rows, _), (figures, intervals) = scores, score_figures(scores[1])
+    rows, figures = scores[0], {name: scores[1][name] for name in ("null_share", "null_energy")} | scores[1]["audit"]
+    intervals = figures.pop("intervals")
     blocks: dict[str, Any] = {"null_space": setup.space, "classes": setup.classifier.num_classes}
     fits = fit_blocks(setup.read("audit", SAID), target_dim=setup.texts.shape[1], **blocks)
     information = measure_information(setup.read("test", SAID), fits)
@@ -73,21 +73,13 @@ def measure_arm(
         z = {**setup.embeddings, "test": setup.held[1]}
         own = replace(setup, splits=replace(splits, test=setup.held[0]), embeddings=z)
         _, found = own.measure({AUDITOR: auditor.translator}, auditor.mean, auditor)
-        chosen_on = {"images": found["images"], **score_figures(found)[0]}
+        chosen_on = {"images": found["images"], **found["audit"]}
+        chosen_on.pop("intervals")
     return Measured(_floats(figures), intervals, rows, _floats(chosen_on))
 
 
 def _floats(figures: dict[str, Any]) -> dict[str, float]:
     return {key: math.nan if value is None else float(value) for key, value in figures.items()}
-
-
-def score_figures(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Return the auditor's figures of `analyze_model` by name, and their intervals."""
-    scores, audit = found["translators"][AUDITOR], found["audit"]
-    figures = {key: found[key] for key in ("top1", "null_share", "null_energy")}
-    figures |= {key: scores["overall"][key] for key in SCORES} | {k: v for k, v in audit.items() if k != "intervals"}
-    intervals = {"top1": found["top1_interval"], **{key: scores["intervals"][key] for key in SCORES}}
-    return figures, intervals | audit["intervals"]
 
 
 def _strange_images(setup: Setup, mean: Tensor, ood: int) -> dict[str, float]:

@@ -6,30 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from singreg.analysis.comparison import CONFIRMED, MARGIN, SMALLEST, confirmed_share, no_claim, resampled, too_few
-from singreg.analysis.crossfit import AUDITED, figures
-from singreg.analysis.statistics import ends, paired_proportions
-from singreg.study.arms import AUDITOR, Measured, Work
+from singreg.analysis import comparison
+from singreg.analysis.comparison import CONFIRMED, HARM, Rows, compare_rows, no_claim, too_few, words
+from singreg.study.arms import Measured, Work
 
-HARM = "class_variance"  # what arms are ordered by: steering, AS⁻ and |AS| all come of it (METHOD section 8.8)
-PAIRED = {
-    "top1": "top-1",
-    HARM: "class-score variance in the null",
-    "AS_neg": "AS⁻",
-    "AS_abs": "|AS|",
-    "contrast AS_abs": "contrast |AS|",
-    "IS": "IS",
-    "orthogonal IS": "IS beside all prompts",
-    "unique_r2": "unique R²",
-    "harmless_r2": "harmless R²",
-    "cross 4 sd": "4 sd step, judged by another",
-    "cross 25% of |f|": "25 % step, judged by another",
-    "confirmed": "confirmed share",
-}
-"""Ratios to the reference, paired by image; top-1 is a difference in points."""
-CLAIMED = (HARM, "AS_neg", "AS_abs", "cross 4 sd")  # what must fall together for a claim
 Summary = dict[str, Any]
-Rows = Mapping[int, pd.DataFrame]
 
 
 def summarize_study(runs: Sequence[tuple[Work, Measured]], reference: str, claim: str) -> list[Summary]:
@@ -87,49 +68,6 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> set[str]:
     return {name for name, point in points.items() if point not in beaten}
 
 
-def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
-    """Compare rows by seed with the reference's, paired by image, seeds averaged first; only common seeds are compared.
-
-    Returns:
-        By figure of `PAIRED`: value, low, high (95 % bootstrap over classes and images, of top-1 a score interval over
-        images, ends averaged over seeds) and unit (× of means, points); no "confirmed" where the loop reads no fall.
-    """
-    seeds = sorted(arm.keys() & reference.keys())
-    if any(list(arm[seed]["image"]) != list(reference[seed]["image"]) for seed in seeds):
-        raise ValueError("the arms were measured on other images, so they cannot be paired")
-    both = [pd.concat([_columns(rows[seed]) for seed in seeds]).groupby(level=0).mean() for rows in (arm, reference)]
-    classes = reference[seeds[0]]["label"].to_numpy()
-    means = resampled(both, [str(name) for name in both[0]], classes)
-    one, other = ({**figures(each), **each, "AS_neg": -each["AS/auditor"]} for each in means)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = {key: (*ends(one[key] / other[key]), "×") for key in PAIRED if key not in ("top1", "confirmed")}
-    hits = [[rows[seed]["correct"].to_numpy(np.float64) for rows in (arm, reference)] for seed in seeds]
-    # Of these classes, so over images alone; of one seed each, since an average of seeds has no score interval.
-    value, low, high = (float(end) for end in 100 * np.mean([paired_proportions(*pair) for pair in hits], axis=0))
-    found["top1"] = (value, low, high, "points")
-    if "AS/loop" in one and one["AS/loop"][0] > other["AS/loop"][0]:
-        found["confirmed"] = (*confirmed_share(both, classes), "×")
-    return {key: dict(zip(("value", "low", "high", "unit"), each, strict=True)) for key, each in found.items()}
-
-
-def _columns(rows: pd.DataFrame) -> pd.DataFrame:
-    """What is averaged over seeds: of AS the harmful side alone, by both translators."""
-    harmful = {name: np.minimum(rows[name], 0.0) for name in ("AS/loop", f"AS/{AUDITOR}") if name in rows}
-    scores = {"AS_abs": rows[f"AS/{AUDITOR}"].abs(), "IS": rows[f"IS/{AUDITOR}"], "correct": rows["correct"]}
-    return rows[sorted(AUDITED)].assign(**harmful, **scores).astype(np.float64).reset_index(drop=True)
-
-
-def words(paired: Mapping[str, Any] | None) -> str:
-    """Write a paired figure with its unit and interval, such as "0.50× [0.40, 0.60]"."""
-    if paired is None:
-        return "–"
-    *found, unit = paired.values()
-    value, low, high = (round(end, 2) + 0.0 for end in found)  # what rounds to nothing has no sign
-    if unit == "points":
-        return f"{value:+.2f} points [{low:+.2f}, {high:+.2f}]"
-    return f"{value:.2f}{unit} [{low:.2f}, {high:.2f}]"
-
-
 def study_verdict(
     arms: Sequence[Summary], reference: str, claim: str, images: int, classes: int, auditor_images: int, features: int
 ) -> list[str]:
@@ -138,14 +76,9 @@ def study_verdict(
     refused = no_claim(auditor_images, features) or too_few(images, classes)
     if refused or not arm["paired"]:
         return [refused or f"{claim!r} is compared with nothing, so this study says nothing about it."]
-    paired, on = arm["paired"], f"{images} test images, auditor of {auditor_images} others, {len(arm['seeds'])} seed(s)"
-    fallen = "; ".join(f"{PAIRED[key]} {words(paired[key])}" for key in CLAIMED)
-    failed = [PAIRED[key] for key in CLAIMED if not (paired[key]["high"] < 1 and paired[key]["value"] < 1 - SMALLEST)]
-    together = f"not shown to fall: {', '.join(failed)}" if failed else "all fall together"
-    kept = "kept" if paired["top1"]["low"] > -100 * MARGIN else "not shown to be kept"
-    beside = ", ".join(f"{PAIRED[key]} {words(paired[key])}" for key in ("IS", "unique_r2", "harmless_r2"))
-    price = f"Top-1 {words(paired['top1'])}, {kept}; {beside}; confirmed share {words(paired.get('confirmed'))}."
-    first = f"{claim}, named beforehand, against {reference}: {fallen}: {together} ({on})."
+    on = f"{images} test images, auditor of {auditor_images} others, {len(arm['seeds'])} seed(s)"
+    first = f"{claim}, named beforehand, against {reference}: {comparison.claim(arm['paired'])} ({on})."
+    price = f"{comparison.price(arm['paired'])} {comparison.audit(arm['paired'])}"
     said = [first, price, _placebos(arms, arm)]
     for each in arms:
         if each["make"] == "drop":
