@@ -1,54 +1,15 @@
 """Fine-tuning with null-space regularisation: SING scores as metrics and as a differentiable loss."""
 
+import ast
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from singreg.analysis.features import fit_on_split as fit_on_split
-    from singreg.analysis.scores import analyze_model as analyze_model
-    from singreg.data.datasets import load_splits as load_splits
-    from singreg.data.embeddings import cached_embeddings as cached_embeddings
-    from singreg.functional import angle as angle
-    from singreg.functional import attribute_score as attribute_score
-    from singreg.functional import image_score as image_score
-    from singreg.functional import kappa as kappa
-    from singreg.losses import SingLoss as SingLoss
-    from singreg.metrics import AttributeScore as AttributeScore
-    from singreg.metrics import ImageScore as ImageScore
-    from singreg.metrics import SemanticLeakage as SemanticLeakage
-    from singreg.models.classifier import Classifier as Classifier
-    from singreg.models.edits import align_head_ as align_head_
-    from singreg.models.edits import drop_null as drop_null
-    from singreg.models.edits import interpolate_weights as interpolate_weights
-    from singreg.models.vlm import VisionLanguageModel as VisionLanguageModel
-    from singreg.nullspace import NullSpace as NullSpace
-    from singreg.nullspace import row_space_projection as row_space_projection
-    from singreg.ridge import RidgeStatistics as RidgeStatistics
-    from singreg.steering import steer as steer
-    from singreg.translator import LinearTranslator as LinearTranslator
-    from singreg.translator import MLPTranslator as MLPTranslator
-    from singreg.translator import fit_translator as fit_translator
-    from singreg.translator import load_translator as load_translator
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.2.0"
 
-_HOMES = {
-    "nullspace": ("NullSpace", "row_space_projection"),
-    "functional": ("angle", "attribute_score", "image_score", "kappa"),
-    "steering": ("steer",),
-    "ridge": ("RidgeStatistics",),
-    "translator": ("LinearTranslator", "MLPTranslator", "fit_translator", "load_translator"),
-    "models.classifier": ("Classifier",),
-    "models.vlm": ("VisionLanguageModel",),
-    "models.edits": ("align_head_", "drop_null", "interpolate_weights"),
-    "losses": ("SingLoss",),
-    "metrics": ("AttributeScore", "ImageScore", "SemanticLeakage"),
-    "data.datasets": ("load_splits",),
-    "data.embeddings": ("cached_embeddings",),
-    "analysis.features": ("fit_on_split",),
-    "analysis.scores": ("analyze_model",),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+# The public names and their homes stand in one place, the stub beside this file, which type checkers read too.
+_IMPORTS = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+_HOME_OF = {each.name: node.module for node in _IMPORTS if isinstance(node, ast.ImportFrom) for each in node.names}
 __all__ = list(_HOME_OF)
 
 
@@ -56,7 +17,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `import singreg` costs nothing for those who need one function."""
     if name not in _HOME_OF:
         raise AttributeError(f"module 'singreg' has no attribute {name!r}")
-    return getattr(import_module(f"singreg.{_HOME_OF[name]}"), name)
+    return getattr(import_module(str(_HOME_OF[name])), name)
 
 
 def __dir__() -> list[str]:
