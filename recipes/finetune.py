@@ -32,7 +32,7 @@ from singreg.report import log, log_figures, log_text, track, write_model_card, 
 from singreg.runs import Run, StopRequest, explained, start
 from singreg.setup import Setup, prepare
 from singreg.tables import AUDIT, audit_table
-from singreg.task import LoopTranslator, Schedule, describe_training, loop_bank, loss_embeddings, loss_texts, make_sing
+from singreg.task import LoopTranslator, Schedule, describe_training, loop_bank, loss_embeddings, make_sing
 from singreg.translator import LinearTranslator, TranslatorInfo
 from singreg.utils import progress
 from singreg.validation import Validation, hold_out, validation_images
@@ -90,7 +90,7 @@ def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: S
     log(run.accelerator, headline(before.figures), 0)
     tensors = {key: tensor.to(run.accelerator.device) for key, tensor in before.tensors.items()}
     fitted = FittedTranslator.from_state(tensors, TranslatorInfo(**before.notes))
-    classifier, loop = train_arm(name, config, setup, fitted, run, regularised=name == "sing")
+    classifier, loop = train_arm(name, given, setup, fitted, run)
     ridge = before.figures["translators"]["auditor"]["ridge"]  # one for all stages, or a ratio would be of two scales
     auditor, measured = audit(replace(setup, classifier=classifier), loop, ridge)
     end = Schedule(config, len(setup.splits.train)).total
@@ -113,25 +113,22 @@ def measure_dropped(setup: Setup, before: Stage, run: Run) -> Stage:
 
 
 def train_arm(
-    name: str, config: FinetuneConfig, setup: Setup, fitted: FittedTranslator, run: Run, *, regularised: bool
+    name: str, config: FinetuneConfig, setup: Setup, fitted: FittedTranslator, run: Run
 ) -> tuple[Classifier, LinearTranslator]:
-    """Train a copy of the starting classifier, with SingLoss where `regularised`.
+    """Train a copy of the starting classifier, with SingLoss unless its weight is 0.
 
     `fitted` is the loop's translator on the start. Returns also the one that the loop ends with.
     """
-    classifier = copy.deepcopy(setup.classifier).tune(config.model.tuning)
-    own = replace(setup, classifier=classifier)
-    keeper = LoopTranslator(fitted, own, loss_embeddings(config, setup))
-    sing = None
-    if regularised:
-        accumulation, prompts = run.accelerator.gradient_accumulation_steps, loss_texts(config, setup)
-        sing = make_sing(config, classifier, fitted, prompts, len(setup.splits.train), accumulation)
+    own = replace(setup, classifier=copy.deepcopy(setup.classifier).tune(config.model.tuning))
+    keeper, sing = LoopTranslator(fitted, own, loss_embeddings(config, setup)), None
+    if config.loss.weight:
+        sing = make_sing(config, own, fitted, run.accelerator.gradient_accumulation_steps)
         (keeper.refresh if config.loss.placebo == "shuffled" else keeper.refit)(sing)
     train(name, sing, keeper, config, own, run)
     # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.
     if sing is None:
-        return classifier, own.fit(*keeper.bank, fitted.translator.info.ridge).translator
-    return classifier, keeper.current(sing)
+        return own.classifier, own.fit(*keeper.bank, fitted.translator.info.ridge).translator
+    return own.classifier, keeper.current(sing)
 
 
 def train(
@@ -142,7 +139,7 @@ def train(
     It ends with the last weights, or with the best by the validation images where that is asked for.
     """
     accelerator, arm = run.accelerator, Arm(name, sing, keeper, config, setup, run)
-    validation = Validation(config, setup, accelerator, arm.checkpoints.folder)
+    validation = Validation(arm, setup)
     with own_random_numbers(accelerator, config.seed), StopRequest(accelerator) as stop:
         start, told = arm.checkpoints.load_latest(seed=config.seed), dict[str, str]()
         steps = () if validation.gives_up(start.step) else arm.steps(start)

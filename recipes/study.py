@@ -132,7 +132,7 @@ class Study:
             inside = copy.copy(self.run)
             inside.folder, name = work.folder, f"{work.arm.name}-{work.seed}"
             track(inside.accelerator, name, config)
-            return (*train_arm(name, config, setup, fitted, inside, regularised=config.loss.weight > 0), notes)
+            return (*train_arm(name, config, setup, fitted, inside), notes)
         classifier, own = copy.deepcopy(setup.classifier), (fitted.translator, setup.texts, fitted.statistics)
         if work.source is not None:
             classifier.model.load_state_dict(load_file(work.source.folder / "weights.safetensors"))

@@ -11,14 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed, synchronize_rng_states
 from torch import Tensor
 
-from singreg import task as tasks
 from singreg.checkpoints import Checkpoints, Position
 from singreg.config import FinetuneConfig
 from singreg.data.splits import make_loader
 from singreg.losses import TERMS, SingLoss
 from singreg.runs import Run
 from singreg.setup import Setup
-from singreg.task import LoopTranslator
+from singreg.task import FinetuneTask, LoopTranslator, Schedule, make_optimizer, micro_batch
 from singreg.utils import seed_process
 
 CLIP = 1.0  # the gradient's norm is clipped to this
@@ -46,15 +45,15 @@ class Arm:
         classifier, split, accelerator = setup.classifier, setup.splits.train, run.accelerator
         set_seed(config.seed)
         self.name, self.split, self.config, self.accelerator = name, split, config, accelerator
-        self.plain = tasks.FinetuneTask(classifier, sing, l2_sp=config.training.l2_sp, compile=config.model.compile)
-        self.schedule = tasks.Schedule(config, len(split))
-        optimizer = tasks.make_optimizer(classifier, config)
+        self.plain = FinetuneTask(classifier, sing, l2_sp=config.training.l2_sp, compile=config.model.compile)
+        self.schedule = Schedule(config, len(split))
+        optimizer = make_optimizer(classifier, config)
         self.rates = self.schedule.rates(optimizer)  # a function of the step, so checkpoints need not hold it
         augmentation = config.data.augmentation
         loader = make_loader(
             split,
             classifier.train_transform(augmentation),
-            tasks.micro_batch(config, accelerator),
+            micro_batch(config, accelerator),
             clean_transform=classifier.transform if sing is not None and augmentation != "none" else None,
             shuffle=True,
             seed=config.seed,

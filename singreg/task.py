@@ -55,8 +55,8 @@ class FinetuneTask(nn.Module):
         super().__init__()
         self.classifier, self.sing, self.l2_sp = classifier, sing, l2_sp
         self._compiled = torch.compile(classifier.model.forward_features) if compile else None  # type: ignore[arg-type]
-        for number, parameter in enumerate(trained_backbone(classifier) if l2_sp else []):
-            self.register_buffer(f"start_{number}", parameter.detach().clone(), persistent=False)
+        backbone = trained_parameters(classifier, head=False) if l2_sp else []
+        self._start = [parameter.detach().clone() for parameter in backbone]
 
     def forward(
         self, images: Tensor, labels: Tensor, clean: Tensor | None = None, embeddings: Tensor | None = None
@@ -71,39 +71,37 @@ class FinetuneTask(nn.Module):
             training = self.classifier.training
             features = self.classifier.eval().features(clean)
             self.classifier.train(training)
-        if self._compiled is not None:
-            del own["forward_features"]
+        own.pop("forward_features", None)
         outputs = {"ce": loss.detach(), "correct": (logits.detach().argmax(1) == labels).float().mean()}
         if self.sing is not None:
             loss = loss + self.sing(features, labels, embeddings)
             outputs |= self.sing.last_terms
         if self.l2_sp:
-            now = enumerate(trained_backbone(self.classifier))
-            moved = [(parameter - self.get_buffer(f"start_{number}")).square().sum() for number, parameter in now]
-            penalty = 0.5 * self.l2_sp * torch.stack(moved).sum() if moved else torch.zeros_like(loss)
+            pairs = zip(trained_parameters(self.classifier, head=False), self._start, strict=True)
+            moved = [loss.new_zeros(()), *((now - start).square().sum() for now, start in pairs)]
+            penalty = 0.5 * self.l2_sp * torch.stack(moved).sum()
             loss, outputs["l2_sp"] = loss + penalty, penalty.detach()
         return {"loss": loss, **outputs}
 
 
-def make_sing(
-    config: FinetuneConfig, classifier: Classifier, fitted: FittedTranslator, texts: Tensor, images: int, forwards: int
-) -> SingLoss:
+def make_sing(config: FinetuneConfig, setup: Setup, fitted: FittedTranslator, forwards: int) -> SingLoss:
     """Build a configuration's SingLoss; λ's schedule follows from the number of training images and forwards a step."""
-    total, loss = Schedule(config, images).total, config.loss
+    total, loss, texts = Schedule(config, len(setup.splits.train)).total, config.loss, loss_texts(config, setup)
     options: dict[str, Any] = {"floor": loss.floor, "invariance": config.model.invariance, "weight": loss.weight}
     options |= {"terms": resolve_terms(loss.terms), "accumulation": forwards}
     options["everywhere"] = loss.placebo == "everywhere"
     options |= {"warmup_steps": round(WARMUP * total), "ramp_steps": round(RAMP * total)}
-    return SingLoss(classifier, fitted.translator, texts, fitted.statistics, **options).to(texts.device)
+    return SingLoss(setup.classifier, fitted.translator, texts, fitted.statistics, **options).to(texts.device)
 
 
 def loss_texts(config: FinetuneConfig, setup: Setup) -> Tensor:
     """Return the prompts (C, n) that the loss is given: the classes', or a placebo's."""
-    classes, placebo = setup.splits.class_names, config.loss.placebo
+    placebo = config.loss.placebo
     if placebo == "random":
         drawn = torch.randn(setup.texts.shape, generator=torch.Generator().manual_seed(PLACEBO_SEED))
         return nn.functional.normalize(drawn, dim=1).to(setup.texts)
     if placebo == "foreign":
+        classes = setup.splits.class_names
         others = [name for name in imagenet_names() if name not in classes]
         if len(others) < len(classes):
             wanted = f"{len(classes)} ImageNet classes that are not in the data"
@@ -120,28 +118,20 @@ def loss_embeddings(config: FinetuneConfig, setup: Setup) -> np.ndarray:
     return bank[np.random.default_rng(PLACEBO_SEED).permutation(len(bank))] if shuffled else bank
 
 
-def trained_backbone(classifier: Classifier) -> list[nn.Parameter]:
-    """Return the parameters outside the head that train, in the module's order; empty where the head alone does."""
-    head = {id(parameter) for parameter in classifier.head.parameters()}
-    return [parameter for parameter in classifier.parameters() if parameter.requires_grad and id(parameter) not in head]
+def trained_parameters(classifier: Classifier, *, head: bool) -> list[nn.Parameter]:
+    """Return the parameters that train, of the head or of all else, in the module's order."""
+    own = {id(parameter) for parameter in classifier.head.parameters()}
+    return [each for each in classifier.parameters() if each.requires_grad and (id(each) in own) == head]
 
 
 def parameter_groups(classifier: Classifier, config: FinetuneConfig) -> list[dict[str, Any]]:
     """Return groups to train: the head at `head_factor` times the rate; no decay on norms and biases (shape (k,))."""
-    training = config.training
-    head = {id(parameter) for parameter in classifier.head.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in classifier.parameters():
-        if parameter.requires_grad:
-            groups.setdefault((id(parameter) in head, parameter.ndim <= 1), []).append(parameter)
-    return [
-        {
-            "params": groups[is_head, is_flat],
-            "lr": training.learning_rate * (training.head_factor if is_head else 1.0),
-            "weight_decay": 0.0 if is_flat else training.weight_decay,
-        }
-        for is_head, is_flat in sorted(groups)
-    ]
+    training, groups = config.training, []
+    for head, factor in ((False, 1.0), (True, training.head_factor)):
+        for flat, decay in ((False, training.weight_decay), (True, 0.0)):
+            chosen = [each for each in trained_parameters(classifier, head=head) if (each.ndim <= 1) == flat]
+            groups.append({"params": chosen, "lr": factor * training.learning_rate, "weight_decay": decay})
+    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(classifier: Classifier, config: FinetuneConfig) -> Optimizer:

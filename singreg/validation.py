@@ -1,24 +1,21 @@
 """Held-out images that are read after every epoch: the curves, and the epoch whose weights are worth keeping."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from singreg.analysis.features import iterate_features
-from singreg.config import FinetuneConfig
 from singreg.data.splits import ImageSplit
+from singreg.loop import Arm
 from singreg.metrics import SemanticLeakage
 from singreg.plots import panels, styled
 from singreg.report import log, log_image
 from singreg.setup import Setup
-from singreg.task import Schedule
 from singreg.translator import LinearTranslator
 from singreg.utils import all_reduce_sum, atomic_write
 
@@ -63,11 +60,10 @@ class Validation:
     The images are those of no other use, `setup.held`; without them there are no curves and no epoch can be chosen.
     """
 
-    def __init__(self, config: FinetuneConfig, setup: Setup, accelerator: Accelerator, folder: Path) -> None:
-        self.setup, self.accelerator = setup, accelerator
-        self.patience = config.training.patience * Schedule(config, len(setup.splits.train)).steps_per_epoch
-        self.chooses = bool(config.training.best_checkpoint)
-        self.kept, self.best, self.step = folder / "best.safetensors", -1.0, 0
+    def __init__(self, arm: Arm, setup: Setup) -> None:
+        self.setup, self.accelerator, training = setup, arm.accelerator, arm.config.training
+        self.patience, self.chooses = training.patience * arm.schedule.steps_per_epoch, bool(training.best_checkpoint)
+        self.kept, self.best, self.step = arm.checkpoints.folder / "best.safetensors", -1.0, 0
         if self.kept.is_file():
             with safe_open(self.kept, framework="pt") as file:
                 self.best, self.step = float(file.metadata()["top1"]), int(file.metadata()["step"])

@@ -20,7 +20,7 @@ from singreg.models.classifier import Classifier
 from singreg.ridge import RidgeStatistics
 from singreg.task import FinetuneTask, Schedule
 from singreg.translator import LinearTranslator
-from tests.small_arm import CLASSES, DIM, SIDE, embeddings, small_classifier, small_fitted
+from tests.small_arm import CLASSES, DIM, SIDE, Pixels, embeddings, small_classifier, small_fitted, small_setup
 from tests.toy import ToySplit
 
 BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -169,10 +169,10 @@ def test_micro_batches_are_even_or_refused() -> None:
 
 
 def sing_of(**values: Any) -> SingLoss:
-    classifier, texts = small_classifier(), torch.eye(CLASSES, DIM)
+    classifier = small_classifier()
     fitted = small_fitted(classifier)
     config = configured(**{"training__batch_size": 10, "training__epochs": 5, **values})
-    return tasks.make_sing(config, classifier.float(), fitted, texts, 43, 2)
+    return tasks.make_sing(config, small_setup(classifier.float(), Pixels()), fitted, 2)
 
 
 def test_the_loss_is_what_the_configuration_says() -> None:
