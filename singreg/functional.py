@@ -79,6 +79,14 @@ def kappa(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
     return (unit_rows(travel) * unit_rows(target)).sum(-1).clamp(-1, 1)
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels (B,) but whole numbers in 0..classes - 1; a GPU is not made to wait, its indexing asserts that."""
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"expected labels (B,) as whole numbers, none mixed, got {labels.dtype} {tuple(labels.shape)}")
+    if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+
+
 @torch.no_grad()
 def pairwise_angles(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return (angles in degrees, cosines), (B, K) each, between unit (or zero) rows x (B, n) and y (K, n).

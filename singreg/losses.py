@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from singreg.functional import check_labels
 from singreg.models.heads import check_is_affine
 from singreg.nullspace import Invariance, NullSpace, row_space_projection
 from singreg.ridge import RidgeStatistics
@@ -258,10 +259,7 @@ class SingLoss(nn.Module):
         if features.shape != (len(labels), width) or not len(labels):
             shapes = f"{tuple(features.shape)} and {tuple(labels.shape)}"
             raise ValueError(f"expected features (B, {width}) and labels (B,) of at least one image, got {shapes}")
-        seen = labels.device.type == "cpu"  # elsewhere looking at values would make the host wait
-        wrong = labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1
-        if wrong or (seen and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
-            raise ValueError(f"labels (B,) must be integers in 0..{classes - 1}, not mixed ones")
+        check_labels(labels, classes)
         expected = (len(labels), self.texts.shape[1])
         if self.reads_embeddings and (embeddings is None or embeddings.shape != expected):
             got = "none" if embeddings is None else tuple(embeddings.shape)

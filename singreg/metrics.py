@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from singreg.functional import attribute_score, image_score, kappa
+from singreg.functional import attribute_score, check_labels, image_score, kappa
 from singreg.utils import sha256_of_tensor
 
 HISTOGRAM_BINS = 1440  # 0.25 degrees wide over [-180, 180]
@@ -157,11 +157,8 @@ class SemanticLeakage(_SumMetric):
         if z.shape != z_eq.shape or z.shape != (len(labels), width):
             shapes = f"{tuple(z.shape)}, {tuple(z_eq.shape)} and {tuple(labels.shape)}"
             raise ValueError(f"expected z and z_eq (B, {width}) and labels (B,), got {shapes}")
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise ValueError(f"expected labels as whole numbers, got {labels.dtype}")
+        check_labels(labels, classes)
         labels = labels.long()  # uint8 would index as a mask
-        if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise ValueError(f"labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
         columns = score_columns(z.detach(), z_eq.detach(), self.texts.to(z)[labels])
         self.columns.index_add_(1, labels.to(columns.device), columns)
         for row, name in enumerate(("AS", "IS")):

@@ -178,7 +178,7 @@ def _given(kind: type, arguments: Sequence[str], problems: list[str]) -> Iterato
             problems.append(f"--config: cannot read {value}: {reason[:120]}")
             continue
         if isinstance(content, dict):
-            yield from _leaves(content, kind)
+            yield from _leaves(content, dict(_fields(kind)))
         else:
             problems.append(f"--config: {value}: expected a mapping of keys to values, got {type(content).__name__}")
 
@@ -193,12 +193,10 @@ class _Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _leaves(values: Mapping[Any, Any], kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(kind)
+def _leaves(values: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        inner = hints.get(key)
-        if dataclasses.is_dataclass(inner) and (value is None or isinstance(value, dict)):
-            yield from _leaves(value or {}, typing.cast(type, inner), f"{prefix}{key}.")
+        if dataclasses.is_dataclass(known.get(f"{prefix}{key}")) and (value is None or isinstance(value, dict)):
+            yield from _leaves(value or {}, known, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -67,9 +67,7 @@ def test_no_null_direction_raises_a_prompt(classes: int, prompts: int) -> None:
     assert left_out(aligned.weight, translated) <= 1e-8
     rank = NullSpace.from_weight(aligned.weight, allow_empty=True).rank
     assert rank == aligned.rank == classes
-    assert (aligned.free_rows, aligned.raised) == (classes - prompts, 0)
-    torch.testing.assert_close(aligned.rows @ aligned.rows.T, torch.eye(classes, dtype=torch.float64))
-    assert left_out(aligned.rows, aligned.weight) < 1e-8
+    assert aligned.free_rows == classes - prompts
     # What it says of the logits is what happens to them.
     shift = (f @ aligned.weight.T + aligned.bias_shift) - f @ weight.T
     torch.testing.assert_close(shift.mean(0), torch.zeros(classes, dtype=torch.float64), atol=1e-9, rtol=0)
@@ -128,7 +126,7 @@ def test_a_head_whose_rows_sum_to_zero_still_holds_every_prompt(monkeypatch: pyt
     bare = align(weight - weight.mean(0), d)
     assert left_out(bare.weight, d) > 0.1
     assert left_out(lifted.weight, d) <= 1e-8
-    assert (bare.raised, lifted.raised, lifted.rank) == (0, 1, 5)
+    assert [NullSpace.from_weight(each.weight).rank for each in (bare, lifted)] == [4, lifted.rank] == [4, 5]
     added = (lifted.weight - bare.weight) @ features().T
     torch.testing.assert_close(added, added.mean(0).expand_as(added), atol=1e-9, rtol=0)
     assert added.abs().max() > 1e-6

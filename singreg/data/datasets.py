@@ -242,20 +242,28 @@ class _HuggingFace:
             images = ["image"]  # as pandas, polars and pyarrow write it
         labels = [n for n in LABELS if kinds.get(n) in TEXTS or "int" in kinds.get(n, "")]
         labels += [n for n, f in features.items() if isinstance(f, datasets.ClassLabel) and n not in labels]
-        self.column = self._only("image", images, features)
+        column = self._only("image", images, features)
         if config.label_column is not None:
             labels = [config.label_column] if config.label_column in features else []
-        self.label = self._only("label", labels, features)
-        self.feature = features[self.label]
-        if "int" in kinds[self.label] and not isinstance(self.feature, datasets.ClassLabel):
+        label = self._only("label", labels, features)
+        feature = features[label]
+        if "int" in kinds[label] and not isinstance(feature, datasets.ClassLabel):
             if config.class_names is None:
-                raise ValueError(f"{self.where}: {self.label} holds numbers; set data.class_names to a list of names")
-            self.feature = datasets.ClassLabel(names=list(read_list(config.class_names)))
-        self.rows: Any = rows.cast_column(self.column, datasets.Image(decode=False))
-        known = getattr(self.feature, "names", None) or in_order({name for name in self._labels() if name is not None})
-        self.keys = tuple(known)
-        if not known:
-            raise ValueError(f"{self.where}: the column {self.label!r} has no class name, only nulls")
+                raise ValueError(f"{self.where}: {label} holds numbers; set data.class_names to a list of names")
+            feature = datasets.ClassLabel(names=list(read_list(config.class_names)))
+        values, known = rows[label][:], list(getattr(feature, "names", ()))
+        # No name: null, or -1 as in published test splits.
+        values = [None if value is None or (known and value < 0) else value for value in values]
+        if wrong := [value for value in values if known and value is not None and value >= len(known)]:
+            raise ValueError(f"{self.where}: label {wrong[0]}, but there are {len(known)} names of classes")
+        self.names = [None if value is None else known[value] if known else str(value) for value in values]
+        self.keys = tuple(known or in_order({name for name in self.names if name is not None}))
+        if not self.keys:
+            raise ValueError(f"{self.where}: the column {label!r} has no class name, only nulls")
+        if unlabelled := self.names.count(None):
+            logger.warning("%s: %d rows are unlabelled (%s) and are left out", self.where, unlabelled, label)
+        images = rows.select_columns([column]).rename_columns({column: "image"})
+        self.images = images.cast_column("image", datasets.Image(decode=False))
 
     def _only(self, kind: str, found: Sequence[str], features: Mapping[str, Any]) -> str:
         """The only column of a kind, or the one that is called so."""
@@ -267,26 +275,9 @@ class _HuggingFace:
 
     def read(self, keys: Sequence[str], class_names: Sequence[str]) -> TableSplit:
         """Return the images, those of the classes `keys` labelled by their place in it."""
-        place = {key: index for index, key in enumerate(keys)}
-        names = list(self._labels())
-        if None in names:
-            text = "%s: %d rows are unlabelled (%s) and are left out"
-            logger.warning(text, self.where, names.count(None), self.label)
-        labels = [UNLABELLED if name is None else place.get(name, UNLABELLED) for name in names]
-        table = self.rows.select_columns([self.column]).rename_columns({self.column: "image"})
-        return TableSplit(self.where, table, class_names, labels, self.where)
-
-    def _labels(self) -> Iterator[str | None]:
-        return (self._name(row[self.label]) for row in self.rows.select_columns([self.label]))
-
-    def _name(self, value: Any) -> str | None:
-        """A row's label as text; None where it has none (null, or -1 as in published test splits)."""
-        if isinstance(self.feature, datasets.ClassLabel):
-            if value is not None and value >= len(self.feature.names):
-                names = f"there are {len(self.feature.names)} names of classes"
-                raise ValueError(f"{self.where}: label {value}, but {names}")
-            return str(self.feature.names[value]) if value is not None and value >= 0 else None
-        return None if value is None else str(value)
+        place: dict[str | None, int] = {key: index for index, key in enumerate(keys)}
+        labels = [place.get(name, UNLABELLED) for name in self.names]
+        return TableSplit(self.where, self.images, class_names, labels, self.where)
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

@@ -26,10 +26,8 @@ class AlignedHead:
 
     weight: Tensor  # W' = B·D + R, (C, m)
     bias_shift: Tensor  # to be added to b so that mean logits stay, (C,)
-    rows: Tensor  # orthonormal basis of the row space of W', that of the directions first, (rank, m)
     rank: int
     free_rows: int  # what R adds to the directions
-    raised: int  # singular values lifted to FLOOR · σ_1, without which a direction would have dropped out
     logit_change: float  # rms of the change of the logits over the rms of the logits, both about their means
 
 
@@ -57,11 +55,11 @@ def aligned_weight(weight: Tensor, directions: Tensor, covariance: Tensor, mean:
         got = f"a head of {len(old)} rows cannot hold {len(d)} independent directions, or the features do not vary"
         raise ValueError(f"{got}; give fewer prompts, or at least 2 different images")
     fitted, rows = _fit(old, d, (s + s.T) / 2, max(0, NullSpace.from_weight(old, allow_empty=True).rank - len(d)))
-    new, raised = _with_floor(fitted, rows)
+    new = _with_floor(fitted, rows)
     change = old - new
     lost = (((change @ s) * change).sum().clamp_min(0) / ((old @ s) * old).sum()).sqrt()
     shift = change @ mean.detach().to(old)
-    return AlignedHead(new, shift, rows, len(rows), len(rows) - len(d), raised, float(lost))
+    return AlignedHead(new, shift, len(rows), len(rows) - len(d), float(lost))
 
 
 def align_head_(
@@ -120,14 +118,12 @@ def _fit(old: Tensor, d: Tensor, covariance: Tensor, room: int) -> tuple[Tensor,
     return coefficients @ d + left @ free, rows
 
 
-def _with_floor(fitted: Tensor, rows: Tensor) -> tuple[Tensor, int]:
-    """The same head with singular values of at least FLOOR · σ_1 on all of `rows`, and how many were lifted."""
+def _with_floor(fitted: Tensor, rows: Tensor) -> Tensor:
+    """The same head with singular values of at least FLOOR · σ_1 on all of `rows`; a direction would drop out below."""
     # A head whose rows sum to zero has rank C - 1 and its fit too: else one of C prompts would stay outside its rows.
     left, sigma, right = torch.linalg.svd(fitted @ rows.T, full_matrices=False)
     low = sigma < FLOOR * sigma[0]
-    if not bool(low.any()):
-        return fitted, 0
-    return (left * torch.where(low, FLOOR * sigma[0], sigma)) @ right @ rows, int(low.sum())
+    return (left * torch.where(low, FLOOR * sigma[0], sigma)) @ right @ rows if bool(low.any()) else fitted
 
 
 class NullDroppedClassifier(Classifier):
