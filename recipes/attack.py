@@ -106,13 +106,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         inputs |= {f"encoder {space.label}": space.vlm.weights_hash for space in spaces}
         refuse_other_inputs(run, inputs | {f"{split.name} images": split.fingerprint for split in splits})
-        found = [attack_model(config, run, place, splits, spaces) for place in range(len(config.models))]
+        found = [attack_model(config, run, place, splits, spaces, chosen) for place in range(len(config.models))]
         if accelerator.is_main_process:
             report(config, run, splits, spaces, found)
     accelerator.end_training()
 
 
-def attack_model(config: AttackConfig, run: Run, place: int, splits: Splits, spaces: list[Space]) -> judging.Attacked:
+def attack_model(
+    config: AttackConfig, run: Run, place: int, splits: Splits, spaces: list[Space], chosen: pd.DataFrame
+) -> judging.Attacked:
     """Fit two translators to the first space, attack the chosen images, and steer the same in feature space."""
     model, label = config.models[place], config.models[place].known_as
     classifier = open_model(model, splits, config).to(run.accelerator.device).eval().requires_grad_(False)
@@ -120,7 +122,6 @@ def attack_model(config: AttackConfig, run: Run, place: int, splits: Splits, spa
     every, _ = fit_translators(setup, config.translator.ridge)
     translators = {name: every[name] for name in ("fitted", "auditor")}
     pixels = PixelModel(drop_null(classifier).eval() if model.drop_null else classifier)
-    chosen = choose_images(splits.test, config.images, config.seed)
     facts, features, logits = describe(config, model, setup, translators, chosen)
     folder = re.sub("[^A-Za-z0-9]+", "-", f"{place}-{label}").strip("-").lower()
     settings = {name: getattr(config, name) for name in ("seed", "batch_size", "linf", "steps", "restarts")}

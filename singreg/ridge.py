@@ -179,25 +179,20 @@ class RidgePath:
         own = self.vectors.T @ held_out.ff @ self.vectors * (self.loadings @ self.loadings.T)
         cross = (self.loadings * (self.vectors.T @ held_out.fz)).sum(1)
         seen, fitted = self.vectors.T @ held_out.f, self.vectors.T @ self.feature_mean
-        found = []
-        for ridge in ridges:
-            inverse = self._inverse(ridge)
-            offset = self.target_mean - self.loadings.T @ (inverse * fitted)
-            fit = inverse @ own @ inverse + 2 * offset @ (self.loadings.T @ (inverse * seen))
-            fit = fit + held_out.count * (offset @ offset)
-            found.append(float((held_out.zz + fit - 2 * (inverse @ cross + offset @ held_out.z)) / s_zz))
+        inverse = torch.stack([self._inverse(ridge) for ridge in ridges])
+        offset = self.target_mean - (inverse * fitted) @ self.loadings
+        fit = (inverse @ own * inverse).sum(1) + held_out.count * offset.square().sum(1)
+        fit = fit + 2 * (offset * ((inverse * seen) @ self.loadings)).sum(1)
+        found: list[float] = ((held_out.zz + fit - 2 * (inverse @ cross + offset @ held_out.z)) / s_zz).tolist()
         return found
 
     def cosines(self, other: "RidgePath", ridges: Sequence[float]) -> list[float]:
         """Return <A₁, A₂> / |A₁| |A₂| of the two paths' solutions at every ridge, without forming one of them."""
         shared = (self.vectors.T @ other.vectors) * (self.loadings @ other.loadings.T)
-        sizes = [path.loadings.square().sum(1) for path in (self, other)]
-        found = []
-        for ridge in ridges:
-            inverses = [path._inverse(ridge) for path in (self, other)]
-            squares = [inverse.square() @ size for inverse, size in zip(inverses, sizes, strict=True)]
-            length = (squares[0] * squares[1]).sqrt().clamp_min(torch.finfo(shared.dtype).tiny)
-            found.append(float(inverses[0] @ shared @ inverses[1] / length))
+        mine, its = (torch.stack([path._inverse(ridge) for ridge in ridges]) for path in (self, other))
+        squares = (mine.square() @ self.loadings.square().sum(1)) * (its.square() @ other.loadings.square().sum(1))
+        length = squares.sqrt().clamp_min(torch.finfo(shared.dtype).tiny)
+        found: list[float] = ((mine @ shared * its).sum(1) / length).tolist()
         return found
 
     def _inverse(self, ridge: float) -> Tensor:

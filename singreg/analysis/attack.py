@@ -1,5 +1,6 @@
 """Gradient ascent on 8-bit images that turns what a translator reads while the logits stay (METHOD section 9)."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,7 +230,9 @@ class PixelModel:
     """
 
     def __init__(self, classifier: Classifier) -> None:
-        self.classifier, self.device = classifier, classifier.weight.device
+        self.classifier, self.device = copy.copy(classifier), classifier.weight.device
+        if isinstance(classifier, NullDroppedClassifier):
+            self.classifier.head_name = classifier.head_name.rpartition(".")[0]
         mean, std = (torch.tensor(classifier.preprocessing[name], device=self.device) for name in ("mean", "std"))
         self.mean, self.std = mean[:, None, None], std[:, None, None]
         self.size = classifier.preprocessing["input_size"]
@@ -237,16 +240,7 @@ class PixelModel:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (B, m) and logits (B, C) of images (B, 3, H, W), differentiable."""
         seen = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        if not isinstance(self.classifier, NullDroppedClassifier):
-            return self.classifier.features_and_logits(seen)
-        captured: list[Tensor] = []
-        whole_head = self.classifier.model.get_submodule(self.classifier.head_name.rpartition(".")[0])
-        handle = whole_head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
-        try:
-            logits = self.classifier(seen)
-        finally:
-            handle.remove()
-        return captured[0].flatten(1), logits
+        return self.classifier.features_and_logits(seen)
 
     def image(self, split: ImageSplit, index: int) -> Tensor:
         """Return an image as the classifier's transform resizes and cuts it, (3, H, W) on the 8-bit grid in [0, 1]."""
