@@ -140,7 +140,7 @@ def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     world = SteeringWorld.make()
     curves, pairs = world.curves(), world.pairs()
     monkeypatch.setattr(steering, "CHUNK_ELEMENTS", 2 * len(world.plan.targets) * (M + N + C))
-    rows = list(world.plan.rows(world.batches(COUNT)[0]))
+    rows = list(world.plan.rows(world.batches(COUNT)))
     assert [len(r.image.unique()) for r in rows[:-1]] == [2] * (len(rows) - 1)
     same(world.curves(world.batches(5)), curves, rel=1e-5, abs=1e-5)
     same(world.pairs(world.batches(5)), pairs, rel=1e-9, abs=1e-9)

@@ -13,6 +13,7 @@ from accelerate.utils import wait_for_everyone
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
+from torchvision.transforms.functional import to_tensor
 
 from singreg.analysis.features import process_share
 from singreg.data.splits import ImageSplit
@@ -144,14 +145,26 @@ def ascend(
         The best images, and objectives (B,): before, one_step, began (before any pass), and by kind of pass what its
         own steps reached, their start not counted: a dead pass cannot hide behind what it began from.
     """
-    best, before, tangent = one_step(judged, x, size)
-    found = {"before": before, "one_step": best.value}
-    if start is not None:
-        with torch.no_grad():
+    free = x.detach().clone().requires_grad_()
+    reading = judged(free)
+    before, kinds = reading.value.detach().double(), (TANGENT, LAGRANGIAN)
+    tangent = Tangent.of(reading.held, free) if reading.held.shape[1] <= MOST_HELD else None
+    (gradient,) = torch.autograd.grad(reading.value.sum(), free)
+    direction, best = gradient.sign(), Best(x, before)
+    if tangent is None:
+        kinds = (LAGRANGIAN, SIGNED)
+    else:
+        direction = _unit_mean(tangent.along(gradient))
+    with torch.no_grad():
+        for halving in range(HALVINGS + 1):  # of the single step the best feasible length
+            images = on_grid(x, size / LEVELS * direction * 0.5**halving, size)
+            best.offer(images, judged(images))
+        found = {"before": before, "one_step": best.value}
+        if start is not None:
             best.offer(start, judged(start))
     found["began"] = best.value
     for restart in range(restarts):
-        kind = ((TANGENT, LAGRANGIAN) if tangent else (LAGRANGIAN, SIGNED))[restart % 2]
+        kind = kinds[restart % 2]
         moved = best.images - x
         if restart:
             noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device) * 2 - 1
@@ -160,26 +173,6 @@ def ascend(
         found[kind] = torch.maximum(found.get(kind, own.value), own.value)
         best.keep(own.images, own.value, torch.ones_like(before, dtype=torch.bool))
     return best.images, found
-
-
-def one_step(judged: Judged, x: Tensor, size: int) -> tuple[Best, Tensor, bool]:
-    """Take the single gradient step, along the tangent where there is one, at the best feasible of seven lengths.
-
-    Returns:
-        What was found, the objective of the originals, and whether there is a tangent.
-    """
-    free = x.detach().clone().requires_grad_()
-    reading = judged(free)
-    before = reading.value.detach().double()
-    tangent = Tangent.of(reading.held, free) if reading.held.shape[1] <= MOST_HELD else None
-    (gradient,) = torch.autograd.grad(reading.value.sum(), free)
-    direction = gradient.sign() if tangent is None else _unit_mean(tangent.along(gradient))
-    best = Best(x, before)
-    with torch.no_grad():
-        for halving in range(HALVINGS + 1):
-            images = on_grid(x, size / LEVELS * direction * 0.5**halving, size)
-            best.offer(images, judged(images))
-    return best, before, tangent is not None
 
 
 def climb(judged: Judged, x: Tensor, moved: Tensor, size: int, best: Best, *, steps: int, kind: str) -> Best:
@@ -259,8 +252,7 @@ def save_images(images: Tensor, folder: Path, inside: str, indices: Iterable[int
 
 def load_images(paths: Sequence[Path]) -> Tensor:
     """Read PNG files of one size as (B, 3, H, W) in [0, 1]: to-tensor and nothing else."""
-    rows = [np.asarray(Image.open(path), dtype=np.float32) / LEVELS for path in paths]
-    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
+    return torch.stack([to_tensor(Image.open(path)) for path in paths])
 
 
 def choose_images(split: ImageSplit, count: int, seed: int) -> pd.DataFrame:

@@ -66,21 +66,21 @@ class PairPlan:
     wanted: Tensor
     chosen: np.ndarray
 
-    def rows(self, batch: FeatureBatch) -> Iterator[SteeringRows]:
+    def rows(self, batches: Iterable[FeatureBatch]) -> Iterator[SteeringRows]:
         """Yield every (chosen image, wanted target) once, in chunks of whole images."""
-        mine = torch.from_numpy(self.chosen[batch.indices.numpy()])
-        here = mine.to(batch.features.device)
-        texts, class_texts = (each.to(here.device).double() for each in (self.texts, self.class_texts))
-        same = texts @ class_texts.T >= SAME_PROMPT
-        features, labels, image = batch.features[here].double(), batch.labels[here], batch.indices[mine].to(here.device)
-        source = (labels[:, None] == self.source_labels.to(here.device)).int().argmax(1)
-        widest = len(texts) * (features.shape[1] + texts.shape[1] + len(self.class_texts))
-        together = max(1, CHUNK_ELEMENTS // widest)
-        for start in range(0, len(image), together):
-            place, target = self.wanted.to(here.device)[source[start : start + together]].nonzero(as_tuple=True)
-            place = place + start
-            places = image[place], source[place], target
-            yield SteeringRows(*places, features[place], texts[target], class_texts, same[target])
+        for batch in batches:
+            mine, device = torch.from_numpy(self.chosen[batch.indices.numpy()]), batch.features.device
+            texts, class_texts = (each.to(device).double() for each in (self.texts, self.class_texts))
+            features, labels = batch.features[mine.to(device)].double(), batch.labels[mine.to(device)]
+            image, same = batch.indices[mine].to(device), texts @ class_texts.T >= SAME_PROMPT
+            source = (labels[:, None] == self.source_labels.to(device)).int().argmax(1)
+            widest = len(texts) * (features.shape[1] + texts.shape[1] + len(class_texts))
+            together = max(1, CHUNK_ELEMENTS // widest)
+            for start in range(0, len(image), together):
+                place, target = self.wanted.to(device)[source[start : start + together]].nonzero(as_tuple=True)
+                place = place + start
+                places = image[place], source[place], target
+                yield SteeringRows(*places, features[place], texts[target], class_texts, same[target])
 
 
 def plan_pairs(
@@ -141,29 +141,6 @@ def steering_targets(labels: Tensor, indices: Tensor, classes: int) -> Tensor:
     return (labels + 1 + mixed.to(labels.device) % (classes - 1)) % classes
 
 
-def _steered(
-    rows: SteeringRows,
-    translators: Mapping[str, AnyTranslator],
-    weight: Tensor,
-    null_space: NullSpace,
-    image_score: float,
-) -> dict[str, Tensor]:
-    """FIGURE/ATTACKER and FIGURE/ATTACKER/JUDGE (R,) of every row: one gradient step, NaN out of reach."""
-    found = {"image": rows.image, "source": rows.source, "target": rows.target}
-    before = {judge: rows.read(translator(rows.features))[0] for judge, translator in translators.items()}
-    for attacker, attacked in translators.items():
-        steered = steer(rows.features, rows.text, null_space=null_space, translator=attacked, image_score=image_score)
-        found[f"reachable/{attacker}"] = ok = steered.reachable
-        found[f"step/{attacker}"] = steered.step / torch.linalg.vector_norm(rows.features, dim=-1)
-        change = (steered.features - rows.features) @ weight.T
-        found[f"logits/{attacker}"] = largest_change(change, null_space)
-        for judge, translator in translators.items():
-            after, won = rows.read(translator(steered.features))
-            found[f"AS/{attacker}/{judge}"] = torch.where(ok, before[judge] - after, torch.nan)
-            found[f"success/{attacker}/{judge}"] = won & ok
-    return found
-
-
 @torch.no_grad()
 def steer_pairs(
     batches: Iterable[FeatureBatch],
@@ -186,11 +163,20 @@ def steer_pairs(
         the reachable, success and reachable over all; intervals of AS (95 %, over source classes and images);
         logit_change (largest |Δlogit|).
     """
-    columns, exact = [], weight.detach().double()
-    for batch in batches:
-        for rows in plan.rows(batch):
-            found = _steered(rows, attackers, exact, null_space, image_score)
-            columns.append({name: values.cpu().numpy() for name, values in found.items()})
+    columns, how = [], dict[str, Any](null_space=null_space, image_score=image_score)
+    for rows in plan.rows(batches):
+        f, found = rows.features, {"image": rows.image, "source": rows.source, "target": rows.target}
+        before = {judge: rows.read(translator(f))[0] for judge, translator in attackers.items()}
+        for attacker, attacked in attackers.items():
+            steered = steer(f, rows.text, translator=attacked, **how)
+            found[f"reachable/{attacker}"] = ok = steered.reachable
+            found[f"step/{attacker}"] = steered.step / torch.linalg.vector_norm(f, dim=-1)
+            found[f"logits/{attacker}"] = largest_change((steered.features - f) @ weight.to(f).T, null_space)
+            for judge, translator in attackers.items():
+                after, won = rows.read(translator(steered.features))
+                found[f"AS/{attacker}/{judge}"] = torch.where(ok, before[judge] - after, torch.nan)
+                found[f"success/{attacker}/{judge}"] = won & ok
+        columns.append({name: values.cpu().numpy() for name, values in found.items()})
     table = pd.DataFrame(gather_rows(columns, sort_by="image"))
     return [plain(_table1(table, plan, attacker, judge)) for attacker in attackers for judge in attackers]
 

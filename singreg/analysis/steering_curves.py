@@ -137,7 +137,7 @@ def measure_curves(
         low, high]; logit_change, the largest at each point.
     """
     head = weight.detach().double(), 0.0 if bias is None else bias.detach().double()
-    columns = [_read_all(rows, attacks, judges, head, null_space, fresh) for b in batches for rows in plan.rows(b)]
+    columns = [_read_all(rows, attacks, judges, head, null_space, fresh) for rows in plan.rows(batches)]
     table, curves = gather_rows(columns, sort_by="image"), list[dict[str, Any]]()
     every, groups = table["rows"], None if fresh else table["source"]
     for place, attack in enumerate(attacks):
