@@ -120,10 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with run.guarded():
         space = setup.space
         with run.timed("translators"):
-            fitted: Any = ({"auditor": read}, None)
+            fitted: Any = ({"auditor": read}, None, None)
             if not read:
                 fitted = fit_translators(setup, config.translator.ridge, config.mlp, config.seed)
-            translators, mean = fitted
+            translators, mean, _ = fitted
         reader: Any = {"null_space": space, "translator": translators["auditor"]}
         about = bank.concepts, words
         if given is None:

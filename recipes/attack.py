@@ -119,7 +119,7 @@ def attack_model(
     model, label = config.models[place], config.models[place].known_as
     classifier = open_model(model, splits, config).to(run.accelerator.device).eval().requires_grad_(False)
     setup = spaces[0].setup(classifier, splits, model)
-    every, _ = fit_translators(setup, config.translator.ridge)
+    every, *_ = fit_translators(setup, config.translator.ridge)
     translators = {name: every[name] for name in ("fitted", "auditor")}
     pixels = PixelModel(drop_null(classifier).eval() if model.drop_null else classifier)
     facts, features, logits = describe(config, model, setup, translators, chosen)

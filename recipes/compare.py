@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(config: CompareConfig, setup: Setup) -> Read:
     """Fit translators to a model in a space and measure it on the test images, with its chance level."""
-    translators, mean = fit_translators(setup, config.translator.ridge, config.mlp, config.seed)
+    translators, mean, _ = fit_translators(setup, config.translator.ridge, config.mlp, config.seed)
     rows, figures = setup.measure(translators, mean)
     random: Any = {"null_space": setup.space, "mean": mean, "draws": CHANCE_DRAWS, "seed": config.seed}
     judged: Any = {"texts": setup.texts, "translator": translators["auditor"]}

@@ -60,6 +60,7 @@ from singreg.plots.steering import plot_steering
 from singreg.report import log, log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, fit_translators, prepare
+from singreg.steering import ConditionalGaussian
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,12 +108,13 @@ def steer(config: SteerConfig, setup: Setup, plan: PairPlan, run: Run) -> None:
     """Fit the translators, measure the classifier, steer its features and report."""
     space, weight = setup.space, setup.classifier.weight
     with run.timed("translators"):
-        translators, mean = fit_translators(setup, config.translator.ridge, config.mlp, config.seed)
+        translators, mean, bank = fit_translators(setup, config.translator.ridge, config.mlp, config.seed)
         linear: Any = {(name, ""): translators[name] for name in ("fitted", "auditor")}
     with run.timed("measure"):
         rows, measurement = setup.measure(translators, mean)
     with run.timed("radii"):
-        gaussian = effort.fit_conditional(setup.read("bank", "second moments"), space)
+        moments = bank.f / bank.count, bank.centred()[0] / (bank.count - 1)
+        gaussian = ConditionalGaussian.from_moments(*moments, space)
         natural = effort.natural_radii(setup.read("test", "natural radii"), gaussian, len(setup.splits.bank))
     with run.timed("pairs"):
         batches, score = setup.read("test", "steering to a fixed image score"), config.image_score

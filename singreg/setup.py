@@ -24,7 +24,7 @@ from singreg.models.classifier import Classifier
 from singreg.models.heads import HeadError
 from singreg.models.vlm import VisionLanguageModel, needs_quick_gelu
 from singreg.nullspace import NullSpace
-from singreg.ridge import DEFAULT_RIDGES
+from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from singreg.translator import Translator, TranslatorInfo, fit_mlp_translator, load_translator
 from singreg.utils import cache_folder, sha256_of_json
 
@@ -132,11 +132,11 @@ def prepare_alone(config: Any, accelerator: Accelerator) -> Setup:
 
 def fit_translators(
     setup: Setup, ridge: float | None, kinds: Sequence[MLPKind] = (), seed: int = 0
-) -> tuple[dict[str, Any], Tensor]:
+) -> tuple[dict[str, Any], Tensor, RidgeStatistics]:
     """Fit "fitted" on the bank, "auditor" on the audit split and MLPs of some kinds on the bank (METHOD section 8.6).
 
     Without a ridge each linear translator chooses its own. "run" is that of the run whose model it is, if it fits.
-    Returned by name, with the auditor's mean feature (m,).
+    Returned by name, with the auditor's mean feature (m,) and the sums over the bank.
     """
     classifier, passes, bank = setup.classifier, setup.passes, setup.embeddings["bank"]
     fitted = setup.fit(setup.splits.bank, bank, ridge)
@@ -152,7 +152,7 @@ def fit_translators(
             found["run"] = load_translator(setup.model.translator, expected=fits).to(classifier.weight.device)
         except ValueError as error:
             logger.warning("the run's translator is left out: %s", error)
-    return found, auditor.mean
+    return found, auditor.mean, fitted.statistics
 
 
 def read_by(setup: Setup, config: VLMConfig, accelerator: Accelerator) -> Setup:

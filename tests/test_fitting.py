@@ -94,11 +94,13 @@ def test_the_two_translators_of_a_measurement_come_from_bank_and_audit() -> None
     z = {"bank": toy.embeddings(60), "audit": toy.embeddings(50, 1)}
     vlm: Any = SimpleNamespace(tag="", weights_hash="", preprocessing={})
     setup = Setup(splits, toy.classifier(), vlm, toy.texts(), z, toy.QUIET)
-    found, mean = fit_translators(setup, 0.1)
+    found, mean, sums = fit_translators(setup, 0.1)
     for name, split, key in (("fitted", bank, "bank"), ("auditor", audit, "audit")):
         alone = fit_on_split(toy.classifier(), split, z[key], ridges=(0.1,), settings=toy.QUIET)
         assert torch.equal(found[name].matrix, alone.translator.matrix)
     assert torch.equal(mean, alone.mean)
+    covariance = torch.cov(toy.features(toy.classifier(), bank).T)
+    torch.testing.assert_close(sums.centred()[0] / (sums.count - 1), covariance, atol=1e-6, rtol=1e-5)
     agreement = translator_agreement(found["fitted"], found["auditor"], toy.texts())
     contrasts = (toy.texts() - toy.texts().mean(0)).double()
     one, other = (contrasts @ found[name].matrix.double() for name in ("fitted", "auditor"))

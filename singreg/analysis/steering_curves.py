@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from singreg.analysis.features import FeatureBatch, gathered
+from singreg.analysis.features import FeatureBatch
 from singreg.analysis.statistics import ENDS, resampled_means
 from singreg.analysis.steering import PairPlan, SteeringRows, largest_change
 from singreg.models.classifier import Classifier
 from singreg.nullspace import NullSpace
-from singreg.ridge import RidgeStatistics
 from singreg.steering import AnyTranslator, ConditionalGaussian, Maximiser, NearNull, similarity_gradient, unit_in_null
 from singreg.translator import LinearTranslator
 from singreg.utils import gather_rows, plain
@@ -46,15 +45,6 @@ class Attack:
     craft: Craft
     budget: str = "step"
     tolerance: float = EXACT
-
-
-def fit_conditional(batches: Iterable[FeatureBatch], null_space: NullSpace) -> ConditionalGaussian:
-    """Fit the Gaussian of Π_n f given Π_p f in one pass over this process's batches; exact over processes."""
-    moments = RidgeStatistics(len(null_space.basis), 0, device=null_space.basis.device)  # a ridge's, without a target
-    for batch in gathered(batches):
-        moments.update(batch.features, batch.features.new_zeros(len(batch.features), 0))
-    scatter, _, _ = moments.reduce().centred()
-    return ConditionalGaussian.from_moments(moments.f / moments.count, scatter / (moments.count - 1), null_space)
 
 
 def natural_radii(batches: Iterable[FeatureBatch], gaussian: ConditionalGaussian, fit_images: int) -> dict[str, Any]:
