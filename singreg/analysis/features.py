@@ -58,15 +58,20 @@ def iterate_features(
     """Yield this process's batches of a split in order, with the model in eval mode; its mode is restored."""
     if len(embeddings) != len(split):
         raise ValueError(f"split {split.name!r} has {len(split)} images but {len(embeddings)} embeddings were given")
-    if settings.cache is not None:
-        yield from _stored_batches(classifier, split, embeddings, settings, description)
-        return
     share, device = process_share(len(split)), classifier.weight.device
+    told, was_training = f"{description} [{split.name}]", classifier.training
+    if settings.cache is not None:  # only the head runs, so batches may be larger
+        stored = cached_features(classifier, split, settings)
+        starts = range(0, len(share), STORED_BATCH)
+        for rows in progress([share[k : k + STORED_BATCH] for k in starts], told, enabled=settings.progress):
+            features, z = (take_rows(table, rows).to(device) for table in (stored, embeddings))
+            labels, indices = torch.from_numpy(split.labels[rows]).to(device), torch.from_numpy(rows)
+            yield FeatureBatch(features, classifier.logits(features).float(), z, labels, indices)
+        return
     loader = make_loader(split.subset(share), classifier.transform, settings.batch_size, workers=settings.workers)
-    was_training = classifier.training
     classifier.eval()
     try:
-        for images, labels, positions in progress(loader, f"{description} [{split.name}]", enabled=settings.progress):
+        for images, labels, positions in progress(loader, told, enabled=settings.progress):
             indices = torch.from_numpy(share)[positions]
             features, logits = classifier.features_and_logits(images.to(device, non_blocking=True))
             if not bool(torch.isfinite(features).all()):
@@ -112,19 +117,6 @@ def cached_features(classifier: Classifier, split: ImageSplit, settings: PassSet
         return encode_split(lambda x: classifier.features(x.to(device)), *where, facts, "features", settings)
     finally:
         classifier.train(was_training)
-
-
-def _stored_batches(
-    classifier: Classifier, split: ImageSplit, embeddings: np.ndarray, settings: PassSettings, description: str
-) -> Iterator[FeatureBatch]:
-    """The same batches from the feature cache; only the head runs, so they may be larger."""
-    stored, device = cached_features(classifier, split, settings), classifier.weight.device
-    share = torch.from_numpy(process_share(len(split)))
-    chunks = torch.split(share, STORED_BATCH) if len(share) else ()
-    for rows in progress(chunks, f"{description} [{split.name}]", enabled=settings.progress):
-        features, z = (take_rows(table, rows.numpy()).to(device) for table in (stored, embeddings))
-        labels = torch.from_numpy(split.labels[rows.numpy()]).to(device)
-        yield FeatureBatch(features, classifier.logits(features).float(), z, labels, rows)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from singreg.analysis.features import FeatureBatch
-from singreg.analysis.statistics import ENDS, mean_interval, resampled_means
+from singreg.analysis.statistics import ENDS, resampled_means
 from singreg.nullspace import NullSpace
 from singreg.ridge import RidgeSolution, RidgeStatistics
 from singreg.utils import all_reduce_sum, gather_rows, plain
@@ -51,10 +51,9 @@ def fit_probe(statistics: RidgeStatistics, ridge: float) -> LinearProbe:
     penalty = ridge * torch.diagonal(total).mean()
     covariance = ((within + within.T) / 2 + penalty * torch.eye(len(within)).to(within)) / statistics.count
     factor, failed = torch.linalg.cholesky_ex(covariance)
-    # Without a penalty a singular scatter may pass a Cholesky by rounding alone.
-    singular = bool(failed) or ridge < 1e-9
-    inverse = torch.linalg.pinv(covariance, hermitian=True) if singular else None
-    matrix = torch.cholesky_solve(means.T, factor).T if inverse is None else means @ inverse
+    matrix = torch.cholesky_solve(means.T, factor).T
+    if bool(failed) or ridge < 1e-9:  # without a penalty a singular scatter may pass a Cholesky by rounding alone
+        matrix = means @ torch.linalg.pinv(covariance, hermitian=True)
     offset = (counts / statistics.count).log() - (matrix * means).sum(1) / 2
     return LinearProbe(matrix, offset, int(counts.argmax()), ridge)
 
@@ -134,23 +133,22 @@ def measure_information(batches: Iterable[FeatureBatch], fits: BlockFits) -> dic
             figures[f"accuracy {name}"] = (fits.probes[name].predict(inside) == batch.labels).double()
         rows.append({name: value.cpu().numpy() for name, value in figures.items()})
     table = gather_rows(rows, sort_by="index")
-    labels = table["label"][table["label"] >= 0]
+    known = table["label"] >= 0
+    labels = table["label"][known]
     # Σ|z - z̄|² about these images' own mean, from the sums about the fit's.
     shift = float((all_reduce_sum(target_sum) / len(table["label"]) - fits.target_mean).square().sum())
     residuals = np.stack([table[f"r2 {name}"] for name in BLOCKS] + [table["spread"]], axis=1)
     means = resampled_means(residuals, groups=table["label"])
     r2 = 1 - means[:, :3] / (means[:, 3:] - shift)
+    hits = resampled_means(np.stack([table[f"accuracy {name}"][known] for name in BLOCKS], axis=1), groups=labels)
     values = {f"r2 {name}": r2[:, place] for place, name in enumerate(BLOCKS)} | {"unique": r2[:, 0] - r2[:, 1]}
-    intervals: dict[str, Any] = {name: np.quantile(value[1:], ENDS) for name, value in values.items()}
-    hits, accuracy = {name: table[f"accuracy {name}"][table["label"] >= 0] for name in BLOCKS}, dict[str, float]()
-    for name in BLOCKS:
-        accuracy[name], *intervals[f"accuracy {name}"] = mean_interval(hits[name], groups=labels)
+    values |= {f"accuracy {name}": hits[:, place] for place, name in enumerate(BLOCKS)}
     found: dict[str, Any] = {
         "r2": dict(zip(BLOCKS, r2[0], strict=True)),
         "unique": values["unique"][0],
-        "accuracy": accuracy,
-        "unique_accuracy": (hits["features"] - hits["row_space"]).mean(),
+        "accuracy": dict(zip(BLOCKS, hits[0], strict=True)),
+        "unique_accuracy": hits[0, 0] - hits[0, 1],
         "chance": (labels == fits.probes["features"].majority).mean(),
-        "intervals": intervals,
+        "intervals": {name: np.quantile(value[1:], ENDS) for name, value in values.items()},
     }
     return plain(found)
