@@ -19,21 +19,7 @@ from torchvision.transforms.functional import to_tensor
 
 from singreg.analysis import attack
 from singreg.analysis import attack_judges as judges
-from singreg.analysis.attack import (
-    ATTACK,
-    LAGRANGIAN,
-    SIGNED,
-    TANGENT,
-    Best,
-    PixelModel,
-    Reading,
-    Tangent,
-    ascend,
-    attack_split,
-    choose_images,
-    load_images,
-    towards_prompt,
-)
+from singreg.analysis.attack import ATTACK, LAGRANGIAN, SIGNED, TANGENT, Best, PixelModel, Reading, Tangent, ascend
 from singreg.analysis.statistics import share_interval
 from singreg.config import DataConfig
 from singreg.data.datasets import load_splits
@@ -98,7 +84,9 @@ def test_a_tangent_moves_nothing_that_is_held() -> None:
 
 def test_nothing_infeasible_is_ever_kept() -> None:
     model, translator, texts, x, chosen = toy.parts()
-    judged = towards_prompt(model, translator, x, texts[chosen["target"].tolist()], 1e-7)  # less than any 8-bit step
+    judged = attack.towards_prompt(
+        model, translator, x, texts[chosen["target"].tolist()], 1e-7
+    )  # less than any 8-bit step
     images, found = ascend(judged, x, 8, None, steps=8, restarts=2, generator=toy.seeded())
     assert torch.equal(images, x)
     assert all(torch.equal(values, found["before"]) for values in found.values())
@@ -117,7 +105,7 @@ def test_the_grid_never_outgrows_the_budget(size: int) -> None:
 def test_what_is_recorded_is_each_pass_without_help() -> None:
     """Single step and start are no part of what a pass reached; and a batch made again is the same."""
     model, translator, texts, x, chosen = toy.parts()
-    judged = towards_prompt(model, translator, x, texts[chosen["target"].tolist()], toy.TAU)
+    judged = attack.towards_prompt(model, translator, x, texts[chosen["target"].tolist()], toy.TAU)
 
     def made(seed: int) -> list[tuple[int, dict[str, torch.Tensor], Any]]:
         return list(attack.attack_images(judged, x, [2, 8], (seed, 0), steps=12, restarts=2))
@@ -228,16 +216,16 @@ def test_plain_timm_reads_the_saved_logits_and_dropping_the_null_space_changes_n
     split = load_splits(DataConfig(scenes={"train": 12, "audit": 6, "test": 20})).test
     translator = LinearTranslator(torch.randn(16, 256, generator=toy.seeded(3)) / 16, torch.zeros(16))
     texts = normalize(torch.randn(10, 16, generator=toy.seeded(4)), dim=-1)
-    chosen, settings = choose_images(split, 3, seed=0), toy.SETTINGS | {"tau": 0.5, "linf": [2], "steps": 8}
+    chosen, settings = attack.choose_images(split, 3, seed=0), toy.SETTINGS | {"tau": 0.5, "linf": [2], "steps": 8}
     classifier, rises = demo_classifier().eval().requires_grad_(False), list[float]()
     models = PixelModel(classifier), PixelModel(drop_null(classifier).eval())
     for place, model in enumerate(models):
-        rows = attack_split(model, translator, split, chosen, texts, tmp_path, str(place), **settings)
+        rows = attack.attack_split(model, translator, split, chosen, texts, tmp_path, str(place), **settings)
         judge = judges.Judge("fitted", model, translator, texts)
         judged = judges.judge_images(rows[rows["arm"] == ATTACK], tmp_path, model, [judge], 0.5)
         rises.append(judged["rise fitted"].mean())
     assert rises[0] == pytest.approx(rises[1], abs=0.3)
-    x = load_images([tmp_path / name for name in judged["original"]])
+    x = attack.load_images([tmp_path / name for name in judged["original"]])
     assert torch.equal(x, torch.stack([models[0].image(split, index) for index in judged["image"]]))
     torch.testing.assert_close(models[0](x), models[1](x), atol=1e-4, rtol=1e-4)
 
@@ -259,14 +247,14 @@ def test_plain_timm_reads_the_saved_logits_and_dropping_the_null_space_changes_n
 
 def test_images_are_chosen_evenly() -> None:
     split = toy.Noise(np.array([0] * 30 + [1] * 5 + [2] * 5 + [-1] * 5))
-    chosen = choose_images(split, 39, seed=3)
+    chosen = attack.choose_images(split, 39, seed=3)
     assert np.bincount(chosen["label"]).tolist() == [29, 5, 5]
-    assert np.bincount(choose_images(split, 9, seed=3)["label"]).tolist() == [3, 3, 3]
-    assert chosen.equals(choose_images(split, 39, seed=3))
+    assert np.bincount(attack.choose_images(split, 9, seed=3)["label"]).tolist() == [3, 3, 3]
+    assert chosen.equals(attack.choose_images(split, 39, seed=3))
     assert (chosen["target"] != chosen["label"]).all()
     assert {*chosen["target"]} == {0, 1, 2}
     with pytest.raises(ValueError, match="at least two classes"):
-        choose_images(toy.Noise(np.array([1, 1, -1])), 2, seed=0)
+        attack.choose_images(toy.Noise(np.array([1, 1, -1])), 2, seed=0)
 
 
 @pytest.mark.parametrize(
