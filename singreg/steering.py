@@ -41,7 +41,7 @@ def steer(
     """Move features through the null space towards a text until the image score is `image_score` degrees (eq. 13).
 
     The logits do not change. Features that cannot reach the angle are returned unmoved. The step has a closed form for
-    a `LinearTranslator`; any other translator is differentiated by autograd, and its step found by bisection.
+    a `LinearTranslator`, and is found by bisection for any other.
 
     Shape: features (B, m), text (n,) or (B, n).
 

@@ -1,14 +1,13 @@
-"""Unique information and the class probe against scikit-learn on whole arrays; what must not fool them; processes."""
+"""Unique information against the normal equations, the class probe against scikit-learn; planted truths, processes."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import Ridge
 from torch.nn.functional import one_hot
 
 from singreg.analysis.probes import BLOCKS, VALIDATION_EVERY, BlockFits, fit_blocks, fit_probe, measure_information
@@ -16,6 +15,7 @@ from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from tests.planted import CLASSES, DIM, WIDTH, Planted, plant
 from tests.processes import run_same
 from tests.recipe_run import same
+from tests.reference import formulas
 
 FIT, TEST = 403, 101
 
@@ -46,25 +46,14 @@ def coordinates(part: Planted, like: Planted) -> dict[str, np.ndarray]:
     return dict(zip(BLOCKS, (value.numpy() for value in blocks), strict=True))
 
 
-def scikit(x: np.ndarray, y: np.ndarray, ridge: float) -> Ridge:
-    return Ridge(alpha=ridge * ((x - x.mean(0)) ** 2).sum() / x.shape[1]).fit(x, y)
-
-
-def r2(x: np.ndarray, y: np.ndarray, model: Ridge) -> float:
-    return float(1 - ((model.predict(x) - y) ** 2).sum() / ((y - y.mean(0)) ** 2).sum())
-
-
-def test_r2_of_every_block_is_scikit_learns() -> None:
+def test_r2_of_every_block_is_that_of_the_normal_equations() -> None:
     fit, test = parts()
     found = measured(fit, test)
-    z, held = fit.embeddings.numpy(), test.embeddings.numpy()
-    validation = np.arange(FIT) % VALIDATION_EVERY == 0
-    expected = {}
+    z, held_out, expected = fit.embeddings.numpy(), np.arange(FIT) % VALIDATION_EVERY == 0, dict[str, float]()
     for name, x in coordinates(fit, fit).items():
-        tried = {ridge: scikit(x[~validation], z[~validation], ridge) for ridge in DEFAULT_RIDGES}
-        scores = {ridge: r2(x[validation], z[validation], model) for ridge, model in tried.items()}
-        best = max(scores, key=scores.__getitem__)
-        expected[name] = r2(coordinates(test, fit)[name], held, scikit(x, z, best))
+        pair = [(x[rows], z[rows]) for rows in (~held_out, held_out)]
+        best = max(DEFAULT_RIDGES, key=partial(formulas.held_out_r2, *pair))
+        expected[name] = formulas.held_out_r2((x, z), (coordinates(test, fit)[name], test.embeddings.numpy()), best)
     assert found["r2"] == pytest.approx(expected, abs=1e-8)
     assert found["unique"] == pytest.approx(expected["features"] - expected["row_space"], abs=1e-8)
 
