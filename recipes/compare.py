@@ -5,6 +5,7 @@ python recipes/compare.py --config configs/compare_demo.yaml
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from singreg.config import ComparedModel, MLPKind, Problems, RunConfig, TranslatorConfig, VLMConfig, parse
@@ -30,8 +31,8 @@ class CompareConfig(RunConfig):
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
-        if len(self.models) == 1 and self.models[0].control is not None:
-            self.models.append(ComparedModel(name=str(self.models[0].control)))
+        if len(self.models) == 1 and (control := Path(self.models[0].name) / "model-control").is_dir():
+            self.models.append(ComparedModel(name=str(control)))
         problems.need(len(self.models) >= 2, f"models: expected at least two to compare, got {len(self.models)}")
         problems.once("models", [model.known_as for model in self.models])
 

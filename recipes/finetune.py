@@ -46,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = Run(config, accelerator, "finetune").check()
         if config.push_to_hub and get_token() is None:
             raise ValueError("push_to_hub: there is no token of the hub; log in with `hf auth login` or set HF_TOKEN")
-        setup = prepare(config, accelerator, before_embedding=partial(check, config, run))
-        setup = hold_out(setup)
+        setup = hold_out(prepare(config, accelerator, before_embedding=partial(check, config, run)))
         if config.dry_run:
             return
         run.open()

@@ -152,12 +152,6 @@ class ModelConfig(Checked):
         folder = Path(self.source.removeprefix("local-dir:"))
         return folder.with_name(folder.name.replace("model", "translator-after") + ".safetensors")
 
-    @property
-    def control(self) -> Path | None:
-        """The model that a fine-tuning run trained without the loss, if this is a run's folder."""
-        folder = Path(self.name) / "model-control"
-        return folder if folder.is_dir() else None
-
 
 @dataclass
 class ComparedModel(ModelConfig):

@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
 Config = TypeVar("Config")
-# What jsonargparse and YAML's own constructors raise of values that they did not expect.
-WRONG: tuple[type[Exception], ...] = (ArgumentError, ValueError, TypeError, LookupError, AttributeError)
-WRONG += (ArithmeticError, OSError, RecursionError, yaml.YAMLError)  # recursion: a list in YAML may hold itself
 ASCII = {"⁻": "_neg", "°": " deg", "λ": "lambda", "κ": "kappa", "τ": "tau", "–": "-", "±": "+-", "×": "x", "…": "..."}
 
 
@@ -144,7 +141,7 @@ def _changed(parser: ArgumentParser, config: Config, given: Iterable[tuple[str, 
             for part in reversed(key.split(".")):
                 nested = {part: nested}
             found = parser.parse_object(nested, defaults=False).as_dict()
-        except WRONG as error:
+        except Exception as error:  # jsonargparse raises nearly anything of values that it did not expect
             kind = getattr(wanted, "__name__", str(wanted)).replace("typing.", "")
             quotes = "str" in str(wanted) and not isinstance(value, str)
             reason = "put quotes around numbers, dates, yes and no" if quotes else " ".join(str(error).split())[-90:]
@@ -173,7 +170,7 @@ def _given(kind: type, arguments: Sequence[str], problems: list[str]) -> Iterato
             continue
         try:
             content = yaml.load(Path(os.path.expanduser(value)).read_text(encoding="utf-8-sig"), _Once)
-        except WRONG as error:
+        except Exception as error:  # and so do YAML's constructors
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             problems.append(f"--config: cannot read {value}: {reason[:120]}")
             continue

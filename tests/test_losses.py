@@ -68,29 +68,11 @@ def test_value_and_gradients_are_those_of_the_slow_formula(term: str) -> None:
         slow = formulas.readout(features=features, embeddings=sing.batch_z, weight=head.weight, **bank)
     torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
     wanted = (head.weight,) if term == "capacity" else (head.weight, features)
+    if term == "capacity":
+        assert not torch.autograd.grad(fast, features, retain_graph=True, materialize_grads=True)[0].any()
     for mine, theirs in zip(torch.autograd.grad(fast, wanted), torch.autograd.grad(slow, wanted), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
         assert theirs.abs().max() > 1e-6
-
-
-@pytest.mark.parametrize("term", sorted(TERMS))
-def test_gradcheck_to_weight_and_features(term: str) -> None:
-    sing, head, features, labels = setup(terms={term: 1.0})
-
-    def loss(weight: Tensor, f: Tensor) -> Tensor:
-        stand_in = nn.Module()
-        stand_in.weight = weight
-        sing._head = (stand_in,)
-        return sing(f, labels, sing.batch_z)
-
-    weight = head.weight.detach().clone().requires_grad_()
-    if term == "capacity":
-        assert torch.autograd.gradcheck(lambda w: loss(w, features.detach()), (weight,), atol=1e-6)
-        unused = torch.autograd.grad(loss(weight, features), features, allow_unused=True, materialize_grads=True)[0]
-        assert unused.abs().max() == 0
-    else:
-        assert torch.autograd.gradcheck(loss, (weight, features), atol=1e-6)
-    assert torch.autograd.grad(loss(weight, features), weight)[0].abs().max() > 1e-6
 
 
 def test_a_rank_deficient_head_still_gives_gradients() -> None:

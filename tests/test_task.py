@@ -88,14 +88,17 @@ def test_l2_sp_is_the_squared_distance_of_the_backbone_from_its_start() -> None:
     assert float(FinetuneTask(head, l2_sp=3.0)(images, labels)["l2_sp"]) == 0
 
 
-def test_groups_split_head_from_backbone_and_flat_from_matrices() -> None:
+def test_torchs_adamw_gets_head_and_backbone_matrices_and_flat_ones_apart() -> None:
     classifier = Classifier.from_timm("test_resnet", pretrained=False, num_classes=4).tune("all")
     config = configured(training__learning_rate=1e-3, training__head_factor=5.0, training__weight_decay=0.1)
-    groups = tasks.parameter_groups(classifier, config)
-    found = sorted((group["lr"], group["weight_decay"]) for group in groups)
+    made = tasks.make_optimizer(classifier, config)
+    groups, usual = made.param_groups, torch.optim.AdamW(classifier.parameters()).defaults
+    assert type(made) is torch.optim.AdamW
+    found = sorted((group.pop("lr"), group.pop("weight_decay")) for group in groups)
     assert found == [(1e-3, 0.0), (1e-3, 0.1), (5e-3, 0.0), (5e-3, 0.1)]
-    together = [id(p) for group in groups for p in group["params"]]
+    together = [id(p) for group in groups for p in group.pop("params")]
     assert sorted(together) == sorted(id(p) for p in classifier.parameters())
+    assert all(group == {name: usual[name] for name in group} for group in groups)
 
 
 def test_schedule_drops_the_last_batch_and_refreshes_evenly() -> None:
@@ -105,16 +108,6 @@ def test_schedule_drops_the_last_batch_and_refreshes_evenly() -> None:
     assert schedule.refresh_at == [23, 46, 70]
     with pytest.raises(ValueError, match=r"training.batch_size = 32 training images, got 31"):
         Schedule(config, 31)
-
-
-def test_the_default_optimizer_is_torchs_adamw_over_our_groups() -> None:
-    classifier, config = small_classifier(), configured()
-    made = tasks.make_optimizer(classifier, config)
-    wanted = torch.optim.AdamW(tasks.parameter_groups(classifier, config))
-    assert type(made) is torch.optim.AdamW
-    for group, other in zip(made.param_groups, wanted.param_groups, strict=True):
-        assert all(one is two for one, two in zip(group.pop("params"), other.pop("params"), strict=True))
-        assert group == other
 
 
 @pytest.mark.parametrize(

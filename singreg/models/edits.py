@@ -94,10 +94,8 @@ def align_head_(
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal basis (r, m) of the span of rows (k, m), leading first, dependent ones left out."""
-    _, sigma, right = torch.linalg.svd(rows, full_matrices=False)
-    rank = int((sigma > max(rows.shape) * torch.finfo(rows.dtype).eps * sigma[:1]).sum())
-    return right[:rank].contiguous()
+    """Orthonormal basis (r, m) of the span of rows (k, m), dependent ones left out."""
+    return NullSpace.from_weight(rows, allow_empty=True).basis.T
 
 
 def _fit(old: Tensor, d: Tensor, covariance: Tensor, room: int) -> tuple[Tensor, Tensor]:
