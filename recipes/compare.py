@@ -118,10 +118,10 @@ def report(config: CompareConfig, run: Run, heads: list[Read], measured: Measure
 
     rows, figures = each("rows"), each("measurements")
     every = [(space, label, read) for space, models in measured.items() for label, read in models.items()]
-    paired = between.paired_figures(rows, seed=config.seed) if rows else None
-    differences = between.model_differences(paired) if paired else []
-    order = between.order_check(paired) if paired and len(paired.models) > 1 else None
-    plots = [save_comparison_plot(figures, order, run.folder / "plots" / "comparison.png")] if paired else []
+    paired = between.model_figures(rows, seed=config.seed) if rows else None
+    differences = [] if paired is None else between.model_differences(paired)
+    order = None if paired is None or not differences else between.order_check(paired)
+    plots = [save_comparison_plot(figures, order, run.folder / "plots" / "comparison.png")] if rows else []
     warnings = compare_passports([head["passport"] for head in heads if head["omitted"] is None])
     track(run.accelerator, "compare", config)
     for space, label, read in every:
@@ -133,7 +133,7 @@ def report(config: CompareConfig, run: Run, heads: list[Read], measured: Measure
     write_report(
         run,
         title=f"{run.folder.name}: {len(heads)} classifiers compared",
-        verdict=between.comparison_verdict(paired, heads),
+        verdict=between.comparison_verdict(paired, heads, every[0][2]["rows"]["label"].tolist() if every else []),
         warnings=warnings,
         sections=[
             Section("The models", [models_table(heads, every), READING, CHANCE, *plots]),

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 from singreg.config import parse
 from singreg.study import StudyConfig
@@ -124,27 +123,25 @@ class Study:
             self.ridges[label] = fitted
         return self.ridges[label]
 
-    def make(self, work: Work) -> tuple[Classifier, LinearTranslator, dict[str, Any]]:
-        """Train or edit a copy of the starting classifier; return also the loop's translator of it, and notes."""
-        config, setup, make = work.config, self.setup, work.arm.make
-        fitted, notes = self.start, dict[str, Any]()
+    def make(self, work: Work) -> tuple[Classifier, LinearTranslator]:
+        """Train or edit a copy of the starting classifier; return also the loop's translator of it."""
+        config, setup, make, fitted = work.config, self.setup, work.arm.make, self.start
         if make == "train":
             inside = copy.copy(self.run)
             inside.folder, name = work.folder, f"{work.arm.name}-{work.seed}"
             track(inside.accelerator, name, config)
-            return (*train_arm(name, config, setup, fitted, inside), notes)
-        classifier, own = copy.deepcopy(setup.classifier), (fitted.translator, setup.texts, fitted.statistics)
+            return train_arm(name, config, setup, fitted, inside)
+        classifier = copy.deepcopy(setup.classifier)
         if work.source is not None:
             classifier.model.load_state_dict(load_file(work.source.folder / "weights.safetensors"))
         if make == "align":
-            aligned = align_head_(classifier, *own)
-            notes = {name: getattr(aligned, name) for name in ("rank", "free_rows", "logit_change")}
+            align_head_(classifier, fitted.translator, setup.texts, fitted.statistics)
         elif make == "average":
             classifier = interpolate_weights(setup.classifier, classifier, 0.5)
         elif make == "drop":
             classifier = drop_null(classifier, spare=1, invariance=config.model.invariance)
         made, bank = replace(setup, classifier=classifier), loop_bank(setup.splits, setup.embeddings["bank"])
-        return classifier, made.fit(*bank, fitted.translator.info.ridge).translator, notes
+        return classifier, made.fit(*bank, fitted.translator.info.ridge).translator
 
 
 def make_and_measure(study: Study, work: Work) -> Measured:
@@ -153,7 +150,7 @@ def make_and_measure(study: Study, work: Work) -> Measured:
     if accelerator.is_main_process:
         work.make_room()
     accelerator.wait_for_everyone()
-    classifier, loop, notes = study.make(work)
+    classifier, loop = study.make(work)
     if accelerator.is_main_process:
         state = {name: value.cpu().contiguous().clone() for name, value in classifier.model.state_dict().items()}
         with atomic_write(work.folder / "weights.safetensors") as path:
@@ -166,7 +163,7 @@ def make_and_measure(study: Study, work: Work) -> Measured:
         for label in study.further
     }
     found = measure_arm(setup, auditor, scores, ood=config.ood)
-    found = replace(found, further=further, extra=notes, seconds=time.monotonic() - begun)
+    found = replace(found, further=further, seconds=time.monotonic() - begun)
     if accelerator.is_main_process:
         work.keep(found)
         if work.trained:

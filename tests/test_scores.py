@@ -62,10 +62,6 @@ def test_every_score_is_that_of_the_slow_loops(name: str, centred: bool) -> None
         return
     for figure, values in (("AS_abs", parts["AS_abs"]), ("AS_neg", parts["AS_neg"]), ("IS", image)):
         assert by["intervals"][figure] == pytest.approx(mean_interval(values, groups=labels)[1:], abs=1e-3)
-    for label in range(toy.CLASSES):
-        mine = parts["AS_neg"][labels == label]
-        assert by["per_class"]["AS_neg"][label] == pytest.approx(mine.mean(), abs=1e-4)
-        assert by["per_class"]["count"][label] == len(mine)
 
 
 @pytest.mark.parametrize("name", TRANSLATORS)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from singreg.analysis import comparison, statistics
-from singreg.analysis.comparison import comparison_verdict, model_differences, order_check, paired_figures
+from singreg.analysis.comparison import comparison_verdict, model_differences, model_figures, order_check
 from singreg.analysis.statistics import ends, mean_interval, paired_difference, paired_ratio, resampled_means
 
 
@@ -134,13 +134,14 @@ def test_paired_proportions_are_tangos(gained: int, lost: int, count: int) -> No
 
 
 COUNT = 200
+LABELS = [place % 5 for place in range(COUNT)]
 TRANSLATORS = ("fitted", "auditor")
 
 
 def model(shift: float, seed: int = 0, *, reversed_for: str = "", image: float = 1.0) -> pd.DataFrame:
     """Rows of a model `shift` degrees below what all have in common; one translator may say the opposite."""
     common, noise = np.random.default_rng(0).normal(-4, 3, COUNT), np.random.default_rng(5 + seed).normal(0, 0.2, COUNT)
-    rows = {"image": [f"image {i}" for i in range(COUNT)], "label": np.arange(COUNT) % 5}
+    rows = {"image": [f"image {i}" for i in range(COUNT)], "label": LABELS}
     rows["correct"] = (np.arange(COUNT) % 5 > 0).astype(float)
     for name in TRANSLATORS:
         rows[f"AS/{name}"] = common + (shift if name == reversed_for else -shift) + noise
@@ -160,13 +161,14 @@ def head(label: str, omitted: str | None = None) -> dict[str, Any]:
 def test_figures_and_differences_are_the_slow_ones() -> None:
     measured = three()
     measured["bad"]["correct"] = 0.0
-    figures = paired_figures({"A": measured, "B": measured}, seed=3)
-    assert figures.views == tuple((space, name) for space in "AB" for name in TRANSLATORS)
-    assert (figures.models, figures.images, figures.primary) == (("good", "fair", "bad"), COUNT, 1)
+    figures = model_figures({"A": measured, "B": measured}, seed=3)
+    assert [*figures.xs("IS", axis=1, level="figure")] == [
+        (s, name, m) for s in "AB" for name in TRANSLATORS for m in measured
+    ]
     keys = ["figure", "space", "translator", "first", "second"]
     table = pd.DataFrame(model_differences(figures)).set_index(keys)[["value", "low", "high"]]
     found = {key: tuple(row) for key, row in zip(table.index, table.to_numpy(), strict=True)}
-    assert len(found) == 3 * (1 + 4 * len(comparison.FIGURES))
+    assert len(found) == 3 * (1 + 4 * len(comparison.SCORES))
     good, bad = measured["good"], measured["bad"]
     options: dict[str, Any] = {"seed": 3, "groups": good["label"].to_numpy()}
     for figure, of in (
@@ -177,7 +179,7 @@ def test_figures_and_differences_are_the_slow_ones() -> None:
         expected = paired_difference(of(bad), of(good), **options)
         assert found[figure, "B", "auditor", "good", "bad"] == pytest.approx(expected)
     ratios = [paired_ratio(r["IS/auditor"], np.abs(r["AS/auditor"]), **options) for r in (good, bad)]
-    assert ends(figures.figures["ratio"][:, 1, 0]) == pytest.approx(ratios[0])
+    assert ends(figures["ratio", "A", "auditor", "good"].to_numpy()) == pytest.approx(ratios[0])
     assert found["ratio", "A", "auditor", "good", "bad"][0] == pytest.approx(ratios[1][0] - ratios[0][0])
     points = paired_difference(100 * bad["correct"].to_numpy(), 100 * good["correct"].to_numpy(), **options)
     assert found["top1", "-", "-", "good", "bad"] == pytest.approx(points)
@@ -191,10 +193,10 @@ def test_tau_is_scipys_with_ties_too(pairs: list[tuple[int, int]]) -> None:
 
 
 def test_a_clear_order_holds_and_a_reversed_view_is_seen() -> None:
-    check = order_check(paired_figures({"A": three(), "B": three()}))
+    check = order_check(model_figures({"A": three(), "B": three()}))
     assert check["orders"] == [["good", "fair", "bad"]] * 4
     assert check["lowest"] == 1.0
-    check = order_check(paired_figures({"A": three(), "B": three(reversed_for="fitted")}))
+    check = order_check(model_figures({"A": three(), "B": three(reversed_for="fitted")}))
     assert check["views"][2] == "B, fitted"
     assert check["orders"][2:] == [["bad", "fair", "good"], ["good", "fair", "bad"]]
     assert (check["tau"][0][2], check["tau"][1][3], check["lowest"]) == (-1.0, 1.0, -1.0)
@@ -202,21 +204,23 @@ def test_a_clear_order_holds_and_a_reversed_view_is_seen() -> None:
 
 def test_verdict_names_best_worst_order_and_what_was_left_out() -> None:
     heads = [head("good"), head("full", "no null space: 9 classes fill all 8 features")]
-    figures = paired_figures({"clip": three(), "eva": three()})
-    first, second, third = comparison_verdict(figures, heads)
-    harm = figures.figures["AS_neg"][0, 1]
-    assert f"good loses least of the true class when its null space is removed (AS⁻ {harm[0]:.2f}° [" in first
-    assert f"bad most ({harm[2]:.2f}° [" in first
-    assert f"they are {harm[2] - harm[0]:.2f}° [" in first
+    figures = model_figures({"clip": three(), "eva": three()})
+    first, second, third = comparison_verdict(figures, heads, LABELS)
+    harm = {name: figures.iloc[0]["AS_neg", "clip", "auditor", name] for name in ("good", "bad")}
+    assert f"good loses least of the true class when its null space is removed (AS⁻ {harm['good']:.2f}° [" in first
+    assert f"bad most ({harm['bad']:.2f}° [" in first
+    assert f"they are {harm['bad'] - harm['good']:.2f}° [" in first
     assert "is the same in all 4 views (lowest Kendall τ 1.00)" in second
     assert third.endswith("full.")
-    turned = paired_figures({"clip": dict(reversed(three().items()))})  # the order given does not matter
-    assert comparison_verdict(turned, [])[0] == first
+    turned = model_figures({"clip": dict(reversed(three().items()))})  # the order given does not matter
+    assert comparison_verdict(turned, [], LABELS)[0] == first
 
 
 def test_no_order_is_claimed_of_equal_models_or_few_images() -> None:
-    equal = comparison_verdict(paired_figures({"A": {"a": model(0), "b": model(0)}}), [])
+    equal = comparison_verdict(model_figures({"A": {"a": model(0), "b": model(0)}}), [], LABELS)
     assert len(equal) == 1
     assert "none is shown to lose more than another" in equal[0]
-    few = paired_figures({"A": {name: rows[:3] for name, rows in three().items()}})
-    assert comparison_verdict(few, [])[0].startswith("No claim: an interval from 3 test images of 3 classes")
+    few = model_figures({"A": {name: rows[:3] for name, rows in three().items()}})
+    assert comparison_verdict(few, [], LABELS[:3])[0].startswith(
+        "No claim: an interval from 3 test images of 3 classes"
+    )

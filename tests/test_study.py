@@ -71,7 +71,6 @@ def test_the_folder_holds_the_report_and_every_finished_arm(whole: Path) -> None
     assert arms["sing"]["validation"]["images"] == 20
     assert arms["shuffled"]["placebo"].keys() >= {HARM, "top1"} > arms["sing"]["placebo"].keys()
     assert report["verdict"][0].startswith("No claim: the auditor has 40 images")
-    assert arms["aligned"]["extra"]["rank"] == 10
 
 
 def test_a_further_model_that_is_the_first_reads_the_same(whole: Path) -> None:

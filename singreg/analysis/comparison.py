@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pandas as pd
 
 from singreg.analysis.crossfit import AUDITOR, audited_columns, resampled_figures
 from singreg.analysis.features import IMAGES_PER_FEATURE, ZERO_SHOT
-from singreg.analysis.statistics import ends, paired_proportions, resampled_means
+from singreg.analysis.statistics import ends, paired_proportions, ratio_interval, resampled_means
 
 Measured = tuple[pd.DataFrame, dict[str, Any]]
 """What `analyze_model` returns of one model: a row an image, and the figures."""
@@ -66,11 +65,10 @@ def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
         columns = [audited_columns(rows[seed]) for seed in seeds]
         means.append({name: np.mean([each[name] for each in columns], axis=0) for name in columns[0]})
     one, other = (resampled_figures(each, classes) for each in means)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = {name: (*ends(one[name] / other[name]), "×") for name in FIGURES if name in one}
-        if "loop AS_neg" in one and "loop AS_neg" in other:
-            fall, read = other["AS_neg"] - one["AS_neg"], other["loop AS_neg"] - one["loop AS_neg"]
-            found |= {"confirmed": (*ends(fall / read), "×")} if read[0] > UNMOVED else {}
+    found = {name: (*ratio_interval(one[name], other[name]), "×") for name in FIGURES if name in one}
+    if "loop AS_neg" in one and "loop AS_neg" in other:
+        fall, read = other["AS_neg"] - one["AS_neg"], other["loop AS_neg"] - one["loop AS_neg"]
+        found |= {"confirmed": (*ratio_interval(fall, read), "×")} if read[0] > UNMOVED else {}
     hits = [[rows[seed]["correct"].to_numpy(np.float64) for rows in (arm, reference)] for seed in seeds]
     # Of these classes, so over images alone; of one seed each, since an average of seeds has no score interval.
     points = 100 * np.mean([paired_proportions(*pair) for pair in hits], axis=0)
@@ -183,80 +181,60 @@ def finetune_warnings(measured: Mapping[str, Any], translators: Sequence[str] = 
     return warnings
 
 
-@dataclass(frozen=True)
-class PairedFigures:
-    """Figures of M models in V views (space, translator) by name, (1 + R, V, M), those of R resamples after the first.
-
-    "top1" is (1 + R, M), as shares.
-    """
-
-    models: tuple[str, ...]
-    views: tuple[tuple[str, str], ...]
-    images: int
-    classes: int
-    figures: dict[str, np.ndarray]
-
-    @property
-    def primary(self) -> int:
-        """The view that sentences speak of: the first space, by the auditor."""
-        return self.views.index((self.views[0][0], AUDITOR))
-
-
-def paired_figures(rows: Mapping[str, Mapping[str, pd.DataFrame]], *, seed: int = 0) -> PairedFigures:
+def model_figures(rows: Mapping[str, Mapping[str, pd.DataFrame]], *, seed: int = 0) -> pd.DataFrame:
     """Take every figure of several models, all resampled together, so that every difference is paired by image.
 
     Args:
-        rows: by space and model, one row an image with "image", "label", "correct", "AS/TRANSLATOR" and
-            "IS/TRANSLATOR"; the same models, translators and images everywhere.
+        rows: by space and model, one row an image with "label", "correct", "AS/TRANSLATOR" and "IS/TRANSLATOR"; the
+            same models, translators and images everywhere.
+
+    Returns:
+        A row of the images' own figures, then one a resample; columns (figure, space, translator, model), with "top1"
+        in points once and the figures of `SCORES` in every view, that is space and translator.
     """
-    first = next(iter(rows.values()))
-    models, reference = tuple(first), next(iter(first.values()))
-    common = set.intersection(*(set(map(str, table)) for tables in rows.values() for table in tables.values()))
-    translators = [name[3:] for name in map(str, reference) if name.startswith("AS/") and name in common]
-    views = tuple(itertools.product(rows, translators))
-    columns = [first[model]["correct"].to_numpy(np.float64) for model in models]
-    for (space, translator), model in itertools.product(views, models):
-        table = rows[space][model]
-        attribute = table[f"AS/{translator}"].to_numpy(np.float64)
-        columns += [np.maximum(-attribute, 0), np.abs(attribute), table[f"IS/{translator}"].to_numpy(np.float64)]
-    groups = reference["label"].to_numpy()
-    means = resampled_means(np.stack(columns, axis=1), groups=groups, seed=seed)
-    read = means[:, len(models) :].reshape(len(means), len(views), len(models), 3)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        figures = dict(zip(SCORES, (*np.moveaxis(read, 3, 0), read[..., 2] / read[..., 1]), strict=True))
-    figures["top1"] = means[:, : len(models)]
-    return PairedFigures(models, views, len(reference), reference["label"].nunique(), figures)
+    tables = {(space, model): table for space, models in rows.items() for model, table in models.items()}
+    models, reference = next(iter(rows.values())), next(iter(tables.values()))
+    common = set.intersection(*(set(map(str, table)) for table in tables.values()))
+    judges = [name[3:] for name in map(str, reference) if name.startswith("AS/") and name in common]
+    columns = {("top1", "-", "-", model): 100 * table["correct"].to_numpy() for model, table in models.items()}
+    for space, judge, model in itertools.product(rows, judges, models):
+        score, image = (tables[space, model][f"{kind}/{judge}"].to_numpy() for kind in ("AS", "IS"))
+        own = {"AS_neg": np.maximum(-score, 0), "AS_abs": np.abs(score), "IS": image}
+        columns |= {(name, space, judge, model): values for name, values in own.items()}
+    means = resampled_means(np.stack([*columns.values()], axis=1), groups=reference["label"].to_numpy(), seed=seed)
+    names = ["figure", "space", "translator", "model"]
+    drawn = pd.DataFrame(means, columns=pd.MultiIndex.from_tuples(columns, names=names))
+    image, absolute = (drawn.xs(name, axis=1, level="figure") for name in ("IS", "AS_abs"))
+    return pd.concat([drawn, pd.concat({"ratio": image / absolute}, axis=1, names=names)], axis=1)
 
 
-def model_differences(figures: PairedFigures) -> list[dict[str, Any]]:
-    """Take second minus first for every two models: top-1 once (points), then every figure in every view.
+def model_differences(figures: pd.DataFrame) -> list[dict[str, Any]]:
+    """Take second minus first for every two models, of every figure of `model_figures`.
 
     The intervals are over classes and images, paired, and not corrected for the number of pairs.
     """
-    changes = [(("top1", "-", "-"), 100 * figures.figures["top1"])]
-    for (place, view), name in itertools.product(enumerate(figures.views), SCORES):
-        changes.append(((name, *view), figures.figures[name][:, place]))
     found = []
-    for one, other in itertools.combinations(range(len(figures.models)), 2):
-        for (name, space, translator), values in changes:
-            value, low, high = ends(values[:, other] - values[:, one])
-            pair = {"first": figures.models[one], "second": figures.models[other]}
-            where = {"figure": name, "space": space, "translator": translator}
-            found.append({**where, **pair, "value": value, "low": low, "high": high})
+    for first, second in itertools.combinations(figures.columns.unique("model"), 2):
+        one, other = (figures.xs(model, axis=1, level="model") for model in (first, second))
+        change = other - one
+        for where, drawn in zip(change.columns.to_frame().to_dict("records"), change.to_numpy().T, strict=True):
+            value, low, high = ends(drawn)
+            found.append({**where, "first": first, "second": second, "value": value, "low": low, "high": high})
     return found
 
 
-def order_check(figures: PairedFigures) -> dict[str, Any]:
+def order_check(figures: pd.DataFrame) -> dict[str, Any]:
     """Check whether AS⁻ orders the models alike in all V views, lowest first.
 
     Returns:
         views: their names; orders: the models in each; tau: Kendall's τ-b between views (V, V); lowest: its least.
     """
-    values = figures.figures["AS_neg"][0]
-    tau = kendall_tau(values)
+    each = figures.iloc[0].xs("AS_neg", level="figure").groupby(level=["space", "translator"], sort=False)
+    views = {f"{space}, {judge}": harm.droplevel(["space", "translator"]) for (space, judge), harm in each}
+    tau = kendall_tau(np.stack([*views.values()]))
     return {
-        "views": [f"{space}, {translator}" for space, translator in figures.views],
-        "orders": [[figures.models[model] for model in row] for row in np.argsort(values, axis=1, kind="stable")],
+        "views": [*views],
+        "orders": [[*harm.sort_values(kind="stable").index] for harm in views.values()],
         "tau": tau.tolist(),
         "lowest": float(tau.min()),
     }
@@ -270,35 +248,39 @@ def kendall_tau(values: np.ndarray) -> np.ndarray:
         return np.asarray(agreed / np.sqrt(np.outer(np.diag(agreed), np.diag(agreed))))
 
 
-def comparison_verdict(figures: PairedFigures | None, heads: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say in at most three sentences who leaks least and most, whether that order holds, and who was left out."""
+def comparison_verdict(
+    figures: pd.DataFrame | None, heads: Sequence[Mapping[str, Any]], labels: Sequence[int]
+) -> list[str]:
+    """Say in at most three sentences who leaks least and most, whether that order holds, and who was left out.
+
+    `labels` (N,) are those of the images behind `model_figures`.
+    """
     omitted = ", ".join(head["label"] for head in heads if head["omitted"] is not None)
     left_out = [f"Nothing could be measured, for want of a null space: {omitted}."] if omitted else []
     if figures is None:
         return ["None of the models has a null space, so no score exists for any of them.", *left_out]
-    (space, translator), harm = figures.views[figures.primary], figures.figures["AS_neg"][:, figures.primary]
-    order = order_check(figures)
-    names = order["orders"][figures.primary]
-    best, worst = (harm[:, figures.models.index(name)] for name in (names[0], names[-1]))
+    order, harm = order_check(figures), figures.xs("AS_neg", axis=1, level="figure")
+    space = harm.columns[0][0]
+    primary = f"{space}, {AUDITOR}"  # the view that sentences speak of: the first space, by the auditor
+    names = order["orders"][order["views"].index(primary)]
+    best, worst = (harm[space, AUDITOR, name].to_numpy() for name in (names[0], names[-1]))
     told = [ends(values) for values in (best, worst, worst - best)]
     read = ["{:.2f}° [{:.2f}, {:.2f}]".format(*each) for each in told]
     if len(names) == 1:
-        return [f"Only {names[0]} could be measured: AS⁻ {read[0]} in {space} by the {translator}.", *left_out]
-    few = too_few(figures.images, figures.classes)
-    if few is not None:
+        return [f"Only {names[0]} could be measured: AS⁻ {read[0]} in {space} by the {AUDITOR}.", *left_out]
+    if (few := too_few(len(labels), len(set(labels)))) is not None:
         return [few, *left_out]
     if told[2][1] <= 0:
         return [
-            f"Of {len(names)} models on the same {figures.images} images none is shown to lose more than another: AS⁻ "
-            f"of {names[0]} is {read[0]}, of {names[-1]} {read[1]}, paired {read[2]} apart, in {space} by the "
-            f"{translator}.",
+            f"Of {len(names)} models on the same {len(labels)} images none is shown to lose more than another: AS⁻ of "
+            f"{names[0]} is {read[0]}, of {names[-1]} {read[1]}, paired {read[2]} apart, in {space} by the {AUDITOR}.",
             *left_out,
         ]
     holds = "is the same" if all(row == order["orders"][0] for row in order["orders"]) else "is not the same"
     return [
-        f"Of {len(names)} models on the same {figures.images} images, {names[0]} loses least of the true class when "
-        f"its null space is removed (AS⁻ {read[0]}), {names[-1]} most ({read[1]}), in {space} by the {translator}: "
-        f"paired, they are {read[2]} apart.",
-        f"The order by AS⁻ {holds} in all {len(figures.views)} views (lowest Kendall τ {order['lowest']:.2f}).",
+        f"Of {len(names)} models on the same {len(labels)} images, {names[0]} loses least of the true class when its "
+        f"null space is removed (AS⁻ {read[0]}), {names[-1]} most ({read[1]}), in {space} by the {AUDITOR}: paired, "
+        f"they are {read[2]} apart.",
+        f"The order by AS⁻ {holds} in all {len(order['views'])} views (lowest Kendall τ {order['lowest']:.2f}).",
         *left_out,
     ]

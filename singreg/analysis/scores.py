@@ -86,7 +86,7 @@ def analyze_model(
         "null_energy": rows["null_energy"].sum() / rows["energy"].sum(),
         "vlm_zero_shot": rows["vlm_correct"].mean(),
         "head": head_passport(classifier, space),
-        "translators": {n: _translator_figures(t, rows, n, sums[n], len(texts)) for n, t in translators.items()},
+        "translators": {n: _translator_figures(t, rows, n, sums[n]) for n, t in translators.items()},
     }
     if crossfit is not None:
         found["audit"] = summarize(rows)
@@ -138,12 +138,10 @@ def _quality_sums(z: Tensor, batch: FeatureBatch, texts: Tensor) -> Tensor:
     return torch.cat([torch.stack([value.double() for value in sums]), target.double().sum(0)])
 
 
-def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Tensor, classes: int) -> dict[str, Any]:
+def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Tensor) -> dict[str, Any]:
     """One translator's scores from all images' rows, and its quality from this process's `_quality_sums`."""
     kept = ([torch.from_numpy(rows[f"{kind}{figure}/{name}"]) for figure in ROW_FIGURES] for kind in ("", CENTRED))
     table, centred = (columns_of(*figures) for figures in kept)
-    by_class = torch.zeros(len(COLUMNS), classes, dtype=torch.float64)
-    by_class.index_add_(1, torch.from_numpy(rows["label"]), table)
     drawn = resampled_means(table[[COLUMNS.index(key) for key in INTERVALS]].T.numpy(), groups=rows["label"])
     info, count, sums = translator.info, table.shape[1], all_reduce_sum(sums)
     cosine, hits, residual, squared = sums[:4].tolist()
@@ -152,7 +150,6 @@ def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Ten
         "overall": summarize_columns(table.sum(1)),
         "centred": summarize_columns(centred.sum(1)),
         "intervals": dict(zip(INTERVALS, np.quantile(drawn[1:], ENDS, axis=0).T.tolist(), strict=True)),
-        "per_class": summarize_columns(by_class),
         "cosine": cosine / count,
         "r2": 1 - residual / spread if spread > 0 else np.nan,
         "zero_shot": hits / count,

@@ -53,16 +53,23 @@ def paired_difference(after: np.ndarray, before: np.ndarray, **how: Any) -> Inte
     return mean_interval(np.asarray(after, np.float64) - before, **how)
 
 
+def ratio_interval(above: np.ndarray, below: np.ndarray) -> Interval:
+    """Return `ends` of one figure over another, both (1 + resamples,), what is infinite kept; NaN where `below` is 0.
+
+    Between two infinite draws the interval is infinite too.
+    """
+    if not below.any():
+        return np.nan, np.nan, np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = above / below
+        bounds = np.quantile(ratios[1:][~np.isnan(ratios[1:])], ENDS)
+    low, high = np.where(np.isnan(bounds), np.inf, bounds)
+    return float(ratios[0]), float(low), float(high)
+
+
 def paired_ratio(after: np.ndarray, before: np.ndarray, **how: Any) -> Interval:
     """(mean(after) / mean(before), low, high), a ratio of means; NaN where `before` (at least 0) is 0 everywhere."""
-    if not before.any():
-        return np.nan, np.nan, np.nan
-    drawn = resampled_means(np.stack([after, before], axis=1).astype(np.float64), **how)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = drawn[:, 0] / drawn[:, 1]
-        bounds = np.quantile(ratios[1:][~np.isnan(ratios[1:])], ENDS)
-    low, high = np.where(np.isnan(bounds), np.inf, bounds)  # between two infinite draws numpy interpolates to NaN
-    return float(ratios[0]), float(low), float(high)
+    return ratio_interval(*resampled_means(np.stack([after, before], axis=1).astype(np.float64), **how).T)
 
 
 def share_interval(count: int, total: int) -> list[float]:

@@ -197,12 +197,11 @@ def plot_finetune(
 ) -> list[report.Figure]:
     """Draw every figure of recipes/finetune.py below a folder, the summary first."""
     drawn = {stage: measured[stage] for stage in STAGES}
-    figures = {stage: found for stage, (_, found) in drawn.items()}
     clouds = {stage: (_cloud(rows, "auditor"), joint_distribution(rows)) for stage, (rows, _) in drawn.items()}
     return [
-        plot_ratios(paired, figures["before"]["images"], folder / "summary.png"),
+        plot_ratios(paired, len(drawn["before"][0]), folder / "summary.png"),
         plot_joint(clouds, folder / "joint.png"),
-        plot_class_leakage(figures, class_names, folder / "classes.png"),
+        plot_class_leakage({stage: rows for stage, (rows, _) in drawn.items()}, class_names, folder / "classes.png"),
     ]
 
 
@@ -240,10 +239,10 @@ def plot_ratios(paired: Paired, images: int, path: Path) -> report.Figure:
     return save(figure, path, "what is left")
 
 
-def plot_class_leakage(measurements: Mapping[str, Found], class_names: Sequence[str], path: Path) -> report.Figure:
+def plot_class_leakage(rows: Mapping[str, pd.DataFrame], class_names: Sequence[str], path: Path) -> report.Figure:
     """Draw AS⁻ of every class in each stage by the auditor, leakiest first; at most 40 classes."""
-    per_class = {stage: found["translators"]["auditor"]["per_class"] for stage, found in measurements.items()}
-    table = pd.DataFrame({stage: found["AS_neg"] for stage, found in per_class.items()}, dtype=float).dropna(how="all")
+    harm = {stage: (-each["AS/auditor"]).clip(lower=0) for stage, each in rows.items()}
+    table = pd.DataFrame({stage: each.groupby(rows[stage]["label"]).mean() for stage, each in harm.items()})
     shown = table.sort_values(str(table.columns[0]), ascending=False, kind="stable")[:CLASSES_COMPARED]
     figure, (axes,) = panels(width=7.0, height=max(2.5, 0.24 * len(shown) + 1.2))
     places = range(len(shown))

@@ -39,14 +39,13 @@ MEASURED = ("ood", "validation_per_class")
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of one arm at one seed; `further` are its rows by another VLM's label, `extra` what to note."""
+    """What was found of one arm at one seed; `further` are its rows by another VLM's label."""
 
     figures: dict[str, float]
     intervals: dict[str, list[float]]
     rows: pd.DataFrame
     validation: dict[str, float] = field(default_factory=dict)
     further: dict[str, pd.DataFrame] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
 

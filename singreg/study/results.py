@@ -57,7 +57,6 @@ def _summary(found: Sequence[tuple[Work, Measured]]) -> Summary:
         "spread": table.std(ddof=1, skipna=False).to_dict(),
         "intervals": {n: np.mean([run.intervals[n] for run in runs], axis=0).tolist() for n in runs[0].intervals},
         "validation": pd.DataFrame([run.validation for run in runs]).mean().to_dict(),
-        "extra": runs[0].extra,
     }
 
 
