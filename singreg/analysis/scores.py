@@ -18,7 +18,7 @@ from singreg.metrics import COLUMNS, columns_of, score_columns, summarize_column
 from singreg.models.classifier import Classifier
 from singreg.nullspace import Invariance, NullSpace, null_share
 from singreg.translator import Translator
-from singreg.utils import all_reduce_sum, gather_rows, plain
+from singreg.utils import gather_rows, plain
 
 Rows = dict[str, np.ndarray]
 CENTRED = "centred "  # before the names of the figures of f - Π_n (f - μ), METHOD section 8.4
@@ -63,18 +63,17 @@ def analyze_model(
         raise ValueError(f"split {split.name!r} must hold labelled images to be measured on; {counts}")
     space = NullSpace.from_weight(classifier.weight, invariance=invariance).to(texts.device)
     crossfit = CrossFit(auditor, texts, space) if auditor is not None else None
-    sums = {name: torch.zeros(4 + texts.shape[1], dtype=torch.float64, device=texts.device) for name in translators}
-    columns = []
+    columns, middle = [], torch.from_numpy(embeddings.mean(0, dtype=np.float64)).to(texts.device)
     for batch in gathered(iterate_features(classifier, split, embeddings, settings or PassSettings(), "measuring")):
         null = space.component(batch.features)
         removed = {"": batch.features - null, CENTRED: space.remove(batch.features, mean=mean)}
-        figures = _image_figures(batch, null, texts)
+        figures = _image_figures(batch, null, texts) | {"from_mean": (batch.embeddings - middle).square().sum(1)}
         for name, translator in translators.items():
             z, text = translator(batch.features), texts[batch.labels]
             for kind, equivalent in removed.items():
                 scores = dict(zip(COLUMNS, score_columns(z, translator(equivalent), text), strict=True))
                 figures |= {f"{kind}{figure}/{name}": scores[figure] for figure in ROW_FIGURES}
-            sums[name] += _quality_sums(z, batch, texts)
+            figures |= {f"{figure}/{name}": value for figure, value in _quality(z, batch, texts).items()}
         figures |= crossfit.read(batch) if crossfit is not None else {}
         columns.append({name: value.cpu().numpy() for name, value in figures.items()})
     rows = gather_rows(columns, sort_by="index")
@@ -86,7 +85,7 @@ def analyze_model(
         "null_energy": rows["null_energy"].sum() / rows["energy"].sum(),
         "vlm_zero_shot": rows["vlm_correct"].mean(),
         "head": head_passport(classifier, space),
-        "translators": {n: _translator_figures(t, rows, n, sums[n]) for n, t in translators.items()},
+        "translators": {n: _translator_figures(t, rows, n) for n, t in translators.items()},
     }
     if crossfit is not None:
         found["audit"] = summarize(rows)
@@ -129,30 +128,28 @@ def _image_figures(batch: FeatureBatch, null: Tensor, texts: Tensor) -> dict[str
     }
 
 
-def _quality_sums(z: Tensor, batch: FeatureBatch, texts: Tensor) -> Tensor:
-    """Sums (4 + n,): cosine to the embedding, zero-shot hits, |T f - z|² and |z|², and z itself for R²'s mean."""
-    target = batch.embeddings
-    hits = (torch.nn.functional.normalize(z, dim=-1) @ texts.T).argmax(1) == batch.labels
-    cosine = torch.nn.functional.cosine_similarity(z, target, dim=-1)
-    sums = [cosine.sum(), hits.sum(), (z - target).double().square().sum(), target.double().square().sum()]
-    return torch.cat([torch.stack([value.double() for value in sums]), target.double().sum(0)])
+def _quality(z: Tensor, batch: FeatureBatch, texts: Tensor) -> dict[str, Tensor]:
+    """How good each image's translation z (B, n) is: its cosine to the embedding, |T f - z|², zero-shot hit."""
+    return {
+        "cosine": torch.nn.functional.cosine_similarity(z, batch.embeddings, dim=-1).double(),
+        "missed": (z - batch.embeddings).double().square().sum(1),
+        "named": ((torch.nn.functional.normalize(z, dim=-1) @ texts.T).argmax(1) == batch.labels).double(),
+    }
 
 
-def _translator_figures(translator: Translator, rows: Rows, name: str, sums: Tensor) -> dict[str, Any]:
-    """One translator's scores from all images' rows, and its quality from this process's `_quality_sums`."""
+def _translator_figures(translator: Translator, rows: Rows, name: str) -> dict[str, Any]:
+    """One translator's scores and its quality from all images' rows."""
     kept = ([torch.from_numpy(rows[f"{kind}{figure}/{name}"]) for figure in ROW_FIGURES] for kind in ("", CENTRED))
     table, centred = (columns_of(*figures) for figures in kept)
     drawn = resampled_means(table[[COLUMNS.index(key) for key in INTERVALS]].T.numpy(), groups=rows["label"])
-    info, count, sums = translator.info, table.shape[1], all_reduce_sum(sums)
-    cosine, hits, residual, squared = sums[:4].tolist()
-    spread = squared - float(sums[4:] @ sums[4:]) / count
+    info, spread = translator.info, rows["from_mean"].sum()
     return {
         "overall": summarize_columns(table.sum(1)),
         "centred": summarize_columns(centred.sum(1)),
         "intervals": dict(zip(INTERVALS, np.quantile(drawn[1:], ENDS, axis=0).T.tolist(), strict=True)),
-        "cosine": cosine / count,
-        "r2": 1 - residual / spread if spread > 0 else np.nan,
-        "zero_shot": hits / count,
+        "cosine": rows[f"cosine/{name}"].mean(),
+        "r2": 1 - rows[f"missed/{name}"].sum() / spread if spread > 0 else np.nan,
+        "zero_shot": rows[f"named/{name}"].mean(),
         "ridge": info.ridge,
         "fit_images": info.images,
     }

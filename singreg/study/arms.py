@@ -74,11 +74,8 @@ def measure_arm(
         _, found = own.measure({AUDITOR: auditor.translator}, auditor.mean, auditor)
         chosen_on = {"images": found["images"], **found["audit"]}
         chosen_on.pop("intervals")
-    return Measured(_floats(figures), intervals, rows, _floats(chosen_on))
-
-
-def _floats(figures: dict[str, Any]) -> dict[str, float]:
-    return {key: math.nan if value is None else float(value) for key, value in figures.items()}
+    shown, chosen = (pd.Series(each, dtype=float).to_dict() for each in (figures, chosen_on))  # None as NaN
+    return Measured(shown, intervals, rows, chosen)
 
 
 def _strange_images(setup: Setup, mean: Tensor, ood: int) -> dict[str, float]:
