@@ -24,7 +24,6 @@ from singreg.analysis.features import FittedTranslator
 from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
 from singreg.data.splits import Splits
 from singreg.loop import CHECKPOINT_EVERY, Arm, own_random_numbers
-from singreg.losses import SingLoss
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
 from singreg.plots.scores import DROPPED, STAGES, finetune_sections, plot_finetune
@@ -119,52 +118,47 @@ def train_arm(
     `fitted` is the loop's translator on the start. Returns also the one that the loop ends with.
     """
     own = replace(setup, classifier=copy.deepcopy(setup.classifier).tune(config.model.tuning))
-    keeper, sing = LoopTranslator(fitted, own, loss_embeddings(config, setup)), None
-    if config.loss.weight:
-        sing = make_sing(config, own, fitted, run.accelerator.gradient_accumulation_steps)
-        (keeper.refresh if config.loss.placebo == "shuffled" else keeper.refit)(sing)
-    train(name, sing, keeper, config, own, run)
+    sing = make_sing(config, own, fitted, run.accelerator.gradient_accumulation_steps) if config.loss.weight else None
+    keeper = LoopTranslator(fitted, own, loss_embeddings(config, setup), sing)
+    (keeper.refresh if config.loss.placebo == "shuffled" else keeper.refit)()
+    train(Arm(name, keeper, config, run))
     # Of the control, whose loop reads nothing, a translator of the same kind: each arm by its own reading.
-    if sing is None:
-        return own.classifier, own.fit(*keeper.bank, fitted.translator.info.ridge).translator
-    return own.classifier, keeper.current(sing)
+    own_reading = own.fit(*keeper.bank, fitted.translator.info.ridge).translator if sing is None else keeper.current
+    return own.classifier, own_reading
 
 
-def train(
-    name: str, sing: SingLoss | None, keeper: LoopTranslator, config: FinetuneConfig, setup: Setup, run: Run
-) -> None:
-    """Train a setup's classifier in place with cross-entropy, and SingLoss where given; it ends in eval mode.
+def train(arm: Arm) -> None:
+    """Train an arm's classifier in place with cross-entropy, and SingLoss where it has it; it ends in eval mode.
 
     It ends with the last weights, or with the best by the validation images where that is asked for.
     """
-    accelerator, arm = run.accelerator, Arm(name, sing, keeper, config, setup, run)
-    validation = Validation(arm, setup)
-    with own_random_numbers(accelerator, config.seed), StopRequest(accelerator) as stop:
-        start, told = arm.checkpoints.load_latest(seed=config.seed), dict[str, str]()
+    accelerator, keeper, validation = arm.accelerator, arm.keeper, Validation(arm)
+    with own_random_numbers(accelerator, arm.config.seed), StopRequest(accelerator) as stop:
+        start, told = arm.checkpoints.load_latest(seed=arm.config.seed), dict[str, str]()
         steps = () if validation.gives_up(start.step) else arm.steps(start)
         if not start.step:
-            told |= validation.look(keeper.current(sing), 0)
+            told |= validation.look(keeper.current, 0)
         bar: dict[str, Any] = {"total": arm.schedule.total, "initial": start.step, "told": told}
         bar["enabled"] = accelerator.is_local_main_process
-        for position, figures in progress(steps, f"training {name}", **bar):
+        for position, figures in progress(steps, f"training {arm.name}", **bar):
             step, ends_epoch = position.step, position.step % arm.schedule.steps_per_epoch == 0
             log(accelerator, figures, step)
             told |= {"loss": f"{figures['train/loss']:.3f}"} if figures else {}
             if stop.came():  # looked for before the translator's refresh, which may encode a million images
                 arm.checkpoints.save(replace(position, due=True))
                 stop.end()
-            if sing is not None and step in arm.schedule.refresh_at:
-                keeper.refresh(sing)
+            if step in arm.schedule.refresh_at:
+                keeper.refresh()
             if ends_epoch:
-                told |= validation.look(keeper.current(sing), step)
+                told |= validation.look(keeper.current, step)
             if ends_epoch or step % CHECKPOINT_EVERY == 0:
                 arm.checkpoints.save(position)
             if ends_epoch and validation.gives_up(step):
                 break
     accelerator.free_memory()
-    setup.classifier.eval()
-    if validation.restore() and sing is not None:
-        keeper.refresh(sing)
+    keeper.setup.classifier.eval()
+    if validation.restore():
+        keeper.refresh()
 
 
 def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, Measured]) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor
 from singreg.checkpoints import Checkpoints, Position
 from singreg.config import FinetuneConfig
 from singreg.data.splits import make_loader
-from singreg.losses import TERMS, SingLoss
+from singreg.losses import TERMS
 from singreg.runs import Run
-from singreg.setup import Setup
 from singreg.task import FinetuneTask, LoopTranslator, Schedule, make_optimizer, micro_batch
 from singreg.utils import seed_process
 
@@ -36,15 +35,14 @@ class Arm:
     """One arm's model, optimiser and data, prepared by accelerate, and the steps that train it.
 
     Seed, order of the images and schedule do not depend on the arm. Micro-batches are shuffled; with SingLoss and an
-    augmentation each has a second view, the one the vision-language model saw. Without SingLoss nobody needs `keeper`.
+    augmentation each has a second view, the one the vision-language model saw.
     """
 
-    def __init__(
-        self, name: str, sing: SingLoss | None, keeper: LoopTranslator, config: FinetuneConfig, setup: Setup, run: Run
-    ) -> None:
-        classifier, split, accelerator = setup.classifier, setup.splits.train, run.accelerator
+    def __init__(self, name: str, keeper: LoopTranslator, config: FinetuneConfig, run: Run) -> None:
+        setup, sing, accelerator = keeper.setup, keeper.sing, run.accelerator
+        classifier, split = setup.classifier, setup.splits.train
         set_seed(config.seed)
-        self.name, self.split, self.config, self.accelerator = name, split, config, accelerator
+        self.name, self.keeper, self.config, self.accelerator, self.split = name, keeper, config, accelerator, split
         self.plain = FinetuneTask(classifier, sing, l2_sp=config.training.l2_sp, compile=config.model.compile)
         self.schedule = Schedule(config, len(split))
         optimizer = make_optimizer(classifier, config)
@@ -62,7 +60,6 @@ class Arm:
         )
         self.sampler: Any = loader.sampler  # takes the epoch
         self.task, self.optimizer, self.loader = accelerator.prepare(self.plain, optimizer, loader)
-        self.translator = keeper if sing is not None else None
         self.checkpoints = Checkpoints(run.folder / "checkpoints" / name, accelerator)
         self.skipped = 0  # steps in a row that fp16's scaler skipped
 
@@ -102,8 +99,8 @@ class Arm:
 def micro_step(arm: Arm, batch: Sequence[Tensor], step: int) -> dict[str, Tensor]:
     """Run forward and backward of one micro-batch, and the optimiser's step where it is the last of its batch."""
     *views, labels, indices = batch
-    accelerator, keeper = arm.accelerator, arm.translator
-    embeddings = None if keeper is None else keeper.seen(indices, labels.device)
+    accelerator = arm.accelerator
+    embeddings = None if arm.keeper.sing is None else arm.keeper.seen(indices, labels.device)
     clean = views[1] if len(views) > 1 else None
     with accelerator.accumulate(arm.task):
         with accelerator.autocast():

@@ -215,35 +215,44 @@ def micro_batch(config: FinetuneConfig, accelerator: Accelerator) -> int:
 class LoopTranslator:
     """Refits the loss's translator, metric and readout for the setup's classifier, at the ridge of the first, `fitted`.
 
-    `embeddings` (N, n) are those of the bank, or a placebo's in their place.
+    `embeddings` (N, n) are those of the bank, or a placebo's in their place. Without a loss there is nothing to refit.
     """
 
-    def __init__(self, fitted: FittedTranslator, setup: Setup, embeddings: np.ndarray) -> None:
+    def __init__(
+        self, fitted: FittedTranslator, setup: Setup, embeddings: np.ndarray, sing: SingLoss | None = None
+    ) -> None:
         self.first, self.info, self.statistics = fitted.translator, fitted.translator.info, fitted.statistics
         self.setup, self.bank, self.embeddings = setup, loop_bank(setup.splits, embeddings), embeddings
+        self.sing = sing
 
-    def current(self, sing: SingLoss | None) -> LinearTranslator:
-        """Return the translator the loss reads now; without a loss, the first."""
+    @property
+    def current(self) -> LinearTranslator:
+        """The translator the loss reads now; without a loss, the first."""
+        sing = self.sing
         return self.first if sing is None else LinearTranslator(sing.matrix, sing.offset, self.info)
 
     def seen(self, indices: Tensor, device: torch.device) -> Tensor:
         """Return the embeddings (B, n) of the training images at indices (B,): they are the bank's first."""
         return take_rows(self.embeddings, indices.cpu().numpy()).to(device)
 
-    def refresh(self, sing: SingLoss) -> None:
+    def refresh(self) -> None:
         """Encode the bank with today's classifier and refit on it."""
+        if self.sing is None:
+            return
         setup, said = self.setup, "refreshing the translator"
         fresh = RidgeStatistics(*self.statistics.fz.shape, device=setup.texts.device)
         for batch in gathered(iterate_features(setup.classifier, *self.bank, setup.passes, said)):
             fresh.update(batch.features, batch.embeddings)
         self.statistics = fresh.reduce()
-        self.refit(sing)
+        self.refit()
 
-    def refit(self, sing: SingLoss) -> None:
+    def refit(self) -> None:
         """Solve again for today's head, without encoding an image."""
+        if self.sing is None:
+            return
         self.info = replace(self.info, head_hash=self.setup.classifier.head_hash())
         solution = self.statistics.solve(self.info.ridge, standardize=self.setup.space.basis)
-        sing.set_translator(LinearTranslator.from_solution(solution, self.info), self.statistics)
+        self.sing.set_translator(LinearTranslator.from_solution(solution, self.info), self.statistics)
 
 
 def loop_bank(splits: Splits, embeddings: np.ndarray) -> tuple[ImageSplit, np.ndarray]:

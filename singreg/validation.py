@@ -60,8 +60,8 @@ class Validation:
     The images are those of no other use, `setup.held`; without them there are no curves and no epoch can be chosen.
     """
 
-    def __init__(self, arm: Arm, setup: Setup) -> None:
-        self.setup, self.accelerator, training = setup, arm.accelerator, arm.config.training
+    def __init__(self, arm: Arm) -> None:
+        self.setup, self.accelerator, training = arm.keeper.setup, arm.accelerator, arm.config.training
         self.patience, self.chooses = training.patience * arm.schedule.steps_per_epoch, bool(training.best_checkpoint)
         self.kept, self.best, self.step = arm.checkpoints.folder / "best.safetensors", -1.0, 0
         if self.kept.is_file():

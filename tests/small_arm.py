@@ -148,7 +148,7 @@ class Arm:
 
         setup = small_setup(classifier, self.split, (Pixels(), embeddings()) if self.chooses else None)
         run: Any = SimpleNamespace(accelerator=accelerator, folder=self.folder)
-        self.keeper = LoopTranslator(small_fitted(classifier), setup, embeddings())
+        self.keeper = LoopTranslator(small_fitted(classifier), setup, embeddings(), self.sing)
         name = "sing" if self.regularised else "control"
         try:
             with (
@@ -156,7 +156,7 @@ class Arm:
                 patch.object(validation, "log", log),
                 patch.object(loop, "LOG_EVERY", 1),
             ):
-                finetune.train(name, self.sing, self.keeper, config, setup, run)
+                finetune.train(loop.Arm(name, self.keeper, config, run))
         finally:
             torch.set_num_threads(threads)
             AcceleratorState._reset_state(True)

@@ -158,9 +158,9 @@ def test_sigterm_saves_the_step_and_leaves_the_refresh_for_later(
     refreshed: list[int] = []
     original = LoopTranslator.refresh
 
-    def counted(self: LoopTranslator, sing: Any) -> None:
-        refreshed.append(int(sing.step))
-        original(self, sing)
+    def counted(self: LoopTranslator) -> None:
+        refreshed.extend([int(self.sing.step)] if self.sing else [])
+        original(self)
 
     monkeypatch.setattr(LoopTranslator, "refresh", counted)
     ending = in_step(4, "sing", lambda _: signal.raise_signal(signal.SIGTERM))

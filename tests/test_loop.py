@@ -240,17 +240,17 @@ def test_the_bank_is_without_the_training_images_where_as_many_others_are_there(
 def test_refreshing_is_a_fit_of_todays_features_with_the_first_ridge() -> None:
     classifier, other = small_classifier(), small_classifier()
     sing, fitted = small_arm.small_sing(classifier), small_arm.small_fitted(classifier)
-    keeper = LoopTranslator(fitted, small_arm.small_setup(classifier, Pixels()), embeddings())
+    keeper = LoopTranslator(fitted, small_arm.small_setup(classifier, Pixels()), embeddings(), sing)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)))
         classifier.load_state_dict(other.state_dict())
     first = fitted.translator.matrix
     for encode, features in ((False, small_arm.features_of(small_classifier())), (True, small_arm.features_of(other))):
-        (keeper.refresh if encode else keeper.refit)(sing)
+        (keeper.refresh if encode else keeper.refit)()
         scale = formulas.block_scale(features.double().numpy(), other.weight)
         matrix, offset = formulas.ridge(features.double().numpy() @ scale, embeddings().astype(np.float64), 0.01)
-        current = keeper.current(sing)
+        current = keeper.current
         np.testing.assert_allclose(current.matrix.numpy(), matrix @ scale, atol=1e-5)
         np.testing.assert_allclose(current.offset.numpy(), offset, atol=1e-5)
         assert current.info.head_hash == other.head_hash()
