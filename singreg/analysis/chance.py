@@ -1,6 +1,5 @@
 """What chance does: random null spaces, shuffled texts, random perturbations of equal norm (METHOD 4, 8.2, 8.3)."""
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -164,19 +163,17 @@ def measure_perturbations(
         if not len(indices):
             continue
         logits, norm = features @ exact.T, torch.linalg.vector_norm(features, dim=1, keepdim=True)
-        z, columns = {name: read(features) for name, read in translators.items()}, dict[str, list[Tensor]]()
-        for (kind, direction), size in itertools.product(_directions(indices, null_space, seed).items(), SIZES):
-            moved = features + size * norm * direction
-            figures = {f"angle {name}": angle(z[name], read(moved)) for name, read in translators.items()}
-            figures["logit_change"] = largest_change(moved @ exact.T - logits, null_space)
+        top, near = logits.topk(min(2, logits.shape[1]), dim=1).values, features.float() @ narrow.T
+        z, found = {n: read(features) for n, read in translators.items()}, {"index": indices}
+        found["margin"] = top[:, 0] - top[:, -1]
+        for kind, direction in _directions(indices, null_space, seed).items():
+            moved = [features + size * norm * direction for size in SIZES]
+            figures = {f"angle {n}": [angle(z[n], read(x)) for x in moved] for n, read in translators.items()}
+            figures["logit_change"] = [largest_change(x @ exact.T - logits, null_space) for x in moved]
             if kind == "null":
-                change = moved.float() @ narrow.T - features.float() @ narrow.T
-                figures["logit_change_float32"] = largest_change(change, null_space).double()
-            for name, value in figures.items():
-                columns.setdefault(f"{kind}/{name}", []).append(value)
-        top = logits.topk(min(2, logits.shape[1]), dim=1).values
-        found = {name: torch.stack(values, dim=1) for name, values in columns.items()}
-        found |= {"index": indices, "margin": top[:, 0] - top[:, -1]}
+                changes = [largest_change(x.float() @ narrow.T - near, null_space).double() for x in moved]
+                figures["logit_change_float32"] = changes
+            found |= {f"{kind}/{name}": torch.stack(values, dim=1) for name, values in figures.items()}
         rows.append({name: value.cpu().numpy() for name, value in found.items()})
     table = gather_rows(rows, sort_by="index")
     curves: dict[str, dict[str, np.ndarray]] = {}

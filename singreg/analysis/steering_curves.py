@@ -27,7 +27,6 @@ EXACT = 1e-6  # logits: what a null direction may move them by, in float64 with 
 
 Craft = Callable[[SteeringRows], Iterator[tuple[Tensor, Tensor]]]
 """Rows to directions (R, m), each with its steps (R, g); the g of all directions make up an attack's grid."""
-Direction = Callable[[SteeringRows], Tensor]
 Found = Mapping[str, Any]
 MAXIMISER, RANDOM = "maximiser", "random direction"
 NEAR_RATIOS = (0.05, 1.0)  # of σ_1: below it a direction counts as nearly null; 1: held by the logit tolerance alone
@@ -61,15 +60,26 @@ def natural_marks(natural: Found) -> dict[str, float]:
     return {"50 %": 1.0, "95 %": natural["p95"] / natural["median"], "99 %": natural["p99"] / natural["median"]}
 
 
-def null_direction(rows: SteeringRows, translator: AnyTranslator, space: NullSpace) -> Tensor:
-    """Return the gradient's null part at length 1, (R, m)."""
-    return unit_in_null(similarity_gradient(rows.features, rows.text, translator), space)
+def null_direction(rows: SteeringRows, space: NullSpace, translator: AnyTranslator | None) -> Tensor:
+    """Return unit null directions (R, m): the gradient's null part; without a translator random ones.
+
+    These are fixed by image and target: the same in any order, on any processes.
+    """
+    if translator is not None:
+        return unit_in_null(similarity_gradient(rows.features, rows.text, translator), space)
+    seeds = ([0, *pair] for pair in zip(rows.image.tolist(), rows.target.tolist(), strict=True))
+    drawn = np.stack([np.random.default_rng(s).standard_normal(rows.features.shape[1]) for s in seeds])
+    return unit_in_null(torch.from_numpy(drawn).to(rows.features), space)
 
 
-def straight(rows: SteeringRows, direction: Direction, steps: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+def straight(space: NullSpace, translator: AnyTranslator | None, steps: Sequence[float]) -> Craft:
     """Go along one unit direction by shares of |f|."""
-    length = torch.linalg.vector_norm(rows.features, dim=1)
-    yield direction(rows), length[:, None] * rows.features.new_tensor(steps)
+
+    def craft(rows: SteeringRows) -> Iterator[tuple[Tensor, Tensor]]:
+        length = torch.linalg.vector_norm(rows.features, dim=1)
+        yield null_direction(rows, space, translator), length[:, None] * rows.features.new_tensor(steps)
+
+    return craft
 
 
 def equal_effort(
@@ -88,16 +98,12 @@ def equal_effort(
     radii = tuple(sorted({*radii, *natural_marks(natural).values()}))
     limits = natural["median"] * gaussian.mean.new_tensor(radii)
 
-    def outwards(rows: SteeringRows, direction: Direction) -> Iterator[tuple[Tensor, Tensor]]:
-        along = direction(rows)
+    def outwards(rows: SteeringRows, translator: AnyTranslator) -> Iterator[tuple[Tensor, Tensor]]:
+        along = null_direction(rows, space, translator)
         yield along, torch.nan_to_num(gaussian.step_for_radius(rows.features, along, limits))
 
-    attacks = []
-    for budget, grid, go in (("step", steps, partial(straight, steps=steps)), ("radius", radii, outwards)):
-        for name, each in attackers.items():
-            along = partial(null_direction, translator=each, space=space)
-            attacks.append(Attack(SINGLE, name, grid, partial(go, direction=along), budget))
-    return attacks
+    within = [Attack(SINGLE, name, radii, partial(outwards, translator=t), "radius") for name, t in attackers.items()]
+    return [Attack(SINGLE, name, steps, straight(space, t, steps)) for name, t in attackers.items()] + within
 
 
 @torch.no_grad()
@@ -208,13 +214,6 @@ def the_curve(curves: Iterable[Found], **wanted: Any) -> Found:
     return found
 
 
-def random_direction(rows: SteeringRows, space: NullSpace) -> Tensor:
-    """Return unit null directions (R, m), fixed by image and target: the same in any order, on any processes."""
-    seeds = ([0, *pair] for pair in zip(rows.image.tolist(), rows.target.tolist(), strict=True))
-    drawn = np.stack([np.random.default_rng(s).standard_normal(rows.features.shape[1]) for s in seeds])
-    return unit_in_null(torch.from_numpy(drawn).to(rows.features), space)
-
-
 def climb(translator: LinearTranslator, space: NullSpace, steps: Sequence[float], near: NearNull | None) -> Craft:
     """Maximise the cosine; each step begins from the one below it and is never worse."""
     maximiser = Maximiser(translator, space, near)
@@ -243,12 +242,10 @@ def usual_attacks(
     """
     attacks = []
     for name, each in translators.items():
-        along = partial(null_direction, translator=each, space=space)
-        attacks.append(Attack(SINGLE, name, steps, partial(straight, direction=along, steps=steps)))
+        attacks.append(Attack(SINGLE, name, steps, straight(space, each, steps)))
         attacks.append(Attack(MAXIMISER, name, steps, climb(each, space, steps, None)))
     on, first = next(iter(translators.items()))
-    drawn = partial(straight, direction=partial(random_direction, space=space), steps=steps)
-    attacks.append(Attack(RANDOM, on, steps, drawn))
+    attacks.append(Attack(RANDOM, on, steps, straight(space, None, steps)))
     for ratio in NEAR_RATIOS:
         near = NearNull.below(weight, space, ratio=ratio, tolerance=tolerance)
         if near.basis.shape[1]:
