@@ -48,8 +48,7 @@ class Attack:
 
 def natural_radii(batches: Iterable[FeatureBatch], gaussian: ConditionalGaussian, fit_images: int) -> dict[str, Any]:
     """Measure percentiles of the radius over held-out images; to those of its own fit a covariance is too near."""
-    columns = [{"index": b.indices.numpy(), "radius": gaussian.radius(b.features).cpu().numpy()} for b in batches]
-    radii = gather_rows(columns, sort_by="index")["radius"]
+    radii = gather_rows([{"radius": gaussian.radius(batch.features).cpu().numpy()} for batch in batches])["radius"]
     median, p95, p99 = (float(value) for value in np.quantile(radii, (0.5, 0.95, 0.99)))
     sizes = {"images": len(radii), "dimensions": len(gaussian.whitening), "fit_images": fit_images}
     return {"median": median, "p95": p95, "p99": p99, **sizes, "floor": gaussian.floor, "floored": gaussian.floored}
