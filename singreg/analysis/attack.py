@@ -63,11 +63,12 @@ class Best:
 
     def offer(self, images: Tensor, reading: Reading) -> None:
         """Keep what is feasible, with the margin, and better than the best so far."""
-        self.keep(images, reading.value.detach().double(), (reading.constraints.detach() <= MARGIN).all(1))
+        feasible = (reading.constraints.detach() <= MARGIN).all(1)
+        self.keep(images, torch.where(feasible, reading.value.detach().double(), -torch.inf))
 
-    def keep(self, images: Tensor, values: Tensor, allowed: Tensor) -> None:
-        """Keep what is allowed (B,) and better than the best so far."""
-        better = allowed & (values > self.value)
+    def keep(self, images: Tensor, values: Tensor) -> None:
+        """Keep what is better (B,) than the best so far."""
+        better = values > self.value
         self.value = torch.where(better, values, self.value)
         self.images = torch.where(better[:, None, None, None], images, self.images)
 
@@ -171,7 +172,7 @@ def ascend(
             moved = size / LEVELS * noise / 2
         own = climb(judged, x, moved, size, Best(x, before), steps=steps, kind=kind)
         found[kind] = torch.maximum(found.get(kind, own.value), own.value)
-        best.keep(own.images, own.value, torch.ones_like(before, dtype=torch.bool))
+        best.keep(own.images, own.value)
     return best.images, found
 
 
