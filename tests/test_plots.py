@@ -34,8 +34,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         kept.append(figure)
         return save(figure, path, caption)
 
-    for module in (scores,):
-        monkeypatch.setattr(module, "save", keep)
+    monkeypatch.setattr(scores, "save", keep)
     return kept
 
 
