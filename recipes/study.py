@@ -221,11 +221,10 @@ def arms_table(arms: list[Summary], titles: dict[str, str]) -> pd.DataFrame:
 
 def ratio_table(arms: list[Summary], label: str | None = None) -> pd.DataFrame:
     """Every arm's top-1, and its figures over the reference's, paired by image; by another VLM where labelled."""
-    rows = []
+    shown, rows = {"top1": "top-1, difference", **FALLING, **STAYING, "confirmed": FIGURES["confirmed"]}, []
     for arm in arms:
         paired = arm["paired"] if label is None else arm["further"].get(label, {})
         named = {"arm": arm["arm"], "seeds": str(len(arm["seeds"])), "top-1": percent(arm["mean"]["top1"])}
-        shown = {"top1": "top-1, difference", **FALLING, **STAYING, "confirmed": FIGURES["confirmed"]}
         rows.append(named | {title: words(paired.get(name)) for name, title in shown.items()})
     return pd.DataFrame(rows)
 
