@@ -6,7 +6,7 @@ accelerate launch --config_file configs/accelerate/cpu.yaml recipes/finetune.py 
 import copy
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from singreg.analysis.comparison import Measured, compare_rows, finetune_warnings, no_claim, verdict
 from singreg.analysis.features import FittedTranslator
-from singreg.checkpoints import Stage, fingerprints, refuse_other_inputs, stage
+from singreg.checkpoints import fingerprints, refuse_other_inputs, stage
 from singreg.data.splits import Splits
 from singreg.loop import CHECKPOINT_EVERY, Arm, own_random_numbers
 from singreg.models.classifier import Classifier
@@ -32,7 +32,7 @@ from singreg.runs import Run, StopRequest, explained, start
 from singreg.setup import Setup, prepare
 from singreg.tables import AUDIT, audit_table
 from singreg.task import LoopTranslator, Schedule, describe_training, loop_bank, loss_embeddings, make_sing
-from singreg.translator import LinearTranslator, TranslatorInfo
+from singreg.translator import LinearTranslator
 from singreg.utils import progress
 from singreg.validation import Validation, hold_out, validation_images
 
@@ -51,15 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.open()
     with run.guarded():
         refuse_other_inputs(run, fingerprints(setup))
-        before = stage(run, "before", partial(measure_before, config, setup, run))
-        stages = {"before": before}
+        fitted = start_translator(config, setup, run)
+        stages = {"before": stage(run, "before", lambda: audit(setup, fitted.translator, config.translator.ridge)[1])}
+        before = stages["before"][1]
         for arm in ("control", "sing"):
-            stages[arm] = stage(run, arm, partial(train_and_measure, arm, config, setup, before, run))
+            stages[arm] = stage(run, arm, partial(train_and_measure, arm, config, setup, fitted, before, run))
             if accelerator.is_main_process:  # the finished model is in its folder
                 shutil.rmtree(run.folder / "checkpoints" / arm, ignore_errors=True)
         stages["dropped"] = stage(run, "dropped", partial(measure_dropped, setup, before, run))
         if accelerator.is_main_process:
-            report(config, setup, run, {name: (each.rows, each.figures) for name, each in stages.items()})
+            report(config, setup, run, stages)
             if config.push_to_hub:
                 push(config.push_to_hub, run)
     accelerator.end_training()
@@ -72,24 +73,28 @@ def audit(setup: Setup, loop: LinearTranslator | None, ridge: float | None) -> t
     return auditor, setup.measure(judges, auditor.mean, auditor)
 
 
-def measure_before(config: FinetuneConfig, setup: Setup, run: Run) -> Stage:
-    """Fit the loop's translator on the starting classifier and measure."""
-    loop = setup.fit(*loop_bank(setup.splits, setup.embeddings["bank"]), config.translator.ridge)
-    _, measured = audit(setup, loop.translator, config.translator.ridge)
-    if run.accelerator.is_main_process:
-        loop.translator.save(run.folder / "translator-before.safetensors")
-    return Stage(*measured, loop.state_dict(), asdict(loop.translator.info))
+def start_translator(config: FinetuneConfig, setup: Setup, run: Run) -> FittedTranslator:
+    """Fit the loop's translator on the starting classifier; a resumed run reads it back."""
+    kept = run.folder / "checkpoints" / "translator.safetensors"
+    if not kept.is_file():
+        with run.timed("translator"):
+            fitted = setup.fit(*loop_bank(setup.splits, setup.embeddings["bank"]), config.translator.ridge)
+        if run.accelerator.is_main_process:
+            fitted.translator.save(run.folder / "translator-before.safetensors")
+            fitted.save(kept)
+        run.accelerator.wait_for_everyone()
+    return FittedTranslator.load(kept, run.accelerator.device)
 
 
-def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: Stage, run: Run) -> Stage:
+def train_and_measure(
+    name: str, config: FinetuneConfig, setup: Setup, fitted: FittedTranslator, before: dict[str, Any], run: Run
+) -> Measured:
     """Train one arm from the common start and measure it with the loop's translator and a fresh auditor."""
     given = config if name == "sing" else replace(config, loss=replace(config.loss, weight=0.0))
-    track(run.accelerator, name, given, headline(before.figures))
-    log(run.accelerator, headline(before.figures), 0)
-    tensors = {key: tensor.to(run.accelerator.device) for key, tensor in before.tensors.items()}
-    fitted = FittedTranslator.from_state(tensors, TranslatorInfo(**before.notes))
+    track(run.accelerator, name, given, headline(before))
+    log(run.accelerator, headline(before), 0)
     classifier, loop = train_arm(name, given, setup, fitted, run)
-    ridge = before.figures["translators"]["auditor"]["ridge"]  # one for all stages, or a ratio would be of two scales
+    ridge = before["translators"]["auditor"]["ridge"]  # one for all stages, or a ratio would be of two scales
     auditor, measured = audit(replace(setup, classifier=classifier), loop, ridge)
     end = Schedule(config, len(setup.splits.train)).total
     for step in (end, end + 1):  # twice: TensorBoard takes a single lowest or highest point for an outlier and hides it
@@ -98,16 +103,15 @@ def train_and_measure(name: str, config: FinetuneConfig, setup: Setup, before: S
         ending = "" if name == "sing" else "-control"
         classifier.save(run.folder / f"model{ending}")
         auditor.translator.save(run.folder / f"translator-after{ending}.safetensors")
-    return Stage(*measured)
+    return measured
 
 
-def measure_dropped(setup: Setup, before: Stage, run: Run) -> Stage:
+def measure_dropped(setup: Setup, before: dict[str, Any], run: Run) -> Measured:
     """Measure the baseline to beat: the control's export with its null space dropped, which costs no training."""
     control = copy.deepcopy(setup.classifier)
     control.model.load_state_dict(load_file(run.folder / "model-control" / "model.safetensors"))
-    ridge = before.figures["translators"]["auditor"]["ridge"]
     dropped = drop_null(control, spare=1, invariance=setup.model.invariance)
-    return Stage(*audit(replace(setup, classifier=dropped), None, ridge)[1])
+    return audit(replace(setup, classifier=dropped), None, before["translators"]["auditor"]["ridge"])[1]
 
 
 def train_arm(

@@ -5,10 +5,9 @@ python recipes/study.py --config configs/study_scenes.yaml
 
 import copy
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from singreg.config import parse
 from singreg.study import StudyConfig
@@ -22,16 +21,16 @@ from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
 
 from finetune import audit, train_arm
-from singreg.analysis.comparison import FALLING, FIGURES, STAYING, words
+from singreg.analysis.comparison import FALLING, FIGURES, STAYING, Measured, words
 from singreg.analysis.features import FittedTranslator
-from singreg.checkpoints import fingerprints
+from singreg.checkpoints import fingerprints, stage
 from singreg.models.classifier import Classifier
 from singreg.models.edits import align_head_, drop_null, interpolate_weights
 from singreg.plots.comparison import save_pareto
 from singreg.report import Section, interval, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, prepare, read_by, space_labels
-from singreg.study.arms import Measured, StudyRun, Work, measure_arm, plan_study
+from singreg.study.arms import StudyRun, Work, measure_arm, plan_study
 from singreg.study.results import Summary, study_verdict, study_warnings, summarize_study
 from singreg.task import describe_training, loop_bank
 from singreg.translator import LinearTranslator
@@ -78,14 +77,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         run.open()
     with run.guarded():
-        found = [work.read_back() for work in works]
+        if accelerator.is_main_process:
+            for work in works:
+                work.make_room()
+        accelerator.wait_for_everyone()
+        found = []
         for place, work in enumerate(works):
-            if found[place] is None:
-                logger.info("arm %d of %d: %s, seed %d", place + 1, len(works), work.arm.name, work.seed)
-                found[place] = make_and_measure(study, work)
+            logger.info("arm %d of %d: %s, seed %d", place + 1, len(works), work.arm.name, work.seed)
+            found.append((work, stage(study.inside(work), work.name, partial(make_and_measure, study, work))))
+            if accelerator.is_main_process:
+                shutil.rmtree(work.folder / "checkpoints" / work.name, ignore_errors=True)
         if accelerator.is_main_process:
             shutil.rmtree(run.folder / "features", ignore_errors=True)
-            report(study, [(work, each) for work, each in zip(works, found, strict=True) if each is not None])
+            report(study, found)
     accelerator.end_training()
 
 
@@ -123,14 +127,18 @@ class Study:
             self.ridges[label] = fitted
         return self.ridges[label]
 
+    def inside(self, work: Work) -> Run:
+        """The run, in an arm's own folder."""
+        own = copy.copy(self.run)
+        own.folder = work.folder
+        return own
+
     def make(self, work: Work) -> tuple[Classifier, LinearTranslator]:
         """Train or edit a copy of the starting classifier; return also the loop's translator of it."""
         config, setup, make, fitted = work.config, self.setup, work.arm.make, self.start
         if make == "train":
-            inside = copy.copy(self.run)
-            inside.folder, name = work.folder, f"{work.arm.name}-{work.seed}"
-            track(inside.accelerator, name, config)
-            return train_arm(name, config, setup, fitted, inside)
+            track(self.run.accelerator, work.name, config)
+            return train_arm(work.name, config, setup, fitted, self.inside(work))
         classifier = copy.deepcopy(setup.classifier)
         if work.source is not None:
             classifier.model.load_state_dict(load_file(work.source.folder / "weights.safetensors"))
@@ -145,31 +153,24 @@ class Study:
 
 
 def make_and_measure(study: Study, work: Work) -> Measured:
-    """Make one arm, measure it and keep both in its folder."""
-    config, accelerator, begun = study.config, study.run.accelerator, time.monotonic()
-    if accelerator.is_main_process:
-        work.make_room()
-    accelerator.wait_for_everyone()
+    """Make one arm, keep its weights and measure it; the rows by a further model have its label in the column "by"."""
+    main = study.run.accelerator.is_main_process
     classifier, loop = study.make(work)
-    if accelerator.is_main_process:
+    if main:
         state = {name: value.cpu().contiguous().clone() for name, value in classifier.model.state_dict().items()}
         with atomic_write(work.folder / "weights.safetensors") as path:
             save_file(state, path)
-    name = "start" if not work.trained else f"{work.arm.name}-{work.seed}"
-    setup = replace(study.reader(name), classifier=classifier)
+    features = work.name if work.trained else "start"
+    setup = replace(study.reader(features), classifier=classifier)
     auditor, scores = audit(setup, loop, study.ridge())
-    further = {
-        label: audit(replace(study.reader(name, label), classifier=classifier), None, study.ridge(label))[1][0]
-        for label in study.further
-    }
-    found = measure_arm(setup, auditor, scores, ood=config.ood)
-    found = replace(found, further=further, seconds=time.monotonic() - begun)
-    if accelerator.is_main_process:
-        work.keep(found)
-        if work.trained:
-            shutil.rmtree(setup.passes.cache or "", ignore_errors=True)
-    accelerator.wait_for_everyone()
-    return found
+    rows, found = measure_arm(setup, auditor, scores, ood=study.config.ood)
+    tables = [rows.assign(by="")]
+    for label in study.further:
+        read = replace(study.reader(features, label), classifier=classifier)
+        tables.append(audit(read, None, study.ridge(label))[1][0].assign(by=label))
+    if main and work.trained:
+        shutil.rmtree(setup.passes.cache or "", ignore_errors=True)
+    return pd.concat(tables, ignore_index=True), found
 
 
 def report(study: Study, found: list[tuple[Work, Measured]]) -> None:
@@ -178,8 +179,6 @@ def report(study: Study, found: list[tuple[Work, Measured]]) -> None:
     arms = summarize_study(found, config.reference, config.claim)
     facts = {"images": len(setup.splits.test), "classes": len(setup.splits.class_names)}
     facts |= {"auditor_images": len(setup.splits.audit), "features": setup.classifier.feature_dim}
-    named = {f"{work.arm.name}, seed {work.seed}": each for work, each in found}
-    run.seconds.update({name: each.seconds for name, each in named.items()})
     pareto = save_pareto(arms, config.reference, run.folder / "plots" / "pareto.png")
     track(run.accelerator, "report", config)
     log_figures(run.accelerator, [pareto])
@@ -201,7 +200,7 @@ def report(study: Study, found: list[tuple[Work, Measured]]) -> None:
         warnings=study_warnings(arms),
         sections=sections,
         figures={"arms": arms, "reference": config.reference, **facts},
-        rows=pd.concat([each.rows.assign(model=name) for name, each in named.items()]),
+        rows=pd.concat([rows.assign(model=f"{work.arm.name}, seed {work.seed}") for work, (rows, _) in found]),
     )
 
 

@@ -5,19 +5,17 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
 
 import pandas as pd
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from singreg.analysis.comparison import Measured
 from singreg.models.vlm import hash_of_state
 from singreg.runs import Run
 from singreg.setup import Setup
@@ -112,18 +110,8 @@ def _whole(folder: Path) -> tuple[Position, int]:
     return Position(**stored), processes
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What a finished stage of a run leaves: rows and figures measured; tensors and notes that later stages need."""
-
-    rows: pd.DataFrame
-    figures: dict[str, Any]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-
-
-def stage(run: Run, name: str, compute: Callable[[], Stage]) -> Stage:
-    """Return a stage's result: read back from the run's folder where it had finished, else computed, timed and stored.
+def stage(run: Run, name: str, compute: Callable[[], Measured]) -> Measured:
+    """Return a stage's rows and figures: read back from the run's folder where it had finished, else computed and kept.
 
     The JSON is written last and marks the stage as done. Figures that are not defined are None, fresh or stored.
     """
@@ -133,20 +121,16 @@ def stage(run: Run, name: str, compute: Callable[[], Stage]) -> Stage:
         logger.info("stage %s is done already, read from %s", name, folder)
         stored = json.loads(done.read_text(encoding="utf-8"))
         run.seconds[name] = stored["seconds"]
-        # In memory of torch's own, as they were when they were computed: products round by where it begins.
-        tensors = {key: tensor.clone() for key, tensor in load_file(folder / "tensors.safetensors").items()}
-        return Stage(pd.read_parquet(folder / "rows.parquet"), stored["figures"], tensors, stored["notes"])
+        return pd.read_parquet(folder / "rows.parquet"), stored["figures"]
     with run.timed(name):
-        found = compute()
-    found = replace(found, figures=plain(found.figures))
+        rows, figures = compute()
+    figures = plain(figures)
     if run.accelerator.is_main_process:
-        with atomic_write(folder / "tensors.safetensors") as temporary:
-            save_file({key: tensor.cpu().contiguous().clone() for key, tensor in found.tensors.items()}, temporary)
         with atomic_write(folder / "rows.parquet") as temporary:
-            found.rows.to_parquet(temporary)
-        write_json(done, {"figures": found.figures, "notes": found.notes, "seconds": run.seconds[name]})
+            rows.to_parquet(temporary)
+        write_json(done, {"figures": figures, "seconds": run.seconds[name]})
     run.accelerator.wait_for_everyone()
-    return found
+    return rows, figures
 
 
 def fingerprints(setup: Setup) -> dict[str, str]:

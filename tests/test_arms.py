@@ -52,31 +52,31 @@ measured = cache(lambda: measure(held=TESTED))
 
 
 def test_scores_are_those_of_analyze_model() -> None:
-    found, (rows, scores) = measured()
+    (same, found), (rows, scores) = measured()
     judged = scores["translators"][AUDITOR]
-    assert found.rows is rows
-    assert found.figures["AS_neg"] == pytest.approx(judged["overall"]["AS_neg"])
-    assert found.figures["class_variance"] == scores["audit"]["class_variance"]
-    assert found.intervals["IS"] == pytest.approx(judged["intervals"]["IS"])
-    held = found.validation  # here the test images once more
+    assert same is rows
+    assert found["figures"]["AS_neg"] == pytest.approx(judged["overall"]["AS_neg"])
+    assert found["figures"]["class_variance"] == scores["audit"]["class_variance"]
+    assert found["intervals"]["IS"] == pytest.approx(judged["intervals"]["IS"])
+    held = found["validation"]  # here the test images once more
     assert held["images"] == COUNT
-    assert all(found.figures[key] == pytest.approx(held[key], rel=1e-5) for key in held if key != "images")
+    assert all(found["figures"][key] == pytest.approx(held[key], rel=1e-5) for key in held if key != "images")
 
 
 def test_information_and_side_effects_are_held_out() -> None:
-    model, figures = toy.classifier(), measured()[0].figures
+    model, figures = toy.classifier(), measured()[0][1]["figures"]
     batches = partial(iterate_features, model, settings=toy.QUIET, description="test")
     sizes: dict[str, Any] = {"classes": toy.CLASSES, "target_dim": toy.DIM}
     fits = fit_blocks(batches(AUDIT, toy.embeddings(FIT)), null_space=NullSpace.from_weight(model.weight), **sizes)
     information = measure_information(batches(*TESTED), fits)
     assert figures["null_probe"] == information["accuracy"]["null_space"]
     assert {"ood_vim", "retrieval"} <= {*figures}
-    assert "ood_vim" not in measure(ood=0)[0].figures
+    assert "ood_vim" not in measure(ood=0)[0][1]["figures"]
     assert all(isinstance(value, float) for value in figures.values())
 
 
 def test_without_the_null_space_logits_stay_and_what_it_held_is_gone() -> None:
-    kept, dropped = measured()[0].figures, measure(dropped=True)[0].figures
+    kept, dropped = measured()[0][1]["figures"], measure(dropped=True)[0][1]["figures"]
     for figure in ("top1", "ood_energy"):
         assert dropped[figure] == pytest.approx(kept[figure], abs=1e-5), figure
     assert dropped["ood_null_energy"] == 0.5
@@ -101,12 +101,12 @@ def test_retrieval_is_1_for_turned_embeddings_and_chance_for_others() -> None:
 
 
 def test_cached_features_and_processes_give_the_same_figures(tmp_path: Path) -> None:
-    whole, (rows, _) = measured()
-    assert measure(cache=str(tmp_path))[0].figures == pytest.approx(whole.figures, abs=1e-4, rel=1e-4)
+    whole, (rows, _) = measured()[0][1]["figures"], measured()[1]
+    assert measure(cache=str(tmp_path))[0][1]["figures"] == pytest.approx(whole, abs=1e-4, rel=1e-4)
     assert len(list(tmp_path.glob("*.npy"))) == 3  # audit, test and strange images, each through the network once
-    for got, _ in run_same(2, measure):
-        assert got.figures == pytest.approx(whole.figures, abs=2e-3, rel=1e-4)
-        assert got.rows["image"].tolist() == rows["image"].tolist()
+    for (images, got), _ in run_same(2, measure):
+        assert got["figures"] == pytest.approx(whole, abs=2e-3, rel=1e-4)
+        assert images["image"].tolist() == rows["image"].tolist()
 
 
 # Known attributes.

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_labels_that_take_turns_are_alike_in_both_halves(turns: int) -> None:
     assert np.abs(np.bincount(labels, first) - 50).max() < 15
 
 
-def test_the_fit_is_the_normal_equations_with_the_ridge_on_which_two_halves_agree() -> None:
+def test_the_fit_is_the_normal_equations_with_the_ridge_on_which_two_halves_agree(tmp_path: Path) -> None:
     features, z = toy.features(toy.classifier(), toy.ToySplit(COUNT)), toy.embeddings(COUNT).astype(np.float64)
     whole = fitted(info=TranslatorInfo(vlm="toys"))
     got, f = whole.translator, features.numpy()
@@ -63,7 +64,10 @@ def test_the_fit_is_the_normal_equations_with_the_ridge_on_which_two_halves_agre
     assert (got.info.validation_r2, got.info.agreement) == pytest.approx(scores[best], abs=1e-6)
     assert scores[best][0] > 0.5  # there was something to fit
     assert [int(half.count) for half in whole.halves] == [first.sum(), (~first).sum()]
-    again = FittedTranslator.from_state(whole.state_dict(), got.info)
+    whole.save(tmp_path / "fitted.safetensors")
+    again = FittedTranslator.load(tmp_path / "fitted.safetensors", torch.device("cpu"))
+    assert again.translator.info == got.info
+    assert torch.equal(again.mean, whole.mean)
     sums = [each.statistics.state_dict() for each in (whole, again)]
     assert all(torch.equal(value, sums[1][name]) for name, value in sums[0].items())
     torch.testing.assert_close(again.statistics.ff.numpy(), f.T @ f, rtol=1e-5, atol=1e-5, check_dtype=False)

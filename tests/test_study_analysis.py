@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from singreg.analysis.comparison import HARM, compare_rows, words
+from singreg.analysis.comparison import HARM, Measured, compare_rows, words
 from singreg.analysis.crossfit import AUDITED, AUDITOR, audited_columns, figures
 from singreg.config import FinetuneConfig, LossConfig
 from singreg.plots.comparison import save_pareto
 from singreg.study import ArmConfig
 from singreg.study import results as analysis
-from singreg.study.arms import Measured, Work
+from singreg.study.arms import Work
 from singreg.study.results import Summary, pareto_front, study_warnings, summarize_study
 from singreg.utils import plain
 
@@ -44,7 +44,8 @@ def run(name: str, seed: int = 0, *, about: Any = None, weight: float = 1.0, **o
     harm = float(figures({key: each.mean() for key, each in audited_columns(found).items()})[HARM])
     top1 = float(found["correct"].mean())
     intervals = {"top1": [top1 - 0.02, top1 + 0.02], HARM: [0.9 * harm, harm]}
-    return work, Measured({"top1": top1, HARM: harm}, intervals, found)
+    figures_of = {"figures": {"top1": top1, HARM: harm}, "intervals": intervals, "validation": {}}
+    return work, (found.assign(by=""), figures_of)
 
 
 def study(*more: Run) -> list[Summary]:

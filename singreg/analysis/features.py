@@ -1,10 +1,14 @@
 """One pass over a split, shared out over processes, and translators fitted in it (METHOD sections 2 and 8.6)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from singreg.data.embeddings import PassSettings, encode_split, take_rows
@@ -14,7 +18,7 @@ from singreg.models.vlm import hash_of_state
 from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from singreg.translator import LinearTranslator, TranslatorInfo, fit_on_halves, update_halves
-from singreg.utils import progress, rank_and_world
+from singreg.utils import atomic_write, progress, rank_and_world
 
 STORED_BATCH = 2048
 GATHERED_ROWS = 512
@@ -135,20 +139,25 @@ class FittedTranslator:
         """The sums over all images."""
         return self.halves[0] + self.halves[1]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return all tensors by name, to be kept in a file."""
-        linear = {"matrix": self.translator.matrix, "offset": self.translator.offset}
-        halves = {f"{half}.{key}": each for half in (0, 1) for key, each in self.halves[half].state_dict().items()}
-        return {**linear, "mean": self.mean, **halves}
+    def save(self, path: str | Path) -> None:
+        """Write all of it to a safetensors file, for a run that goes on later."""
+        tensors = {"matrix": self.translator.matrix, "offset": self.translator.offset, "mean": self.mean}
+        tensors |= {f"{half}.{key}": each for half in (0, 1) for key, each in self.halves[half].state_dict().items()}
+        info = {"info": json.dumps(asdict(self.translator.info))}
+        with atomic_write(path) as temporary:
+            save_file({key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}, temporary, info)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], info: TranslatorInfo) -> "FittedTranslator":
-        """Return what `state_dict` was taken of."""
-        translator = LinearTranslator(state["matrix"], state["offset"], info)
-        halves = [RidgeStatistics(*state["0.fz"].shape, device=state["matrix"].device) for _ in range(2)]
+    def load(cls, path: str | Path, device: torch.device) -> "FittedTranslator":
+        """Read back what `save` wrote."""
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+            info = TranslatorInfo(**json.loads(file.metadata()["info"]))
+        halves = [RidgeStatistics(*state["0.fz"].shape, device=device) for _ in range(2)]
         for half, sums in enumerate(halves):
             sums.load_state_dict({key: state[f"{half}.{key}"] for key in sums.state_dict()})
-        return cls(translator, state["mean"], (halves[0], halves[1]))
+        translator = LinearTranslator(state["matrix"], state["offset"], info)
+        return cls(translator, state["mean"].clone(), (halves[0], halves[1]))  # in memory of torch's own
 
 
 def fit_on_split(

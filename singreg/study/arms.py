@@ -1,11 +1,10 @@
 """The arms of a study: how they are planned and kept, and what is measured beside their scores (METHOD 6 to 8)."""
 
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
+from singreg.analysis.comparison import Measured
 from singreg.analysis.crossfit import AUDITOR
 from singreg.analysis.features import FeatureBatch, FittedTranslator, evenly
 from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
@@ -26,7 +26,7 @@ from singreg.nullspace import NullSpace
 from singreg.runs import Run
 from singreg.setup import Setup
 from singreg.study import ArmConfig, StudyConfig, arm_config
-from singreg.utils import atomic_write, gather_rows, sha256_of_json, write_text
+from singreg.utils import gather_rows, sha256_of_json, write_text
 
 SAID = "measuring the arm"
 NEIGHBOURS, QUERIES = 10, 2000  # of an image within its class, and test images asked for them
@@ -37,21 +37,7 @@ WORDS = ("note", "role", "overrides")  # only said of an arm, or in its configur
 MEASURED = ("ood", "validation_per_class")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was found of one arm at one seed; `further` are its rows by another VLM's label."""
-
-    figures: dict[str, float]
-    intervals: dict[str, list[float]]
-    rows: pd.DataFrame
-    validation: dict[str, float] = field(default_factory=dict)
-    further: dict[str, pd.DataFrame] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-def measure_arm(
-    setup: Setup, auditor: FittedTranslator, scores: tuple[pd.DataFrame, dict[str, Any]], *, ood: int = 0
-) -> Measured:
+def measure_arm(setup: Setup, auditor: FittedTranslator, scores: Measured, *, ood: int = 0) -> Measured:
     """Add to an arm's scores, those of `analyze_model` on the test images by the auditor, what a study shows beside."""
     splits, chosen_on = setup.splits, dict[str, Any]()
     rows, figures = scores[0], {name: scores[1][name] for name in ("null_share", "null_energy")} | scores[1]["audit"]
@@ -74,8 +60,7 @@ def measure_arm(
         _, found = own.measure({AUDITOR: auditor.translator}, auditor.mean, auditor)
         chosen_on = {"images": found["images"], **found["audit"]}
         chosen_on.pop("intervals")
-    shown, chosen = (pd.Series(each, dtype=float).to_dict() for each in (figures, chosen_on))  # None as NaN
-    return Measured(shown, intervals, rows, chosen)
+    return rows, {"figures": figures, "intervals": intervals, "validation": chosen_on}
 
 
 def _strange_images(setup: Setup, mean: Tensor, ood: int) -> dict[str, float]:
@@ -197,40 +182,24 @@ class Work:
     folder: Path
 
     @property
+    def name(self) -> str:
+        """What trackers, caches and checkpoints call it."""
+        return f"{self.arm.name}-{self.seed}"
+
+    @property
     def trained(self) -> bool:
         """Whether it, or the arm it is made from, depends on the seed."""
         return self.arm.make == "train" or self.source is not None
 
     def make_room(self) -> None:
-        """Remove what another configuration left in the folder; checkpoints of this one stay."""
+        """Remove what another configuration left in the folder; what this one has done stays."""
         note = self.folder / "digest.txt"
-        if not note.is_file() or note.read_text(encoding="utf-8") != self.digest:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            write_text(note, self.digest)
-
-    def keep(self, found: Measured) -> None:
-        """Write the arm's rows, then the JSON that marks it as done; its checkpoints have done their work."""
-        stored = {**vars(found), "digest": self.digest}
-        tables = {"rows": stored.pop("rows"), **{f"further {label}": rows for label, rows in found.further.items()}}
-        for name, rows in tables.items():
-            with atomic_write(self.folder / f"{name}.parquet") as temporary:
-                rows.to_parquet(temporary, index=False)
-        stored["further"] = [*found.further]
-        write_text(self.folder / "measurement.json", json.dumps(stored, indent=1))  # with NaN, unlike a report
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-
-    def read_back(self) -> Measured | None:
-        """Return what was found of the arm, or None when it is not done, or was done with another configuration."""
-        path = self.folder / "measurement.json"
-        if not path.is_file():
-            return None
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored.pop("digest") != self.digest:
-            said = "arm %s, seed %d was made with another configuration and is made again"
-            logger.info(said, self.arm.name, self.seed)
-            return None
-        further = {label: pd.read_parquet(self.folder / f"further {label}.parquet") for label in stored.pop("further")}
-        return Measured(**stored, rows=pd.read_parquet(self.folder / "rows.parquet"), further=further)
+        if note.is_file() and note.read_text(encoding="utf-8") == self.digest:
+            return
+        if note.is_file():
+            logger.info("%s was made with another configuration and is made again", self.name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        write_text(note, self.digest)
 
 
 def plan_study(config: StudyConfig, inputs: Mapping[str, str]) -> list[Work]:

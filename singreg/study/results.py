@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from singreg.analysis import comparison
-from singreg.analysis.comparison import CONFIRMED, HARM, Rows, compare_rows, no_claim, too_few, words
-from singreg.study.arms import Measured, Work
+from singreg.analysis.comparison import CONFIRMED, HARM, Measured, Rows, compare_rows, no_claim, too_few, words
+from singreg.study.arms import Work
 
 Summary = dict[str, Any]
 
@@ -27,8 +27,8 @@ def summarize_study(runs: Sequence[tuple[Work, Measured]], reference: str, claim
         by_arm.setdefault(work.arm.name, []).append((work, run))
     seeds = [work.seed for work, _ in by_arm[reference]]
 
-    def rows(name: str, label: str | None = None) -> Rows:
-        found = {work.seed: run.rows if label is None else run.further[label] for work, run in by_arm[name]}
+    def rows(name: str, label: str = "") -> Rows:
+        found = {work.seed: rows_by(table, label) for work, (table, _) in by_arm[name]}
         only = next(iter(found.values()))
         return found if by_arm[name][0][0].trained else dict.fromkeys(seeds, only)  # an untrained arm's seed is nothing
 
@@ -36,16 +36,21 @@ def summarize_study(runs: Sequence[tuple[Work, Measured]], reference: str, claim
     for arm in arms:
         name, compared = arm["arm"], arm["arm"] != reference
         arm["paired"] = compare_rows(rows(name), rows(reference)) if compared else {}
-        further = by_arm[name][0][1].further if compared else ()
+        further = [label for label in by_arm[name][0][1][0]["by"].unique() if label] if compared else ()
         arm["further"] = {label: compare_rows(rows(name, label), rows(reference, label)) for label in further}
         arm["placebo"] = compare_rows(rows(claim), rows(name)) if arm["role"] == "placebo" else {}
     front = pareto_front({arm["arm"]: (arm["mean"]["top1"], arm["mean"][HARM]) for arm in arms})
     return [{**arm, "front": arm["arm"] in front} for arm in arms]
 
 
+def rows_by(table: pd.DataFrame, label: str = "") -> pd.DataFrame:
+    """Return an arm's rows by the study's own vision-language model, or by a further one, which no loop reads."""
+    return table[table["by"] == label].drop(columns=[name for name in table if label and str(name).endswith("/loop")])
+
+
 def _summary(found: Sequence[tuple[Work, Measured]]) -> Summary:
-    (first, _), runs = found[0], [run for _, run in found]
-    table, arm = pd.DataFrame([run.figures for run in runs]), first.arm
+    (first, _), runs = found[0], [run for _, (_, run) in found]
+    table, arm = pd.DataFrame([run["figures"] for run in runs], dtype=float), first.arm
     curve = arm.make == "train" and set(arm.overrides) <= {"loss.weight"}
     return {
         "arm": arm.name,
@@ -55,8 +60,11 @@ def _summary(found: Sequence[tuple[Work, Measured]]) -> Summary:
         "seeds": [work.seed for work, _ in found],
         "mean": table.mean(skipna=False).to_dict(),
         "spread": table.std(ddof=1, skipna=False).to_dict(),
-        "intervals": {n: np.mean([run.intervals[n] for run in runs], axis=0).tolist() for n in runs[0].intervals},
-        "validation": pd.DataFrame([run.validation for run in runs]).mean().to_dict(),
+        "intervals": {
+            name: np.mean([np.array(run["intervals"][name], float) for run in runs], axis=0).tolist()
+            for name in runs[0]["intervals"]
+        },
+        "validation": pd.DataFrame([run["validation"] for run in runs], dtype=float).mean().to_dict(),
     }
 
 
