@@ -150,8 +150,8 @@ class FittedTranslator:
     @classmethod
     def load(cls, path: str | Path, device: torch.device) -> "FittedTranslator":
         """Read back what `save` wrote."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118  (not a mapping)
             info = TranslatorInfo(**json.loads(file.metadata()["info"]))
         halves = [RidgeStatistics(*state["0.fz"].shape, device=device) for _ in range(2)]
         for half, sums in enumerate(halves):
