@@ -74,7 +74,7 @@ from singreg.data.splits import Splits
 from singreg.models.edits import drop_null
 from singreg.models.vlm import hash_of_state
 from singreg.nullspace import NullSpace
-from singreg.plots import attack as plotting
+from singreg.plots import steering as plotting
 from singreg.report import log_figures, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, Space, fit_translators, labels_for_head, open_model, open_spaces, try_one_batch

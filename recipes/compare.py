@@ -48,7 +48,7 @@ from singreg.analysis.comparison import SCORES
 from singreg.analysis.features import translator_agreement
 from singreg.analysis.scores import compare_passports
 from singreg.data.datasets import load_splits
-from singreg.plots.comparison import save_comparison_plot
+from singreg.plots.scores import save_comparison_plot
 from singreg.report import Section, log, log_figures, number, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, fit_translators, labels_for_head, look_at_heads, open_model, open_spaces

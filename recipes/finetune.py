@@ -23,7 +23,7 @@ from singreg.analysis.comparison import Measured, compare_rows, finetune_warning
 from singreg.analysis.features import FittedTranslator
 from singreg.checkpoints import fingerprints, refuse_other_inputs, stage
 from singreg.data.splits import Splits
-from singreg.loop import CHECKPOINT_EVERY, Arm, own_random_numbers
+from singreg.loop import CHECKPOINT_EVERY, Arm, Validation, hold_out, own_random_numbers, validation_images
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
 from singreg.plots.scores import DROPPED, STAGES, finetune_sections, plot_finetune
@@ -34,7 +34,6 @@ from singreg.tables import AUDIT, audit_table
 from singreg.task import LoopTranslator, Schedule, describe_training, loop_bank, loss_embeddings, make_sing
 from singreg.translator import LinearTranslator
 from singreg.utils import progress
-from singreg.validation import Validation, hold_out, validation_images
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

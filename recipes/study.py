@@ -24,18 +24,26 @@ from finetune import audit, train_arm
 from singreg.analysis.comparison import FALLING, FIGURES, STAYING, Measured, words
 from singreg.analysis.features import FittedTranslator
 from singreg.checkpoints import fingerprints, stage
+from singreg.loop import hold_out
 from singreg.models.classifier import Classifier
 from singreg.models.edits import align_head_, drop_null, interpolate_weights
-from singreg.plots.comparison import save_pareto
+from singreg.plots.scores import save_pareto
 from singreg.report import Section, interval, log_figures, number, percent, track, write_report
 from singreg.runs import Run, explained, start
 from singreg.setup import Setup, prepare, read_by, space_labels
-from singreg.study.arms import StudyRun, Work, measure_arm, plan_study
-from singreg.study.results import Summary, study_verdict, study_warnings, summarize_study
+from singreg.study.results import (
+    StudyRun,
+    Summary,
+    Work,
+    measure_arm,
+    plan_study,
+    study_verdict,
+    study_warnings,
+    summarize_study,
+)
 from singreg.task import describe_training, loop_bank
 from singreg.translator import LinearTranslator
 from singreg.utils import atomic_write
-from singreg.validation import hold_out
 
 logger = get_logger(__name__)
 MAIN = {"top1": FIGURES["top1"], **FALLING, **STAYING, "self 4 sd": "4 sd step judged by itself"}

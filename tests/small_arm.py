@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import finetune
-from singreg import loop, validation
+from singreg import loop
 from singreg.analysis.features import FittedTranslator
 from singreg.config import FinetuneConfig, overridden
 from singreg.data.embeddings import PassSettings
@@ -153,8 +153,7 @@ class Arm:
         try:
             with (
                 patch.multiple(finetune, log=log, CHECKPOINT_EVERY=3),
-                patch.object(validation, "log", log),
-                patch.object(loop, "LOG_EVERY", 1),
+                patch.multiple(loop, log=log, LOG_EVERY=1),
             ):
                 finetune.train(loop.Arm(name, self.keeper, config, run))
         finally:

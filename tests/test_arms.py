@@ -14,16 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from singreg.analysis.crossfit import AUDITOR
 from singreg.analysis.features import FeatureBatch, fit_on_split, iterate_features
 from singreg.analysis.probes import fit_blocks, measure_information
-from singreg.analysis.scores import Rows, analyze_model
+from singreg.analysis.scores import AUDITOR, Rows, analyze_model
 from singreg.data.splits import Splits
 from singreg.models.edits import drop_null
 from singreg.nullspace import NullSpace
 from singreg.setup import Setup
-from singreg.study import arms
-from singreg.study.arms import network_outputs, ood_figures
+from singreg.study import results as arms
+from singreg.study.results import network_outputs, ood_figures
 from tests import planted, toy
 from tests.processes import run_same
 from tests.reference.formulas import null_projector

@@ -10,7 +10,7 @@ import pytest
 import attack as recipe
 from singreg.analysis import attack
 from singreg.analysis.attack import LAGRANGIAN, TANGENT
-from singreg.plots.attack import attack_verdict, attack_warnings
+from singreg.plots.steering import attack_verdict, attack_warnings
 from tests.recipe_run import run_recipe
 
 MODELS = '[{"name": "demo"}, {"name": "demo", "label": "dropped", "drop_null": true}]'

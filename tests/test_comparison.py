@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from singreg.analysis.comparison import FIGURES, Measured, Paired, compare_rows, finetune_warnings, verdict
-from singreg.analysis.crossfit import AUDITED
+from singreg.analysis.scores import AUDITED
 from singreg.analysis.statistics import paired_ratio
 
 COUNT, FEATURES, ENOUGH = 200, 24, 144

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singreg.analysis.crossfit import AUDITED, BUDGETS, CrossFit, figures, resampled_figures
 from singreg.analysis.features import FittedTranslator, fit_on_split, translator_agreement
+from singreg.analysis.scores import AUDITED, BUDGETS, CrossFit, figures, resampled_figures
 from singreg.analysis.statistics import ends
 from singreg.analysis.steering import steering_targets
 from singreg.data.splits import Splits

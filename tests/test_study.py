@@ -11,10 +11,10 @@ import yaml
 
 import study as recipe
 from singreg.analysis.comparison import FIGURES, HARM
-from singreg.analysis.crossfit import BUDGETS
+from singreg.analysis.scores import BUDGETS
 from singreg.config import parse
 from singreg.study import ArmConfig, StudyConfig
-from singreg.study.arms import plan_study
+from singreg.study.results import plan_study
 from tests.recipe_run import run_recipe, same
 from tests.tiny_run import report_of
 

@@ -11,13 +11,12 @@ import pytest
 from PIL import Image
 
 from singreg.analysis.comparison import HARM, Measured, compare_rows, words
-from singreg.analysis.crossfit import AUDITED, AUDITOR, audited_columns, figures
+from singreg.analysis.scores import AUDITED, AUDITOR, audited_columns, figures
 from singreg.config import FinetuneConfig, LossConfig
-from singreg.plots.comparison import save_pareto
+from singreg.plots.scores import save_pareto
 from singreg.study import ArmConfig
 from singreg.study import results as analysis
-from singreg.study.arms import Work
-from singreg.study.results import Summary, pareto_front, study_warnings, summarize_study
+from singreg.study.results import Summary, Work, pareto_front, study_warnings, summarize_study
 from singreg.utils import plain
 
 N = 200

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from singreg.data.splits import Splits
+from singreg.loop import hold_out, validation_images
 from singreg.setup import Setup
-from singreg.validation import hold_out, validation_images
 from tests import toy
 from tests.small_arm import Arm
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from singreg.analysis.crossfit import AUDITOR, audited_columns, resampled_figures
 from singreg.analysis.features import IMAGES_PER_FEATURE, ZERO_SHOT
+from singreg.analysis.scores import AUDITOR, audited_columns, resampled_figures
 from singreg.analysis.statistics import ends, paired_proportions, ratio_interval, resampled_means
 
 Measured = tuple[pd.DataFrame, dict[str, Any]]
 """What `analyze_model` returns of one model: a row an image, and the figures."""
-Rows = Mapping[int, pd.DataFrame]
+BySeed = Mapping[int, pd.DataFrame]
 """An arm's rows of `analyze_model` by seed."""
 Paired = Mapping[str, Mapping[str, Any]]
 """What `compare_rows` returns."""
@@ -48,7 +48,7 @@ SCORES = ("AS_neg", "AS_abs", "IS", "ratio")
 """Mean relu(-AS), mean |AS|, mean IS (degrees), and the ratio of means IS / |AS|: what models are compared by."""
 
 
-def compare_rows(arm: Rows, reference: Rows) -> dict[str, dict[str, Any]]:
+def compare_rows(arm: BySeed, reference: BySeed) -> dict[str, dict[str, Any]]:
     """Compare an arm with its reference, paired by image, seeds averaged first; only common seeds are compared.
 
     Returns:

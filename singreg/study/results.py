@@ -1,16 +1,237 @@
-"""A study's arms over seeds, against plain fine-tuning and placebos: paired figures, front, verdict (METHOD 8)."""
+"""A study's arms over seeds: planned, kept, measured beside their scores, and compared (METHOD 6 to 8)."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
 
 from singreg.analysis import comparison
-from singreg.analysis.comparison import CONFIRMED, HARM, Measured, Rows, compare_rows, no_claim, too_few, words
-from singreg.study.arms import Work
+from singreg.analysis.comparison import CONFIRMED, HARM, BySeed, Measured, compare_rows, no_claim, too_few, words
+from singreg.analysis.features import FeatureBatch, FittedTranslator, evenly
+from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
+from singreg.analysis.scores import AUDITOR, Rows
+from singreg.config import FinetuneConfig
+from singreg.data.scenes import ATTRIBUTES
+from singreg.data.splits import ImageSplit, SceneSplit, SubsetSplit
+from singreg.nullspace import NullSpace
+from singreg.runs import Run
+from singreg.setup import Setup
+from singreg.study import ArmConfig, StudyConfig, arm_config
+from singreg.utils import gather_rows, sha256_of_json, write_text
 
+SAID = "measuring the arm"
+NEIGHBOURS, QUERIES = 10, 2000  # of an image within its class, and test images asked for them
+ROUNDING = 1e-6  # a null residual below this share of |f| is what float32 left of none
+logger = get_logger(__name__)
+PLACES = ("out", "dry_run", "resume", "log_with")  # where things go and how a run is started
+WORDS = ("note", "role", "overrides")  # only said of an arm, or in its configuration already
+MEASURED = ("ood", "validation_per_class")
 Summary = dict[str, Any]
+
+
+def measure_arm(setup: Setup, auditor: FittedTranslator, scores: Measured, *, ood: int = 0) -> Measured:
+    """Add to an arm's scores, those of `analyze_model` on the test images by the auditor, what a study shows beside."""
+    splits, chosen_on = setup.splits, dict[str, Any]()
+    rows, figures = scores[0], {name: scores[1][name] for name in ("null_share", "null_energy")} | scores[1]["audit"]
+    intervals = figures.pop("intervals")
+    blocks: dict[str, Any] = {"null_space": setup.space, "classes": setup.classifier.num_classes}
+    fits = fit_blocks(setup.read("audit", SAID), target_dim=setup.texts.shape[1], **blocks)
+    information = measure_information(setup.read("test", SAID), fits)
+    figures |= {"null_probe": information["accuracy"]["null_space"], "probe_chance": information["chance"]}
+    figures["retrieval"] = retrieval(setup.read("test", SAID), splits.test.labels)
+    known, held = known_attributes(splits.audit), known_attributes(splits.test)
+    if known is not None and held is not None:
+        targets = {"audit": known.to_numpy(np.float32), "test": held.to_numpy(np.float32)}
+        own = replace(setup, embeddings=targets)
+        fits = fit_blocks(own.read("audit", SAID), target_dim=known.shape[1], **blocks)
+        figures |= attribute_r2(own.read("test", SAID), fits, list(known.columns))
+    figures |= _strange_images(setup, auditor.mean, ood)
+    if setup.held is not None:
+        z = {**setup.embeddings, "test": setup.held[1]}
+        own = replace(setup, splits=replace(splits, test=setup.held[0]), embeddings=z)
+        _, found = own.measure({AUDITOR: auditor.translator}, auditor.mean, auditor)
+        chosen_on = {"images": found["images"], **found["audit"]}
+        chosen_on.pop("intervals")
+    return rows, {"figures": figures, "intervals": intervals, "validation": chosen_on}
+
+
+def _strange_images(setup: Setup, mean: Tensor, ood: int) -> dict[str, float]:
+    """AUROCs of `ood` unlabelled images of the bank (METHOD section 8.8), nothing without any."""
+    splits, z = setup.splits, setup.embeddings
+    unlabelled = np.flatnonzero(np.asarray(splits.bank.labels) < 0)
+    strange = unlabelled[evenly(len(unlabelled), ood)]
+    if not len(strange):
+        return {}
+    named = replace(splits, bank=splits.bank.subset(strange, "ood"))
+    own = replace(setup, splits=named, embeddings={**z, "bank": z["bank"][strange]})
+    parts = [network_outputs(own.read(name, SAID), setup.space, mean) for name in ("test", "bank", "audit")]
+    return ood_figures(*parts)
+
+
+def _arrays(**columns: Tensor) -> Rows:
+    return {name: values.cpu().numpy() for name, values in columns.items()}
+
+
+def known_attributes(split: ImageSplit) -> pd.DataFrame | None:
+    """Return every value of every attribute of built-in scenes as 0 or 1, such as "color: red"; None for others."""
+    if isinstance(split, SubsetSplit):
+        whole = known_attributes(split.parent)
+        return None if whole is None else whole.iloc[split.indices]
+    if not isinstance(split, SceneSplit):
+        return None
+    places = {f"{name}: {value}": (name, i) for name, values in ATTRIBUTES.items() for i, value in enumerate(values)}
+    return pd.DataFrame({key: split.table.codes[name] == i for key, (name, i) in places.items()})
+
+
+def retrieval(batches: Iterable[FeatureBatch], labels: np.ndarray) -> float:
+    """Return how well features find images of like meaning beside the class (METHOD section 8.8).
+
+    Of an image's `NEIGHBOURS` nearest of its class by the cosine of features, the share that is among the nearest as
+    the vision-language model embeds them; images evenly spaced, at most `QUERIES`. Shape: labels (N,) of the split.
+    """
+    rows, chosen = [], evenly(len(labels), QUERIES)
+    for batch in batches:
+        mine = torch.from_numpy(np.isin(batch.indices.numpy(), chosen))
+        here = mine.to(batch.features.device)
+        rows.append(_arrays(index=batch.indices[mine], f=batch.features[here], z=batch.embeddings[here]))
+    table, found = gather_rows(rows, sort_by="index"), list[float]()
+    for label in np.unique(labels[table["index"]]):
+        own = labels[table["index"]] == label
+        if (count := min(NEIGHBOURS, int(own.sum()) - 2)) < 1:
+            continue
+        near = [_nearest(table[name][own], count) for name in ("f", "z")]
+        found += [len(set(first) & set(second)) / count for first, second in zip(*near, strict=True)]
+    return float(np.mean(found)) if found else math.nan
+
+
+def _nearest(rows: np.ndarray, count: int) -> list[list[int]]:
+    """The places of the `count` other rows at the smallest angles to each of (N, n)."""
+    unit = torch.nn.functional.normalize(torch.from_numpy(rows).double(), dim=1)
+    return (unit @ unit.T).fill_diagonal_(-2).topk(count).indices.tolist()
+
+
+def attribute_r2(batches: Iterable[FeatureBatch], fits: BlockFits, names: Sequence[str]) -> dict[str, float]:
+    """Return held-out R² as "BLOCK_r2/NAME" of known attributes, from f, Π_p f and Π_n f; NaN for one that is constant.
+
+    `fits` and the batches have the attributes (B, k) in the place of embeddings.
+    """
+    rows = []
+    for batch in batches:
+        errors, targets = dict[str, Tensor](), batch.embeddings.double()
+        for block, basis in fits.basis.items():
+            inside, solution = batch.features.to(basis) @ basis, fits.solutions[block]
+            errors[block] = (targets - (inside @ solution.matrix.T + solution.offset)).square()
+        rows.append(_arrays(index=batch.indices, target=targets, **errors))
+    table = gather_rows(rows, sort_by="index")
+    spread = np.square(table["target"] - table["target"].mean(0)).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r2 = {block: np.where(spread > 0, 1 - table[block].sum(0) / spread, np.nan) for block in fits.basis}
+    return {f"{block}_r2/{name}": float(r2[block][place]) for place, name in enumerate(names) for block in r2}
+
+
+def network_outputs(batches: Iterable[FeatureBatch], space: NullSpace, mean: Tensor) -> Rows:
+    """Return of all images residual |Π_n(f - μ)|, logsumexp and max_logit (N,)."""
+    rows = []
+    for batch in batches:
+        f, logits = batch.features.double(), batch.logits.double()
+        residual = torch.linalg.vector_norm(space.component(f - mean.double()), dim=1)
+        # What float32 leaves of a null component that is not there would otherwise be ranked as if it said something.
+        residual = residual * (residual > ROUNDING * torch.linalg.vector_norm(f, dim=1))
+        energies = {"logsumexp": logits.logsumexp(1), "max_logit": logits.amax(1)}
+        rows.append(_arrays(index=batch.indices, residual=residual, **energies))
+    return gather_rows(rows, sort_by="index")
+
+
+def ood_figures(known: Rows, strange: Rows, fit: Rows) -> dict[str, float]:
+    """Return how well null energy, the energy score and ViM's combination tell strange images from known ones (AUROC).
+
+    ViM with the null space of W in the place of the small principal components: α|Π_n(f - μ)| - logsumexp, with α the
+    mean largest logit over the mean residual of the fit. Without any null energy the energy score stands alone.
+    """
+    scale = fit["max_logit"].mean() / fit["residual"].mean() if fit["residual"].any() else 0.0
+
+    def score(weight: float, energy: float) -> float:
+        return auroc(*(weight * each["residual"] - energy * each["logsumexp"] for each in (known, strange)))
+
+    return {"ood_null_energy": score(1, 0), "ood_energy": score(0, 1), "ood_vim": score(scale, 1)}
+
+
+def auroc(known: np.ndarray, strange: np.ndarray) -> float:
+    """Return the share of (known, strange) pairs in which the strange one scores higher, ties as half; (N,), (M,)."""
+    ranks, count = pd.Series(np.concatenate([known, strange])).rank().to_numpy(), len(strange)
+    return float((ranks[len(known) :].mean() - (count + 1) / 2) / len(known))
+
+
+@dataclass(frozen=True)
+class Work:
+    """One arm at one seed, to be made: its configuration, the work whose weights it begins with, hash of all inputs."""
+
+    arm: ArmConfig
+    seed: int
+    config: FinetuneConfig
+    source: "Work | None"
+    digest: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What trackers, caches and checkpoints call it."""
+        return f"{self.arm.name}-{self.seed}"
+
+    @property
+    def trained(self) -> bool:
+        """Whether it, or the arm it is made from, depends on the seed."""
+        return self.arm.make == "train" or self.source is not None
+
+    def make_room(self) -> None:
+        """Remove what another configuration left in the folder; what this one has done stays."""
+        note = self.folder / "digest.txt"
+        if note.is_file() and note.read_text(encoding="utf-8") == self.digest:
+            return
+        if note.is_file():
+            logger.info("%s was made with another configuration and is made again", self.name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        write_text(note, self.digest)
+
+
+def plan_study(config: StudyConfig, inputs: Mapping[str, str]) -> list[Work]:
+    """List every arm at every seed, all arms of one seed before the next; `inputs` are hashes of images and models.
+
+    An arm without randomness runs with the first seed alone.
+    """
+    works: dict[tuple[str | None, int], Work] = {}
+    shared: list[Any] = [getattr(config, name) for name in MEASURED]
+    shared.append([asdict(vlm) for vlm in config.further_vlms])
+    for seed, arm in itertools.product(config.seeds, config.arms):
+        source, own = works.get((arm.weights_from, seed)), arm_config(config, arm, seed)
+        parts: list[Any] = [{key: value for key, value in asdict(own).items() if key not in PLACES}, shared]
+        parts.append({key: value for key, value in asdict(arm).items() if key not in WORDS})
+        digest = sha256_of_json([*parts, source and source.digest, dict(inputs)])
+        work = Work(arm, seed, own, source, digest, config.folder / "arms" / arm.name / f"seed-{seed}")
+        if work.trained or seed == config.seeds[0]:
+            works[arm.name, seed] = work
+    return list(works.values())
+
+
+class StudyRun(Run):
+    """A study's folder. Its arms may change between two starts: each arm's digest says which are done."""
+
+    def check(self) -> Run:
+        """Raise if the folder holds a study and `resume` is not set."""
+        self.check_place()
+        if (self.folder / "config.yaml").is_file() and not self.config.resume and not self.config.dry_run:
+            how = "use --resume true to go on with it (changed arms are made again), or another --out"
+            raise FileExistsError(f"{self.folder} already holds a run; {how}")
+        return self
 
 
 def summarize_study(runs: Sequence[tuple[Work, Measured]], reference: str, claim: str) -> list[Summary]:
@@ -27,7 +248,7 @@ def summarize_study(runs: Sequence[tuple[Work, Measured]], reference: str, claim
         by_arm.setdefault(work.arm.name, []).append((work, run))
     seeds = [work.seed for work, _ in by_arm[reference]]
 
-    def rows(name: str, label: str = "") -> Rows:
+    def rows(name: str, label: str = "") -> BySeed:
         found = {work.seed: rows_by(table, label) for work, (table, _) in by_arm[name]}
         only = next(iter(found.values()))
         return found if by_arm[name][0][0].trained else dict.fromkeys(seeds, only)  # an untrained arm's seed is nothing
