@@ -68,7 +68,6 @@ from singreg.analysis.attack import PixelModel, attack_split, choose_images
 from singreg.analysis.features import cached_features
 from singreg.analysis.steering import plan_pairs
 from singreg.analysis.steering_curves import measure_robustness
-from singreg.checkpoints import refuse_other_inputs
 from singreg.data.datasets import load_splits
 from singreg.data.splits import Splits
 from singreg.models.edits import drop_null
@@ -76,7 +75,7 @@ from singreg.models.vlm import hash_of_state
 from singreg.nullspace import NullSpace
 from singreg.plots import steering as plotting
 from singreg.report import log_figures, track, write_report
-from singreg.runs import Run, explained, start
+from singreg.runs import Run, explained, refuse_other_inputs, start
 from singreg.setup import Setup, Space, fit_translators, labels_for_head, open_model, open_spaces, try_one_batch
 
 PAIRS = 240  # of a source class and a target prompt, in feature space

@@ -21,14 +21,13 @@ from safetensors.torch import load_file
 
 from singreg.analysis.comparison import Measured, compare_rows, finetune_warnings, no_claim, verdict
 from singreg.analysis.features import FittedTranslator
-from singreg.checkpoints import fingerprints, refuse_other_inputs, stage
 from singreg.data.splits import Splits
 from singreg.loop import CHECKPOINT_EVERY, Arm, Validation, hold_out, own_random_numbers, validation_images
 from singreg.models.classifier import Classifier
 from singreg.models.edits import drop_null
 from singreg.plots.scores import DROPPED, STAGES, finetune_sections, plot_finetune
 from singreg.report import log, log_figures, log_text, track, write_model_card, write_report
-from singreg.runs import Run, StopRequest, explained, start
+from singreg.runs import Run, StopRequest, explained, fingerprints, refuse_other_inputs, stage, start
 from singreg.setup import Setup, prepare
 from singreg.tables import AUDIT, audit_table
 from singreg.task import LoopTranslator, Schedule, describe_training, loop_bank, loss_embeddings, make_sing

@@ -23,13 +23,12 @@ from safetensors.torch import load_file, save_file
 from finetune import audit, train_arm
 from singreg.analysis.comparison import FALLING, FIGURES, STAYING, Measured, words
 from singreg.analysis.features import FittedTranslator
-from singreg.checkpoints import fingerprints, stage
 from singreg.loop import hold_out
 from singreg.models.classifier import Classifier
 from singreg.models.edits import align_head_, drop_null, interpolate_weights
 from singreg.plots.scores import save_pareto
 from singreg.report import Section, interval, log_figures, number, percent, track, write_report
-from singreg.runs import Run, explained, start
+from singreg.runs import Run, explained, fingerprints, stage, start
 from singreg.setup import Setup, prepare, read_by, space_labels
 from singreg.study.results import (
     StudyRun,

@@ -17,14 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from singreg.analysis.features import iterate_features
-from singreg.checkpoints import Checkpoints, Position
 from singreg.config import FinetuneConfig
 from singreg.data.splits import ImageSplit, make_loader
 from singreg.losses import TERMS
 from singreg.metrics import SemanticLeakage
 from singreg.plots import panels, styled
 from singreg.report import log, log_image
-from singreg.runs import Run
+from singreg.runs import Checkpoints, Position, Run
 from singreg.setup import Setup
 from singreg.task import FinetuneTask, LoopTranslator, Schedule, make_optimizer, micro_batch
 from singreg.translator import LinearTranslator

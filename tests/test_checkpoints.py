@@ -16,11 +16,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from singreg import checkpoints
+from singreg import runs
 from singreg.analysis.comparison import Measured
-from singreg.checkpoints import Checkpoints, Position, refuse_other_inputs, stage
 from singreg.config import FinetuneConfig
-from singreg.runs import Run, start
+from singreg.runs import Checkpoints, Position, Run, refuse_other_inputs, stage, start
 from singreg.utils import seed_process
 from tests.processes import run_processes
 
@@ -130,7 +129,7 @@ def test_a_full_disk_keeps_the_one_before(where: str, trained: Trained, tmp_path
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         full()
 
-    owner: Any = {"save_state": Accelerator, "replace": checkpoints.os, "write_json": checkpoints}[where]
+    owner: Any = {"save_state": Accelerator, "replace": runs.os, "write_json": runs}[where]
     with patch.object(owner, where, half if where == "save_state" else full), pytest.raises(OSError, match="No space"):
         trained.save(2)
     assert trained.load() == Position(1, 0, 1)
@@ -143,7 +142,7 @@ def _elsewhere(rank: int, world: int, folder: str) -> tuple[Position, list[float
     """Go on from what one process saved; rank 1 sees every checkpoint as broken, which must not matter."""
     AcceleratorState._reset_state(True)
     trained = Trained(Path(folder))
-    with patch.object(checkpoints, "_whole", None if rank else checkpoints._whole):
+    with patch.object(runs, "_whole", None if rank else runs._whole):
         position = trained.load()
     drawn = torch.rand(3).tolist()
     AcceleratorState._reset_state(True)
@@ -187,7 +186,7 @@ def test_a_finished_stage_comes_back_as_it_was_and_is_not_repeated(run: Run) -> 
 
 @pytest.mark.parametrize("failing", ["compute", "atomic_write", "write_json"])
 def test_a_stage_that_fails_is_computed_again(failing: str, run: Run) -> None:
-    broken = patch.object(checkpoints, failing, full) if failing != "compute" else nullcontext()
+    broken = patch.object(runs, failing, full) if failing != "compute" else nullcontext()
     with broken, pytest.raises(OSError, match="No space left"):
         stage(run, "sing", full if failing == "compute" else measured)
     assert stage(run, "sing", measured)[1] == {"top1": 0.5, "ratio": None}

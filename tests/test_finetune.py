@@ -21,7 +21,7 @@ from tensorboard.plugins.hparams import metadata
 from torch import Tensor
 
 import finetune as recipe
-from singreg import checkpoints, loop
+from singreg import loop
 from singreg.models.classifier import Classifier
 from singreg.task import LoopTranslator
 from singreg.translator import load_translator
@@ -194,7 +194,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_later(where: str, finished: Pa
 
 def test_a_run_is_not_resumed_on_other_images_or_models(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration is the same: a folder of images or of weights may have changed behind it."""
-    before, now = contents(finished), checkpoints.fingerprints
+    before, now = contents(finished), runs.fingerprints
     for name in ("test images", "starting classifier", "vision-language model"):
         monkeypatch.setattr(recipe, "fingerprints", lambda setup, name=name: {**now(setup), name: "f" * 64})
         with pytest.raises(SystemExit, match=rf"the run was begun with other {name} \(then .*another --out"):

@@ -99,7 +99,7 @@ def test_both_arms_see_the_same_images_in_the_same_order(straight: Straight) -> 
 
 
 @ARMS
-@patch("singreg.checkpoints.KEEP", 99)
+@patch("singreg.runs.KEEP", 99)
 def test_the_best_epoch_is_kept_also_when_resumed(regularised: bool, tmp_path: Path) -> None:
     values = {"training.best_checkpoint": True, "training.epochs": 5, "training.learning_rate": 0.3}
     arm = Arm(tmp_path / "whole", regularised, values=values, chooses=True)
