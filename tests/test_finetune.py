@@ -21,7 +21,7 @@ from tensorboard.plugins.hparams import metadata
 from torch import Tensor
 
 import finetune as recipe
-from singreg import loop
+from singreg import loop, runs
 from singreg.models.classifier import Classifier
 from singreg.task import LoopTranslator
 from singreg.translator import load_translator
