@@ -1,7 +1,6 @@
 """Edits of a trained head: aligned with the prompts, without its null space, averaged weights (METHOD section 7)."""
 
 import copy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,6 @@ RIDGE = 1e-3  # of the mean feature variance: with fewer images than features th
 FLOOR = 1e-3  # of σ_1: a row direction below it would be lost when the head is stored in float32 or bfloat16
 
 
-@dataclass(frozen=True)
-class AlignedHead:
-    """A head whose row space holds given directions, and what that cost; tensors are float64."""
-
-    weight: Tensor  # W' = B·D + R, (C, m)
-    bias_shift: Tensor  # to be added to b so that mean logits stay, (C,)
-    rank: int
-    free_rows: int  # what R adds to the directions
-    logit_change: float  # rms of the change of the logits over the rms of the logits, both about their means
-
-
 def prompt_directions(translator: LinearTranslator, texts: Tensor) -> Tensor:
     """Return an orthonormal basis (r, m) of the translated prompts Aᵀ t_k, texts (k, n), each of unit length first."""
     exact = texts.detach().to(torch.float64)
@@ -41,11 +29,12 @@ def prompt_directions(translator: LinearTranslator, texts: Tensor) -> Tensor:
     return _orthonormal(rows / norms)
 
 
-def aligned_weight(weight: Tensor, directions: Tensor, covariance: Tensor, mean: Tensor) -> AlignedHead:
-    """Return the head W' = B·D + R nearest to W in logits whose row space holds D: min E‖(W - W')(f - μ)‖².
+def aligned_weight(weight: Tensor, directions: Tensor, covariance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return W' = B·D + R nearest to W in logits whose row space holds D, min E‖(W - W')(f - μ)‖², and W μ - W' μ.
 
     B is a least-squares fit in the metric of the features; R keeps the leading directions, by energy in the logits, of
     what B·D leaves, as many as leave the rank as it was. In that metric the two are orthogonal: the minimum is exact.
+    The second tensor, added to the bias, lets the mean logits stay. Both are float64.
 
     Shape: W (C, m), orthonormal rows D (k, m), covariance about μ (m, m), mean μ (m,); both about 0 without a bias.
     """
@@ -56,16 +45,13 @@ def aligned_weight(weight: Tensor, directions: Tensor, covariance: Tensor, mean:
         raise ValueError(f"{got}; give fewer prompts, or at least 2 different images")
     fitted, rows = _fit(old, d, (s + s.T) / 2, max(0, NullSpace.from_weight(old, allow_empty=True).rank - len(d)))
     new = _with_floor(fitted, rows)
-    change = old - new
-    lost = (((change @ s) * change).sum().clamp_min(0) / ((old @ s) * old).sum()).sqrt()
-    shift = change @ mean.detach().to(old)
-    return AlignedHead(new, shift, len(rows), len(rows) - len(d), float(lost))
+    return new, (old - new) @ mean.detach().to(old)
 
 
 def align_head_(
     classifier: Classifier, translator: LinearTranslator, texts: Tensor, statistics: RidgeStatistics
-) -> AlignedHead:
-    """Write the aligned head into the classifier, in place, and return what was done; its features stay as they are.
+) -> None:
+    """Write the aligned head (`aligned_weight`) into the classifier, in place; its features stay as they are.
 
     Args:
         classifier: its head is written to; one without a bias keeps none.
@@ -75,8 +61,9 @@ def align_head_(
     Example:
         >>> c = Classifier.from_timm("test_resnet", pretrained=False, num_classes=4)
         >>> f = torch.rand(200, 96); T = LinearTranslator(torch.randn(6, 96), torch.zeros(6))
-        >>> align_head_(c, T, torch.randn(4, 6), RidgeStatistics(96, 6).update(f, T(f))).rank
-        4
+        >>> texts = torch.randn(4, 6); align_head_(c, T, texts, RidgeStatistics(96, 6).update(f, T(f)))
+        >>> bool(NullSpace.from_weight(c.weight).component(texts @ T.matrix).norm() < 1e-3)
+        True
     """
     head, fixed = classifier.head, f"the head of {classifier.tag} cannot be written: it is"
     if batch_norm_and_linear(head) is not None or parametrize.is_parametrized(head):
@@ -85,12 +72,11 @@ def align_head_(
     covariance = statistics.ff if bias is None else statistics.centred()[0]
     mean = torch.zeros_like(statistics.f) if bias is None else statistics.f / count
     directions = prompt_directions(translator, texts)
-    found = aligned_weight(classifier.weight, directions, covariance / count.clamp_min(1), mean)
+    aligned, shift = aligned_weight(classifier.weight, directions, covariance / count.clamp_min(1), mean)
     with torch.no_grad():
-        weight.copy_(found.weight.reshape(weight.shape))
+        weight.copy_(aligned.reshape(weight.shape))
         if bias is not None:
-            bias += found.bias_shift.to(bias)
-    return found
+            bias += shift.to(bias)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
