@@ -18,13 +18,6 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / torch.where(norm == 0, torch.inf, norm)
 
 
-def _safe_norm(x: Tensor) -> Tensor:
-    """Norm over the last axis with a zero (not NaN) gradient at 0."""
-    squared = (x * x).sum(-1)
-    zero = squared == 0
-    return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
-
-
 def angle(x: Tensor, y: Tensor) -> Tensor:
     """Return the angle between x and y in degrees, `2 atan2(|x̂ - ŷ|, |x̂ + ŷ|)`; 90 where one of them is 0.
 
@@ -39,7 +32,9 @@ def angle(x: Tensor, y: Tensor) -> Tensor:
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(f"angle: the last axes must agree, got x {tuple(x.shape)} and y {tuple(y.shape)}")
     x, y = unit_rows(x), unit_rows(y)
-    return 2 * DEGREES * torch.atan2(_safe_norm(x - y), _safe_norm(x + y))
+    # the gradient of this norm at 0 is 0, not NaN
+    apart, together = (torch.linalg.vector_norm(each, dim=-1) for each in (x - y, x + y))
+    return 2 * DEGREES * torch.atan2(apart, together)
 
 
 def attribute_score(z: Tensor, z_eq: Tensor, text: Tensor) -> Tensor:
