@@ -18,7 +18,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before the second
 import numpy as np
 import pandas as pd
 from accelerate.logging import get_logger
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from finetune import audit, train_arm
 from singreg.analysis.comparison import FALLING, FIGURES, STAYING, Measured, words
@@ -42,7 +42,7 @@ from singreg.study.results import (
 )
 from singreg.task import describe_training, loop_bank
 from singreg.translator import LinearTranslator
-from singreg.utils import atomic_write
+from singreg.utils import write_tensors
 
 logger = get_logger(__name__)
 MAIN = {"top1": FIGURES["top1"], **FALLING, **STAYING, "self 4 sd": "4 sd step judged by itself"}
@@ -164,9 +164,7 @@ def make_and_measure(study: Study, work: Work) -> Measured:
     main = study.run.accelerator.is_main_process
     classifier, loop = study.make(work)
     if main:
-        state = {name: value.cpu().contiguous().clone() for name, value in classifier.model.state_dict().items()}
-        with atomic_write(work.folder / "weights.safetensors") as path:
-            save_file(state, path)
+        write_tensors(work.folder / "weights.safetensors", classifier.model.state_dict())
     features = work.name if work.trained else "start"
     setup = replace(study.reader(features), classifier=classifier)
     auditor, scores = audit(setup, loop, study.ridge())

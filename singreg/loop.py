@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed, synchronize_rng_states
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from singreg.analysis.features import iterate_features
@@ -27,7 +27,7 @@ from singreg.runs import Checkpoints, Position, Run
 from singreg.setup import Setup
 from singreg.task import FinetuneTask, LoopTranslator, Schedule, make_optimizer, micro_batch
 from singreg.translator import LinearTranslator
-from singreg.utils import all_reduce_sum, atomic_write, seed_process
+from singreg.utils import all_reduce_sum, seed_process, write_tensors
 
 CLIP = 1.0  # the gradient's norm is clipped to this
 CHECKPOINT_EVERY = 200  # optimiser steps, beside every epoch's end
@@ -228,9 +228,7 @@ class Validation:
         if self.chooses and step and top1 > self.best:
             self.best, self.step = top1, step
             if self.accelerator.is_main_process:
-                with atomic_write(self.kept) as path:
-                    state = {name: value.cpu().contiguous().clone() for name, value in classifier.state_dict().items()}
-                    save_file(state, path, {"top1": repr(top1), "step": str(step)})
+                write_tensors(self.kept, classifier.state_dict(), {"top1": repr(top1), "step": str(step)})
             self.accelerator.wait_for_everyone()
         return {"AS⁻": f"{found['AS_neg']:.1f}°", "top-1": f"{top1:.1%}"}
 

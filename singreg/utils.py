@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -76,6 +77,13 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented, strict JSON, whole or not at all; NaN and infinity become null."""
     write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all; that format wants plain memory which nothing shares."""
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(own, temporary, notes)
 
 
 def plain(value: Any) -> Any:

@@ -61,11 +61,11 @@ def test_heads_that_may_and_may_not_be_compared() -> None:
     assert "(ResNet50 100, sliced 20)" in compare_passports([resnet, fewer])[-1]
 
 
-def test_nearly_null_directions_and_bad_conditioning_are_named() -> None:
+def test_nearly_null_directions_are_named() -> None:
     basis, sigma = torch.linalg.qr(normal(100, 50)).Q.T, torch.ones(50)
     sigma[20:] = 1e-4
     found = compare_passports([head_passport(headed(sigma[:, None] * basis, tag="soft"))])
     assert "soft has 30 more directions" in found[0]
-    assert "1.0e+04" in found[1]
+    assert len(found) == 1
     sigma[20:] = 2e-3
     assert compare_passports([head_passport(headed(sigma[:, None] * basis, tag="soft"))]) == []

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from singreg.data.embeddings import PassSettings, encode_split, take_rows
@@ -18,7 +17,7 @@ from singreg.models.vlm import hash_of_state
 from singreg.nullspace import Invariance, NullSpace
 from singreg.ridge import DEFAULT_RIDGES, RidgeStatistics
 from singreg.translator import LinearTranslator, TranslatorInfo, fit_on_halves, update_halves
-from singreg.utils import atomic_write, progress, rank_and_world
+from singreg.utils import progress, rank_and_world, write_tensors
 
 STORED_BATCH = 2048
 GATHERED_ROWS = 512
@@ -144,8 +143,7 @@ class FittedTranslator:
         tensors = {"matrix": self.translator.matrix, "offset": self.translator.offset, "mean": self.mean}
         tensors |= {f"{half}.{key}": each for half in (0, 1) for key, each in self.halves[half].state_dict().items()}
         info = {"info": json.dumps(asdict(self.translator.info))}
-        with atomic_write(path) as temporary:
-            save_file({key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}, temporary, info)
+        write_tensors(path, tensors, info)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device) -> "FittedTranslator":

@@ -50,8 +50,6 @@ LOOSE = 1e-3
 """The second tolerance of a head's rank, relative to the largest singular value."""
 VISIBLE = 10.0
 """Degrees of IS below which a change is hardly seen in an image (METHOD section 3)."""
-ILL_CONDITIONED = 1e3
-"""cond(W) above which projections in float32 are not trusted (METHOD section 6)."""
 Passport = Mapping[str, Any]
 
 
@@ -321,7 +319,7 @@ def judge_passport(passport: Passport) -> str:
 
 
 def compare_passports(passports: Sequence[Passport]) -> list[str]:
-    """Warn where a null space is missing, too small, ill-conditioned, or too unlike the others' to compare scores.
+    """Warn where a null space is missing, too small, or too unlike the others' to compare scores.
 
     Heads are too different when their chance angles differ by more than can be seen in an image.
     """
@@ -335,10 +333,6 @@ def compare_passports(passports: Sequence[Passport]) -> list[str]:
                 f"{p['tag']} has {p['rank'] - p['rank_loose']} more directions with singular values below {LOOSE:g} of "
                 "the largest: nearly null, they count as row space here; its null space depends on the tolerance."
             )
-        if p["conditioning"] < 1 / ILL_CONDITIONED:
-            cond = 1 / p["conditioning"] if p["conditioning"] else math.inf
-            said = "a projection in float32 is not exact enough, use float64."
-            warnings.append(f"{p['tag']}: σ_max/σ_min is {cond:.1e}; {said}")
     usable = sorted((p for p in passports if p["nullity"]), key=chance_angle, reverse=True)
     if usable and chance_angle(usable[0]) - chance_angle(usable[-1]) > VISIBLE:
         large, small = (
