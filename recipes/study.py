@@ -50,7 +50,6 @@ MAIN["null_probe"] = "null probe"
 SIDE = {"retrieval": "neighbours within the class", "ood_vim": "AUROC by ViM", "ood_energy": "AUROC by energy"}
 SIDE["ood_null_energy"] = "AUROC by null energy"
 VALIDATION = "Images that serve nothing else, by the same auditor: what settings are chosen on."
-KNOWN = "R² of a scene's attribute from the null component, of R² from all features. The class is the shape."
 FURTHER = "Ratios as above, by an auditor in the space of a vision-language model that no arm was trained with."
 RATIOS = (
     "Ratios of means, paired by image and averaged over seeds, with 95 % intervals over classes and their images; of "
@@ -194,8 +193,6 @@ def report(study: Study, found: list[tuple[Work, Measured]]) -> None:
     sections.append(Section("The figures themselves", [arms_table(arms, MAIN), READING]))
     if len(held):
         sections.append(Section("By the validation images", [held.filter(["arm", "images", *MAIN]), VALIDATION]))
-    if config.data.source == "scenes":
-        sections.append(Section("Known attributes", [attribute_table(arms), KNOWN]))
     sections.append(Section("Side effects", [arms_table(arms, SIDE)]))
     sections.append(Section("The arms", [pd.DataFrame(arms)[["arm", "role", "make", "note"]]]))
     write_report(
@@ -231,18 +228,6 @@ def ratio_table(arms: list[Summary], label: str | None = None) -> pd.DataFrame:
         named = {"arm": arm["arm"], "seeds": str(len(arm["seeds"])), "top-1": percent(arm["mean"]["top1"])}
         rows.append(named | {title: words(paired.get(name)) for name, title in shown.items()})
     return pd.DataFrame(rows)
-
-
-def attribute_table(arms: list[Summary]) -> pd.DataFrame:
-    """R² of the known attributes from the null component, of R² from all features, averaged over their values."""
-    means = pd.DataFrame({arm["arm"]: arm["mean"] for arm in arms})
-    null, every = (
-        means.filter(like=f"{block}_r2/", axis=0)
-        .groupby(lambda key: key.split("/")[1].split(":")[0], sort=False)
-        .mean()
-        for block in ("null_space", "features")
-    )
-    return (null.map(number) + " of " + every.map(number)).T.reset_index(names="arm")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An arm's figures against plain loops: known attributes, side effects, a dropped null space; processes."""
+"""An arm's figures against plain loops: information, side effects, a dropped null space; processes."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ from singreg.nullspace import NullSpace
 from singreg.setup import Setup
 from singreg.study import results as arms
 from singreg.study.results import network_outputs, ood_figures
-from tests import planted, toy
+from tests import toy
 from tests.processes import run_same
 from tests.reference.formulas import null_projector
 
@@ -106,31 +106,6 @@ def test_cached_features_and_processes_give_the_same_figures(tmp_path: Path) -> 
     for (images, got), _ in run_same(2, measure):
         assert got["figures"] == pytest.approx(whole, abs=2e-3, rel=1e-4)
         assert images["image"].tolist() == rows["image"].tolist()
-
-
-# Known attributes.
-def attributes(seed: int, count: int) -> planted.Planted:
-    """Known attributes in the place of embeddings: one in the row space, one in the null space, noise, a constant."""
-    w = planted.plant("nuisance", seed=seed, count=count)
-    row, null = w.features @ w.space.basis, w.features @ w.space.null_basis()
-    noise = torch.randn(count, generator=torch.Generator().manual_seed(seed)).double()
-    return replace(w, embeddings=torch.stack([row[:, 0] + row[:, 3], null[:, 0], noise, torch.ones_like(noise)], dim=1))
-
-
-def known() -> dict[str, float]:
-    train, test, names = attributes(0, 1200), attributes(1, 601), ("seen", "hidden", "noise", "constant")
-    fits = fit_blocks(train.batches(100), null_space=train.space, classes=planted.CLASSES, target_dim=len(names))
-    return arms.attribute_r2(test.batches(100), fits, names)
-
-
-def test_attributes_are_found_where_they_were_planted() -> None:
-    found = known()
-    for name, values in {"seen": (1, 1, 0), "hidden": (1, 0, 1), "noise": (0, 0, 0)}.items():
-        got = [found[f"{block}_r2/{name}"] for block in ("features", "row_space", "null_space")]
-        assert got == pytest.approx(values, abs=0.06), name
-    assert all(np.isnan(value) for key, value in found.items() if key.endswith("constant"))
-    for got in run_same(2, known):
-        assert got == pytest.approx(found, abs=1e-8, nan_ok=True)
 
 
 # Side effects.

@@ -17,11 +17,9 @@ from torch import Tensor
 from singreg.analysis import comparison
 from singreg.analysis.comparison import CONFIRMED, HARM, BySeed, Measured, compare_rows, no_claim, too_few, words
 from singreg.analysis.features import FeatureBatch, FittedTranslator, evenly
-from singreg.analysis.probes import BlockFits, fit_blocks, measure_information
+from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.analysis.scores import AUDITOR, Rows
 from singreg.config import FinetuneConfig
-from singreg.data.scenes import ATTRIBUTES
-from singreg.data.splits import ImageSplit, SceneSplit, SubsetSplit
 from singreg.nullspace import NullSpace
 from singreg.runs import Run
 from singreg.setup import Setup
@@ -43,17 +41,11 @@ def measure_arm(setup: Setup, auditor: FittedTranslator, scores: Measured, *, oo
     splits, chosen_on = setup.splits, dict[str, Any]()
     rows, figures = scores[0], {name: scores[1][name] for name in ("null_share", "null_energy")} | scores[1]["audit"]
     intervals = figures.pop("intervals")
-    blocks: dict[str, Any] = {"null_space": setup.space, "classes": setup.classifier.num_classes}
-    fits = fit_blocks(setup.read("audit", SAID), target_dim=setup.texts.shape[1], **blocks)
+    sizes = {"classes": setup.classifier.num_classes, "target_dim": setup.texts.shape[1]}
+    fits = fit_blocks(setup.read("audit", SAID), null_space=setup.space, **sizes)
     information = measure_information(setup.read("test", SAID), fits)
     figures |= {"null_probe": information["accuracy"]["null_space"], "probe_chance": information["chance"]}
     figures["retrieval"] = retrieval(setup.read("test", SAID), splits.test.labels)
-    known, held = known_attributes(splits.audit), known_attributes(splits.test)
-    if known is not None and held is not None:
-        targets = {"audit": known.to_numpy(np.float32), "test": held.to_numpy(np.float32)}
-        own = replace(setup, embeddings=targets)
-        fits = fit_blocks(own.read("audit", SAID), target_dim=known.shape[1], **blocks)
-        figures |= attribute_r2(own.read("test", SAID), fits, list(known.columns))
     figures |= _strange_images(setup, auditor.mean, ood)
     if setup.held is not None:
         z = {**setup.embeddings, "test": setup.held[1]}
@@ -81,17 +73,6 @@ def _arrays(**columns: Tensor) -> Rows:
     return {name: values.cpu().numpy() for name, values in columns.items()}
 
 
-def known_attributes(split: ImageSplit) -> pd.DataFrame | None:
-    """Return every value of every attribute of built-in scenes as 0 or 1, such as "color: red"; None for others."""
-    if isinstance(split, SubsetSplit):
-        whole = known_attributes(split.parent)
-        return None if whole is None else whole.iloc[split.indices]
-    if not isinstance(split, SceneSplit):
-        return None
-    places = {f"{name}: {value}": (name, i) for name, values in ATTRIBUTES.items() for i, value in enumerate(values)}
-    return pd.DataFrame({key: split.table.codes[name] == i for key, (name, i) in places.items()})
-
-
 def retrieval(batches: Iterable[FeatureBatch], labels: np.ndarray) -> float:
     """Return how well features find images of like meaning beside the class (METHOD section 8.8).
 
@@ -117,25 +98,6 @@ def _nearest(rows: np.ndarray, count: int) -> list[list[int]]:
     """The places of the `count` other rows at the smallest angles to each of (N, n)."""
     unit = torch.nn.functional.normalize(torch.from_numpy(rows).double(), dim=1)
     return (unit @ unit.T).fill_diagonal_(-2).topk(count).indices.tolist()
-
-
-def attribute_r2(batches: Iterable[FeatureBatch], fits: BlockFits, names: Sequence[str]) -> dict[str, float]:
-    """Return held-out R² as "BLOCK_r2/NAME" of known attributes, from f, Π_p f and Π_n f; NaN for one that is constant.
-
-    `fits` and the batches have the attributes (B, k) in the place of embeddings.
-    """
-    rows = []
-    for batch in batches:
-        errors, targets = dict[str, Tensor](), batch.embeddings.double()
-        for block, basis in fits.basis.items():
-            inside, solution = batch.features.to(basis) @ basis, fits.solutions[block]
-            errors[block] = (targets - (inside @ solution.matrix.T + solution.offset)).square()
-        rows.append(_arrays(index=batch.indices, target=targets, **errors))
-    table = gather_rows(rows, sort_by="index")
-    spread = np.square(table["target"] - table["target"].mean(0)).sum(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        r2 = {block: np.where(spread > 0, 1 - table[block].sum(0) / spread, np.nan) for block in fits.basis}
-    return {f"{block}_r2/{name}": float(r2[block][place]) for place, name in enumerate(names) for block in r2}
 
 
 def network_outputs(batches: Iterable[FeatureBatch], space: NullSpace, mean: Tensor) -> Rows:
