@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             images = explain_images(setup.classifier, *shown, setup.texts, *about, **reader)
         if accelerator.is_main_process:
             if given is None:
-                report(run, setup, translators, rows, {**found, "images": images, "omissions": bank.omissions})
+                report(run, setup, translators, rows, {**found, "images": images})
             else:
                 report_images(run, setup, given, images)
     accelerator.end_training()

@@ -174,7 +174,7 @@ def analysis_sections(found: Found, figures: Mapping[str, Figure]) -> list[Secti
         Section("Beside chance", [chance_table(found["chance"]["auditor"])]),
         Section("Unique information", [information_table(found["information"])]),
         Section("Classes", [class_table(found["classes"]), *left_out, figures["classes"]]),
-        Section("Concepts", [moved, *found["omissions"], figures["concepts"]]),
+        Section("Concepts", [moved, figures["concepts"]]),
         Section("Images", [figures["images"]]),
         Section("Validation", [figures["perturbations"], passport_table([head]), translator_table(measured)]),
     ]

@@ -23,15 +23,14 @@ LONGEST = 200  # characters; a text tower cuts longer prompts off without a word
 
 @dataclass(frozen=True)
 class ConceptBank:
-    """K concepts in words, the bank or file each is from ("own" for words), and sentences about what was left out."""
+    """K concepts in words, and the bank or file each is from ("own" for words)."""
 
     concepts: tuple[str, ...]
     banks: tuple[str, ...]
-    omissions: tuple[str, ...] = ()
 
 
 def load_concepts(sources: Sequence[str]) -> ConceptBank:
-    """Read concepts from a list of banks, text files (one a line, `#` begins a comment) and concepts in words."""
+    """Read each concept once from banks, text files (one a line, `#` begins a comment) and concepts in words."""
     entries = [entry for source in sources for entry in _entries(source)]
     bad = [f"{bank}: {c[:40]!r}" for bank, c in entries if len(c) > LONGEST or not any(map(str.isalnum, c))]
     if bad:
@@ -41,10 +40,7 @@ def load_concepts(sources: Sequence[str]) -> ConceptBank:
         kept.setdefault(" ".join(concept.casefold().split()), (concept, bank))
     if not kept:
         raise ValueError(f"no concept in {sources}; banks ({', '.join(sorted(BANK_TEMPLATES))}), files or concepts")
-    repeated = len(entries) - len(kept)
-    omissions = (f"{repeated} repeated concepts were left out.",) if repeated else ()
-    concepts, banks = zip(*kept.values(), strict=True)
-    return ConceptBank(concepts, banks, omissions)
+    return ConceptBank(*zip(*kept.values(), strict=True))
 
 
 def embed_concepts(vlm: VisionLanguageModel, bank: ConceptBank, templates: Sequence[str] | None = None) -> Tensor:
