@@ -121,7 +121,7 @@ def report(config: CompareConfig, run: Run, heads: list[Read], measured: Measure
     paired = between.model_figures(rows, seed=config.seed) if rows else None
     differences = [] if paired is None else between.model_differences(paired)
     order = None if paired is None or not differences else between.order_check(paired)
-    plots = [save_comparison_plot(figures, order, run.folder / "plots" / "comparison.png")] if rows else []
+    plots = [save_comparison_plot(figures, run.folder / "plots" / "comparison.png")] if rows else []
     warnings = compare_passports([head["passport"] for head in heads if head["omitted"] is None])
     track(run.accelerator, "compare", config)
     for space, label, read in every:

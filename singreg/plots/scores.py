@@ -31,7 +31,6 @@ PERTURBATIONS = {"null": (BLUE, "null space"), "random": (GREY, "random"), "prin
 CLASSES_SHOWN, CLASSES_COMPARED, CONCEPTS_SHOWN = 24, 40, 16
 NAME_LENGTH = 28  # characters beside an axis
 Found = Mapping[str, Any]
-VIEW_LENGTH = 80  # two names, one above the other
 ROLES = {"reference": ORANGE, "method": BLUE, "baseline": GREY, "placebo": RED}
 
 
@@ -261,49 +260,26 @@ def plot_class_leakage(rows: Mapping[str, pd.DataFrame], class_names: Sequence[s
     return save(figure, path, "AS⁻ of every class")
 
 
-def save_comparison_plot(
-    measured: Mapping[str, Mapping[str, Mapping[str, Any]]], order: Mapping[str, Any] | None, path: Path
-) -> report.Figure:
-    """Draw mean IS over mean |AS| in every space, bubbles by AS⁻, and the ranks by AS⁻ in all views.
-
-    Args:
-        measured: figures of `analyze_model` by space and model.
-        order: see `order_check`.
-    """
+def save_comparison_plot(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> report.Figure:
+    """Draw mean IS over mean |AS| of models in every space, bubbles by AS⁻, from figures of `analyze_model`."""
     names = list(next(iter(measured.values())))
     palette = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"](np.arange(len(names)))
     colours = dict(zip(names, palette, strict=True))
-    figure, axes = panels(len(measured) + (order is not None), width=4.6, height=max(4.2, 0.3 * len(names) + 1.5))
-    for panel, (space, models) in zip(axes, measured.items(), strict=False):
-        _draw_space(panel, space, models, colours)
-    if order is not None:
-        places = np.arange(len(order["views"]))
-        for name, colour in colours.items():
-            ranks = [row.index(name) + 1 for row in order["orders"]]
-            axes[-1].plot(places, ranks, "o-", color=colour, linewidth=1.8)
-        views = [drawable(view, VIEW_LENGTH).replace(", ", "\n") for view in order["views"]]
-        axes[-1].set_xticks(places, views, fontsize=8)
-        axes[-1].set_yticks(range(1, len(names) + 1))
-        axes[-1].set(xlim=(-0.4, len(places) - 0.6), ylim=(len(names) + 0.4, 0.6), ylabel="rank by AS⁻, 1 leaks least")
-        styled(axes[-1], f"order in every view (lowest τ {order['lowest']:.2f})")
-    handles = [axes[0].plot([], [], "o", color=colour, label=drawable(name))[0] for name, colour in colours.items()]
+    figure, drawn = panels(len(measured), width=4.6, height=max(4.2, 0.3 * len(names) + 1.5))
+    for axes, (space, models) in zip(drawn, measured.items(), strict=True):
+        read = {name: found["translators"][AUDITOR] for name, found in models.items()}
+        largest = max(scores["overall"]["AS_neg"] for scores in read.values())
+        for name, scores in read.items():
+            x, y, harm = (scores["overall"][key] for key in ("AS_abs", "IS", "AS_neg"))
+            axes.plot(scores["intervals"]["AS_abs"], [y, y], color=colours[name], linewidth=1)
+            axes.plot([x, x], scores["intervals"]["IS"], color=colours[name], linewidth=1)
+            size = 30 + 170 * harm / max(largest, 1e-9)
+            axes.scatter(x, y, s=size, color=colours[name], alpha=0.75, zorder=3)
+        axes.set(xlabel="mean |AS| °", ylabel="mean IS °", xlim=(0, None), ylim=(0, 1.15 * axes.get_ylim()[1]))
+        styled(axes, f"{drawable(space)}, by the {AUDITOR}")
+    handles = [drawn[0].plot([], [], "o", color=colour, label=drawable(name))[0] for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
-    caption = "IS against |AS| of every model in every space (area: AS⁻), and its rank by AS⁻ in every view."
-    return save(figure, path, caption)
-
-
-def _draw_space(
-    axes: Axes, space: str, models: Mapping[str, Mapping[str, Any]], colours: Mapping[str, np.ndarray]
-) -> None:
-    largest = max(found["translators"][AUDITOR]["overall"]["AS_neg"] for found in models.values())
-    for name, found in models.items():
-        scores, ink = found["translators"][AUDITOR], colours[name]
-        x, y, harm = (scores["overall"][key] for key in ("AS_abs", "IS", "AS_neg"))
-        axes.plot(scores["intervals"]["AS_abs"], [y, y], color=ink, linewidth=1)
-        axes.plot([x, x], scores["intervals"]["IS"], color=ink, linewidth=1)
-        axes.scatter(x, y, s=30 + 170 * harm / max(largest, 1e-9), color=ink, alpha=0.75, zorder=3)
-    axes.set(xlabel="mean |AS| °", ylabel="mean IS °", xlim=(0, None), ylim=(0, 1.15 * axes.get_ylim()[1]))
-    styled(axes, f"{drawable(space)}, by the {AUDITOR}")
+    return save(figure, path, "IS against |AS| of every model in every space (area: AS⁻).")
 
 
 def save_pareto(arms: Sequence[Mapping[str, Any]], reference: str, path: Path) -> report.Figure:
