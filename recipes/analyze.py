@@ -85,9 +85,8 @@ from singreg import tables
 from singreg.analysis import chance, levels
 from singreg.analysis.chance import measure_chance
 from singreg.analysis.features import evenly, translator_agreement
-from singreg.analysis.levels import explain_images, open_images
+from singreg.analysis.levels import embed_concepts, explain_images, load_concepts, open_images
 from singreg.analysis.probes import fit_blocks, measure_information
-from singreg.data.concepts import embed_concepts, load_concepts
 from singreg.data.splits import ImageSplit
 from singreg.nullspace import NullSpace
 from singreg.plots.scores import plot_analysis, plot_images

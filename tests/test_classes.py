@@ -7,8 +7,8 @@ import pytest
 import torch
 from timm.data import ImageNetInfo
 
+from singreg.analysis.levels import BANK_TEMPLATES, CONCEPTS_FOLDER, ConceptBank, embed_concepts, load_concepts
 from singreg.classes import NAMED_SETS, expand_classes, imagenet_names, read_list, resolve_classes
-from singreg.data.concepts import BANK_TEMPLATES, CONCEPTS_FOLDER, ConceptBank, embed_concepts, load_concepts
 
 SYNSETS = ImageNetInfo().label_names()
 

@@ -1,6 +1,8 @@
-"""Class, concept and image level: what the model level says of single classes, words and images (METHOD section 3)."""
+"""Class, concept and image level: what the model level says of classes, words and images (METHOD section 3)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +13,13 @@ from torch import Tensor
 
 from singreg.analysis.features import FeatureBatch, cached_features
 from singreg.analysis.statistics import ENDS, NORMAL, resampled_means
+from singreg.classes import imagenet_names, read_list
 from singreg.data.embeddings import PassSettings
 from singreg.data.splits import UNLABELLED, ImageSplit, TableSplit
 from singreg.functional import pairwise_angles, unit_rows
 from singreg.metrics import COLUMNS, score_columns
 from singreg.models.classifier import Classifier
+from singreg.models.vlm import VisionLanguageModel
 from singreg.nullspace import NullSpace, null_share
 from singreg.translator import Translator
 from singreg.utils import all_reduce_sum, plain
@@ -27,6 +31,14 @@ CLASSES_SHOWN = 5  # with the highest logits
 WAYS: tuple[Order, ...] = ("rises", "falls")
 MOVED = 5  # concepts shown, each way
 GALLERY_CHUNK = 4096  # gallery images at a time
+CONCEPTS_FOLDER = Path(__file__).parents[1] / "data/concepts"
+IMAGENET = "imagenet"
+DEFAULT_TEMPLATE = "an image of {concept}"
+# The prompt of each bank's concepts; the paper's own for ImageNet's classes.
+BANK_TEMPLATES = {"colours": "an image of something {concept}", "scenes": "an image of a {concept}"}
+BANK_TEMPLATES |= {"textures": "an image of something with a {concept} texture", IMAGENET: "an image of a {concept}"}
+BANK_TEMPLATES |= {"materials": "an image of something made of {concept}", "parts": "a close-up image of a {concept}"}
+LONGEST = 200  # characters; a text tower cuts longer prompts off without a word
 
 
 def analyze_classes(rows: pd.DataFrame, class_names: Sequence[str]) -> dict[str, Any]:
@@ -69,6 +81,53 @@ def joint_distribution(rows: pd.DataFrame, *, translator: str = "auditor") -> di
         ellipses = [{"sigma": s, "width": s * width, "height": s * height, "tilt": tilt} for s in (1.0, 2.0)]
     ratio = mean[0] / absolute if absolute > 0 else None
     return plain({"mean": mean, "ratio": ratio, "ellipses": ellipses})
+
+
+@dataclass(frozen=True)
+class ConceptBank:
+    """K concepts in words, and the bank or file each is from ("own" for words)."""
+
+    concepts: tuple[str, ...]
+    banks: tuple[str, ...]
+
+
+def load_concepts(sources: Sequence[str]) -> ConceptBank:
+    """Read each concept once from banks, text files (one a line, `#` begins a comment) and concepts in words."""
+    entries = [entry for source in sources for entry in _entries(source)]
+    bad = [f"{bank}: {c[:40]!r}" for bank, c in entries if len(c) > LONGEST or not any(map(str.isalnum, c))]
+    if bad:
+        raise ValueError(f"expected concepts of letters, at most {LONGEST} characters each, got {'; '.join(bad[:20])}")
+    kept: dict[str, tuple[str, str]] = {}
+    for bank, concept in entries:
+        kept.setdefault(" ".join(concept.casefold().split()), (concept, bank))
+    if not kept:
+        raise ValueError(f"no concept in {sources}; banks ({', '.join(sorted(BANK_TEMPLATES))}), files or concepts")
+    return ConceptBank(*zip(*kept.values(), strict=True))
+
+
+def embed_concepts(vlm: VisionLanguageModel, bank: ConceptBank, templates: Sequence[str] | None = None) -> Tensor:
+    """Return one unit row a concept (K, n), by `templates` with {concept}; None takes each bank's own."""
+    wanted = [tuple(templates or [BANK_TEMPLATES.get(name, DEFAULT_TEMPLATE)]) for name in bank.banks]
+    rows: dict[int, Tensor] = {}
+    for group in dict.fromkeys(wanted):
+        places = [place for place, own in enumerate(wanted) if own == group]
+        prompts = [template.replace("{concept}", "{class}") for template in group]
+        rows |= zip(places, vlm.embed_classes([bank.concepts[place] for place in places], prompts), strict=True)
+    return torch.stack([rows[place] for place in range(len(wanted))])
+
+
+def _entries(source: str) -> Iterator[tuple[str, str]]:
+    """(bank, concept) of every entry of a bank, a file or a concept in words."""
+    path = Path(source).expanduser()
+    path = path if path.is_file() else CONCEPTS_FOLDER / f"{source}.txt"  # a user's file goes before a built-in name
+    if source != IMAGENET and path.is_file():
+        yield from ((path.stem, concept) for concept in read_list(path))
+    elif source == IMAGENET:
+        yield from ((source, concept) for concept in imagenet_names())
+    elif re.fullmatch(r".*(\.\w{2,4}|[/\\].*)", source):
+        raise FileNotFoundError(f"there is no concept file {source}")
+    else:
+        yield "own", source.strip()
 
 
 @torch.no_grad()
