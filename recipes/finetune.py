@@ -166,14 +166,14 @@ def train(arm: Arm) -> None:
 def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, Measured]) -> None:
     """Compare the arms and write the run's report."""
     paired = compare_rows(*({config.seed: measured[arm][0]} for arm in ("sing", "control")))
-    plots = plot_finetune(measured, paired, setup.splits.class_names, run.folder / "plots")
+    plots = plot_finetune(measured, paired, run.folder / "plots")
     figures = {name: found for name, (_, found) in measured.items()}
     said = verdict(measured, paired, trained=config.training.epochs > 0)
     if not run.accelerator.trackers:  # both arms were finished by an earlier start
         track(run.accelerator, "sing", config)
     table = audit_table({said: figures[name] for name, said in (STAGES | DROPPED).items()})
     log_text(run.accelerator, "report", [*said, table])
-    log_figures(run.accelerator, plots[:2])  # four images, with the histograms of both arms
+    log_figures(run.accelerator, plots)  # four images, with the histograms of both arms
     write_model_card(run, setup, figures["sing"], table=table, verdict=said, reading=AUDIT)
     write_report(
         run,
@@ -181,7 +181,7 @@ def report(config: FinetuneConfig, setup: Setup, run: Run, measured: dict[str, M
         verdict=said,
         warnings=finetune_warnings(figures["before"]),
         sections=finetune_sections(figures, paired, plots),
-        figures={"measurements": figures, "paired": paired, "class_names": setup.splits.class_names},
+        figures={"measurements": figures, "paired": paired},
         rows=pd.concat([rows.assign(model=name) for name, (rows, _) in measured.items()]),
     )
 

@@ -28,7 +28,7 @@ STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "Sin
 DROPPED = {"dropped": "control, null space dropped"}  # only in tables: where it is 0 there is nothing to draw
 COLOURS = {"before": GREY, "control": ORANGE, "sing": BLUE}
 PERTURBATIONS = {"null": (BLUE, "null space"), "random": (GREY, "random"), "principal": (RED, "row space")}
-CLASSES_SHOWN, CLASSES_COMPARED, CONCEPTS_SHOWN = 24, 40, 16
+CLASSES_SHOWN, CONCEPTS_SHOWN = 24, 16
 NAME_LENGTH = 28  # characters beside an axis
 Found = Mapping[str, Any]
 ROLES = {"reference": ORANGE, "method": BLUE, "baseline": GREY, "placebo": RED}
@@ -195,17 +195,12 @@ def _cloud(rows: pd.DataFrame, translator: str) -> pd.DataFrame:
     return rows[[f"IS/{translator}", f"AS/{translator}"]].set_axis(["IS", "AS"], axis=1)
 
 
-def plot_finetune(
-    measured: Mapping[str, Measured], paired: Paired, class_names: Sequence[str], folder: Path
-) -> list[report.Figure]:
+def plot_finetune(measured: Mapping[str, Measured], paired: Paired, folder: Path) -> list[report.Figure]:
     """Draw every figure of recipes/finetune.py below a folder, the summary first."""
     drawn = {stage: measured[stage] for stage in STAGES}
     clouds = {stage: (_cloud(rows, "auditor"), joint_distribution(rows)) for stage, (rows, _) in drawn.items()}
-    return [
-        plot_ratios(paired, len(drawn["before"][0]), folder / "summary.png"),
-        plot_joint(clouds, folder / "joint.png"),
-        plot_class_leakage({stage: rows for stage, (rows, _) in drawn.items()}, class_names, folder / "classes.png"),
-    ]
+    summary = plot_ratios(paired, len(drawn["before"][0]), folder / "summary.png")
+    return [summary, plot_joint(clouds, folder / "joint.png")]
 
 
 def finetune_sections(
@@ -218,7 +213,7 @@ def finetune_sections(
         report.Section("Results", [audit_table(named), AUDIT, *plots[:1]]),
         report.Section("By the auditor and by the loop", [score_table(named), READING]),
         report.Section("SingLoss against the control", [compared, "Ratios of means, paired by image."]),
-        report.Section("Images and classes", plots[1:]),
+        report.Section("Images", plots[1:]),
     ]
 
 
@@ -240,24 +235,6 @@ def plot_ratios(paired: Paired, images: int, path: Path) -> report.Figure:
     said = f"{images} test images, 95 % intervals; top-1 {words(paired['top1'])}"
     styled(axes, f"{said}\nblue should fall, grey should stay")
     return save(figure, path, "what is left")
-
-
-def plot_class_leakage(rows: Mapping[str, pd.DataFrame], class_names: Sequence[str], path: Path) -> report.Figure:
-    """Draw AS⁻ of every class in each stage by the auditor, leakiest first; at most 40 classes."""
-    harm = {stage: (-each["AS/auditor"]).clip(lower=0) for stage, each in rows.items()}
-    table = pd.DataFrame({stage: each.groupby(rows[stage]["label"]).mean() for stage, each in harm.items()})
-    shown = table.sort_values(str(table.columns[0]), ascending=False, kind="stable")[:CLASSES_COMPARED]
-    figure, (axes,) = panels(width=7.0, height=max(2.5, 0.24 * len(shown) + 1.2))
-    places = range(len(shown))
-    axes.hlines(places, shown.min(axis=1), shown.max(axis=1), color="#d1d5db", linewidth=2, zorder=1)
-    for stage in shown:
-        axes.scatter(shown[stage], places, s=28, color=COLOURS[str(stage)], label=STAGES[str(stage)], zorder=2)
-    axes.set_yticks(places, [drawable(class_names[label]) for label in shown.index], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("AS⁻ °")
-    part = "" if len(shown) == len(table) else f" ({len(shown)} of {len(table)} classes)"
-    styled(axes, f"leakage by class{part}, by the auditor").legend(fontsize=8)
-    return save(figure, path, "AS⁻ of every class")
 
 
 def save_comparison_plot(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> report.Figure:
