@@ -1,12 +1,11 @@
 """Figures of steering and attacks, and the report of an attack, from what report.json holds; computes nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from PIL import Image
 
 from singreg.analysis.attack import ATTACK, MOST_HELD, RANDOM
@@ -35,6 +34,7 @@ RISE = (
 )
 TWINS = "Pairs of two classes, as close in logits as images of one class and as far apart for an encoder as others."
 CLASSES_SHOWN, NUMBERS_UP_TO, NAME_LENGTH = 60, 20, 22
+PAIRED = ("sources", "targets")
 PAGE_WIDTH = 12.0  # inches: a report shows that at four fifths of its size
 FIGURES = {"success": (100.0, "target outranks all classes, %"), "AS": (1.0, "AS towards the target, °")}
 BUDGETS = {
@@ -190,45 +190,33 @@ def plot_steering(found: Found, folder: Path) -> dict[str, Figure]:
 
 
 def _pairs(found: Found, path: Path) -> Figure:
-    """Heat maps, sources down and targets across: |AS| by the fitted translator and the auditor, and success."""
-    read = {pair["judge"]: pair["matrices"] for pair in found["pairs"] if pair["attacker"] == "fitted"}
-    at, shown = f"at an image score of {found['image_score']:g}°", slice(CLASSES_SHOWN)
-    own, audited = (np.array(read[name]["AS_abs"], dtype=float)[shown, shown] for name in ("fitted", "auditor"))
-    success = 100 * np.array(read["auditor"]["success"], dtype=float)[shown, shown]
-    both = np.concatenate([own, audited])  # one scale of colours, not from 0: they differ by a few degrees
-    maps = [
-        (f"|AS| ° {at},\nthe fitted translator reads its own", own, both),
-        (f"|AS| ° {at},\nthe auditor reads", audited, both),
-        (f"success % {at},\nthe auditor reads", success, np.array([0.0, 100.0])),
-    ]
-    rows, columns = success.shape
-    # Side by side while that is no wider than a page, else one below the other: numbers must stay large enough to read.
-    numbered = max(rows, columns) <= NUMBERS_UP_TO
-    width = max(3.6, (0.42 if numbered else 0.16) * columns + 1.6)
-    height = max(1.8, (0.3 if numbered else 0.16) * rows) + 1.9
-    across = len(maps) if len(maps) * width <= PAGE_WIDTH else 1
-    figure, axes = panels(across, len(maps) // across, width=width, height=height)
-    for panel, (title, values, scale) in zip(axes, maps, strict=True):
-        _heat_map(panel, values, (found["sources"], found["targets"]), scale[np.isfinite(scale)])
+    """Heat maps by the auditor of what the fitted translator steers, sources down and targets across."""
+    (read,) = (each for each in found["pairs"] if (each["attacker"], each["judge"]) == ("fitted", "auditor"))
+    down, across = ([drawable(name, NAME_LENGTH) for name in found[side][:CLASSES_SHOWN]] for side in PAIRED)
+    numbered = max(len(down), len(across)) <= NUMBERS_UP_TO
+    width = max(3.6, (0.42 if numbered else 0.16) * len(across) + 1.6)
+    height = max(1.8, (0.3 if numbered else 0.16) * len(down)) + 1.9
+    beside = 2 if 2 * width <= PAGE_WIDTH else 1  # else one below the other: numbers must stay large enough to read
+    figure, axes = panels(beside, 2 // beside, width=width, height=height)
+    for panel, (name, title, factor) in zip(
+        axes, (("AS_abs", "|AS| °", 1), ("success", "success %", 100)), strict=True
+    ):
+        values = factor * np.array(read["matrices"][name], dtype=float)[:CLASSES_SHOWN, :CLASSES_SHOWN]
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+        image = panel.imshow(values, cmap="cividis", vmin=low, vmax=max(high, low + 1e-6), aspect="auto")
+        panel.set_facecolor("#f3f4f6")
+        panel.set_xticks(range(len(across)), across, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+        panel.set_yticks(range(len(down)), down, fontsize=8)
         panel.set_title(title, fontsize=10)
-    said = f"steered from (down) to (across), at most {CLASSES_SHOWN} each; empty: not steered, or out of reach"
-    figure.suptitle(said, fontsize=9)
-    return save(figure, path, f"every source and target {at}")
-
-
-def _heat_map(axes: Axes, values: np.ndarray, names: Sequence[Sequence[str]], scale: np.ndarray) -> None:
-    low, high = (float(scale.min()), float(scale.max())) if len(scale) else (0.0, 1.0)
-    image = axes.imshow(values, cmap="cividis", vmin=low, vmax=max(high, low + 1e-6), aspect="auto")
-    axes.set_facecolor("#f3f4f6")
-    down, across = ([drawable(name, NAME_LENGTH) for name in some[:CLASSES_SHOWN]] for some in names)
-    axes.set_xticks(range(len(across)), across, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.set_yticks(range(len(down)), down, fontsize=8)
-    if max(values.shape) <= NUMBERS_UP_TO:
-        for (row, column), value in np.ndenumerate(values):
+        for (row, column), value in np.ndenumerate(values) if numbered else ():
             if np.isfinite(value):
                 colour = "white" if value < low + 0.6 * (high - low) else "black"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
+                panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        figure.colorbar(image, ax=panel, shrink=0.8, pad=0.02)
+    said = f"steered from (down) to (across), at most {CLASSES_SHOWN} each; empty: not steered, or out of reach"
+    figure.suptitle(said, fontsize=9)
+    return save(figure, path, f"every source and target at an image score of {found['image_score']:g}°, by the auditor")
 
 
 def _curves(found: Found, path: Path) -> Figure:
