@@ -182,7 +182,7 @@ def report(config: AttackConfig, run: Run, splits: Splits, spaces: list[Space], 
         "transfers": transfers,
         "differences": judging.model_differences(rows, names, config.seed),
         "twins": judging.natural_twins(splits.test, logits, witnesses, config.seed),
-        "checks": judging.attack_checks(rows, features),
+        "checks": judging.attack_checks(rows),
         "climbs": judging.summarize_climbs(rows).to_dict("records"),
         "features": features,
     }

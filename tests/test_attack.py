@@ -120,7 +120,7 @@ def test_what_is_recorded_is_each_pass_without_help() -> None:
 
 
 def failing(rows: pd.DataFrame) -> str:
-    return "; ".join(check["name"] for check in judges.attack_checks(rows, {}) if not check["passed"])
+    return "; ".join(check["name"] for check in judges.attack_checks(rows) if not check["passed"])
 
 
 def test_all_checks_hold_of_the_real_attack(tmp_path: Path) -> None:

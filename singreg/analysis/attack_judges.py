@@ -126,7 +126,7 @@ def summarize_climbs(judged: pd.DataFrame) -> pd.DataFrame:
     return means.melt(["model", "budget", "one_step", "began"], kinds, "kind", "alone").dropna()
 
 
-def attack_checks(judged: pd.DataFrame, features: Mapping[Any, Any]) -> list[dict[str, Any]]:
+def attack_checks(judged: pd.DataFrame) -> list[dict[str, Any]]:
     """Check the attack on every model (name, passed, found): one that fails takes every claim of robustness with it.
 
     An attack begins with the single step and with the smaller budget's images, so it would rise whatever its passes do;
@@ -148,8 +148,6 @@ def attack_checks(judged: pd.DataFrame, features: Mapping[Any, Any]) -> list[dic
             name = f"{kind} climb by themselves beyond {'their start' if kind == first else 'random directions'}"
             words = ", ".join(f"{gain:+.2f}° at {budget}" for budget, gain in gains.items())
             checks.append({"model": model, "name": name, "passed": bool((gains > SLACK).any()), "found": words})
-        for check in features.get(model, {}).get("checks", ()):
-            checks.append({"model": model, **check, "name": f"{check['name']}, in feature space"})
     return checks
 
 
