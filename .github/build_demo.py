@@ -66,7 +66,8 @@ def contrastive_step(
     z = model.encode_image(normalized(images[index]), normalize=True)
     scale = model.logit_scale.exp().clamp_max(60)
     drawn = {name: random.randrange(len(prompts)) for name, prompts in PROMPTS.items()}
-    captions = tokenizer([random.choice(CAPTIONS).format(**table.names(int(i))) for i in index])
+    words = [{name: values[int(table.codes[name][i])] for name, values in ATTRIBUTES.items()} for i in index.tolist()]
+    captions = tokenizer([random.choice(CAPTIONS).format(**each) for each in words])
     text = model.encode_text(torch.cat([*(tokens[name][drawn[name]] for name in PROMPTS), captions]), normalize=True)
     loss, start = torch.zeros(()), 0
     for name, values in ATTRIBUTES.items():

@@ -31,7 +31,6 @@ from singreg.report import Section, interval, log_figures, number, percent, trac
 from singreg.runs import Run, explained, fingerprints, stage, start
 from singreg.setup import Setup, prepare, read_by, space_labels
 from singreg.study.results import (
-    StudyRun,
     Summary,
     Work,
     measure_arm,
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(StudyConfig, arguments, description=__doc__ or "")
     accelerator = start(config)
     with explained():
-        run = StudyRun(config, accelerator, "study").check()
+        run = Run(config, accelerator, "study").check()
         setup = prepare(config, accelerator)
         works = plan_study(config, fingerprints(setup))
         for work in works:  # complaints come before any work

@@ -129,24 +129,23 @@ class Run:
         self.seconds: dict[str, float] = {}
 
     def check(self) -> "Run":
-        """Raise, before anything long is done, if the folder holds another run, or this one and `resume` is not set."""
-        self.check_place()
-        resolved = self.folder / "config.yaml"
-        if self.config.dry_run or not resolved.is_file():
-            return self
-        if not self.config.resume:
-            raise FileExistsError(f"{self.folder} already holds a run; go on with --resume true or use another --out")
-        if resolved.read_text(encoding="utf-8") != self._resolved():
-            raise ValueError(f"{resolved} differs from the configuration given; go on with {self.command}")
-        return self
+        """Raise, before anything long is done, if the folder cannot be made, or holds a run and `resume` is not set.
 
-    def check_place(self) -> None:
-        """Raise if the folder cannot be made or written to."""
+        It must be of this configuration, but for a study, whose arms may change: their digests say which are done.
+        """
         place = next(each for each in (self.folder.absolute(), *self.folder.absolute().parents) if each.exists())
         if not place.is_dir():
             raise NotADirectoryError(f"out: {self.folder} cannot be made, as {place} is a file; give another --out")
         if not os.access(place, os.W_OK):
             raise PermissionError(f"out: {self.folder} cannot be made, as {place} is read-only; give another --out")
+        resolved = self.folder / "config.yaml"
+        if self.config.dry_run or not resolved.is_file():
+            return self
+        if not self.config.resume:
+            raise FileExistsError(f"{self.folder} already holds a run; go on with --resume true or use another --out")
+        if self.recipe != "study" and resolved.read_text(encoding="utf-8") != self._resolved():
+            raise ValueError(f"{resolved} differs from the configuration given; go on with {self.command}")
+        return self
 
     def open(self) -> "Run":
         """Create the folder with the resolved configuration in it, or go on in it (see `check`)."""

@@ -11,7 +11,11 @@ from scipy.stats import kendalltau
 
 from singreg.analysis import comparison, statistics
 from singreg.analysis.comparison import comparison_verdict, model_differences, model_figures, order_check
-from singreg.analysis.statistics import ends, mean_interval, paired_difference, paired_ratio, resampled_means
+from singreg.analysis.statistics import ends, mean_interval, paired_ratio, resampled_means
+
+
+def paired_difference(after: Any, before: Any, **how: Any) -> Any:
+    return mean_interval(np.asarray(after, np.float64) - before, **how)
 
 
 def slow_means(columns: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -104,7 +104,7 @@ def test_a_killed_study_goes_on_to_the_same_table(kept: int, whole: Path, tmp_pa
 
 def test_a_finished_study_is_read_back_never_overwritten(whole: Path) -> None:
     before = report_of(whole)
-    with pytest.raises(SystemExit, match="already holds a run; use --resume true"):
+    with pytest.raises(SystemExit, match="already holds a run; go on with --resume true"):
         study(whole)
     assert study(whole, "--resume", "true") == []
     same(report_of(whole), before)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from singreg.analysis.attack import ATTACK, LEVELS, RANDOM, TANGENT, PixelModel, load_images
-from singreg.analysis.statistics import mean_interval, paired_difference, share_interval
+from singreg.analysis.statistics import mean_interval, share_interval
 from singreg.data.embeddings import take_rows
 from singreg.data.splits import ImageSplit
 from singreg.functional import angle
@@ -104,7 +104,7 @@ def model_differences(judged: pd.DataFrame, judges: Sequence[str], seed: int) ->
     first, *others = attacks["model"].unique()
     for second, (budget, rows), judge in itertools.product(others, attacks.groupby("budget", sort=False), judges):
         pair = rows.pivot(index="image", columns="model", values=f"rise {judge}")
-        value, low, high = paired_difference(pair[second].to_numpy(), pair[first].to_numpy(), seed=seed)
+        value, low, high = mean_interval((pair[second] - pair[first]).to_numpy(), seed=seed)
         names = {"first": first, "second": second, "budget": budget, "judge": judge}
         found.append({**names, "value": value, "low": low, "high": high})
     return found

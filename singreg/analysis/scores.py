@@ -50,7 +50,6 @@ LOOSE = 1e-3
 """The second tolerance of a head's rank, relative to the largest singular value."""
 VISIBLE = 10.0
 """Degrees of IS below which a change is hardly seen in an image (METHOD section 3)."""
-Passport = Mapping[str, Any]
 
 
 class CrossFit:
@@ -304,12 +303,12 @@ def _translator_figures(translator: Translator, rows: Rows, name: str) -> dict[s
     }
 
 
-def chance_angle(passport: Passport) -> float:
+def chance_angle(passport: Mapping[str, Any]) -> float:
     """Return asin √share, the degrees by which losing a random subspace of this size turns an isotropic feature."""
     return math.degrees(math.asin(math.sqrt(passport["null_dimensions"])))
 
 
-def judge_passport(passport: Passport) -> str:
+def judge_passport(passport: Mapping[str, Any]) -> str:
     """Say in one sentence whether there is a null space to speak of."""
     if not passport["nullity"]:
         return "no null space: every feature direction moves a logit, nothing to measure"
@@ -318,7 +317,7 @@ def judge_passport(passport: Passport) -> str:
     return "has a null space"
 
 
-def compare_passports(passports: Sequence[Passport]) -> list[str]:
+def compare_passports(passports: Sequence[Mapping[str, Any]]) -> list[str]:
     """Warn where a null space is missing, too small, or too unlike the others' to compare scores.
 
     Heads are too different when their chance angles differ by more than can be seen in an image.

@@ -48,11 +48,6 @@ def mean_interval(values: np.ndarray, **how: Any) -> Interval:
     return ends(resampled_means(values[:, None], **how)[:, 0])
 
 
-def paired_difference(after: np.ndarray, before: np.ndarray, **how: Any) -> Interval:
-    """(mean(after) - mean(before), low, high), paired by image; both (N,) in the same order and unit."""
-    return mean_interval(np.asarray(after, np.float64) - before, **how)
-
-
 def ratio_interval(above: np.ndarray, below: np.ndarray) -> Interval:
     """Return `ends` of one figure over another, both (1 + resamples,), what is infinite kept; NaN where `below` is 0.
 

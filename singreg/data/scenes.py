@@ -48,10 +48,6 @@ class SceneTable:
     def __len__(self) -> int:
         return len(self.noise)
 
-    def names(self, index: int) -> dict[str, str]:
-        """Return the attributes of one scene in words."""
-        return {name: values[int(self.codes[name][index])] for name, values in ATTRIBUTES.items()}
-
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all codes and noise."""

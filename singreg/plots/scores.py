@@ -22,7 +22,6 @@ from singreg.tables import AUDIT, READING, audit_table, score_table
 HEIGHT = 2.9  # inches an image
 SIDES = {"before": "nearest to T(f)", "after": "nearest to T(f~)"}
 EACH_WAY = 4  # concepts beside a single image
-Image = Mapping[str, Any]
 # How the models of a fine-tuning run are called wherever people read them.
 STAGES = {"before": "before", "control": "control (cross-entropy)", "sing": "SingLoss"}
 DROPPED = {"dropped": "control, null space dropped"}  # only in tables: where it is 0 there is nothing to draw
@@ -34,7 +33,7 @@ Found = Mapping[str, Any]
 ROLES = {"reference": ORANGE, "method": BLUE, "baseline": GREY, "placebo": RED}
 
 
-def plot_images(images: Sequence[Image], split: ImageSplit, gallery: ImageSplit, path: Path) -> report.Figure:
+def plot_images(images: Sequence[Found], split: ImageSplit, gallery: ImageSplit, path: Path) -> report.Figure:
     """Draw each image with its logits, the concepts that moved and the gallery's nearest, before and after."""
     across = max(len(near) for near in images[0]["near"].values()) if images[0]["near"] else 0
     widths = [1.6, 2.0, 2.6, *[0.95] * across]
@@ -52,7 +51,9 @@ def plot_images(images: Sequence[Image], split: ImageSplit, gallery: ImageSplit,
             f"{names}\n{scores}",
         )
         _logits(logits, image)
-        _concepts(concepts, image)
+        arrows(concepts, [*image["falls"][:EACH_WAY], *image["rises"][:EACH_WAY]], 20)
+        concepts.tick_params(labelsize=7)
+        styled(concepts, "angle to concepts °; red: away, blue: closer").title.set_fontsize(8)
         for row, (side, title) in enumerate(SIDES.items()):
             for column, near in enumerate(image["near"].get(side, ())):
                 axes = part.add_subplot(grid[row, 3 + column])
@@ -63,7 +64,7 @@ def plot_images(images: Sequence[Image], split: ImageSplit, gallery: ImageSplit,
     return save(figure, path, "what stays and what moves when the null component is removed")
 
 
-def _logits(axes: Axes, image: Image) -> None:
+def _logits(axes: Axes, image: Found) -> None:
     """Two bars a class, which are equal: the classifier does not see the removal."""
     table = image["logits"]
     places = np.arange(len(table["class"]))
@@ -74,13 +75,6 @@ def _logits(axes: Axes, image: Image) -> None:
     axes.tick_params(axis="x", labelsize=7)
     axes.legend(fontsize=6, frameon=False)
     styled(axes, f"logits: moved by {image['logit_change']:.0e}").title.set_fontsize(8)
-
-
-def _concepts(axes: Axes, image: Image) -> None:
-    """An arrow from the angle before to that after for the concepts that went farthest each way."""
-    arrows(axes, [*image["falls"][:EACH_WAY], *image["rises"][:EACH_WAY]], 20)
-    axes.tick_params(labelsize=7)
-    styled(axes, "angle to concepts °; red: away, blue: closer").title.set_fontsize(8)
 
 
 def plot_joint(clouds: Mapping[str, tuple[pd.DataFrame, Found]], path: Path) -> report.Figure:

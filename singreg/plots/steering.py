@@ -34,7 +34,6 @@ RISE = (
 )
 TWINS = "Pairs of two classes, as close in logits as images of one class and as far apart for an encoder as others."
 CLASSES_SHOWN, NUMBERS_UP_TO, NAME_LENGTH = 60, 20, 22
-PAIRED = ("sources", "targets")
 PAGE_WIDTH = 12.0  # inches: a report shows that at four fifths of its size
 FIGURES = {"success": (100.0, "target outranks all classes, %"), "AS": (1.0, "AS towards the target, °")}
 BUDGETS = {
@@ -192,7 +191,8 @@ def plot_steering(found: Found, folder: Path) -> dict[str, Figure]:
 def _pairs(found: Found, path: Path) -> Figure:
     """Heat maps by the auditor of what the fitted translator steers, sources down and targets across."""
     (read,) = (each for each in found["pairs"] if (each["attacker"], each["judge"]) == ("fitted", "auditor"))
-    down, across = ([drawable(name, NAME_LENGTH) for name in found[side][:CLASSES_SHOWN]] for side in PAIRED)
+    named = found["sources"], found["targets"]
+    down, across = ([drawable(name, NAME_LENGTH) for name in some[:CLASSES_SHOWN]] for some in named)
     numbered = max(len(down), len(across)) <= NUMBERS_UP_TO
     width = max(3.6, (0.42 if numbered else 0.16) * len(across) + 1.6)
     height = max(1.8, (0.3 if numbered else 0.16) * len(down)) + 1.9

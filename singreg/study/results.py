@@ -21,7 +21,6 @@ from singreg.analysis.probes import fit_blocks, measure_information
 from singreg.analysis.scores import AUDITOR, Rows
 from singreg.config import FinetuneConfig
 from singreg.nullspace import NullSpace
-from singreg.runs import Run
 from singreg.setup import Setup
 from singreg.study import ArmConfig, StudyConfig, arm_config
 from singreg.utils import gather_rows, sha256_of_json, write_text
@@ -182,18 +181,6 @@ def plan_study(config: StudyConfig, inputs: Mapping[str, str]) -> list[Work]:
         if work.trained or seed == config.seeds[0]:
             works[arm.name, seed] = work
     return list(works.values())
-
-
-class StudyRun(Run):
-    """A study's folder. Its arms may change between two starts: each arm's digest says which are done."""
-
-    def check(self) -> Run:
-        """Raise if the folder holds a study and `resume` is not set."""
-        self.check_place()
-        if (self.folder / "config.yaml").is_file() and not self.config.resume and not self.config.dry_run:
-            how = "use --resume true to go on with it (changed arms are made again), or another --out"
-            raise FileExistsError(f"{self.folder} already holds a run; {how}")
-        return self
 
 
 def summarize_study(runs: Sequence[tuple[Work, Measured]], reference: str, claim: str) -> list[Summary]:
