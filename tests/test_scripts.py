@@ -43,7 +43,7 @@ def test_the_demo_gives_its_frozen_figures(tmp_path: Path) -> None:
             assert mine == pytest.approx(wanted[name], abs=degrees), (stage, name)
 
 
-def test_the_tours_pictures_are_kept() -> None:
+def test_the_images_of_the_tour_are_kept() -> None:
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     figures = [out for cell in cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
     assert len(figures) == 8
