@@ -68,6 +68,7 @@ def test_the_fit_is_the_normal_equations_with_the_ridge_on_which_two_halves_agre
     again = FittedTranslator.load(tmp_path / "fitted.safetensors", torch.device("cpu"))
     assert again.translator.info == got.info
     assert torch.equal(again.mean, whole.mean)
+    assert torch.equal(again.halves[0].ff, whole.halves[0].ff)
     sums = [each.statistics.state_dict() for each in (whole, again)]
     assert all(torch.equal(value, sums[1][name]) for name, value in sums[0].items())
     torch.testing.assert_close(again.statistics.ff.numpy(), f.T @ f, rtol=1e-5, atol=1e-5, check_dtype=False)
